@@ -1,0 +1,5 @@
+"""Raw files of extreme classification sets as TFDS data sets, without TensorFlow."""
+
+from vixml_jax.datasets.prepared import open_dataset, prepare
+
+__all__ = ["open_dataset", "prepare"]

@@ -1,0 +1,49 @@
+"""Folders that are built once, by one process at a time, and appear whole or not at all."""
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import os
+import pathlib
+import shutil
+
+from vixml_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike) -> Iterator[None]:
+  """Lets one process of this machine at a time in; the lock dies with its process.
+
+  Args:
+    path: lock file, made with its folder when missing.
+
+  Raises:
+    InputError: the folder cannot be made or written to.
+  """
+  path = pathlib.Path(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
+  except OSError as error:
+    raise InputError(f"{path.parent}: cannot be written to ({error.strerror}); choose another "
+                     "folder") from error
+  with file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+@contextlib.contextmanager
+def new_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Gives an empty folder that becomes `target` when the block ends without an exception.
+
+  Call it under `locked`: what a killed process left behind is removed.
+  """
+  target = pathlib.Path(target)
+  work = target.with_name(f"{target.name}.incomplete")
+  shutil.rmtree(work, ignore_errors=True)
+  work.mkdir(parents=True)
+  try:
+    yield work
+    work.rename(target)
+  finally:
+    shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""From prepared data sets to what the model reads: tokens, features, packed batches."""
