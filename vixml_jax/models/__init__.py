@@ -1,0 +1,1 @@
+"""Models as Flax NNX modules: layers, text encoders, label prototypes."""

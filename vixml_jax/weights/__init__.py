@@ -1,0 +1,1 @@
+"""Pretrained weights: where they come from, and tables that carry them to our parameters and back."""

@@ -1,0 +1,213 @@
+"""Applies a table of weights, inverts it, and refuses whatever does not fit it exactly."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import math
+import re
+from typing import Any, Protocol
+
+import numpy as np
+
+from vixml_jax.errors import InputError
+from vixml_jax.weights.tables import Rule, Table
+
+_SHOWN = 10  # Names that an error lists before it only counts.
+
+
+class TensorSource(Protocol):
+  """A checkpoint whose tensors are read one at a time."""
+
+  name: str
+
+  def names(self) -> Sequence[str]:
+    """Names of all tensors; one that stands there twice is listed twice."""
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """Shape of a tensor, without reading it."""
+
+  def read(self, name: str) -> np.ndarray:
+    """The tensor."""
+
+
+def apply(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads a checkpoint into parameters like `abstract`.
+
+  Args:
+    table: of the checkpoint's architecture.
+    source: the checkpoint.
+    abstract: nested dict of arrays or ShapeDtypeStructs, for the shapes and dtypes wanted.
+
+  Returns:
+    Nested dict of numpy arrays, layers stacked in front.
+
+  Raises:
+    InputError: tensors that no rule reads (unmapped), parameters that nothing fills (unfilled),
+      something filled or named twice (duplicate), or a wrong shape. Lists all of them.
+  """
+  wanted = flatten(abstract)
+  theirs, twice = _original_names(table, source)
+  _check(table, source, theirs, twice, wanted)
+  filled = {}
+  for rule in table.rules:
+    value = wanted[rule.ours]
+    array = np.empty(value.shape, value.dtype)
+    for name, index, layout in _targets(rule, value.shape):
+      array[index] = layout.to_ours(source.read(theirs[name]))
+    filled[rule.ours] = array
+  return unflatten(filled)
+
+
+def invert(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """From our parameters to the tensors of a checkpoint, by name; the inverse of `apply`.
+
+  Raises:
+    InputError: the table and the parameters do not cover each other.
+  """
+  ours = flatten(params)
+  ruled = [rule.ours for rule in table.rules]
+  problems = [
+      _listed("unmapped", "+", set(ours) - set(ruled)),
+      _listed("unfilled", "-", set(ruled) - set(ours)),
+      _listed("duplicate", "", {name for name in ruled if ruled.count(name) > 1}),
+  ]
+  _raise_any(f"parameters for a {table.name} checkpoint", problems)
+  tensors = {}
+  for rule in table.rules:
+    array = np.asarray(ours[rule.ours])
+    for name, index, layout in _targets(rule, array.shape):
+      tensors[name] = np.ascontiguousarray(layout.to_theirs(array[index]))
+  return tensors
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """`{"a": {"b": x}}` -> `{"a/b": x}`."""
+  flat = {}
+  for key, value in tree.items():
+    path = f"{prefix}{key}"
+    flat.update(flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
+  return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The inverse of `flatten`."""
+  tree: dict[str, Any] = {}
+  for path, value in flat.items():
+    *parents, last = path.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = value
+  return tree
+
+
+def _original_names(table: Table, source: TensorSource) -> tuple[dict[str, str], list[str]]:
+  """Of each name in the table's terms the name in the checkpoint, and the names found twice."""
+  original: dict[str, str] = {}
+  twice = []
+  for name in source.names():
+    plain = name
+    for prefix in table.prefixes:
+      plain = plain.removeprefix(prefix)
+    for old, new in table.renamed.items():
+      plain = re.sub(old, new, plain)
+    if plain in original:
+      twice.append(name)
+    original[plain] = name
+  return original, twice
+
+
+def _check(
+    table: Table,
+    source: TensorSource,
+    theirs: Mapping[str, str],
+    twice: list[str],
+    wanted: Mapping[str, Any],
+) -> None:
+  """Raises InputError unless rules, tensors and parameters match one to one, shapes included."""
+  readers: dict[str, int] = {}
+  fillers: dict[str, int] = {}
+  missing, misshapen = [], []
+  for rule in table.rules:
+    fillers[rule.ours] = fillers.get(rule.ours, 0) + 1
+    if rule.ours not in wanted:
+      missing.append(f"{rule.ours} (which the model lacks)")
+      continue
+    for name, _, layout in _targets(rule, wanted[rule.ours].shape):
+      readers[name] = readers.get(name, 0) + 1
+      if name not in theirs:
+        missing.append(f"{rule.ours} (from {name})")
+        continue
+      shape = source.shape(theirs[name])
+      if shape != layout.theirs:
+        misshapen.append(f"{theirs[name]} is {list(shape)}, wanted {list(layout.theirs)}")
+  ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignored) or r"(?!)")
+  unmapped = [
+      name for plain, name in theirs.items() if plain not in readers and not ignored.fullmatch(plain)
+  ]
+  twice = twice + [name for name, count in (readers | fillers).items() if count > 1]
+  _raise_any(f"{source.name}: weights that do not fit a {table.name} model of this size", [
+      _listed("unmapped", "+", unmapped),
+      _listed("unfilled", "-", missing + [name for name in wanted if name not in fillers]),
+      _listed("duplicate", "", twice),
+      _listed("wrong shape", "", misshapen),
+  ])
+
+
+def _listed(kind: str, sign: str, names: Iterable[str]) -> str:
+  names = sorted(names)
+  if not names:
+    return ""
+  shown = ", ".join(sign + name for name in names[:_SHOWN])
+  return f"{len(names)} {kind}: {shown}{', ...' if len(names) > _SHOWN else ''}"
+
+
+def _raise_any(subject: str, problems: list[str]) -> None:
+  found = [problem for problem in problems if problem]
+  if found:
+    raise InputError(f"{subject}: {'; '.join(found)}")
+
+
+def _targets(rule: Rule, shape: Sequence[int]) -> Iterator[tuple[str, Any, "_Layout"]]:
+  """Each tensor of a rule: its name, its index in the parameter, its layout there."""
+  if "{layer}" not in rule.theirs:
+    yield rule.theirs, ..., _Layout.of(rule.layout, shape)
+    return
+  for layer in range(shape[0]):
+    yield rule.theirs.replace("{layer}", str(layer)), layer, _Layout.of(rule.layout, shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+  """A rule's layout for a parameter of known shape.
+
+  Attributes:
+    theirs: shape of the tensor.
+    split: shape of the tensor once its joined dimensions are taken apart.
+    order: for each of our dimensions, which one of `split` it is.
+  """
+
+  theirs: tuple[int, ...]
+  split: tuple[int, ...]
+  order: tuple[int, ...]
+
+  @classmethod
+  def of(cls, layout: str, shape: Sequence[int]) -> "_Layout":
+    if not layout:
+      return cls(tuple(shape), tuple(shape), tuple(range(len(shape))))
+    theirs, ours = layout.split("->")
+    groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", theirs)]
+    split = [letter for group in groups for letter in group]
+    if sorted(split) != sorted(ours.split()) or len(split) != len(shape):
+      raise ValueError(f"layout {layout!r} does not fit a parameter of shape {tuple(shape)}")
+    sizes = dict(zip(ours.split(), shape, strict=True))
+    return cls(
+        tuple(math.prod(sizes[letter] for letter in group) for group in groups),
+        tuple(sizes[letter] for letter in split),
+        tuple(split.index(letter) for letter in ours.split()),
+    )
+
+  def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+    return tensor.reshape(self.split).transpose(self.order)
+
+  def to_theirs(self, array: np.ndarray) -> np.ndarray:
+    return array.transpose(np.argsort(self.order)).reshape(self.theirs)
