@@ -1,0 +1,101 @@
+"""Label centroids against sparse matrix products, on one and on eight devices."""
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+import pytest
+import scipy.sparse
+
+from vixml_jax.mining import centroids
+from vixml_jax.mining.centroids import label_centroids, mean_of_rows
+from vixml_jax.ragged import Ragged
+from vixml_jax.sharding import make_mesh
+
+
+def _problem(num_queries=500, num_labels=96, dim=12, seed=0):
+  """Embeddings and label lists with a long tail, queries and labels without pairs among them."""
+  generator = np.random.default_rng(seed)
+  embeddings = generator.standard_normal((num_queries, dim)).astype(np.float32)
+  embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+  propensity = 1 / np.arange(1, num_labels + 1)
+  propensity[5] = 0
+  rows = [
+      generator.choice(num_labels, generator.integers(0, 7), replace=False, p=propensity / propensity.sum())
+      for _ in range(num_queries)
+  ]
+  return embeddings, Ragged.from_rows(rows)
+
+
+def _expected(embeddings, labels_of_queries, num_labels):
+  matrix = scipy.sparse.csr_matrix(
+      (np.ones(len(labels_of_queries.values)), labels_of_queries.values, labels_of_queries.offsets),
+      shape=(len(labels_of_queries), num_labels))
+  counts = np.asarray(matrix.sum(axis=0)).reshape(-1, 1)
+  return matrix.T @ embeddings.astype(np.float64) / np.maximum(counts, 1)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+  """Blocks so small that pairs of one label, and labels, fall into several."""
+  monkeypatch.setattr(centroids, "PAIR_BLOCK", 32)
+  monkeypatch.setattr(centroids, "LABEL_BLOCK", 40)
+
+
+def test_centroids_are_the_means_of_the_queries_of_each_label():
+  embeddings, labels = _problem()
+  result = label_centroids(embeddings, labels, 96)
+  expected = _expected(embeddings, labels, 96)
+  assert result.shape == (96, 12) and result.dtype == np.float32
+  np.testing.assert_allclose(result, expected, atol=3e-7)
+  assert not np.any(expected[5]) and not np.any(np.asarray(result)[5])
+
+
+@pytest.mark.parametrize("num_labels", [96, 97, 130])
+def test_blocks_of_pairs_and_labels_do_not_show(small_blocks, num_labels):
+  embeddings, labels = _problem()
+  np.testing.assert_allclose(
+      label_centroids(embeddings, labels, num_labels), _expected(embeddings, labels, num_labels), atol=3e-7)
+
+
+@pytest.mark.parametrize("num_labels", [96, 101])
+@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_eight_devices_give_the_bits_of_one(small_blocks, shape, num_labels):
+  embeddings, labels = _problem(num_queries=504)
+  mesh = make_mesh(**shape)
+  sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  result = label_centroids(jax.device_put(embeddings, sharding), labels, num_labels)
+  np.testing.assert_array_equal(result, label_centroids(embeddings, labels, num_labels))
+  assert result.sharding.is_fully_replicated == (num_labels % 8 != 0)
+
+
+def test_the_transposed_form_gives_the_same(small_blocks):
+  embeddings, labels = _problem()
+  np.testing.assert_array_equal(
+      mean_of_rows(embeddings, labels.transpose(96)), label_centroids(embeddings, labels, 96))
+
+
+def test_a_label_of_every_query_among_large_embeddings_does_not_overflow():
+  embeddings = np.full((5000, 3), [1000.0, -0.25, 3e-4], np.float32)
+  labels = Ragged.from_rows([[0]] * 5000)
+  np.testing.assert_allclose(label_centroids(embeddings, labels, 1)[0], embeddings[0], rtol=1e-3, atol=0.01)
+
+
+def test_a_label_of_one_query_has_exactly_its_embedding():
+  embeddings, _ = _problem(num_queries=8)
+  labels = Ragged.from_rows([[7 - query] for query in range(8)])
+  np.testing.assert_allclose(label_centroids(embeddings, labels, 8), embeddings[::-1], rtol=0, atol=2e-9)
+
+
+def test_bfloat16_in_and_out_and_rows_beyond_the_queries():
+  embeddings, labels = _problem()
+  stored = jax.numpy.asarray(np.pad(embeddings, ((0, 12), (0, 0))), jax.numpy.bfloat16)
+  result = label_centroids(stored, labels, 96, dtype=jax.numpy.bfloat16)
+  assert result.dtype == jax.numpy.bfloat16
+  expected = _expected(np.asarray(stored, np.float32)[:500], labels, 96)
+  np.testing.assert_allclose(np.asarray(result, np.float32), expected, rtol=0.005, atol=1e-4)
+
+
+def test_no_pairs_at_all_give_zeros():
+  empty = Ragged(np.zeros(0, np.int32), np.zeros(6, np.int64))
+  result = label_centroids(np.ones((5, 4), np.float32), empty, 3)
+  np.testing.assert_array_equal(result, np.zeros((3, 4)))
