@@ -1,0 +1,1 @@
+"""Metrics, their intervals, retrieval-augmented inference and the report."""

@@ -1,0 +1,1 @@
+"""Maximum inner product search of query embeddings over label embeddings."""
