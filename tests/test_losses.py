@@ -1,0 +1,121 @@
+"""The four loss terms against a plain numpy transcription of the method, row by row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vixml_jax import losses
+
+CONFIG = losses.LossConfig(num_negatives=4)
+
+
+def transcribed_triplet(sim, positives, drawn, config, valid):
+  """METHOD "triplet(S, Y)", one row after the other; also d loss / d sim with ties split evenly."""
+  total, gradient, rows = 0.0, np.zeros_like(sim), 0
+  for i in np.flatnonzero(valid & positives.any(1)):
+    rows += 1
+    negatives = [j for j in np.argsort(-sim[i], kind="stable") if not positives[i, j] and valid[j]]
+    negatives = negatives[:config.num_negatives]
+    if not negatives:
+      continue
+    s_p, s_n = sim[i, drawn[i]], sim[i, negatives]
+    margin = np.clip(np.abs(s_p - s_n), config.margin_min, config.margin_max)
+    x = s_n - s_p + margin
+    hinge = np.maximum(0, x)
+    slope = np.where(x > 0, 1.0, np.where(x == 0, 0.5, 0.0))
+    logits = np.where(hinge > 0, s_n, -50.0) / config.temperature
+    weights = np.exp(logits - logits.max())
+    weights /= weights.sum()
+    total += np.sum(hinge * weights)
+    # Through the hinge, and through the weights of the violators.
+    gradient[i, drawn[i]] -= np.sum(weights * slope)
+    through_softmax = weights * (hinge - np.sum(hinge * weights)) / config.temperature * (hinge > 0)
+    np.add.at(gradient[i], negatives, weights * slope + through_softmax)
+  return total / max(rows, 1), gradient / max(rows, 1)
+
+
+def batch(seed, size=12, label_rate=0.15):
+  rng = np.random.default_rng(seed)
+  embed = lambda: np.asarray(rng.normal(size=(size, 6)), np.float32)
+  q, u, p = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (embed(), embed(), embed()))
+  positives = rng.random((size, size)) < label_rate
+  np.fill_diagonal(positives, True)
+  return q, u, p, positives
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_triplet_loss_and_its_gradient_equal_the_transcription(seed):
+  q, u, _, positives = batch(seed)
+  sim = np.asarray(q @ u.T, np.float32)
+  valid = np.ones(len(q), bool)
+  key = jax.random.key(seed)
+  drawn = np.asarray(losses.draw_positive(key, jnp.asarray(positives)))
+  assert positives[np.arange(len(q)), drawn].all()
+  (loss, _), gradient = jax.value_and_grad(losses.triplet_loss, has_aux=True)(
+      jnp.asarray(sim), positives, valid, valid, key, CONFIG)
+  expected, expected_gradient = transcribed_triplet(sim, positives, drawn, CONFIG, valid)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
+
+
+def test_a_gap_inside_the_margin_still_passes_half_the_gradient():
+  sim = jnp.asarray([[0.7, 0.5, 0.45]])
+  positives = jnp.asarray([[True, False, False]])
+  ones = jnp.ones(1, bool), jnp.ones(3, bool)
+  gradient = jax.grad(lambda s: losses.triplet_loss(s, positives, *ones, jax.random.key(0), CONFIG)[0])(sim)
+  np.testing.assert_allclose(gradient, [[-0.5, 0.25, 0.25]], atol=1e-7)
+
+
+def test_a_row_without_negatives_adds_nothing_and_keeps_gradients_finite():
+  sim = jnp.asarray([[0.2, 0.4], [0.1, 0.3]])
+  positives = jnp.asarray([[True, True], [False, True]])
+  ones = jnp.ones(2, bool), jnp.ones(2, bool)
+  loss, gradient = jax.value_and_grad(
+      lambda s: losses.triplet_loss(s, positives, *ones, jax.random.key(0), CONFIG)[0])(sim)
+  assert np.isfinite(loss) and np.isfinite(gradient).all()
+  np.testing.assert_array_equal(gradient[0], [0, 0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_regulariser_equals_the_transcription(seed):
+  q, u, p, positives = batch(seed)
+  label_sim, prototype_sim = q @ u.T, q @ p.T
+  valid = np.ones(len(q), bool)
+  key = jax.random.key(seed)
+  drawn = np.asarray(losses.draw_positive(key, jnp.asarray(positives)))
+  pull, push = [], []
+  for i in range(len(q)):
+    pull.append(max(0, label_sim[i, drawn[i]] - prototype_sim[i, drawn[i]] + 0.1))
+    negatives = [j for j in np.argsort(-prototype_sim[i], kind="stable") if not positives[i, j]]
+    push += [max(0, prototype_sim[i, j] - label_sim[i, j] + 0.1) for j in negatives[:CONFIG.num_negatives]]
+  mean_nonzero = lambda xs: np.sum(xs) / max(np.count_nonzero(xs), 1)
+  expected = (mean_nonzero(pull) + mean_nonzero(push)) / 2
+  found = losses.prototype_regulariser(label_sim, prototype_sim, positives, valid, valid, key, CONFIG)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_prime_loss_is_the_weighted_sum_of_its_parts_and_ignores_padding():
+  q, u, p, positives = batch(0)
+  ones = np.ones(len(q), bool)
+  loss, parts = losses.prime_loss(q, u, p, positives, ones, jax.random.key(1), CONFIG)
+  np.testing.assert_allclose(
+      loss,
+      parts["triplet_label"] + parts["triplet_prototype"] + parts["triplet_reverse"] + 0.1 * parts["regulariser"],
+      rtol=1e-6)
+  # Garbage in the padded places changes nothing: neither as rows, nor as columns, nor as positives.
+  half = ones.copy()
+  half[6:] = False
+  only_diagonal = np.eye(len(q), dtype=bool)
+  spoilt = [np.where(half[:, None], x, 7.0) for x in (q, u, p)]
+  with_garbage = only_diagonal | ~half[None, :] | ~half[:, None]
+  clean = losses.prime_loss(q, u, p, only_diagonal, half, jax.random.key(1), CONFIG)[0]
+  dirty = losses.prime_loss(*spoilt, with_garbage, half, jax.random.key(1), CONFIG)[0]
+  np.testing.assert_allclose(clean, dirty, rtol=1e-6)
+
+
+def test_positives_are_drawn_uniformly():
+  positives = jnp.asarray([[True, False, True, True]])
+  draws = jax.vmap(lambda key: losses.draw_positive(key, positives)[0])(jax.random.split(jax.random.key(0), 3000))
+  shares = np.bincount(draws, minlength=4) / 3000
+  np.testing.assert_allclose(shares, [1 / 3, 0, 1 / 3, 1 / 3], atol=0.03)
