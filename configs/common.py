@@ -1,0 +1,129 @@
+"""What all configs share: every key with its default, the encoders by name, and the parser of variants."""
+
+from ml_collections import ConfigDict
+
+# Architecture and recipe by encoder (METHOD "Recipe"; dimensions of the published checkpoints).
+_BERT = dict(
+    vocab_size=30522, max_position=512, num_token_types=2, dropout=0.1, attention_dropout=0.1,
+    projection_dropout=0.1, layer_norm_eps=1e-12)
+_MINILM = _BERT | dict(embed_dim=384, num_heads=12, mlp_dim=1536)
+_BASE = _BERT | dict(embed_dim=768, num_heads=12, mlp_dim=3072)
+ENCODERS = {
+    "minilm-l3": _MINILM | dict(num_layers=3, pretrained="sentence-transformers/paraphrase-MiniLM-L3-v2"),
+    "minilm-l6": _MINILM | dict(num_layers=6, pretrained="sentence-transformers/all-MiniLM-L6-v2"),
+    # DistilBERT has no token types and no dropout after its attention.
+    "distilbert": _BASE | dict(
+        num_layers=6, num_token_types=0, projection_dropout=0.0,
+        pretrained="sentence-transformers/msmarco-distilbert-base-v4"),
+    "bert": _BASE | dict(num_layers=12, pretrained="intfloat/e5-base-v2"),
+}
+LEARNING_RATES = {"minilm-l3": 5e-4, "minilm-l6": 2e-4, "distilbert": 2e-4, "bert": 1e-4}
+
+
+def base_config() -> ConfigDict:
+  """Every key there is, typed by its default: the encoder recipe of the paper."""
+  config = ConfigDict()
+  config.name = ""  # Names the default workdir, runs/NAME.
+  config.seed = 0
+
+  config.dataset = ConfigDict(dict(
+      name="",  # A builder of vixml_jax.datasets.
+      raw_dir="",  # Folder with trn.json.gz ...; needed until the set is prepared.
+      data_dir="data",  # Prepared sets and cached tokens.
+      text_fields=("title",),
+      max_length=32,  # Tokens, special ones included; longer texts lose their end.
+      validation_fraction=0.0,  # Of the training queries, held out to choose settings.
+      propensity_a=0.6,  # Constants of the propensity in PSP.
+      propensity_b=2.6,
+  ))
+  config.encoder = ConfigDict(dict(ENCODERS["distilbert"], dtype="bfloat16", remat=False))
+  config.prototype = ConfigDict(dict(num_heads=8, mlp_dim=1024, dropout=0.1))
+  config.loss = ConfigDict(dict(
+      num_negatives=10, margin_min=0.1, margin_max=0.3, temperature=0.1, regulariser_weight=0.1,
+      regulariser_margin=0.1))
+  config.train = ConfigDict(dict(
+      epochs=300,
+      batch_size=2048,  # Of the whole mesh.
+      learning_rate=2e-4,
+      new_learning_rate=5e-4,  # Prototype network and free vectors.
+      warmup_steps=100,
+      weight_decay=0.01,
+      adam_eps=1e-6,
+      clip_norm=0.0,  # Global gradient norm; 0 for none.
+      free_vectors=65536,  # A power of two; 0 takes a quarter of the labels, at most 65,536.
+      positive_sampling="propensity",  # Or "uniform": how a query's label of the step is drawn.
+      sampling_a=0.6,  # Constants of the propensity in sampling.
+      sampling_b=2.6,
+      row_length=128,  # Tokens in a packed row; at least max_length.
+      chunk_rows=128,  # Packed rows encoded at a time, over the whole mesh.
+      remat=True,  # Recompute chunks in the backward pass: memory does not grow with the batch.
+      bank_dtype="float32",
+      rng_impl="threefry2x32",  # Or "unsafe_rbg": faster dropout, other numbers on another mesh.
+      log_every_steps=50,
+  ))
+  config.mining = ConfigDict(dict(
+      cluster_size=16,
+      start_epoch=10,
+      update_epochs=5,
+      doubling_epochs=(20, 40, 60, 80, 100, 120),
+  ))
+  config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+  config.eval = ConfigDict(dict(
+      search="exact",  # Or "scann".
+      split="test",  # Or "validation": the held-out training queries.
+      every_epochs=0,  # Besides the end; 0 for the end only.
+      ks=(1, 3, 5),
+      recall_ks=(10, 100),
+      bootstrap_samples=1000,  # For the 95% intervals; 0 for none.
+      retrieval_augmented=True,  # Adds the second row of results.
+      retrieval_hits=100,  # Labels, and training queries, that retrieval-augmented inference looks at.
+      retrieval_lambda=0.9,  # Weight of labels against training queries.
+      retrieval_temperature=0.05,
+      retrieval_choose=False,  # Choose both on the validation queries.
+  ))
+  config.checkpoint = ConfigDict(dict(
+      every_steps=1000,  # Besides the end.
+      keep=2,
+  ))
+  config.baselines = ConfigDict()  # Rows to print below the results: name -> metrics in percent.
+  return config
+
+
+def use_encoder(config: ConfigDict, name: str) -> None:
+  """Sets architecture, weights and learning rate of an encoder.
+
+  Raises:
+    ValueError: for a name that is not in `ENCODERS`.
+  """
+  if name not in ENCODERS:
+    raise ValueError(f"encoder={name}: not one of {', '.join(ENCODERS)}")
+  config.encoder.update(ENCODERS[name])
+  config.train.learning_rate = LEARNING_RATES[name]
+
+
+def parse_variant(text: str | None, **defaults: str) -> dict[str, str]:
+  """Reads what stands after the colon of `--config=FILE.py:key=value,word`.
+
+  Args:
+    text: what stands after the colon, or None.
+    **defaults: the keys that the config knows; a bare word sets `variant`, if that is a key.
+
+  Raises:
+    ValueError: for a key that the config does not know.
+  """
+  chosen = dict(defaults)
+  for part in filter(None, (text or "").split(",")):
+    key, _, value = part.partition("=") if "=" in part else ("variant", "", part)
+    if key not in chosen:
+      raise ValueError(f"variant {part!r}: this config knows {', '.join(f'{k}=...' for k in defaults)}")
+    chosen[key] = value
+  return chosen
+
+
+def published_config(name: str, dataset: str, encoder: str) -> ConfigDict:
+  """The text recipe of the paper for one of its data sets."""
+  config = base_config()
+  config.name = f"{name}-{encoder}"
+  config.dataset.name = dataset
+  use_encoder(config, encoder)
+  return config

@@ -1,0 +1,112 @@
+"""Every config and variant: started for two steps on a miniature, and built abstractly at full size."""
+
+import math
+import re
+
+import jax
+from ml_collections import ConfigDict
+import pytest
+
+from tests.miniature import expect_miniature, write_raw_folder
+from tests.workplace import load_config, shrink, write_encoder
+from vixml_jax import configuration, sharding
+from vixml_jax.errors import InputError
+from vixml_jax.training.loop import train
+from vixml_jax.training.setup import model_of, optimizer_of, set_up
+from vixml_jax.training.state import abstract_state
+
+ENCODERS = ("minilm-l3", "minilm-l6", "distilbert", "bert")
+PUBLISHED = {
+    "lf_amazon_titles_131k": (294_805, 131_073),
+    "lf_amazon_131k": (294_805, 131_073),
+    "mm_amazon_titles_300k": (586_781, 303_296),
+    "lf_amazon_1.3m": (2_248_619, 1_305_265),
+}
+ALL = [(name, f"encoder={encoder}") for name in (*PUBLISHED, "custom") for encoder in ENCODERS]
+ALL += [("quickstart", variant) for variant in (None, "reference", "full")]
+# Encoder parameters without heads, as transformers counts them for the published checkpoints.
+ENCODER_PARAMETERS = {
+    "minilm-l3": 17_389_824 - 147_840, "minilm-l6": 22_713_216 - 147_840, "distilbert": 66_362_880,
+    "bert": 109_482_240 - 590_592}
+
+
+@pytest.mark.parametrize("name,variant", ALL)
+def test_full_size_state_is_built_abstractly(name, variant):
+  config = load_config(name, variant)
+  configuration.check(config)
+  queries, labels = PUBLISHED.get(name, (17_083, 9_527))
+  mesh = sharding.make_mesh()
+  model = model_of(config)
+  steps = config.train.epochs * math.ceil(queries / config.train.batch_size)
+  state = abstract_state(model, optimizer_of(config, model, steps), queries, labels, config.train.bank_dtype, mesh)
+  assert state.bank.shape[0] >= queries and state.bank.shape[0] % 8 == 0
+  assert state.centroids.shape[0] >= labels
+  per_device = state.bank.sharding.shard_shape(state.bank.shape)
+  assert per_device[0] * 8 == state.bank.shape[0], "the bank must be spread over the devices"
+  encoder = next((e for e in ENCODERS if variant == f"encoder={e}"), "minilm-l6")
+  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params["encoder"]))
+  assert count == ENCODER_PARAMETERS[encoder]
+
+
+@pytest.mark.parametrize("name,variant", ALL)
+def test_two_steps_run_on_a_miniature(name, variant, tmp_path, monkeypatch):
+  config = load_config(name, variant)
+  kind = "distilbert" if config.encoder.num_token_types == 0 else "bert"
+  raw = write_raw_folder(tmp_path / "raw", num_train=32)
+  if name != "custom":
+    expect_miniature(monkeypatch, config.dataset.name, raw)
+  config = shrink(config, write_encoder(tmp_path / "encoder", kind), raw, tmp_path / "data")
+  config.train.epochs = 1
+  if config.train.bank_dtype == "bfloat16":
+    config.encoder.dtype = "bfloat16"
+  configuration.check(config)
+  run = set_up(config, tmp_path)
+  assert run.steps_per_epoch == 2 or config.dataset.validation_fraction
+  checkpoint = train(run, lambda state: {})
+  assert int(checkpoint.state.step) == run.total_steps
+  assert all(math.isfinite(float(abs(leaf).sum())) for leaf in jax.tree.leaves(checkpoint.state.params))
+
+
+def test_configs_hold_the_paper_s_recipe():
+  config = load_config("lf_amazon_1.3m", "encoder=minilm-l3")
+  assert (config.train.learning_rate, config.train.batch_size, config.train.epochs) == (5e-4, 2048, 300)
+  assert config.train.free_vectors == 65_536 and config.dataset.max_length == 32
+  long_texts = load_config("lf_amazon_131k", "encoder=bert")
+  assert (long_texts.train.batch_size, long_texts.train.learning_rate) == (512, 5e-5)
+  assert long_texts.dataset.max_length == 128 and tuple(long_texts.dataset.text_fields) == ("title", "content")
+
+
+@pytest.mark.parametrize("name,variant", [("custom", "encoder=gpt"), ("quickstart", "fast"), ("custom", "images=3")])
+def test_an_unknown_variant_is_refused_by_name(name, variant):
+  with pytest.raises(ValueError, match=re.escape(variant.split("=")[-1]) if variant != "images=3" else "images"):
+    load_config(name, variant)
+
+
+@pytest.mark.parametrize("key,value,message", [
+    ("train.epochs", 0, "must be above 0"),
+    ("train.free_vectors", 1000, "power of two"),
+    ("train.positive_sampling", "random", "propensity, uniform"),
+    ("dataset.max_length", 2, "at least 3"),
+    ("dataset.max_length", 4096, "must not exceed"),
+    ("dataset.validation_fraction", 1.0, "below 1"),
+    ("encoder.dtype", "float8", "must be one of"),
+    ("prototype.num_heads", 7, "must divide"),
+    ("loss.margin_min", 0.5, "must not exceed config.loss.margin_max"),
+    ("eval.split", "validation", "held-out"),
+    ("eval.retrieval_lambda", 1.5, "between 0 and 1"),
+    ("dataset.text_fields", (), "title and content"),
+])
+def test_a_bad_value_is_refused_by_key(key, value, message):
+  config = load_config("custom")
+  section, name = key.split(".")
+  config[section][name] = value
+  with pytest.raises(InputError, match=message) as error:
+    configuration.check(config)
+  assert key in str(error.value)
+
+
+def test_a_missing_key_is_refused_by_name():
+  config = load_config("custom").to_dict()
+  del config["train"]["epochs"]
+  with pytest.raises(InputError, match="config.train.epochs: missing"):
+    configuration.check(ConfigDict(config))

@@ -1,0 +1,95 @@
+"""Bad input ends every entry point with one line on stderr and status 1, without a traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.workplace import ROOT
+
+# Starts each command as `python -m` does, in a fork of one process that has done the slow imports.
+_SERVER = """
+import json, os, runpy, sys
+import vixml_jax.training.run, ml_collections.config_flags
+
+results = {}
+for name, (module, *arguments) in json.load(sys.stdin).items():
+  child = os.fork()
+  if not child:
+    for number in (1, 2):
+      os.dup2(os.open(f"{sys.argv[1]}/{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = [module, *arguments]
+    status = 99  # The module came back instead of exiting.
+    try:
+      runpy.run_module(f"vixml_jax.{module}", run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+      status = stop.code
+    except BaseException:
+      import traceback
+      traceback.print_exc()
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(status or 0)
+  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  results[name] = status, *(open(f"{sys.argv[1]}/{number}").read() for number in (1, 2))
+json.dump(results, sys.stdout)
+"""
+
+_CUSTOM = "--config=configs/custom.py"
+# Name -> command line, and what its line must name.
+_CASES = {
+    "unknown key": (("main", _CUSTOM, "--config.train.epoch=3"), "train.epoch"),
+    "unknown section": (("main", _CUSTOM, "--config.trian.epochs=3"), "trian"),
+    "wrong type": (("main", _CUSTOM, "--config.train.epochs=three"), "train.epochs"),
+    "value out of range": (("main", _CUSTOM, "--config.train.epochs=0"), "train.epochs"),
+    "word among numbers": (("main", _CUSTOM, "--config.eval.ks=all"), "eval.ks"),
+    "no config": (("main",), "--config"),
+    "no config to prepare": (("prepare_data",), "--config"),
+    "no such config file": (("main", "--config=configs/nothing.py"), "configs/nothing.py"),
+    "no such config file, with a value": (
+        ("main", "--config=configs/nothing.py", "--config.train.epochs=3"), "configs/nothing.py"),
+    "value before its config": (("main", "--config.train.epochs=3", _CUSTOM), "--config.train.epochs"),
+    "unknown variant": (("main", f"{_CUSTOM}:encoder=gpt"), "encoder=gpt"),
+    "error in a config file": (("main", "--config={folder}/broken.py"), "broken.py, line 1"),
+    "unknown flag": (("main", _CUSTOM, "--wrokdir=x"), "wrokdir"),
+    "positional argument": (("main", _CUSTOM, "quickly"), "quickly"),
+    "no such raw folder": (
+        ("main", _CUSTOM, "--config.dataset.raw_dir={folder}/no_raw", "--config.dataset.data_dir={folder}/data",
+         "--config.encoder.pretrained={folder}", "--workdir={folder}/run"), "{folder}/no_raw"),
+    "no such raw folder to prepare": (
+        ("prepare_data", _CUSTOM, "--config.dataset.raw_dir={folder}/no_raw",
+         "--config.dataset.data_dir={folder}/data"), "{folder}/no_raw"),
+    "workdir without config": (("evaluate", "--workdir={folder}"), "{folder}/config.json"),
+    "no workdir": (("evaluate",), "--workdir"),
+    "unknown search": (("evaluate", "--workdir={folder}", "--search=faiss"), "--search=faiss"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("entry_points")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+  """Name -> exit status, stdout and stderr of every case."""
+  (folder / "broken.py").write_text("def get_config(:\n")
+  commands = {name: [part.format(folder=folder) for part in command] for name, (command, _) in _CASES.items()}
+  done = subprocess.run(
+      [sys.executable, "-W", "ignore", "-c", _SERVER, folder], input=json.dumps(commands), cwd=ROOT, text=True,
+      capture_output=True)
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_bad_input_is_one_line_and_status_1(name, results, folder):
+  status, stdout, stderr = results[name]
+  assert status == 1, stderr
+  assert not stdout
+  lines = stderr.splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+  assert "Traceback" not in stderr
+  assert _CASES[name][1].format(folder=folder) in lines[0]
+  assert len(lines[0]) < 400

@@ -1,0 +1,233 @@
+"""Training end to end on a miniature: outputs, learning, resuming, devices and processes."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.workplace import ROOT, miniature_config
+from vixml_jax import configuration, sharding
+from vixml_jax.errors import InputError, Preempted
+from vixml_jax.input.batches import make_batch
+from vixml_jax.training import loop
+from vixml_jax.training.run import evaluate_workdir, train_and_evaluate
+from vixml_jax.training.setup import set_up
+from vixml_jax.training.state import abstract_state, create_state, init_params
+from vixml_jax.training.step import batch_loss, device_batch
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+  """Folder with encoder, raw files and prepared data, shared by the tests of this module."""
+  folder = tmp_path_factory.mktemp("workplace")
+  config = miniature_config(folder)
+  set_up(config, folder)
+  return folder, config
+
+
+def config_of(workplace):
+  return workplace[1].copy_and_resolve_references()
+
+
+def parameters(config, workdir):
+  run = set_up(config, workdir)
+  with loop.Checkpointer(workdir / "checkpoints", 2) as checkpointer:
+    return jax.device_get(checkpointer.restore(run.total_steps, run.abstract, len(run.queries)).state)
+
+
+def assert_same_bits(left, right):
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
+    np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_run_learns_and_writes_every_output(workplace, tmp_path, capsys):
+  config = config_of(workplace)
+  config.train.epochs = 12
+  final = train_and_evaluate(config, tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  epochs = [line for line in lines if line["split"] == "epoch"]
+  assert [line["epoch"] for line in epochs] == list(range(12))
+  assert epochs[-1]["values"]["mean_loss"] < 0.8 * epochs[0]["values"]["mean_loss"]
+  assert {"step", "epoch", "split", "values"} == set(lines[0])
+  written = json.loads((tmp_path / "final_metrics.json").read_text())
+  assert written == final
+  for key in ("P@1", "P@3", "P@5", "PSP@1", "PSP@5", "nDCG@1", "nDCG@5", "R@10", "R@100", "RA/P@1", "RA/R@100",
+              "train_seconds", "tokens_per_second"):
+    assert math.isfinite(written[key]), key
+  # A query's words name its first label: a trained model finds it far more often than chance (1 in 24).
+  assert written["P@1"] > 40
+  for name in ("config.json", "evaluation.json", "embeddings/labels.npy", "checkpoints", "tensorboard"):
+    assert (tmp_path / name).exists(), name
+  assert np.load(tmp_path / "embeddings" / "labels.npy").shape == (24, 32)
+  assert "P@1" in capsys.readouterr().out
+
+
+def test_evaluating_a_workdir_again_gives_the_same_numbers(workplace, tmp_path):
+  config = config_of(workplace)
+  config.train.epochs = 1
+  trained = train_and_evaluate(config, tmp_path)
+  again = evaluate_workdir(configuration.read(tmp_path / "config.json"), tmp_path)
+  assert {k: v for k, v in trained.items() if "@" in k} == {k: v for k, v in again.items() if "@" in k}
+
+
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(workplace, tmp_path, monkeypatch):
+  config = config_of(workplace)
+  train_and_evaluate(config, tmp_path / "undisturbed")
+  calls = iter(range(1000))
+
+  def batch_then_sigterm(*args, **kwargs):
+    if next(calls) == 5:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return make_batch(*args, **kwargs)
+
+  monkeypatch.setattr(loop, "make_batch", batch_then_sigterm)
+  with pytest.raises(Preempted, match="saved step"):
+    train_and_evaluate(config, tmp_path / "stopped")
+  monkeypatch.setattr(loop, "make_batch", make_batch)
+  train_and_evaluate(config, tmp_path / "stopped")
+  assert_same_bits(parameters(config, tmp_path / "undisturbed"), parameters(config, tmp_path / "stopped"))
+  steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
+           if json.loads(line)["split"] == "train"]
+  assert steps == sorted(set(steps)), "a resumed run must not repeat lines"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(workplace, tmp_path):
+  config = config_of(workplace)
+  config.checkpoint.every_steps = 1
+  config.train.learning_rate = config.train.new_learning_rate = 1e30
+  config.train.warmup_steps = 1
+  with pytest.raises(InputError, match=r"step \d+: the loss is .* lower train.learning_rate"):
+    train_and_evaluate(config, tmp_path)
+  run = set_up(config, tmp_path)
+  with loop.Checkpointer(tmp_path / "checkpoints", 2) as checkpointer:
+    kept = checkpointer.restore(checkpointer.latest_step(), run.abstract, len(run.queries))
+  for leaf in jax.tree.leaves(kept.state.params):
+    assert np.isfinite(jax.device_get(leaf)).all()
+
+
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)])
+def test_eight_devices_give_the_loss_gradients_and_bank_of_one(workplace, mesh):
+  run = set_up(config_of(workplace), workplace[0])
+  batch = make_batch(run.queries, np.arange(len(run.queries)), 16, run.layout, seed=0, epoch=0, step=1)
+
+  def results(on):
+    abstract = abstract_state(run.model, run.optimizer, len(run.queries), run.corpus.num_labels, "float32", on)
+    state = create_state(abstract, init_params(run.model, on, 0), run.optimizer)
+    loss_of = jax.jit(jax.value_and_grad(
+        lambda params, state, batch: batch_loss(
+            run.model, params, state, batch, run.layout, run.loss, run.base_key, True, on), has_aux=True))
+    (loss, (_, embeddings)), gradients = loss_of(state.params, state, device_batch(batch, on))
+    return jax.device_get((loss, embeddings, gradients))
+
+  one = results(sharding.make_mesh(devices=jax.devices()[:1]))
+  eight = results(sharding.make_mesh(**(dict(data=1) | mesh)))
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(eight), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
+
+
+def test_remat_changes_no_number(workplace):
+  run = set_up(config_of(workplace), workplace[0])
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  abstract = abstract_state(run.model, run.optimizer, len(run.queries), run.corpus.num_labels, "float32", mesh)
+  state = create_state(abstract, init_params(run.model, mesh, 0), run.optimizer)
+  batch = make_batch(run.queries, np.arange(len(run.queries)), 16, run.layout, seed=0, epoch=0, step=0)
+  gradients = [
+      jax.jit(jax.grad(lambda params, remat=remat: batch_loss(
+          run.model, params, state, device_batch(batch, mesh), run.layout, run.loss, run.base_key, remat, mesh)[0])
+      )(state.params) for remat in (False, True)]
+  for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_checkpoint_restores_onto_one_device(workplace, tmp_path):
+  config = config_of(workplace)
+  config.train.epochs = 1
+  train_and_evaluate(config, tmp_path)
+  run = set_up(config, tmp_path)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  single = abstract_state(run.model, run.optimizer, len(run.queries), run.corpus.num_labels, "float32", mesh)
+  with loop.Checkpointer(tmp_path / "checkpoints", 2) as checkpointer:
+    eight = checkpointer.restore(run.total_steps, run.abstract, len(run.queries))
+    one = checkpointer.restore(run.total_steps, single, len(run.queries))
+  assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(one.state)} == {1}
+  assert_same_bits(jax.device_get(eight.state), jax.device_get(one.state))
+
+
+def test_another_recipe_is_refused_in_a_workdir_that_was_used(workplace, tmp_path):
+  config = config_of(workplace)
+  config.train.epochs = 1
+  train_and_evaluate(config, tmp_path)
+  config.train.batch_size = 8
+  with pytest.raises(InputError, match="started with train.batch_size=16, not 8"):
+    train_and_evaluate(config, tmp_path)
+
+
+def _command(config, folder, workdir, devices=8):
+  """The command line that trains `config`, which must come from configs/custom.py, as a user would."""
+  given = configuration.flatten(config)
+  flags = [f"--config.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+           for key, value in given.items() if value != () and not key.startswith("baselines")]
+  environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  command = [sys.executable, "-m", "vixml_jax.main", "--config=configs/custom.py", f"--workdir={workdir}", *flags]
+  return dict(args=command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def _read_step(workdir):
+  path = workdir / "metrics.jsonl"
+  lines = path.read_text().splitlines() if path.exists() else []
+  return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+
+
+@pytest.mark.slow
+def test_killed_at_three_random_steps_a_run_ends_with_the_same_bits(workplace, tmp_path):
+  config = config_of(workplace)
+  config.train.epochs = 20
+  config.checkpoint.every_steps = 7
+  assert subprocess.run(**_command(config, workplace[0], tmp_path / "undisturbed")).returncode == 0
+  rng = np.random.default_rng()
+  kill_at = sorted(rng.choice(np.arange(5, 75), 3, replace=False).tolist())
+  for step in kill_at:
+    process = subprocess.Popen(**_command(config, workplace[0], tmp_path / "killed"))
+    while _read_step(tmp_path / "killed") < step and process.poll() is None:
+      pass
+    assert process.poll() is None, f"ended before step {step}: {process.communicate()[0]}"
+    process.kill()
+    process.communicate()
+  done = subprocess.run(**_command(config, workplace[0], tmp_path / "killed"))
+  assert done.returncode == 0, done.stdout
+  assert_same_bits(parameters(config, tmp_path / "undisturbed"), parameters(config, tmp_path / "killed"))
+
+
+def test_two_processes_train_like_one(workplace, tmp_path):
+  config = config_of(workplace)
+  config.train.epochs = 2
+  alone = subprocess.run(**_command(config, workplace[0], tmp_path / "one", devices=4))
+  assert alone.returncode == 0, alone.stdout
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  commands = [_command(config, workplace[0], tmp_path / "two", devices=2) for _ in range(2)]
+  for number, command in enumerate(commands):
+    command["args"] += [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process={number}"]
+  processes = [subprocess.Popen(**command) for command in commands]
+  outputs = [process.communicate(timeout=300)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+
+  def losses(name):
+    lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+    return [line["values"]["loss"] for line in lines if line["split"] == "train"]
+
+  # Float tolerance grows over steps: sums are taken in another order.
+  np.testing.assert_allclose(losses("one"), losses("two"), rtol=2e-3)
+  one, two = (dataclasses.asdict(parameters(config, tmp_path / name)) for name in ("one", "two"))
+  np.testing.assert_allclose(one["bank"], two["bank"], atol=5e-3)
+  np.testing.assert_allclose(one["centroids"], two["centroids"], atol=5e-3)
+  np.testing.assert_array_equal(one["label_clusters"], two["label_clusters"])

@@ -1,0 +1,169 @@
+"""Checks a config before any time is spent, and writes and reads it as JSON."""
+
+from collections.abc import Callable
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vixml_jax.errors import InputError
+
+_Check = tuple[Callable[[Any], bool], str]
+_POSITIVE: _Check = (lambda x: x > 0, "must be above 0")
+_NOT_NEGATIVE: _Check = (lambda x: x >= 0, "must not be negative")
+_SHARE: _Check = (lambda x: 0 <= x < 1, "must be at least 0 and below 1")
+_UNIT: _Check = (lambda x: 0 <= x <= 1, "must lie between 0 and 1")
+_POWER_OF_TWO_OR_0: _Check = (lambda x: x >= 0 and x & (x - 1) == 0, "must be a power of two, or 0 to choose one")
+_COUNTS: _Check = (lambda xs: len(xs) > 0 and all(x > 0 for x in xs), "must be numbers above 0")
+_NAME: _Check = (bool, "must be set")
+
+
+def _one_of(*names: str) -> _Check:
+  return (lambda x: x in names), "must be one of " + ", ".join(names)
+
+
+# Every key with a rule for its value. Keys without a rule take any value of their type.
+_CHECKS: dict[str, _Check] = {
+    "name": _NAME,
+    "seed": _NOT_NEGATIVE,
+    "dataset.name": _NAME,
+    "dataset.data_dir": _NAME,
+    "dataset.text_fields": (
+        lambda xs: len(xs) > 0 and set(xs) <= {"title", "content"}, "must be of title and content"),
+    "dataset.max_length": (lambda x: x >= 3, "must be at least 3: two special tokens and one of the text"),
+    "dataset.validation_fraction": _SHARE,
+    "dataset.propensity_a": _POSITIVE,
+    "dataset.propensity_b": _NOT_NEGATIVE,
+    "encoder.pretrained": _NAME,
+    "encoder.vocab_size": _POSITIVE,
+    "encoder.num_layers": _POSITIVE,
+    "encoder.embed_dim": _POSITIVE,
+    "encoder.num_heads": _POSITIVE,
+    "encoder.mlp_dim": _POSITIVE,
+    "encoder.max_position": _POSITIVE,
+    "encoder.num_token_types": _NOT_NEGATIVE,
+    "encoder.dropout": _SHARE,
+    "encoder.attention_dropout": _SHARE,
+    "encoder.projection_dropout": _SHARE,
+    "encoder.layer_norm_eps": _POSITIVE,
+    "encoder.dtype": _one_of("float32", "bfloat16", "float16"),
+    "prototype.num_heads": _POSITIVE,
+    "prototype.mlp_dim": _POSITIVE,
+    "prototype.dropout": _SHARE,
+    "loss.num_negatives": _POSITIVE,
+    "loss.margin_min": _NOT_NEGATIVE,
+    "loss.margin_max": _NOT_NEGATIVE,
+    "loss.temperature": _POSITIVE,
+    "loss.regulariser_weight": _NOT_NEGATIVE,
+    "loss.regulariser_margin": _NOT_NEGATIVE,
+    "train.epochs": _POSITIVE,
+    "train.batch_size": _POSITIVE,
+    "train.learning_rate": _POSITIVE,
+    "train.new_learning_rate": _POSITIVE,
+    "train.warmup_steps": _NOT_NEGATIVE,
+    "train.weight_decay": _NOT_NEGATIVE,
+    "train.adam_eps": _POSITIVE,
+    "train.clip_norm": _NOT_NEGATIVE,
+    "train.free_vectors": _POWER_OF_TWO_OR_0,
+    "train.positive_sampling": _one_of("propensity", "uniform"),
+    "train.sampling_a": _POSITIVE,
+    "train.sampling_b": _NOT_NEGATIVE,
+    "train.row_length": _POSITIVE,
+    "train.chunk_rows": _POSITIVE,
+    "train.bank_dtype": _one_of("float32", "bfloat16"),
+    "train.rng_impl": _one_of("threefry2x32", "rbg", "unsafe_rbg"),
+    "train.log_every_steps": _POSITIVE,
+    "mining.cluster_size": _POSITIVE,
+    "mining.start_epoch": _NOT_NEGATIVE,
+    "mining.update_epochs": _POSITIVE,
+    "mining.doubling_epochs": (lambda xs: all(x >= 0 for x in xs), "must not be negative"),
+    "eval.search": _one_of("exact", "scann"),
+    "eval.split": _one_of("test", "validation"),
+    "eval.every_epochs": _NOT_NEGATIVE,
+    "eval.ks": _COUNTS,
+    "eval.recall_ks": _COUNTS,
+    "eval.bootstrap_samples": _NOT_NEGATIVE,
+    "eval.retrieval_hits": _POSITIVE,
+    "eval.retrieval_lambda": _UNIT,
+    "eval.retrieval_temperature": _POSITIVE,
+    "checkpoint.every_steps": _POSITIVE,
+    "checkpoint.keep": _POSITIVE,
+}
+
+# What may change between a run's start and its going on: nothing here changes the parameters.
+_FREE_KEYS = ("mesh.", "eval.", "checkpoint.", "dataset.raw_dir", "dataset.data_dir", "train.log_every_steps")
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+  """Dotted key -> value."""
+  return {
+      (f"{key}.{inner}" if inner else key): leaf
+      for key, value in config.items()
+      for inner, leaf in (flatten(value).items() if isinstance(value, ConfigDict) else {"": value}.items())
+  }
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses a config with a missing key or a value out of range.
+
+  Raises:
+    InputError: naming the key, its value and what it must be.
+  """
+  values = flatten(config)
+  for key, (accepts, rule) in _CHECKS.items():
+    if key not in values:
+      raise InputError(f"config.{key}: missing; start from configs/common.py")
+    try:
+      accepted = accepts(values[key])
+    except TypeError:  # Another type, such as a word among numbers.
+      accepted = False
+    if not accepted:
+      raise InputError(f"config.{key}={values[key]!r}: {rule}")
+  pairs = (
+      ("loss.margin_min", "loss.margin_max"),
+      ("dataset.max_length", "train.row_length"),
+      ("dataset.max_length", "encoder.max_position"),
+  )
+  for small, large in pairs:
+    if values[small] > values[large]:
+      raise InputError(f"config.{small}={values[small]}: must not exceed config.{large}={values[large]}")
+  for heads in ("encoder.num_heads", "prototype.num_heads"):
+    if values["encoder.embed_dim"] % values[heads]:
+      raise InputError(
+          f"config.{heads}={values[heads]}: must divide config.encoder.embed_dim={values['encoder.embed_dim']}")
+  held_out = values["dataset.validation_fraction"] > 0
+  for key, wants in (("eval.retrieval_choose", values["eval.retrieval_choose"]),
+                     ("eval.split", values["eval.split"] == "validation")):
+    if wants and not held_out:
+      raise InputError(f"config.{key}={values[key]}: needs held-out queries; set config.dataset.validation_fraction")
+
+
+def write(config: ConfigDict, path: Path) -> None:
+  """Writes the config as JSON; refuses to overwrite another run's.
+
+  Raises:
+    InputError: if `path` holds a config that differs in a key which changes training.
+  """
+  text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
+  if path.exists():
+    old, new = flatten(read(path)), flatten(ConfigDict(json.loads(text)))
+    for key in sorted(old.keys() | new.keys()):
+      if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS):
+        raise InputError(f"{path}: this run was started with {key}={old.get(key)!r}, not {new.get(key)!r}; "
+                         "give the old value, or another --workdir")
+  path.write_text(text + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> ConfigDict:
+  """Reads what `write` wrote.
+
+  Raises:
+    InputError: if there is no such file or it is not JSON.
+  """
+  try:
+    return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+  except FileNotFoundError as error:
+    raise InputError(f"{path}: not found; --workdir must name a folder that training wrote") from error
+  except ValueError as error:
+    raise InputError(f"{path}: not valid JSON ({error}); restore it or train again") from error

@@ -1,0 +1,51 @@
+"""Evaluates a trained workdir again: other search, other retrieval settings, the validation split.
+
+  python -m vixml_jax.evaluate --workdir=runs/NAME [--search=exact|scann] [--[no]retrieval_augmented]
+      [--retrieval_lambda=0.9] [--retrieval_temperature=0.05] [--split=test|validation]
+
+Needs the data set that the run was trained on, no training; writes final_metrics.json and evaluation.json.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from vixml_jax import cli, configuration
+from vixml_jax.training.run import evaluate_workdir
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "A folder that vixml_jax.main wrote.")
+_SEARCH = flags.DEFINE_enum("search", None, ["exact", "scann"], "How to search; by default as in training.")
+_AUGMENTED = flags.DEFINE_bool("retrieval_augmented", None, "Whether to add the retrieval-augmented row.")
+_LAMBDA = flags.DEFINE_float(
+    "retrieval_lambda", None, "Weight of labels against training queries, 0 to 1; not chosen then.")
+_TEMPERATURE = flags.DEFINE_float("retrieval_temperature", None, "Temperature of retrieval; not chosen then.")
+_SPLIT = flags.DEFINE_enum("split", None, ["test", "validation"], "What to evaluate on.")
+_MESH = flags.DEFINE_string("mesh", None, "data,fsdp,tensor, such as 4,1,2; by default as in training.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared data lies; by default as in training.")
+
+
+def main() -> None:
+  """Evaluates the workdir that the flags name."""
+  workdir = Path(cli.required(_WORKDIR))
+  config = configuration.read(workdir / "config.json")
+  _override(config)
+  configuration.check(config)
+  evaluate_workdir(config, workdir)
+
+
+def _override(config: ConfigDict) -> None:
+  """Puts the flags that were given into the config."""
+  given = {"search": _SEARCH.value, "split": _SPLIT.value, "retrieval_augmented": _AUGMENTED.value,
+           "retrieval_lambda": _LAMBDA.value, "retrieval_temperature": _TEMPERATURE.value}
+  config.eval.update({key: value for key, value in given.items() if value is not None})
+  if _LAMBDA.value is not None or _TEMPERATURE.value is not None:
+    config.eval.retrieval_choose = False
+  if _DATA_DIR.value is not None:
+    config.dataset.data_dir = _DATA_DIR.value
+  if _MESH.value is not None:
+    config.mesh.update(dict(zip(("data", "fsdp", "tensor"), cli.numbers(_MESH, 3), strict=True)))
+
+
+if __name__ == "__main__":
+  cli.run(main)

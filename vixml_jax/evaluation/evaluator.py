@@ -1,0 +1,176 @@
+"""Evaluates embeddings on a split: plain search, retrieval-augmented inference, deciles, intervals."""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+import numpy as np
+
+from vixml_jax.evaluation import metrics, retrieval_augmented
+from vixml_jax.evaluation.bootstrap import bootstrap_intervals
+from vixml_jax.ragged import Ragged
+from vixml_jax.search.index import make_index, search_excluding
+from vixml_jax.search.scann_index import scann_available
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """How to evaluate.
+
+  Attributes:
+    search: "exact" or "scann", for labels and training queries.
+    ks: k of P, nDCG, PSP and PSnDCG.
+    recall_ks: k of recall.
+    bootstrap_samples: resamples behind the 95% intervals; 0 for none.
+    retrieval_augmented: whether to add the second row.
+    retrieval_hits: labels, and training queries, that retrieval-augmented inference looks at.
+    retrieval_lambda: weight of labels against training queries.
+    retrieval_temperature: of the softmax over both.
+  """
+
+  search: str
+  ks: tuple[int, ...]
+  recall_ks: tuple[int, ...]
+  bootstrap_samples: int
+  retrieval_augmented: bool
+  retrieval_hits: int
+  retrieval_lambda: float
+  retrieval_temperature: float
+
+  @property
+  def depth(self) -> int:
+    """How many labels a query must be given for every metric."""
+    return max(*self.ks, *self.recall_ks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+  """Queries with answers.
+
+  Attributes:
+    embeddings: float32 [Q, D], unit norm.
+    labels: their positives, Q rows.
+    exclude: labels to take out before the cut at k, Q rows.
+  """
+
+  embeddings: np.ndarray
+  labels: Ragged
+  exclude: Ragged
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """What queries are searched against.
+
+  Attributes:
+    prototypes: float32 [L, D].
+    queries: float32 [N, D], embeddings of the training queries for retrieval augmentation.
+    labels: the labels of those training queries, N rows.
+    propensity: inverse propensities [L], for PSP.
+  """
+
+  prototypes: np.ndarray
+  queries: np.ndarray
+  labels: Ragged
+  propensity: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Results of one split; all values in percent.
+
+  Attributes:
+    plain: metrics of plain search over the prototypes.
+    augmented: metrics of retrieval-augmented inference; empty where it was not asked for.
+    intervals: 95% bootstrap intervals of each, under "plain" and "augmented".
+    deciles: of each, metrics by label frequency.
+    scann_recall: share of the exact top hits that ScaNN finds, by k; empty where it is not installed.
+    ids: int32 [Q, K] of each.
+    scores: float32 [Q, K] of each.
+  """
+
+  plain: dict[str, float]
+  augmented: dict[str, float]
+  intervals: dict[str, dict[str, tuple[float, float]]]
+  deciles: dict[str, list[dict[str, Any]]]
+  scann_recall: dict[str, float]
+  ids: dict[str, np.ndarray]
+  scores: dict[str, np.ndarray]
+
+  def final_metrics(self) -> dict[str, Any]:
+    """Flat keys of final_metrics.json: the plain row, and the second row under `RA/`."""
+    return self.plain | {f"RA/{name}": value for name, value in self.augmented.items()} | {
+        f"ScaNN/{name}": value for name, value in self.scann_recall.items()}
+
+
+def find_neighbours(memory: Memory, queries: Queries, config: EvaluationConfig, mesh: Mesh):
+  """The two searches of retrieval-augmented inference, for `retrieval_augmented.combine` and `choose`."""
+  return retrieval_augmented.search_both(
+      make_index(config.search, memory.prototypes, mesh), make_index(config.search, memory.queries, mesh),
+      queries.embeddings, label_hits=config.retrieval_hits, query_hits=config.retrieval_hits)
+
+
+def choose_setting(memory: Memory, queries: Queries, config: EvaluationConfig, mesh: Mesh):
+  """The (lambda, temperature) with the best P@1 on held-out queries, and all that were tried."""
+  neighbours = find_neighbours(memory, queries, config, mesh)
+  return retrieval_augmented.choose(
+      neighbours, memory.labels, queries.labels, memory.propensity, exclude=queries.exclude)
+
+
+def evaluate(memory: Memory, queries: Queries, config: EvaluationConfig, mesh: Mesh) -> Evaluation:
+  """Both rows on one split.
+
+  Args:
+    memory: what to search.
+    queries: what to answer.
+    config: how.
+    mesh: devices of the exact search.
+
+  Raises:
+    InputError: if the search asked for cannot run here.
+  """
+  index = make_index(config.search, memory.prototypes, mesh)
+  found = {"plain": search_excluding(index, queries.embeddings, config.depth, queries.exclude)}
+  if config.retrieval_augmented:
+    found["augmented"] = retrieval_augmented.combine(
+        find_neighbours(memory, queries, config, mesh), memory.labels, num_labels=len(memory.prototypes),
+        lambda_=config.retrieval_lambda, temperature=config.retrieval_temperature, k=config.depth,
+        exclude=queries.exclude)
+  all_ids = {name: ids for name, (_, ids) in found.items()}
+  per_query = {
+      name: metrics.query_metrics(
+          ids, queries.labels, memory.propensity, precision_ks=config.ks, recall_ks=config.recall_ks)
+      for name, ids in all_ids.items()
+  }
+  frequencies = np.bincount(memory.labels.values, minlength=len(memory.prototypes))
+  return Evaluation(
+      plain=per_query["plain"].mean(),
+      augmented=per_query["augmented"].mean() if config.retrieval_augmented else {},
+      intervals={
+          name: bootstrap_intervals(values, resamples=config.bootstrap_samples) if config.bootstrap_samples else {}
+          for name, values in per_query.items()
+      },
+      deciles={
+          name: metrics.metrics_by_frequency(
+              ids, queries.labels, frequencies, precision_ks=config.ks, recall_ks=config.recall_ks)
+          for name, ids in all_ids.items()
+      },
+      scann_recall=_scann_recall(memory, queries, config, all_ids["plain"]),
+      ids=all_ids,
+      scores={name: scores for name, (scores, _) in found.items()},
+  )
+
+
+def _scann_recall(memory: Memory, queries: Queries, config: EvaluationConfig, ids: np.ndarray) -> dict[str, float]:
+  """How much of the exact ranking ScaNN finds, where exact search was asked for and ScaNN is there."""
+  if config.search != "exact" or not scann_available()[0]:
+    return {}
+  index = make_index("scann", memory.prototypes)
+  _, found = search_excluding(index, queries.embeddings, config.depth, queries.exclude)
+  return {f"recall@{k}": 100 * overlap(found[:, :k], ids[:, :k]) for k in config.recall_ks}
+
+
+def overlap(found: np.ndarray, wanted: np.ndarray) -> float:
+  """Mean share of the wanted ids [Q, K] that are among the found ones [Q, K], of those that exist."""
+  hits = [np.isin(row, got, assume_unique=False) & (row >= 0) for row, got in zip(wanted, found, strict=True)]
+  return float(np.sum(hits) / max(np.sum(wanted >= 0), 1))

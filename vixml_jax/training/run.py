@@ -1,0 +1,203 @@
+"""Trains and evaluates a config: what `main` and `evaluate` call."""
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from vixml_jax import configuration, sharding
+from vixml_jax.errors import InputError
+from vixml_jax.evaluation.evaluator import Evaluation, EvaluationConfig, Memory, Queries, choose_setting, evaluate
+from vixml_jax.evaluation.metrics import inverse_propensity
+from vixml_jax.evaluation.report import metrics_table
+from vixml_jax.mining.centroids import label_centroids
+from vixml_jax.training.checkpoint import Checkpointer
+from vixml_jax.training.loop import train
+from vixml_jax.training.setup import Run, set_up
+from vixml_jax.training.state import TrainState
+from vixml_jax.typing import Tree
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+  """What evaluation needs of a checkpoint: parameters, centroids [L, D], and each label's free vector [L]."""
+
+  params: Tree
+  centroids: np.ndarray
+  label_clusters: np.ndarray
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+  """Trains (or goes on), evaluates, writes all outputs and prints the table.
+
+  Returns:
+    What final_metrics.json holds.
+  """
+  run = _set_up_in(config, workdir)
+  checkpoint = train(run, lambda state: _evaluate(run, _trained(run, state)).result.final_metrics())
+  return _finish(run, _trained(run, checkpoint.state), checkpoint.meta)
+
+
+def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+  """Evaluates the newest checkpoint of a workdir again, without training."""
+  run = _set_up_in(config, workdir)
+  with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpointer:
+    step = checkpointer.latest_step()
+    if step is None:
+      raise InputError(f"{workdir / 'checkpoints'}: holds no checkpoint; train first")
+    if step < run.total_steps:
+      _log.warning("step %d of %d: this run has not ended", step, run.total_steps)
+    restored = checkpointer.restore_model(step, run.abstract)
+    meta = checkpointer.meta(step)
+  labels = run.corpus.num_labels
+  model = TrainedModel(
+      restored["params"], sharding.to_host(restored["centroids"])[:labels],
+      sharding.to_host(restored["label_clusters"])[:labels])
+  return _finish(run, model, meta)
+
+
+def _set_up_in(config: ConfigDict, workdir: Path) -> Run:
+  run = set_up(config, workdir)
+  _check_held_out(run)
+  if jax.process_index() == 0:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise InputError(f"{workdir}: cannot be made ({error.strerror}); give another --workdir") from error
+    configuration.write(run.config, workdir / "config.json")
+  return run
+
+
+def _check_held_out(run: Run) -> None:
+  """Refuses, before any time is spent, to choose or evaluate on held-out queries of which there are none."""
+  data, wanted = run.config.dataset, run.config.eval
+  choose = wanted.retrieval_augmented and wanted.retrieval_choose
+  if (choose or wanted.split == "validation") and not len(run.validation_rows):
+    raise InputError(
+        f"config.dataset.validation_fraction={data.validation_fraction}: holds out none of the "
+        f"{len(run.corpus.train_tokens)} training queries of {data.name}; raise it, or set "
+        "config.eval.retrieval_choose=False and config.eval.split=test")
+
+
+def _trained(run: Run, state: TrainState) -> TrainedModel:
+  labels = run.corpus.num_labels
+  return TrainedModel(
+      state.params, sharding.to_host(state.centroids)[:labels], sharding.to_host(state.label_clusters)[:labels])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluated:
+  """A result with how it was reached, and the embeddings behind it."""
+
+  result: Evaluation
+  config: EvaluationConfig
+  embeddings: dict[str, np.ndarray]
+
+
+def _evaluate(run: Run, model: TrainedModel) -> _Evaluated:
+  """Encodes everything, chooses retrieval settings where asked to, and evaluates the split."""
+  corpus, encoder, config = run.corpus, run.encoder, run.config.eval
+  evaluation = EvaluationConfig(
+      search=config.search, ks=tuple(config.ks), recall_ks=tuple(config.recall_ks),
+      bootstrap_samples=config.bootstrap_samples, retrieval_augmented=config.retrieval_augmented,
+      retrieval_hits=config.retrieval_hits,
+      retrieval_lambda=config.retrieval_lambda, retrieval_temperature=config.retrieval_temperature)
+  train_embeddings = encoder.queries(model.params, corpus.train_tokens, "training queries")
+  choose = config.retrieval_augmented and config.retrieval_choose
+  if choose or config.split == "validation":
+    memory, queries = _held_out(run, model, train_embeddings)
+  if choose:
+    evaluation = _with_chosen_setting(run, memory, queries, evaluation)
+  if config.split == "test":
+    prototypes = encoder.prototypes(model.params, corpus.label_tokens, model.label_clusters, model.centroids)
+    memory = Memory(prototypes, train_embeddings, corpus.train_labels, _propensity(run))
+    queries = Queries(
+        encoder.queries(model.params, corpus.test_tokens, "test queries"), corpus.test_labels, corpus.test_filter)
+  return _Evaluated(evaluate(memory, queries, evaluation, run.mesh), evaluation, {
+      "labels": memory.prototypes, "train_queries": memory.queries, f"{config.split}_queries": queries.embeddings})
+
+
+def _held_out(run: Run, model: TrainedModel, train_embeddings: np.ndarray) -> tuple[Memory, Queries]:
+  """The held-out queries, and a memory and centroids that do not know them."""
+  corpus, rows = run.corpus, run.validation_rows
+  known = train_embeddings[run.query_rows]
+  centroids = sharding.to_host(label_centroids(known, run.queries.labels, corpus.num_labels, mesh=run.mesh))
+  prototypes = run.encoder.prototypes(model.params, corpus.label_tokens, model.label_clusters, centroids)
+  memory = Memory(prototypes, known, run.queries.labels, _propensity(run))
+  return memory, Queries(train_embeddings[rows], corpus.train_labels.take(rows), corpus.train_filter.take(rows))
+
+
+def _with_chosen_setting(
+    run: Run, memory: Memory, held_out: Queries, evaluation: EvaluationConfig) -> EvaluationConfig:
+  """Chooses lambda and temperature on the held-out queries."""
+  best, settings = choose_setting(memory, held_out, evaluation, run.mesh)
+  if jax.process_index() == 0:
+    _write_json(run.workdir / "retrieval_settings.json", [dataclasses.asdict(setting) for setting in settings])
+    _log.info("retrieval augmentation: lambda %g and temperature %g, best of %d on %d held-out queries",
+              best.lambda_, best.temperature, len(settings), len(held_out.labels))
+  return dataclasses.replace(
+      evaluation, retrieval_lambda=best.lambda_, retrieval_temperature=best.temperature)
+
+
+def _finish(run: Run, model: TrainedModel, meta: dict[str, Any]) -> dict[str, Any]:
+  """Evaluates, writes and prints."""
+  evaluated = _evaluate(run, model)
+  seconds = meta["train_seconds"]
+  final = evaluated.result.final_metrics()
+  if evaluated.config.retrieval_augmented:
+    final |= {"RA/lambda": evaluated.config.retrieval_lambda,
+              "RA/temperature": evaluated.config.retrieval_temperature}
+  final |= {
+      "train_seconds": seconds,
+      "tokens_per_second": meta["tokens"] / max(seconds, 1e-9),
+  }
+  if jax.process_index() == 0:
+    _write(run.workdir, final, evaluated)
+    print(_table(run, evaluated), flush=True)
+  return final
+
+
+def _propensity(run: Run) -> np.ndarray:
+  """Inverse propensities over all training queries, as they are published."""
+  corpus, data = run.corpus, run.config.dataset
+  frequencies = np.bincount(corpus.train_labels.values, minlength=corpus.num_labels)
+  return inverse_propensity(frequencies, len(corpus.train_labels), data.propensity_a, data.propensity_b)
+
+
+def _write(workdir: Path, final: dict[str, Any], evaluated: _Evaluated) -> None:
+  (workdir / "embeddings").mkdir(exist_ok=True)
+  for name, values in evaluated.embeddings.items():
+    np.save(workdir / "embeddings" / f"{name}.npy", values)
+  result = evaluated.result
+  _write_json(workdir / "evaluation.json", {
+      "intervals_95": result.intervals, "by_label_frequency": result.deciles, "scann_recall": result.scann_recall})
+  _write_json(workdir / "final_metrics.json", final)
+
+
+def _write_json(path: Path, value: Any) -> None:
+  """Whole or not at all."""
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  os.replace(partial, path)
+
+
+def _table(run: Run, evaluated: _Evaluated) -> str:
+  config, result = evaluated.config, evaluated.result
+  names = {
+      "plain": run.config.name,
+      "augmented": f"+ retrieval (lambda {config.retrieval_lambda:g}, T {config.retrieval_temperature:g})"}
+  rows = {"plain": result.plain, "augmented": result.augmented}
+  baselines = {row: dict(values) for row, values in run.config.baselines.items()}
+  table = metrics_table(
+      {names[row]: values for row, values in rows.items() if values}, baselines=baselines or None,
+      intervals={names[row]: values for row, values in result.intervals.items()})
+  found = ", ".join(f"{key} {value:.1f}" for key, value in result.scann_recall.items())
+  return f"{table}\nScaNN against exact search: {found}" if found else table

@@ -1,0 +1,166 @@
+"""Turns a config into what training and evaluation work with: data, model, optimizer, mesh."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+
+from vixml_jax import datasets, sharding
+from vixml_jax.errors import InputError
+from vixml_jax.evaluation.encode import TextEncoder
+from vixml_jax.evaluation.metrics import inverse_propensity
+from vixml_jax.input.batches import TrainingQueries, steps_per_epoch
+from vixml_jax.input.corpus import Corpus, load_corpus
+from vixml_jax.input.packing import PackedLayout
+from vixml_jax.input.validation import hold_out
+from vixml_jax.losses import LossConfig
+from vixml_jax.models.definition import ModelDefinition, define_model
+from vixml_jax.training.optimizer import make_optimizer
+from vixml_jax.training.state import TrainState, abstract_state
+from vixml_jax.weights import source
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A config made concrete.
+
+  Attributes:
+    config: the whole config.
+    workdir: where outputs go.
+    mesh: the devices.
+    weights_folder: local folder of the pretrained encoder and its tokenizer.
+    corpus: all splits, tokenised.
+    query_rows: int64 [N], which training queries are trained on: those with labels, not held out.
+    validation_rows: int64, the held-out ones.
+    queries: what batches are drawn from, row i being training query `query_rows[i]`.
+    model, optimizer, abstract, layout, loss: what to train and how.
+  """
+
+  config: ConfigDict
+  workdir: Path
+  mesh: Mesh
+  weights_folder: Path
+  corpus: Corpus
+  query_rows: np.ndarray
+  validation_rows: np.ndarray
+  queries: TrainingQueries
+  model: ModelDefinition
+  optimizer: optax.GradientTransformation
+  abstract: TrainState
+  layout: PackedLayout
+  loss: LossConfig
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """Batches in an epoch; the last may be smaller."""
+    return steps_per_epoch(len(self.queries), self.config.train.batch_size)
+
+  @property
+  def total_steps(self) -> int:
+    """Steps of the whole run."""
+    return self.config.train.epochs * self.steps_per_epoch
+
+  @property
+  def base_key(self) -> jax.Array:
+    """The key that every random number of the devices comes from."""
+    return jax.random.key(self.config.seed, impl=self.config.train.rng_impl)
+
+  @property
+  def encoder(self) -> TextEncoder:
+    """What embeds texts with a given set of parameters."""
+    return TextEncoder(self.model, self.layout, self.mesh)
+
+
+def label_weights(config: ConfigDict, frequencies: np.ndarray, num_queries: int) -> np.ndarray:
+  """float64 [L], the weight with which a label is drawn as a query's positive."""
+  if config.train.positive_sampling == "uniform":
+    return np.ones(len(frequencies))
+  return inverse_propensity(frequencies, num_queries, config.train.sampling_a, config.train.sampling_b)
+
+
+def model_of(config: ConfigDict) -> ModelDefinition:
+  """The model that a config describes, without values."""
+  encoder = config.encoder.to_dict()
+  del encoder["pretrained"]
+  return define_model(encoder, config.prototype.to_dict(), config.train.free_vectors)
+
+
+def optimizer_of(config: ConfigDict, model: ModelDefinition, total_steps: int) -> optax.GradientTransformation:
+  """The optimizer that a config describes."""
+  train = config.train
+  return make_optimizer(
+      model.shapes, learning_rate=train.learning_rate, new_learning_rate=train.new_learning_rate,
+      warmup_steps=train.warmup_steps, total_steps=total_steps, weight_decay=train.weight_decay,
+      adam_eps=train.adam_eps, clip_norm=train.clip_norm or None)
+
+
+def set_up(config: ConfigDict, workdir: Path) -> Run:
+  """Prepares the data where missing, and builds everything but values.
+
+  Raises:
+    InputError: for whatever is wrong with the config, the data or the weights' folder.
+  """
+  mesh = sharding.make_mesh(**config.mesh.to_dict())
+  folder = source.resolve(config.encoder.pretrained)
+  data = config.dataset
+  builder = datasets.prepare(data.name, data.raw_dir, data.data_dir)
+  corpus = load_corpus(builder, folder, data.max_length, tuple(data.text_fields), Path(data.data_dir) / "tokens")
+  held_out = hold_out(corpus.train_tokens, data.validation_fraction, config.seed)
+  labelled = corpus.train_labels.lengths > 0
+  query_rows = np.flatnonzero(labelled & ~held_out)
+  if not len(query_rows):
+    raise InputError(f"{data.name}: no training query has a label; check target_ind in trn.json.gz")
+  whole = len(query_rows) == len(corpus.train_tokens)
+  tokens, labels = (x if whole else x.take(query_rows) for x in (corpus.train_tokens, corpus.train_labels))
+  frequencies = np.bincount(labels.values, minlength=corpus.num_labels)
+  queries = TrainingQueries(
+      tokens, labels, corpus.label_tokens, label_weights(config, frequencies, len(query_rows)))
+  config = _with_free_vectors(config, corpus.num_labels)
+  _check_sizes(config, corpus, mesh)
+  model = model_of(config)
+  total = config.train.epochs * steps_per_epoch(len(queries), config.train.batch_size)
+  optimizer = optimizer_of(config, model, total)
+  return Run(
+      config=config,
+      workdir=workdir,
+      mesh=mesh,
+      weights_folder=folder,
+      corpus=corpus,
+      query_rows=query_rows,
+      validation_rows=np.flatnonzero(labelled & held_out),
+      queries=queries,
+      model=model,
+      optimizer=optimizer,
+      abstract=abstract_state(model, optimizer, len(queries), corpus.num_labels, config.train.bank_dtype, mesh),
+      layout=PackedLayout(config.train.row_length, config.train.chunk_rows),
+      loss=LossConfig(**config.loss.to_dict()),
+  )
+
+
+def _with_free_vectors(config: ConfigDict, num_labels: int) -> ConfigDict:
+  """Settles `train.free_vectors=0`: the power of two nearest below a quarter of the labels, at most 65,536."""
+  if config.train.free_vectors:
+    return config
+  config = config.copy_and_resolve_references()
+  config.train.free_vectors = min(2 ** (max(num_labels // 4, 1).bit_length() - 1), 65536)
+  _log.info("train.free_vectors=%d for %d labels", config.train.free_vectors, num_labels)
+  return config
+
+
+def _check_sizes(config: ConfigDict, corpus: Corpus, mesh: Mesh) -> None:
+  """What depends on the data and the mesh, before any time is spent."""
+  free_vectors = config.train.free_vectors
+  if free_vectors > corpus.num_labels:
+    raise InputError(f"train.free_vectors={free_vectors}: there are only {corpus.num_labels} labels; use a power of "
+                     "two up to that")
+  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  for key in ("batch_size", "chunk_rows"):
+    if config.train[key] % rows:
+      raise InputError(f"train.{key}={config.train[key]}: must divide by mesh.data x mesh.fsdp = {rows}")
