@@ -45,7 +45,8 @@ def base_config() -> ConfigDict:
       epochs=300,
       batch_size=2048,  # Of the whole mesh.
       learning_rate=2e-4,
-      new_learning_rate=5e-4,  # Prototype network and free vectors.
+      new_learning_rate=5e-4,  # Prototype network.
+      free_vector_learning_rate=5e-4,
       warmup_steps=100,
       weight_decay=0.01,
       adam_eps=1e-6,

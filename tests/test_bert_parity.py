@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_encoders
 import torch
 import transformers
 
+from tests import tiny_encoders
 from vixml_jax.models import layers
 from vixml_jax.weights import engine, source, tables
 
@@ -94,10 +94,10 @@ def test_gradients_are_those_of_torch(pair):
   output = theirs(torch.tensor(tokens), torch.tensor(mask)).last_hidden_state
   (output * torch.tensor(weights)).sum().backward()
   wanted = engine.apply(tables.TABLES[kind], _Gradients(theirs), params)
-  positions = np.broadcast_to(np.arange(12), tokens.shape)
+  ours = [jnp.asarray(x) for x in (tokens, mask, np.broadcast_to(np.arange(12), tokens.shape))]
 
   def loss(params):
-    return (layers.merge_params(graphdef, params)(tokens, mask, positions) * weights).sum()
+    return (layers.merge_params(graphdef, params)(*ours) * weights).sum()
 
   found = engine.flatten(jax.jit(jax.grad(loss))(params))
   for name, gradient in engine.flatten(wanted).items():

@@ -53,7 +53,7 @@ def test_triplet_loss_and_its_gradient_equal_the_transcription(seed):
   drawn = np.asarray(losses.draw_positive(key, jnp.asarray(positives)))
   assert positives[np.arange(len(q)), drawn].all()
   (loss, _), gradient = jax.value_and_grad(losses.triplet_loss, has_aux=True)(
-      jnp.asarray(sim), positives, valid, valid, key, CONFIG)
+      *map(jnp.asarray, (sim, positives, valid, valid)), key, CONFIG)
   expected, expected_gradient = transcribed_triplet(sim, positives, drawn, CONFIG, valid)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
@@ -91,14 +91,19 @@ def test_regulariser_equals_the_transcription(seed):
     push += [max(0, prototype_sim[i, j] - label_sim[i, j] + 0.1) for j in negatives[:CONFIG.num_negatives]]
   mean_nonzero = lambda xs: np.sum(xs) / max(np.count_nonzero(xs), 1)
   expected = (mean_nonzero(pull) + mean_nonzero(push)) / 2
-  found = losses.prototype_regulariser(label_sim, prototype_sim, positives, valid, valid, key, CONFIG)
+  found = losses.prototype_regulariser(
+      *map(jnp.asarray, (label_sim, prototype_sim, positives, valid, valid)), key, CONFIG)
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_prime_loss_is_the_weighted_sum_of_its_parts_and_ignores_padding():
   q, u, p, positives = batch(0)
   ones = np.ones(len(q), bool)
-  loss, parts = losses.prime_loss(q, u, p, positives, ones, jax.random.key(1), CONFIG)
+
+  def prime_loss(*arrays):
+    return losses.prime_loss(*map(jnp.asarray, arrays), jax.random.key(1), CONFIG)
+
+  loss, parts = prime_loss(q, u, p, positives, ones)
   np.testing.assert_allclose(
       loss,
       parts["triplet_label"] + parts["triplet_prototype"] + parts["triplet_reverse"] + 0.1 * parts["regulariser"],
@@ -109,8 +114,8 @@ def test_prime_loss_is_the_weighted_sum_of_its_parts_and_ignores_padding():
   only_diagonal = np.eye(len(q), dtype=bool)
   spoilt = [np.where(half[:, None], x, 7.0) for x in (q, u, p)]
   with_garbage = only_diagonal | ~half[None, :] | ~half[:, None]
-  clean = losses.prime_loss(q, u, p, only_diagonal, half, jax.random.key(1), CONFIG)[0]
-  dirty = losses.prime_loss(*spoilt, with_garbage, half, jax.random.key(1), CONFIG)[0]
+  clean = prime_loss(q, u, p, only_diagonal, half)[0]
+  dirty = prime_loss(*spoilt, with_garbage, half)[0]
   np.testing.assert_allclose(clean, dirty, rtol=1e-6)
 
 

@@ -170,6 +170,15 @@ def test_another_recipe_is_refused_in_a_workdir_that_was_used(workplace, tmp_pat
     train_and_evaluate(config, tmp_path)
 
 
+def test_choosing_on_held_out_queries_of_which_there_are_none_is_refused_before_training(workplace, tmp_path):
+  config = config_of(workplace)
+  config.dataset.validation_fraction = 1e-9
+  config.eval.retrieval_choose = True
+  with pytest.raises(InputError, match="config.dataset.validation_fraction=1e-09: holds out none of the 64"):
+    train_and_evaluate(config, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
 def _command(config, folder, workdir, devices=8):
   """The command line that trains `config`, which must come from configs/custom.py, as a user would."""
   given = configuration.flatten(config)

@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-import tiny_encoders
 import torch
 import transformers
 
+from tests import tiny_encoders
 from vixml_jax.errors import InputError
 from vixml_jax.models import layers
 from vixml_jax.weights import config, engine, files, source, tables

@@ -1,6 +1,7 @@
 """Tiny random encoders of transformers, and ours with the same weights, for parity tests."""
 
 from flax import nnx
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -64,4 +65,4 @@ def packed(rows_of_texts, width):
       tokens[row, place], segments[row, place] = text, slot
       positions[row, place] = np.arange(len(text))
       start += len(text)
-  return tokens, segments, positions
+  return tuple(map(jnp.asarray, (tokens, segments, positions)))

@@ -53,7 +53,8 @@ def shrink(config: ConfigDict, encoder_folder: Path, raw_dir: Path | str, data_d
   config.dataset.max_length = 16
   config.prototype.update(dict(num_heads=4, mlp_dim=32))
   config.train.update(dict(batch_size=16, free_vectors=8, row_length=32, chunk_rows=8, warmup_steps=2,
-                           learning_rate=1e-3, new_learning_rate=1e-3, log_every_steps=1))
+                           learning_rate=1e-3, new_learning_rate=1e-3, free_vector_learning_rate=1e-3,
+                           log_every_steps=1))
   config.mining.update(dict(start_epoch=0, update_epochs=1, cluster_size=4, doubling_epochs=(1,)))
   config.eval.bootstrap_samples = 20
   return config

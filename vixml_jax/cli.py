@@ -99,6 +99,8 @@ def _set_up_logging() -> None:
   root.handlers[:] = [handler]
   root.setLevel(logging.WARNING)
   logging.getLogger("vixml_jax").setLevel(logging.INFO)
+  # Of a damaged checkpoint Orbax abandons all reads but the one that failed first; asyncio tells of each.
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def _join_processes() -> None:

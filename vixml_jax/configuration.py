@@ -61,6 +61,7 @@ _CHECKS: dict[str, _Check] = {
     "train.batch_size": _POSITIVE,
     "train.learning_rate": _POSITIVE,
     "train.new_learning_rate": _POSITIVE,
+    "train.free_vector_learning_rate": _POSITIVE,
     "train.warmup_steps": _NOT_NEGATIVE,
     "train.weight_decay": _NOT_NEGATIVE,
     "train.adam_eps": _POSITIVE,

@@ -203,7 +203,7 @@ class _Trainer:
         run.corpus.num_labels, mesh=run.mesh)
     state = dataclasses.replace(state, centroids=_padded(centroids, state.centroids))
     origin = provenance(run.corpus.fingerprint, source.weight_hashes(run.weights_folder))
-    meta = origin | {"train_seconds": 0.0, "tokens": 0}
+    meta = origin | {"config": run.config.to_dict(), "train_seconds": 0.0, "tokens": 0}
     return Checkpoint(state, None, meta)
 
 

@@ -17,7 +17,7 @@ RULES: tuple[tuple[str, tuple[str, bool]], ...] = (
     (r"encoder/.*(/kernel|_embedding)", ("encoder", True)),
     (r"prototype/.*/bias", ("new", False)),
     (r"prototype/.*(/kernel|norm/scale)", ("new", True)),
-    (r"free_vectors", ("new", False)),
+    (r"free_vectors", ("free_vectors", False)),
 )
 
 
@@ -62,6 +62,7 @@ def make_optimizer(
     *,
     learning_rate: float,
     new_learning_rate: float,
+    free_vector_learning_rate: float,
     warmup_steps: int,
     total_steps: int,
     weight_decay: float = 0.01,
@@ -73,7 +74,8 @@ def make_optimizer(
   Args:
     params: tree of parameters or shapes; only its paths are used.
     learning_rate: peak rate of the pretrained encoder.
-    new_learning_rate: peak rate of what starts from scratch: prototype network and free vectors.
+    new_learning_rate: peak rate of the prototype network, which starts from scratch.
+    free_vector_learning_rate: peak rate of the free vectors.
     warmup_steps: steps of linear warm-up.
     total_steps: steps of the whole run.
     weight_decay: decoupled; not on biases, the encoder's norm scales or free vectors.
@@ -82,7 +84,7 @@ def make_optimizer(
   """
   groups = parameter_groups(params)
   is_group = lambda node: isinstance(node, tuple)
-  rates = {"encoder": learning_rate, "new": new_learning_rate}
+  rates = {"encoder": learning_rate, "new": new_learning_rate, "free_vectors": free_vector_learning_rate}
   decayed = jax.tree.map(lambda group: group[1], groups, is_leaf=is_group)
   leaf_rates = jax.tree.map(lambda group: rates[group[0]], groups, is_leaf=is_group)
   scale_leaves = optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: -rate * u, updates, leaf_rates))

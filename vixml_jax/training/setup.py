@@ -97,6 +97,7 @@ def optimizer_of(config: ConfigDict, model: ModelDefinition, total_steps: int) -
   train = config.train
   return make_optimizer(
       model.shapes, learning_rate=train.learning_rate, new_learning_rate=train.new_learning_rate,
+      free_vector_learning_rate=train.free_vector_learning_rate,
       warmup_steps=train.warmup_steps, total_steps=total_steps, weight_decay=train.weight_decay,
       adam_eps=train.adam_eps, clip_norm=train.clip_norm or None)
 

@@ -1,0 +1,135 @@
+"""Everything between raw files and the first step, at the size of LF-AmazonTitles-1.3M: seconds and peak memory.
+
+  python benchmarks/synthetic_1_3m.py --output=RAW
+  python benchmarks/scale.py --raw_dir=RAW --data_dir=DATA --tokenizer=FOLDER [--stages=prepare,tokenise,...]
+
+Stages: prepare (raw -> TFDS), tokenise, order (epoch orders), batches (draw, in-batch positives, packing), pack
+(all training queries), mine (balanced clusters of 16), centroids, exact (index and 1,024 queries), scann (the same).
+Embeddings are synthetic unit vectors in 50,000 groups: random vectors would make clustering meaningless.
+"""
+
+from pathlib import Path
+import resource
+import threading
+import time
+
+from absl import app, flags
+import numpy as np
+
+from vixml_jax import datasets
+from vixml_jax.input.batches import TrainingQueries, make_batch
+from vixml_jax.input.corpus import Corpus, load_corpus
+from vixml_jax.input.packing import PackedLayout, pack
+from vixml_jax.mining.centroids import label_centroids
+from vixml_jax.mining.kmeans import balanced_kmeans
+from vixml_jax.mining.order import epoch_order, num_query_clusters
+from vixml_jax.search.index import make_index
+
+_STAGES = ("prepare", "tokenise", "order", "batches", "pack", "mine", "centroids", "exact", "scann")
+_RAW_DIR = flags.DEFINE_string("raw_dir", None, "Raw folder; needed until the set is prepared.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared set goes.", required=True)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder of a fast tokenizer.", required=True)
+_DATASET = flags.DEFINE_string("dataset", "lf_amazon_titles_1_3m", "Builder; `custom` for other sizes.")
+_DIM = flags.DEFINE_integer("dim", 384, "Embedding size.")
+_CHOSEN = flags.DEFINE_list("stages", list(_STAGES), "Which stages to run after the corpus is open.")
+_LAYOUT = PackedLayout(128, 64)
+_BATCH = 2048
+
+
+class _PeakMemory:
+  """Peak resident memory of this process while a stage runs, sampled ten times a second."""
+
+  def __enter__(self):
+    self.peak, self._running = 0, True
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+    self._thread.start()
+    self._start = time.perf_counter()
+    return self
+
+  def __exit__(self, *exception):
+    self.seconds = time.perf_counter() - self._start
+    self._running = False
+    self._thread.join()
+
+  def _watch(self):
+    while self._running:
+      pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+      self.peak = max(self.peak, pages * resource.getpagesize())
+      time.sleep(0.1)
+
+
+def _stage(name: str, work, note=lambda result: ""):
+  """Runs and reports one stage; returns what it made."""
+  with _PeakMemory() as memory:
+    result = work()
+  print(f"{name:<10} {memory.seconds:8.1f} s   peak RSS {memory.peak / 2**30:5.2f} GiB   {note(result)}", flush=True)
+  return result
+
+
+def _embeddings(rows: int, seed: int) -> np.ndarray:
+  """float32 [rows, D], unit norm, in 50,000 groups."""
+  rng = np.random.default_rng(0)
+  centres = rng.standard_normal((50_000, _DIM.value), np.float32)
+  rng = np.random.default_rng(seed)
+  out = np.empty((rows, _DIM.value), np.float32)
+  for start in range(0, rows, 65_536):
+    part = out[start:start + 65_536]
+    part[:] = centres[rng.integers(0, len(centres), len(part))]
+    part += rng.standard_normal(part.shape, np.float32)
+    part /= np.linalg.norm(part, axis=1, keepdims=True)
+  return out
+
+
+def _batches(corpus: Corpus, order: np.ndarray, count: int) -> int:
+  data = TrainingQueries(
+      corpus.train_tokens, corpus.train_labels, corpus.label_tokens, np.ones(corpus.num_labels))
+  return sum(
+      make_batch(data, order, _BATCH, _LAYOUT, seed=0, epoch=0, step=step).texts.num_tokens for step in range(count))
+
+
+def _pack_all(corpus: Corpus) -> tuple[int, int]:
+  rows, block = 0, 16_384
+  for start in range(0, len(corpus.train_tokens), block):
+    ids = np.arange(start, min(start + block, len(corpus.train_tokens)))
+    rows += pack(corpus.train_tokens.take(ids), _LAYOUT, round_up=False).tokens.shape[0] * _LAYOUT.chunk_rows
+  return rows, len(corpus.train_tokens.values)
+
+
+def main(argv):
+  """Runs the stages one after the other."""
+  del argv
+  chosen = _CHOSEN.value
+  builder = _stage("prepare", lambda: datasets.prepare(_DATASET.value, _RAW_DIR.value, _DATA_DIR.value))
+  corpus = _stage(
+      "tokenise", lambda: load_corpus(builder, _TOKENIZER.value, 32, None, Path(_DATA_DIR.value) / "tokens"),
+      lambda c: f"{len(c.train_tokens):,} + {len(c.test_tokens):,} queries, {c.num_labels:,} labels, "
+                f"{len(c.train_labels.values):,} pairs")
+  queries, labels = len(corpus.train_tokens), corpus.num_labels
+  order = np.arange(queries)
+  if "order" in chosen:
+    order = _stage("order", lambda: epoch_order(0, 0, queries))
+  if "batches" in chosen:
+    _stage("batches", lambda: _batches(corpus, order, 50), lambda tokens: f"50 batches of {_BATCH}, {tokens:,} tokens")
+  if "pack" in chosen:
+    _stage("pack", lambda: _pack_all(corpus), lambda found: (
+        f"{found[0]:,} rows of {_LAYOUT.row_length}, {100 * found[1] / found[0] / _LAYOUT.row_length:.1f} % filled"))
+  if {"mine", "centroids"} & set(chosen):
+    bank = _stage("(bank)", lambda: _embeddings(queries, 1))
+    if "mine" in chosen:
+      count = num_query_clusters(queries, 16)
+      clusters = _stage(
+          "mine", lambda: balanced_kmeans(bank, count, seed=0), lambda _: f"{count:,} clusters of about 16")
+      _stage("order", lambda: epoch_order(0, 11, queries, clusters), lambda _: "by clusters")
+    if "centroids" in chosen:
+      _stage("centroids", lambda: np.asarray(label_centroids(bank, corpus.train_labels, labels)))
+    del bank
+  if {"exact", "scann"} & set(chosen):
+    vectors, searched = _embeddings(labels, 2), _embeddings(1024, 3)
+    for kind in ("exact", "scann"):
+      if kind in chosen:
+        index = _stage(f"{kind} index", lambda kind=kind: make_index(kind, vectors))
+        _stage(f"{kind} 1024", lambda index=index: index.search(searched, 100), lambda _: "queries, top 100")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,95 @@
+"""The optimizer against torch's AdamW with the same groups; the schedule against that of transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+
+from vixml_jax.training import optimizer
+
+RATES = {"encoder": 0.01, "new": 0.03, "free_vectors": 0.1}
+# Path -> (shape, learning rate, whether it decays): what METHOD and the published code do.
+PARAMETERS = {
+    "encoder/word_embedding": ((5, 4), "encoder", True),
+    "encoder/embedding_norm/scale": ((4,), "encoder", False),
+    "encoder/embedding_norm/bias": ((4,), "encoder", False),
+    "encoder/layers/up/kernel": ((2, 4, 3), "encoder", True),
+    "encoder/layers/up/bias": ((2, 3), "encoder", False),
+    "encoder/layers/mlp_norm/scale": ((2, 4), "encoder", False),
+    "prototype/layer/down/kernel": ((3, 4), "new", True),
+    "prototype/layer/down/bias": ((4,), "new", False),
+    "prototype/layer/mlp_norm/scale": ((4,), "new", True),
+    "prototype/layer/mlp_norm/bias": ((4,), "new", False),
+    "free_vectors": ((6, 4), "free_vectors", False),
+}
+
+
+def nested(values):
+  tree = {}
+  for name, value in values.items():
+    *folders, leaf = name.split("/")
+    node = tree
+    for folder in folders:
+      node = node.setdefault(folder, {})
+    node[leaf] = jnp.asarray(value)
+  return tree
+
+
+def flat(tree):
+  return {optimizer.path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("clip_norm", [None, 2.0])
+def test_updates_are_those_of_torch_adamw_with_the_same_groups(clip_norm):
+  rng = np.random.default_rng(0)
+  draw = lambda: {name: rng.normal(size=shape).astype(np.float32) for name, (shape, _, _) in PARAMETERS.items()}
+  start, gradients = draw(), [draw() for _ in range(4)]
+
+  theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
+  adamw = torch.optim.AdamW(
+      [dict(params=[theirs[name]], lr=RATES[rate], weight_decay=0.3 if decays else 0.0)
+       for name, (_, rate, decays) in PARAMETERS.items()], eps=1e-6)
+  warm_up = transformers.get_linear_schedule_with_warmup(adamw, 2, 6)
+
+  params = nested(start)
+  ours = optimizer.make_optimizer(
+      params, learning_rate=RATES["encoder"], new_learning_rate=RATES["new"],
+      free_vector_learning_rate=RATES["free_vectors"], warmup_steps=2, total_steps=6,
+      weight_decay=0.3, adam_eps=1e-6, clip_norm=clip_norm)
+  state, update = ours.init(params), jax.jit(ours.update)
+  for step in range(4):
+    updates, state = update(nested(gradients[step]), state, params)
+    params = optax.apply_updates(params, updates)
+    for name, gradient in gradients[step].items():
+      theirs[name].grad = torch.tensor(gradient)
+    if clip_norm:
+      torch.nn.utils.clip_grad_norm_(theirs.values(), clip_norm)
+    adamw.step()
+    warm_up.step()
+    for name, value in flat(params).items():
+      np.testing.assert_allclose(value, theirs[name].detach(), atol=2e-6, err_msg=f"{name} after step {step}")
+  moved = [np.abs(value - start[name]).max() for name, value in flat(params).items()]
+  assert min(moved) > 1e-3
+
+
+@pytest.mark.parametrize("warmup,total", [(0, 7), (3, 10), (10, 10), (12, 10)])
+def test_schedule_is_that_of_transformers(warmup, total):
+  adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+  theirs = transformers.get_linear_schedule_with_warmup(adamw, warmup, total).lr_lambdas[0]
+  ours = optimizer.schedule(warmup, total)
+  steps = range(total + 3)
+  np.testing.assert_allclose([ours(step) for step in steps], [theirs(step) for step in steps], rtol=1e-6)
+
+
+def test_a_parameter_without_a_rule_is_refused_by_name():
+  with pytest.raises(ValueError, match="encoder/layers/up/gate: 0 optimizer rules match"):
+    optimizer.parameter_groups(nested({"encoder/layers/up/gate": np.zeros(2)}))
+
+
+def test_a_parameter_with_two_rules_is_refused_by_name():
+  rules = (*optimizer.RULES, (r".*up/kernel", ("new", True)))
+  with pytest.raises(ValueError, match="encoder/layers/up/kernel: 2 optimizer rules match"):
+    optimizer.parameter_groups(nested({"encoder/layers/up/kernel": np.zeros(2)}), rules)

@@ -1,0 +1,92 @@
+"""Meshes and the sharding table: what is refused, by name, and where arrays come to lie."""
+
+import jax
+from jax.sharding import PartitionSpec
+import numpy as np
+import pytest
+
+from vixml_jax import sharding
+from vixml_jax.errors import InputError
+
+
+def test_axes_become_mesh_axes():
+  assert sharding.spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(None, "fsdp", "tensor", None)
+  assert sharding.spec(("query", "vector")) == PartitionSpec(("data", "fsdp"), None)
+  assert sharding.spec(()) == PartitionSpec()
+
+
+@pytest.mark.parametrize("axes,message", [
+    (("mlp", "heads"), "kernel: 'mlp' and 'heads' both map to mesh axis 'tensor'"),
+    (("query", "embed"), "kernel: 'query' and 'embed' both map to mesh axis 'fsdp'"),
+    (("embed", "colour"), "kernel: no sharding rule for its logical axis 'colour'"),
+])
+def test_axes_that_collide_or_have_no_rule_are_refused_by_name(axes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.spec(axes, name="kernel")
+
+
+def shapes(**sizes):
+  return {"encoder": {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in sizes.items()}}
+
+
+def test_a_tree_of_shapes_is_spread_over_the_mesh():
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  found = sharding.tree_shardings(
+      mesh, shapes(up=(4, 6, 10), bias=(4, 10)),
+      {"encoder": {"up": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")}})
+  assert found["encoder"]["up"].shard_shape((4, 6, 10)) == (4, 3, 5)
+  assert found["encoder"]["bias"].shard_shape((4, 10)) == (4, 5)
+
+
+def test_a_dimension_that_does_not_divide_is_refused_by_name():
+  mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+  with pytest.raises(InputError, match="encoder/up has embed=6, which does not divide by fsdp = 4"):
+    sharding.tree_shardings(mesh, shapes(up=(6, 10)), {"encoder": {"up": ("embed", "mlp")}})
+  with pytest.raises(InputError, match="encoder/bank has query=12, which does not divide by data x fsdp = 8"):
+    sharding.tree_shardings(
+        sharding.make_mesh(data=2, fsdp=4), shapes(bank=(12, 3)), {"encoder": {"bank": ("query", "vector")}})
+
+
+@pytest.mark.parametrize("names", [("embed",), None, ("layers", "embed", "mlp")])
+def test_a_leaf_without_an_axis_for_each_dimension_is_refused_by_name(names):
+  with pytest.raises(ValueError, match="encoder/up: shape"):
+    sharding.tree_shardings(sharding.make_mesh(), shapes(up=(6, 10)), {"encoder": {"up": names}})
+
+
+@pytest.mark.parametrize("sizes,shape", [
+    (dict(), (8, 1, 1)), (dict(fsdp=4), (2, 4, 1)), (dict(data=1, tensor=-1), (1, 1, 8)),
+    (dict(data=2, fsdp=2, tensor=2), (2, 2, 2))])
+def test_a_mesh_takes_all_devices(sizes, shape):
+  mesh = sharding.make_mesh(**sizes)
+  assert mesh.axis_names == sharding.MESH_AXES and mesh.devices.shape == shape
+  assert set(mesh.devices.flat) == set(jax.devices())
+
+
+@pytest.mark.parametrize("sizes,message", [
+    (dict(data=3), "3 x 1 x 1 does not make 8 devices"),
+    (dict(fsdp=3), "2 x 3 x 1 does not make 8 devices"),
+    (dict(fsdp=16), "1 x 16 x 1 does not make 8 devices"),
+    (dict(data=-1, tensor=-1), "mesh.data and mesh.tensor are both -1"),
+    (dict(tensor=0), "mesh.tensor=0: must be at least 1"),
+    (dict(fsdp=-2), "mesh.fsdp=-2: must be at least 1"),
+])
+def test_a_mesh_that_does_not_fit_is_refused_by_axis(sizes, message):
+  with pytest.raises(InputError, match=message):
+    sharding.make_mesh(**sizes)
+
+
+@pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 294_805])
+def test_padded_rows_divide_by_every_mesh_of_a_power_of_two_up_to_1024(rows):
+  padded = sharding.padded_rows(rows)
+  assert rows <= padded < rows + 1024
+  assert all(padded % 2**k == 0 for k in range(11))
+
+
+def test_a_global_array_is_the_host_s_rows_and_comes_back_whole():
+  host = np.arange(48, dtype=np.float32).reshape(16, 3)
+  mesh = sharding.make_mesh(data=4, fsdp=2)
+  array = sharding.to_global(host, sharding.named_sharding(mesh, "query", "vector"))
+  for shard in array.addressable_shards:
+    assert shard.data.shape == (2, 3)
+    np.testing.assert_array_equal(shard.data, host[shard.index])
+  np.testing.assert_array_equal(sharding.to_host(array), host)
