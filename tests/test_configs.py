@@ -12,7 +12,7 @@ from tests.workplace import load_config, shrink, write_encoder
 from vixml_jax import configuration, sharding
 from vixml_jax.errors import InputError
 from vixml_jax.training.loop import train
-from vixml_jax.training.setup import model_of, optimizer_of, set_up
+from vixml_jax.training.setup import model_of, optimizer_of, set_up, settle_free_vectors
 from vixml_jax.training.state import abstract_state
 
 ENCODERS = ("minilm-l3", "minilm-l6", "distilbert", "bert")
@@ -35,6 +35,7 @@ def test_full_size_state_is_built_abstractly(name, variant):
   config = load_config(name, variant)
   configuration.check(config)
   queries, labels = PUBLISHED.get(name, (17_083, 9_527))
+  config = settle_free_vectors(config, labels)
   mesh = sharding.make_mesh()
   model = model_of(config)
   steps = config.train.epochs * math.ceil(queries / config.train.batch_size)

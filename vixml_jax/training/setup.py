@@ -123,7 +123,7 @@ def set_up(config: ConfigDict, workdir: Path) -> Run:
   frequencies = np.bincount(labels.values, minlength=corpus.num_labels)
   queries = TrainingQueries(
       tokens, labels, corpus.label_tokens, label_weights(config, frequencies, len(query_rows)))
-  config = _with_free_vectors(config, corpus.num_labels)
+  config = settle_free_vectors(config, corpus.num_labels)
   _check_sizes(config, corpus, mesh)
   model = model_of(config)
   total = config.train.epochs * steps_per_epoch(len(queries), config.train.batch_size)
@@ -145,7 +145,7 @@ def set_up(config: ConfigDict, workdir: Path) -> Run:
   )
 
 
-def _with_free_vectors(config: ConfigDict, num_labels: int) -> ConfigDict:
+def settle_free_vectors(config: ConfigDict, num_labels: int) -> ConfigDict:
   """Settles `train.free_vectors=0`: the power of two nearest below a quarter of the labels, at most 65,536."""
   if config.train.free_vectors:
     return config
