@@ -20,7 +20,7 @@ _BASELINES = {
     "MiniLM-L6 untrained": {"P@1": 41.11, "PSP@1": 30.86, "R@100": 43.70},
     "MiniLM-L6 untrained + retrieval": {"P@1": 67.59, "PSP@1": 26.77, "R@100": 80.34},
 }
-_EPOCHS = {"": 5, "full": 10}
+_EPOCHS = {"": 4, "full": 10}
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
