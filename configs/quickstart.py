@@ -45,7 +45,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
   config.eval.retrieval_choose = True
   config.train.warmup_steps = 50
   if chosen == "":
-    config.train.epochs = 4
+    # The paper's rates for what starts from scratch: prototypes must learn in 160 steps.
+    config.train.update(dict(epochs=5, new_learning_rate=5e-4, free_vector_learning_rate=5e-4))
   elif chosen == "full":
     # Nearly a free vector a label, at a high rate, and positives drawn almost as they come: so prototypes learn which
     # labels are frequent beside which words. (At 5e-3 a rare label's vector can run away and top every ranking.)
