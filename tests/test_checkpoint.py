@@ -1,5 +1,6 @@
 """Checkpoints come back as they were saved, the newest are kept, and damage is named."""
 
+import gc
 import shutil
 
 import jax
@@ -84,6 +85,7 @@ def _cut_arrays(item):
     _cut(path)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax abandons its other reads.
 @pytest.mark.parametrize("damage", [
     lambda step: shutil.rmtree(step / "training"), lambda step: _cut(step / "model" / "_METADATA"),
     lambda step: _cut_arrays(step / "model"), lambda step: (step / "model" / "manifest.ocdbt").unlink(),
@@ -93,6 +95,8 @@ def test_a_damaged_checkpoint_is_refused_by_folder(tmp_path, abstract, state, da
   with Checkpointer(tmp_path, 2) as checkpointer, pytest.raises(InputError, match="damaged") as error:
     checkpointer.restore(3, abstract, NUM_QUERIES)
   assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+  del error
+  gc.collect()  # Most of the abandoned reads go here; pyproject.toml speaks of the others.
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, abstract, state):
