@@ -9,7 +9,7 @@ import numpy as np
 from vixml_jax.evaluation import metrics, retrieval_augmented
 from vixml_jax.evaluation.bootstrap import bootstrap_intervals
 from vixml_jax.ragged import Ragged
-from vixml_jax.search.index import make_index, search_excluding
+from vixml_jax.search.index import Index, make_index, search_excluding
 from vixml_jax.search.scann_index import scann_available
 
 
@@ -103,16 +103,17 @@ class Evaluation:
         f"ScaNN/{name}": value for name, value in self.scann_recall.items()}
 
 
-def find_neighbours(memory: Memory, queries: Queries, config: EvaluationConfig, mesh: Mesh):
-  """The two searches of retrieval-augmented inference, for `retrieval_augmented.combine` and `choose`."""
+def find_neighbours(index: Index, memory: Memory, queries: Queries, config: EvaluationConfig, mesh: Mesh):
+  """The two searches of retrieval-augmented inference; `index` holds the prototypes of `memory`."""
   return retrieval_augmented.search_both(
-      make_index(config.search, memory.prototypes, mesh), make_index(config.search, memory.queries, mesh),
-      queries.embeddings, label_hits=config.retrieval_hits, query_hits=config.retrieval_hits)
+      index, make_index(config.search, memory.queries, mesh), queries.embeddings, label_hits=config.retrieval_hits,
+      query_hits=config.retrieval_hits)
 
 
 def choose_setting(memory: Memory, queries: Queries, config: EvaluationConfig, mesh: Mesh):
   """The (lambda, temperature) with the best P@1 on held-out queries, and all that were tried."""
-  neighbours = find_neighbours(memory, queries, config, mesh)
+  index = make_index(config.search, memory.prototypes, mesh)
+  neighbours = find_neighbours(index, memory, queries, config, mesh)
   return retrieval_augmented.choose(
       neighbours, memory.labels, queries.labels, memory.propensity, exclude=queries.exclude)
 
@@ -133,7 +134,7 @@ def evaluate(memory: Memory, queries: Queries, config: EvaluationConfig, mesh: M
   found = {"plain": search_excluding(index, queries.embeddings, config.depth, queries.exclude)}
   if config.retrieval_augmented:
     found["augmented"] = retrieval_augmented.combine(
-        find_neighbours(memory, queries, config, mesh), memory.labels, num_labels=len(memory.prototypes),
+        find_neighbours(index, memory, queries, config, mesh), memory.labels, num_labels=len(memory.prototypes),
         lambda_=config.retrieval_lambda, temperature=config.retrieval_temperature, k=config.depth,
         exclude=queries.exclude)
   all_ids = {name: ids for name, (_, ids) in found.items()}
