@@ -6,10 +6,10 @@ from vixml_jax.ragged import Ragged
 
 
 def hold_out(tokens: Ragged, fraction: float, seed: int) -> np.ndarray:
-  """Picks queries by a hash of the set of their tokens.
+  """Picks queries by a hash of the rarer two thirds of their distinct tokens.
 
-  Queries whose texts have the same words, in whatever order, fall on the same side, so that held-out
-  queries are as new to the model as test queries of a split by concept.
+  Queries that differ in the order of their words or in a frequent word ("arrow left", "left arrow filled") fall on
+  the same side, so that held-out queries are about as new to the model as the test queries of a split by product.
 
   Args:
     tokens: token ids of all training queries, N rows.
@@ -25,9 +25,15 @@ def hold_out(tokens: Ragged, fraction: float, seed: int) -> np.ndarray:
   # A random 64-bit number a token, summed with wrap-around: order does not matter.
   rng = np.random.default_rng((seed, 2))
   codes = rng.integers(0, 2**64, vocabulary, dtype=np.uint64)
-  rows = tokens.row_ids()
-  pairs = rows * vocabulary + tokens.values  # Counts a repeated token once.
-  pairs = np.unique(pairs)
+  rows, values = np.divmod(np.unique(tokens.row_ids() * vocabulary + tokens.values), vocabulary)
+  frequencies = np.bincount(values, minlength=vocabulary)
+  telling = frequencies[values] < len(tokens)  # Special tokens stand in every row.
+  rows, values = rows[telling], values[telling]
+  order = np.lexsort((values, frequencies[values], rows))
+  rows, values = rows[order], values[order]
+  counts = np.bincount(rows, minlength=len(tokens))
+  rank = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+  rare = rank < -(-2 * counts[rows] // 3)
   sums = np.zeros(len(tokens), np.uint64)
-  np.add.at(sums, pairs // vocabulary, codes[pairs % vocabulary])
+  np.add.at(sums, rows[rare], codes[values[rare]])
   return sums < np.uint64(min(fraction, 1.0) * 2**64)
