@@ -14,6 +14,8 @@ from vixml_jax.typing import Array, Float, Int, Key
 
 Initializer = Callable[..., jax.Array]
 normal_init = jax.nn.initializers.normal(0.02)
+# What torch gives a linear layer: uniform within 1 / sqrt(fan_in).
+fan_in_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def split_params(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
@@ -195,19 +197,19 @@ class Linear(nnx.Module):
 
 
 def segment_attention(
-    query: Float[Array, "R T H head_dim"],
+    query: Float[Array, "R Q H head_dim"],
     key: Float[Array, "R T H head_dim"],
     value: Float[Array, "R T H head_dim"],
     segments: Int[Array, "R T"] | None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
-) -> Float[Array, "R T H head_dim"]:
+) -> Float[Array, "R Q H head_dim"]:
   """Scaled dot-product attention in which a token sees the tokens of its own segment only.
 
   Padding (segment 0) sees padding, so that its rows stay finite; no text sees it.
 
   Args:
-    query: [R, T, H, head_dim], H heads.
+    query: [R, Q, H, head_dim], H heads; Q is T wherever there are segments.
     key: [R, T, H, head_dim].
     value: [R, T, H, head_dim].
     segments: int32 [R, T], 0 for padding; None lets every token of a row see the whole row.
@@ -215,7 +217,7 @@ def segment_attention(
     dropout_key: random key, None for none.
 
   Returns:
-    [R, T, H, head_dim] in the dtype of `value`. The softmax is taken in f32.
+    [R, Q, H, head_dim] in the dtype of `value`. The softmax is taken in f32.
   """
   scale = 1.0 / math.sqrt(query.shape[-1])
   logits = jnp.einsum(
@@ -293,6 +295,11 @@ class Attention(nnx.Module):
     mixed = segment_attention(
         self.query(x), self.key(x), self.value(x), segments, self.dropout, key
     )
+    return self.output(mixed)
+
+  def cross(self, x: Float[Array, "R Q D"], context: Float[Array, "R T D"]) -> Float[Array, "R Q D"]:
+    """Attention of Q vectors to the T vectors of a row, without dropout."""
+    mixed = segment_attention(self.query(x), self.key(context), self.value(context), None)
     return self.output(mixed)
 
 

@@ -1,14 +1,10 @@
 """The PRIME prototype network: a label's text, its cluster's free vector and its centroid become one vector."""
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 
 from vixml_jax.models import layers
 from vixml_jax.typing import Array, Float
-
-# What torch gives a linear layer: uniform within 1 / sqrt(fan_in).
-_fan_in_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class PrototypeNetwork(nnx.Module):
@@ -40,7 +36,7 @@ class PrototypeNetwork(nnx.Module):
     self.layer = layers.PostNormLayer(
         embed_dim, num_heads, mlp_dim, dropout=dropout, attention_dropout=dropout,
         projection_dropout=dropout, activation_dropout=dropout, layer_norm_eps=layer_norm_eps,
-        kernel_init=_fan_in_uniform, rngs=rngs)
+        kernel_init=layers.fan_in_uniform, rngs=rngs)
 
   def __call__(
       self,

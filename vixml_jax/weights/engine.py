@@ -45,7 +45,7 @@ def apply(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> di
       something filled or named twice (duplicate), or a wrong shape. Lists all of them.
   """
   wanted = flatten(abstract)
-  theirs, twice = _original_names(table, source)
+  theirs, twice = original_names(table, source)
   _check(table, source, theirs, twice, wanted)
   filled = {}
   for rule in table.rules:
@@ -71,12 +71,15 @@ def invert(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
       _listed("duplicate", "", {name for name in ruled if ruled.count(name) > 1}),
   ]
   _raise_any(f"parameters for a {table.name} checkpoint", problems)
-  tensors = {}
+  parts: dict[str, list[Any]] = {}
   for rule in table.rules:
     array = np.asarray(ours[rule.ours])
+    number, count = rule.part
     for name, index, layout in _targets(rule, array.shape):
-      tensors[name] = np.ascontiguousarray(layout.to_theirs(array[index]))
-  return tensors
+      parts.setdefault(name, [None] * count)[number] = layout.to_theirs(array[index])
+  # Contiguous: safetensors writes an array's memory, whatever its strides.
+  return {name: np.ascontiguousarray(np.concatenate(found) if len(found) > 1 else found[0])
+          for name, found in parts.items()}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -100,7 +103,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
   return tree
 
 
-def _original_names(table: Table, source: TensorSource) -> tuple[dict[str, str], list[str]]:
+def original_names(table: Table, source: TensorSource) -> tuple[dict[str, str], list[str]]:
   """Of each name in the table's terms the name in the checkpoint, and the names found twice."""
   original: dict[str, str] = {}
   twice = []
@@ -124,27 +127,30 @@ def _check(
     wanted: Mapping[str, Any],
 ) -> None:
   """Raises InputError unless rules, tensors and parameters match one to one, shapes included."""
-  readers: dict[str, int] = {}
+  readers: dict[tuple[str, tuple[int, int]], int] = {}
   fillers: dict[str, int] = {}
-  missing, misshapen = [], []
+  missing, misshapen = [], set()
   for rule in table.rules:
     fillers[rule.ours] = fillers.get(rule.ours, 0) + 1
     if rule.ours not in wanted:
       missing.append(f"{rule.ours} (which the model lacks)")
       continue
     for name, _, layout in _targets(rule, wanted[rule.ours].shape):
-      readers[name] = readers.get(name, 0) + 1
+      readers[name, rule.part] = readers.get((name, rule.part), 0) + 1
       if name not in theirs:
         missing.append(f"{rule.ours} (from {name})")
         continue
       shape = source.shape(theirs[name])
       if shape != layout.theirs:
-        misshapen.append(f"{theirs[name]} is {list(shape)}, wanted {list(layout.theirs)}")
+        misshapen.add(f"{theirs[name]} is {list(shape)}, wanted {list(layout.theirs)}")
   ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignored) or r"(?!)")
-  unmapped = [
-      name for plain, name in theirs.items() if plain not in readers and not ignored.fullmatch(plain)
-  ]
-  twice = twice + [name for name, count in (readers | fillers).items() if count > 1]
+  read = {name for name, _ in readers}
+  unmapped = [name for plain, name in theirs.items() if plain not in read and not ignored.fullmatch(plain)]
+  unmapped += {
+      f"{name} (part {number + 1} of {count})"
+      for name, (_, count) in readers for number in range(count) if (name, (number, count)) not in readers}
+  twice = twice + [name for (name, _), count in readers.items() if count > 1]
+  twice += [name for name, count in fillers.items() if count > 1]
   _raise_any(f"{source.name}: weights that do not fit a {table.name} model of this size", [
       _listed("unmapped", "+", unmapped),
       _listed("unfilled", "-", missing + [name for name in wanted if name not in fillers]),
@@ -170,10 +176,10 @@ def _raise_any(subject: str, problems: list[str]) -> None:
 def _targets(rule: Rule, shape: Sequence[int]) -> Iterator[tuple[str, Any, "_Layout"]]:
   """Each tensor of a rule: its name, its index in the parameter, its layout there."""
   if "{layer}" not in rule.theirs:
-    yield rule.theirs, ..., _Layout.of(rule.layout, shape)
+    yield rule.theirs, ..., _Layout.of(rule, shape)
     return
   for layer in range(shape[0]):
-    yield rule.theirs.replace("{layer}", str(layer)), layer, _Layout.of(rule.layout, shape[1:])
+    yield rule.theirs.replace("{layer}", str(layer)), layer, _Layout.of(rule, shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,32 +188,38 @@ class _Layout:
 
   Attributes:
     theirs: shape of the tensor.
-    split: shape of the tensor once its joined dimensions are taken apart.
+    part: of the tensor's first dimension, what holds the parameter.
+    split: shape of that part once its joined dimensions are taken apart.
     order: for each of our dimensions, which one of `split` it is.
   """
 
   theirs: tuple[int, ...]
+  part: slice
   split: tuple[int, ...]
   order: tuple[int, ...]
 
   @classmethod
-  def of(cls, layout: str, shape: Sequence[int]) -> "_Layout":
-    if not layout:
-      return cls(tuple(shape), tuple(shape), tuple(range(len(shape))))
-    theirs, ours = layout.split("->")
-    groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", theirs)]
+  def of(cls, rule: Rule, shape: Sequence[int]) -> "_Layout":
+    letters = " ".join(f"_{i}" for i in range(len(shape)))
+    theirs, ours = (rule.layout or f"{letters} -> {letters}").split("->")
+    groups = [[letter for letter in group.strip("()").split() if letter != "1"]
+              for group in re.findall(r"\([^)]*\)|\S+", theirs)]
     split = [letter for group in groups for letter in group]
     if sorted(split) != sorted(ours.split()) or len(split) != len(shape):
-      raise ValueError(f"layout {layout!r} does not fit a parameter of shape {tuple(shape)}")
+      raise ValueError(f"layout {rule.layout!r} does not fit a parameter of shape {tuple(shape)}")
     sizes = dict(zip(ours.split(), shape, strict=True))
+    first, *rest = (math.prod(sizes[letter] for letter in group) for group in groups)
+    number, count = rule.part
     return cls(
-        tuple(math.prod(sizes[letter] for letter in group) for group in groups),
+        (first * count, *rest),
+        slice(first * number, first * (number + 1)),
         tuple(sizes[letter] for letter in split),
         tuple(split.index(letter) for letter in ours.split()),
     )
 
   def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-    return tensor.reshape(self.split).transpose(self.order)
+    return tensor[self.part].reshape(self.split).transpose(self.order)
 
   def to_theirs(self, array: np.ndarray) -> np.ndarray:
-    return array.transpose(np.argsort(self.order)).reshape(self.theirs)
+    shape = (self.part.stop - self.part.start, *self.theirs[1:])
+    return array.transpose(np.argsort(self.order)).reshape(shape)

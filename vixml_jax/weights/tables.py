@@ -13,12 +13,16 @@ class Rule:
     theirs: name of the tensor; with `{layer}` in it, one tensor a layer, which stand in the
       parameter's leading dimension.
     layout: `"theirs -> ours"`, a letter for each of our dimensions (without the layers), brackets
-      around those that are one dimension of theirs: `"(h k) d -> d h k"`. Empty if they are alike.
+      around those that are one dimension of theirs: `"(h k) d -> d h k"`; a 1 is a dimension of
+      size one that we leave out. Empty if they are alike.
+    part: `(i, n)`: the tensor holds n parameters of ours one after the other along its first
+      dimension, and this is number i, from 0.
   """
 
   ours: str
   theirs: str
   layout: str = ""
+  part: tuple[int, int] = (0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,3 +122,97 @@ DISTILBERT = Table(
 )
 
 TABLES = {table.name: table for table in (BERT, DISTILBERT)}
+
+
+def _fused(ours: str, theirs: str) -> tuple[Rule, ...]:
+  """Query, key and value of a `torch.nn.MultiheadAttention`, which keeps them in one tensor."""
+  return tuple(
+      rule
+      for i, name in enumerate(("query", "key", "value"))
+      for rule in (
+          Rule(f"{ours}/{name}/kernel", f"{theirs}.in_proj_weight", _TO_HEADS, (i, 3)),
+          Rule(f"{ours}/{name}/bias", f"{theirs}.in_proj_bias", _HEADS_BIAS, (i, 3)),
+      )
+  )
+
+
+# The vision tower of SigLIP and of the fixed resolutions of SigLIP 2, which share their classes.
+SIGLIP = Table(
+    name="siglip_vision_model",
+    rules=(
+        *_affine("patch_embedding", "vision_model.embeddings.patch_embedding", "d c y x -> y x c d"),
+        Rule("position_embedding", "vision_model.embeddings.position_embedding.weight"),
+        *_norm("layers/attention_norm", "vision_model.encoder.layers.{layer}.layer_norm1"),
+        *_affine("layers/attention/query", "vision_model.encoder.layers.{layer}.self_attn.q_proj",
+                 _TO_HEADS, _HEADS_BIAS),
+        *_affine("layers/attention/key", "vision_model.encoder.layers.{layer}.self_attn.k_proj",
+                 _TO_HEADS, _HEADS_BIAS),
+        *_affine("layers/attention/value", "vision_model.encoder.layers.{layer}.self_attn.v_proj",
+                 _TO_HEADS, _HEADS_BIAS),
+        *_affine("layers/attention/output", "vision_model.encoder.layers.{layer}.self_attn.out_proj",
+                 _FROM_HEADS),
+        *_norm("layers/mlp_norm", "vision_model.encoder.layers.{layer}.layer_norm2"),
+        *_affine("layers/up", "vision_model.encoder.layers.{layer}.mlp.fc1", _SWAP),
+        *_affine("layers/down", "vision_model.encoder.layers.{layer}.mlp.fc2", _SWAP),
+        *_norm("final_norm", "vision_model.post_layernorm"),
+        Rule("head/probe", "vision_model.head.probe", "1 1 d -> d"),
+        *_fused("head/attention", "vision_model.head.attention"),
+        *_affine("head/attention/output", "vision_model.head.attention.out_proj", _FROM_HEADS),
+        *_norm("head/mlp_norm", "vision_model.head.layernorm"),
+        *_affine("head/up", "vision_model.head.mlp.fc1", _SWAP),
+        *_affine("head/down", "vision_model.head.mlp.fc2", _SWAP),
+    ),
+    ignored={
+        r"text_model\..*": "the text tower",
+        r"logit_(scale|bias)": "of the loss between the towers",
+        r"vision_model\.embeddings\.position_ids": "a constant, 0 1 2 ...",
+        r"classifier\..*": "heads of other tasks",
+    },
+    # transformers 5 writes a tower alone without the name that it has in the whole model.
+    renamed={r"^(?=(embeddings|encoder|post_layernorm|head)\.)": "vision_model."},
+)
+
+
+def _dense(ours: str, theirs: str) -> tuple[Rule, Rule]:
+  return Rule(f"{ours}/kernel", f"{theirs}/kernel"), Rule(f"{ours}/bias", f"{theirs}/bias")
+
+
+def _flax_norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
+  return Rule(f"{ours}/scale", f"{theirs}/scale"), Rule(f"{ours}/bias", f"{theirs}/bias")
+
+
+def _flax_attention(ours: str, theirs: str) -> tuple[Rule, ...]:
+  names = {"query": "query", "key": "key", "value": "value", "output": "out"}
+  return tuple(
+      rule for name, their in names.items() for rule in _dense(f"{ours}/{name}", f"{theirs}/{their}"))
+
+
+def _big_vision(block: str) -> Table:
+  """The image tower of big_vision's SigLIP, whose layers are called `block`."""
+  return Table(
+      name="big_vision SigLIP",
+      rules=(
+          *_dense("patch_embedding", "embedding"),
+          Rule("position_embedding", "pos_embedding", "1 t d -> t d"),
+          *_flax_norm("layers/attention_norm", f"{block}/LayerNorm_0"),
+          *_flax_attention("layers/attention", f"{block}/MultiHeadDotProductAttention_0"),
+          *_flax_norm("layers/mlp_norm", f"{block}/LayerNorm_1"),
+          *_dense("layers/up", f"{block}/MlpBlock_0/Dense_0"),
+          *_dense("layers/down", f"{block}/MlpBlock_0/Dense_1"),
+          *_flax_norm("final_norm", "Transformer/encoder_norm"),
+          Rule("head/probe", "MAPHead_0/probe", "1 1 d -> d"),
+          *_flax_attention("head/attention", "MAPHead_0/MultiHeadDotProductAttention_0"),
+          *_flax_norm("head/mlp_norm", "MAPHead_0/LayerNorm_0"),
+          *_dense("head/up", "MAPHead_0/MlpBlock_0/Dense_0"),
+          *_dense("head/down", "MAPHead_0/MlpBlock_0/Dense_1"),
+      ),
+      ignored={
+          r"txt/.*": "the text tower",
+          r"[tb]": "temperature and bias of the loss between the towers",
+      },
+      prefixes=("params/", "img/"),
+  )
+
+
+BIG_VISION_STACKED = _big_vision("Transformer/encoderblock")
+BIG_VISION_UNSTACKED = _big_vision("Transformer/encoderblock_{layer}")

@@ -1,0 +1,183 @@
+"""The vision tower of SigLIP and SigLIP 2 (fixed resolutions): pixels to one feature vector an image."""
+
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from vixml_jax.models import layers
+from vixml_jax.typing import Array, Float
+
+_xavier = jax.nn.initializers.xavier_uniform()
+
+
+class SiglipVision(nnx.Module):
+  """Pre-norm vision transformer with learnt positions, pooled by attention.
+
+  There is no class token. Patches do not overlap; what is left over at the right and at the
+  bottom (6 of 384 pixels where patches have 14) is cut off.
+
+  Args:
+    image_size: height and width of the images, in pixels.
+    patch_size: height and width of a patch.
+    num_layers: depth.
+    embed_dim: D, which is also the feature's dimension F.
+    num_heads: attention heads, a divisor of D.
+    mlp_dim: width of the feed-forward parts.
+    dtype: of the computation; parameters, norms and softmax are f32.
+    remat: recompute the layers' activations in the backward pass.
+    layer_norm_eps: added to the variance in every norm.
+    rngs: source of the initial values, which are distributed as in big_vision.
+
+  Reference: SigLIP 2 (arXiv 2502.14786), section 2.1; big_vision, models/vit.py with `pool_type="map"`.
+  """
+
+  def __init__(
+      self,
+      image_size: int,
+      patch_size: int,
+      num_layers: int,
+      embed_dim: int,
+      num_heads: int,
+      mlp_dim: int,
+      dtype: str = "float32",
+      remat: bool = False,
+      layer_norm_eps: float = 1e-6,
+      *,
+      rngs: nnx.Rngs,
+  ):
+    self.patch_size = patch_size
+    self.grid = image_size // patch_size
+    self.embed_dim = embed_dim
+    self.dtype = dtype
+    self.remat = remat
+    self.patch_embedding = layers.Linear(
+        {"patch_height": patch_size, "patch_width": patch_size, "channel": 3}, {"embed": embed_dim},
+        dtype=dtype, kernel_init=jax.nn.initializers.lecun_normal(), rngs=rngs)
+    positions = jax.nn.initializers.normal(embed_dim**-0.5)(
+        rngs.params(), (self.grid**2, embed_dim), jnp.float32)
+    self.position_embedding = nnx.Param(positions, axes=("position", "embed"))
+
+    def make_layer(layer_rngs: nnx.Rngs) -> PreNormLayer:
+      return PreNormLayer(embed_dim, num_heads, mlp_dim, layer_norm_eps, dtype, rngs=layer_rngs)
+
+    self.layers = layers.stack_layers(make_layer, num_layers, rngs)
+    self.final_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
+    self.head = AttentionPool(embed_dim, num_heads, mlp_dim, layer_norm_eps, dtype, rngs=rngs)
+
+  def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B F"]:
+    """Features of images.
+
+    Args:
+      pixels: [B, H, W, 3], red green blue in -1..1, H and W the tower's `image_size`.
+
+    Returns:
+      f32 [B, F], pooled and not normalised.
+
+    Raises:
+      ValueError: the pixels do not make the patches that the tower has positions for.
+    """
+    return self.head(self.final_norm(self.encode(self.embed(pixels)))).astype(jnp.float32)
+
+  def embed(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
+    """Patches, row by row, as vectors with their positions: the layers' input."""
+    batch, height, width, _ = pixels.shape
+    size, grid = self.patch_size, self.grid
+    if (height // size, width // size) != (grid, grid):
+      raise ValueError(
+          f"images of {height} x {width} pixels have {height // size} x {width // size} patches of {size}"
+          f" pixels; the tower has positions for {grid} x {grid}")
+    patches = pixels[:, :grid * size, :grid * size].reshape(batch, grid, size, grid, size, 3)
+    x = self.patch_embedding(patches.swapaxes(2, 3)).reshape(batch, grid**2, self.embed_dim)
+    return x + self.position_embedding[...].astype(x.dtype)
+
+  def encode(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Runs the layers over embedded patches; the final norm is not applied."""
+    return self._run(x, return_layers=False)[0]
+
+  def encode_layers(self, x: Float[Array, "B T D"]) -> Float[Array, "layers B T D"]:
+    """As `encode`, but the input and every layer's output: [num_layers + 1, B, T, D]."""
+    _, outputs = self._run(x, return_layers=True)
+    return jnp.concatenate([x[None], outputs])
+
+  def _run(self, x, return_layers):
+    def apply(layer, hidden, _):
+      return layer(hidden)
+
+    return layers.scan_layers(
+        self.layers, x, apply, remat=self.remat, return_layers=return_layers)
+
+
+class PreNormLayer(nnx.Module):
+  """Transformer layer with the norms before attention and feed-forward part, GELU in its tanh form.
+
+  Args:
+    embed_dim: D.
+    num_heads: H, a divisor of D.
+    mlp_dim: width of the feed-forward part.
+    layer_norm_eps: added to the variance.
+    dtype: of the computation; norms and softmax are f32 in any case.
+    rngs: source of the initial values.
+  """
+
+  def __init__(
+      self,
+      embed_dim: int,
+      num_heads: int,
+      mlp_dim: int,
+      layer_norm_eps: float,
+      dtype: str,
+      *,
+      rngs: nnx.Rngs,
+  ):
+    options: dict[str, Any] = {"dtype": dtype, "kernel_init": _xavier, "rngs": rngs}
+    self.attention_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
+    self.attention = layers.Attention(embed_dim, num_heads, **options)
+    self.mlp_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
+    self.up = layers.Linear({"embed": embed_dim}, {"mlp": mlp_dim}, **options)
+    self.down = layers.Linear({"mlp": mlp_dim}, {"embed": embed_dim}, **options)
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """[B, T, D] -> [B, T, D]."""
+    x = x + self.attention(self.attention_norm(x), None)
+    return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=True))
+
+
+class AttentionPool(nnx.Module):
+  """Multi-head attention pooling: a learnt probe attends to all tokens; a feed-forward part is added.
+
+  Args: those of `PreNormLayer`.
+  """
+
+  def __init__(
+      self,
+      embed_dim: int,
+      num_heads: int,
+      mlp_dim: int,
+      layer_norm_eps: float,
+      dtype: str,
+      *,
+      rngs: nnx.Rngs,
+  ):
+    options: dict[str, Any] = {"dtype": dtype, "kernel_init": _xavier, "rngs": rngs}
+    self.probe = nnx.Param(_xavier(rngs.params(), (1, embed_dim), jnp.float32)[0], axes=("embed",))
+    self.attention = layers.Attention(embed_dim, num_heads, **options)
+    self.mlp_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
+    self.up = layers.Linear({"embed": embed_dim}, {"mlp": mlp_dim}, **options)
+    self.down = layers.Linear({"mlp": mlp_dim}, {"embed": embed_dim}, **options)
+
+  def __call__(self, tokens: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+    """[B, T, D] -> [B, D]."""
+    probe = jnp.broadcast_to(self.probe[...].astype(tokens.dtype), (len(tokens), 1, tokens.shape[-1]))
+    x = self.attention.cross(probe, tokens)[:, 0]
+    return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=True))
+
+
+def define_siglip(arguments: dict[str, Any]) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
+  """Structure, shapes and logical axes of a tower, computing nothing; see `layers.split_params`.
+
+  Args:
+    arguments: keyword arguments of `SiglipVision` besides `rngs`.
+  """
+  return layers.split_params(nnx.eval_shape(lambda: SiglipVision(**arguments, rngs=nnx.Rngs(0))))
