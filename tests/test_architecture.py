@@ -97,7 +97,7 @@ def test_no_file_names_a_path_of_somebodys_machine():
 
 
 def test_entry_points_exist():
-  assert {"main", "prepare_data", "evaluate"} <= set(ENTRY_POINTS)
+  assert {"main", "prepare_data", "extract_features", "evaluate"} <= set(ENTRY_POINTS)
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)

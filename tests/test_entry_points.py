@@ -1,40 +1,8 @@
 """Bad input ends every entry point with one line on stderr and status 1, without a traceback."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from tests.workplace import ROOT
-
-# Starts each command as `python -m` does, in a fork of one process that has done the slow imports.
-_SERVER = """
-import json, os, runpy, sys
-import vixml_jax.training.run, ml_collections.config_flags
-
-results = {}
-for name, (module, *arguments) in json.load(sys.stdin).items():
-  child = os.fork()
-  if not child:
-    for number in (1, 2):
-      os.dup2(os.open(f"{sys.argv[1]}/{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = [module, *arguments]
-    status = 99  # The module came back instead of exiting.
-    try:
-      runpy.run_module(f"vixml_jax.{module}", run_name="__main__", alter_sys=True)
-    except SystemExit as stop:
-      status = stop.code
-    except BaseException:
-      import traceback
-      traceback.print_exc()
-    sys.stderr.flush()
-    sys.stdout.flush()
-    os._exit(status or 0)
-  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-  results[name] = status, *(open(f"{sys.argv[1]}/{number}").read() for number in (1, 2))
-json.dump(results, sys.stdout)
-"""
+from tests.workplace import run_commands
 
 _CUSTOM = "--config=configs/custom.py"
 # Name -> command line, and what its line must name.
@@ -76,11 +44,7 @@ def results(folder):
   """Name -> exit status, stdout and stderr of every case."""
   (folder / "broken.py").write_text("def get_config(:\n")
   commands = {name: [part.format(folder=folder) for part in command] for name, (command, _) in _CASES.items()}
-  done = subprocess.run(
-      [sys.executable, "-W", "ignore", "-c", _SERVER, folder], input=json.dumps(commands), cwd=ROOT, text=True,
-      capture_output=True)
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout)
+  return run_commands(commands, folder)
 
 
 @pytest.mark.parametrize("name", _CASES)

@@ -1,7 +1,9 @@
-"""A tiny pretrained encoder and a miniature data set in a folder, and configs cut down to them."""
+"""A tiny pretrained encoder and a miniature data set in a folder, configs cut down to them, and command lines."""
 
 import importlib.util
+import json
 from pathlib import Path
+import subprocess
 import sys
 
 from ml_collections import ConfigDict
@@ -67,3 +69,41 @@ def miniature_config(folder: Path, **sizes) -> ConfigDict:
   config = shrink(load_config("custom"), encoder, raw, folder / "data")
   config.train.epochs = 3
   return config
+
+
+# Starts each command as `python -m` does, in a fork of one process that has done the slow imports.
+_SERVER = """
+import json, os, runpy, sys
+import vixml_jax.training.run, ml_collections.config_flags
+
+results = {}
+for name, (module, *arguments) in json.load(sys.stdin).items():
+  child = os.fork()
+  if not child:
+    for number in (1, 2):
+      os.dup2(os.open(f"{sys.argv[1]}/{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = [module, *arguments]
+    status = 99  # The module came back instead of exiting.
+    try:
+      runpy.run_module(f"vixml_jax.{module}", run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+      status = stop.code
+    except BaseException:
+      import traceback
+      traceback.print_exc()
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(status or 0)
+  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  results[name] = status, *(open(f"{sys.argv[1]}/{number}").read() for number in (1, 2))
+json.dump(results, sys.stdout)
+"""
+
+
+def run_commands(commands: dict[str, list[str]], folder: Path) -> dict[str, tuple[int, str, str]]:
+  """Exit status, stdout and stderr of each `python -m vixml_jax.MODULE ARGUMENTS...`, given as [MODULE, *ARGUMENTS]."""
+  done = subprocess.run(
+      [sys.executable, "-W", "ignore", "-c", _SERVER, folder], input=json.dumps(commands), cwd=ROOT, text=True,
+      capture_output=True)
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)

@@ -1,15 +1,12 @@
 """Prepares a data set once and opens it again, refusing data made from other raw files."""
 
-import contextlib
-import io
 import logging
 import os
 import pathlib
-import shutil
 
 import tensorflow_datasets as tfds
 
-from vixml_jax.datasets import builders, raw
+from vixml_jax.datasets import builders, building, raw
 from vixml_jax.datasets.folders import locked
 from vixml_jax.errors import InputError
 
@@ -47,8 +44,10 @@ def prepare(name: str, raw_dir: str | os.PathLike | None,
       raise InputError(f"{name} has not been prepared in {data_dir}: set --config.dataset.raw_dir to the "
                        "folder with its raw files (trn.json.gz, tst.json.gz, lbl.json.gz, ...)")
     raw.check_folder(folder)
-    _remove_leftovers(target)
-    _build(builder_class, folder, data_dir)
+    building.remove_leftovers(target)
+    builder = builder_class(data_dir=data_dir)
+    _LOGGER.info("preparing %s from %s", name, folder)
+    building.build(builder, data_dir, folder)
     builder = open_dataset(name, data_dir)
     counts = builder.info.metadata["counts"]
     _LOGGER.info("prepared %s in %s: %s", name, target,
@@ -89,21 +88,3 @@ def _check_same_files(name: str, folder: pathlib.Path, target: pathlib.Path,
     raise InputError(f"{target}: was prepared from other raw files than those in {folder} "
                      f"({', '.join(changed)} differ); delete it to prepare these, or set another "
                      "--config.dataset.data_dir")
-
-
-def _remove_leftovers(target: pathlib.Path) -> None:
-  """Removes what a killed run left; the lock says that no other is at work."""
-  for folder in target.parent.glob(f"*incomplete*{target.name}*"):
-    shutil.rmtree(folder)
-
-
-def _build(builder_class: type[builders.RawFolder], folder: pathlib.Path,
-           data_dir: str | os.PathLike) -> None:
-  builder = builder_class(data_dir=data_dir)
-  config = tfds.download.DownloadConfig(manual_dir=folder, try_download_gcs=False)
-  _LOGGER.info("preparing %s from %s", builder.name, folder)
-  tfds.disable_progress_bar()  # Ours counts towards a known total.
-  with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads.
-    builder.download_and_prepare(
-      download_dir=pathlib.Path(data_dir) / "downloads", download_config=config,
-      file_format="array_record")
