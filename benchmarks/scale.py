@@ -19,6 +19,7 @@ import numpy as np
 from vixml_jax import datasets
 from vixml_jax.input.batches import TrainingQueries, make_batch
 from vixml_jax.input.corpus import Corpus, load_corpus
+from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, pack
 from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.mining.kmeans import balanced_kmeans
@@ -82,16 +83,18 @@ def _embeddings(rows: int, seed: int) -> np.ndarray:
 
 def _batches(corpus: Corpus, order: np.ndarray, count: int) -> int:
   data = TrainingQueries(
-      corpus.train_tokens, corpus.train_labels, corpus.label_tokens, np.ones(corpus.num_labels))
+      Items.of_texts(corpus.train_tokens), corpus.train_labels, Items.of_texts(corpus.label_tokens),
+      np.ones(corpus.num_labels))
   return sum(
-      make_batch(data, order, _BATCH, _LAYOUT, seed=0, epoch=0, step=step).texts.num_tokens for step in range(count))
+      make_batch(data, order, _BATCH, _LAYOUT, seed=0, epoch=0, step=step).items.num_tokens for step in range(count))
 
 
 def _pack_all(corpus: Corpus) -> tuple[int, int]:
   rows, block = 0, 16_384
   for start in range(0, len(corpus.train_tokens), block):
     ids = np.arange(start, min(start + block, len(corpus.train_tokens)))
-    rows += pack(corpus.train_tokens.take(ids), _LAYOUT, round_up=False).tokens.shape[0] * _LAYOUT.chunk_rows
+    packed = pack(Items.of_texts(corpus.train_tokens.take(ids)), _LAYOUT, round_up=False)
+    rows += packed.tokens.shape[0] * _LAYOUT.chunk_rows
   return rows, len(corpus.train_tokens.values)
 
 

@@ -26,6 +26,7 @@ from transformers import BertConfig, BertModel
 import vixml_jax
 from vixml_jax import sharding
 from vixml_jax.input.batches import Batch, TrainingQueries, make_batch
+from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.losses import LossConfig
 from vixml_jax.models.definition import define_model
@@ -76,9 +77,9 @@ def load_data(max_length: int) -> TrainingQueries:
 
   queries, labels = rows("trn.json.gz"), rows("lbl.json.gz")
   return TrainingQueries(
-      tokens=tokens(queries),
+      items=Items.of_texts(tokens(queries)),
       labels=Ragged.from_rows([item["target_ind"] for item in queries]),
-      label_tokens=tokens(labels),
+      label_items=Items.of_texts(tokens(labels)),
       label_weights=np.ones(len(labels)),
   )
 
@@ -120,7 +121,7 @@ class JaxSide:
         free_vector_learning_rate=arguments.learning_rate,
         warmup_steps=0, total_steps=1000, weight_decay=WEIGHT_DECAY, adam_eps=ADAM_EPS)
     abstract = abstract_state(
-        model, optimizer, len(data.tokens), len(data.label_tokens), "float32", self.mesh)
+        model, optimizer, len(data.items), len(data.label_items), "float32", self.mesh)
     self.state = create_state(abstract, init_params(model, self.mesh, arguments.seed), optimizer)
     self.train_step = make_train_step(
         abstract, model=model, optimizer=optimizer, layout=layout, loss_config=LOSS,
@@ -135,7 +136,7 @@ class JaxSide:
 
 def packed_places(batch: Batch) -> int:
   """Token places that are computed: those of chunks that hold anything."""
-  segments = batch.texts.segments
+  segments = batch.items.segments
   filled = (segments > 0).any(axis=(1, 2)).sum()
   return int(filled) * segments.shape[1] * segments.shape[2]
 
@@ -210,7 +211,7 @@ class TorchSide:
     self.dtype = getattr(torch, arguments.dtype)
     self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     self.model = TorchModel(config, arguments.free_vectors).to(self.device).train()
-    self.centroids = torch.zeros(len(data.label_tokens), config.hidden_size, device=self.device)
+    self.centroids = torch.zeros(len(data.label_items), config.hidden_size, device=self.device)
     decayed = [
         value for name, value in self.model.named_parameters()
         if value.ndim > 1 and name != "free_vectors"]
@@ -223,7 +224,8 @@ class TorchSide:
 
   def padded(self, batch: Batch) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Queries and labels of the batch, each as (ids, mask)."""
-    return pad(self.data.tokens.take(batch.query_ids)), pad(self.data.label_tokens.take(batch.label_ids))
+    queries, labels = self.data.items.take(batch.query_ids), self.data.label_items.take(batch.label_ids)
+    return pad(queries.tokens), pad(labels.tokens)
 
   def step(self, batch: Batch) -> float:
     """One step; returns its loss, which waits for all of it."""
@@ -273,7 +275,7 @@ def main() -> None:
   for batch in batches[1:]:  # In turns, so that both see the same minutes of the machine.
     for name, step in sides.items():
       results[name].append(timed(step, batch))
-  tokens = [batch.texts.num_tokens for batch in batches[1:]]
+  tokens = [batch.items.num_tokens for batch in batches[1:]]
   texts = 2 * arguments.batch_size
   print(f"{jax.devices()[0].device_kind} x {jax.device_count()}; torch on {torch_side.device}, "
         f"{torch.get_num_threads()} threads; {arguments.dtype}; batch {arguments.batch_size}; "

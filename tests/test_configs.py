@@ -7,9 +7,10 @@ import jax
 from ml_collections import ConfigDict
 import pytest
 
+from tests.image_features import write_random_features
 from tests.miniature import expect_miniature, write_raw_folder
 from tests.workplace import load_config, shrink, write_encoder
-from vixml_jax import configuration, sharding
+from vixml_jax import configuration, datasets, sharding
 from vixml_jax.errors import InputError
 from vixml_jax.training.loop import train
 from vixml_jax.training.setup import model_of, optimizer_of, set_up, settle_free_vectors
@@ -24,13 +25,14 @@ PUBLISHED = {
 }
 ALL = [(name, f"encoder={encoder}") for name in (*PUBLISHED, "custom") for encoder in ENCODERS]
 ALL += [("quickstart", variant) for variant in (None, "reference", "full")]
+WITH_IMAGES = [(name, f"{variant},images=3") for name, variant in ALL if name != "quickstart"]
 # Encoder parameters without heads, as transformers counts them for the published checkpoints.
 ENCODER_PARAMETERS = {
     "minilm-l3": 17_389_824 - 147_840, "minilm-l6": 22_713_216 - 147_840, "distilbert": 66_362_880,
     "bert": 109_482_240 - 590_592}
 
 
-@pytest.mark.parametrize("name,variant", ALL)
+@pytest.mark.parametrize("name,variant", ALL + WITH_IMAGES)
 def test_full_size_state_is_built_abstractly(name, variant):
   config = load_config(name, variant)
   configuration.check(config)
@@ -44,12 +46,15 @@ def test_full_size_state_is_built_abstractly(name, variant):
   assert state.centroids.shape[0] >= labels
   per_device = state.bank.sharding.shard_shape(state.bank.shape)
   assert per_device[0] * 8 == state.bank.shape[0], "the bank must be spread over the devices"
-  encoder = next((e for e in ENCODERS if variant == f"encoder={e}"), "minilm-l6")
+  encoder = next((e for e in ENCODERS if f"encoder={e}" in (variant or "").split(",")), "minilm-l6")
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params["encoder"]))
   assert count == ENCODER_PARAMETERS[encoder]
+  fusion = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params.get("fusion", {})))
+  assert fusion == (1153 * config.encoder.embed_dim if config.images else 0), "a linear map of 1152-d features"
 
 
-@pytest.mark.parametrize("name,variant", ALL)
+# With images every config once, each with another encoder.
+@pytest.mark.parametrize("name,variant", ALL + WITH_IMAGES[::5])
 def test_two_steps_run_on_a_miniature(name, variant, tmp_path, monkeypatch):
   config = load_config(name, variant)
   kind = "distilbert" if config.encoder.num_token_types == 0 else "bert"
@@ -60,6 +65,10 @@ def test_two_steps_run_on_a_miniature(name, variant, tmp_path, monkeypatch):
   config.train.epochs = 1
   if config.train.bank_dtype == "bfloat16":
     config.encoder.dtype = "bfloat16"
+  if config.images:
+    builder = datasets.prepare(config.dataset.name, raw, config.dataset.data_dir)
+    write_random_features(builder, config.dataset.data_dir, config.features.name, 6)
+    config.features.dim = 6
   configuration.check(config)
   run = set_up(config, tmp_path)
   assert run.steps_per_epoch == 2 or config.dataset.validation_fraction
@@ -77,9 +86,9 @@ def test_configs_hold_the_paper_s_recipe():
   assert long_texts.dataset.max_length == 128 and tuple(long_texts.dataset.text_fields) == ("title", "content")
 
 
-@pytest.mark.parametrize("name,variant", [("custom", "encoder=gpt"), ("quickstart", "fast"), ("custom", "images=3")])
+@pytest.mark.parametrize("name,variant", [("custom", "encoder=gpt"), ("quickstart", "fast"), ("custom", "images=6")])
 def test_an_unknown_variant_is_refused_by_name(name, variant):
-  with pytest.raises(ValueError, match=re.escape(variant.split("=")[-1]) if variant != "images=3" else "images"):
+  with pytest.raises(ValueError, match=re.escape(variant.split("=")[-1]) if variant != "images=6" else "images"):
     load_config(name, variant)
 
 

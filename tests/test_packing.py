@@ -1,9 +1,12 @@
-"""Packing keeps every text whole, and batches depend on (seed, epoch, step) only."""
+"""Packing keeps every item whole, and batches depend on (seed, epoch, step) only."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 
 from vixml_jax.input.batches import TrainingQueries, draw_positives, in_batch_positives, make_batch, steps_per_epoch
+from vixml_jax.input.items import Items, first_values
 from vixml_jax.input.packing import PackedLayout, bucket, pack
 from vixml_jax.input.validation import hold_out
 from vixml_jax.ragged import Ragged
@@ -19,7 +22,8 @@ def texts(seed, count, longest):
     (300, 2, PackedLayout(64, 4))])
 def test_every_text_is_found_whole_where_its_slot_says(count, longest, layout):
   rows = texts(0, count, longest)
-  packed = pack(rows, layout)
+  packed = pack(Items.of_texts(rows), layout)
+  assert packed.images is None
   tokens, segments, positions = (
       x.reshape(-1, layout.row_length) for x in (packed.tokens, packed.segments, packed.positions))
   for i, slot in enumerate(packed.slots):
@@ -35,7 +39,7 @@ def test_every_text_is_found_whole_where_its_slot_says(count, longest, layout):
 
 def test_packing_wastes_little():
   rows = texts(1, 2000, 32)
-  packed = pack(rows, PackedLayout(64, 1), round_up=False)
+  packed = pack(Items.of_texts(rows), PackedLayout(64, 1), round_up=False)
   used_rows = packed.tokens.shape[0]
   assert used_rows <= 1.03 * len(rows.values) / 64
 
@@ -46,7 +50,7 @@ def test_chunks_come_in_powers_of_two():
 
 def test_a_text_that_does_not_fit_a_row_is_refused():
   with pytest.raises(ValueError, match="do not fit rows of 16"):
-    pack(Ragged.from_rows([np.arange(17)]), PackedLayout(16, 1))
+    pack(Items.of_texts(Ragged.from_rows([np.arange(17)])), PackedLayout(16, 1))
 
 
 def test_in_batch_positives_equal_brute_force_with_repeated_labels():
@@ -70,7 +74,8 @@ def test_positives_are_drawn_in_proportion_to_their_weights():
 def training_queries(count=21):
   rng = np.random.default_rng(1)
   labels = Ragged.from_rows([rng.choice(15, rng.integers(1, 4), replace=False) for _ in range(count)])
-  return TrainingQueries(texts(2, count, 8), labels, texts(3, 15, 6), np.ones(15))
+  return TrainingQueries(
+      Items.of_texts(texts(2, count, 8)), labels, Items.of_texts(texts(3, 15, 6)), np.ones(15))
 
 
 def test_an_epoch_reads_every_query_once_and_pads_its_last_batch():
@@ -95,16 +100,100 @@ def test_a_batch_is_a_pure_function_of_seed_epoch_and_step():
   first, again, other = (
       make_batch(data, order, 8, layout, seed=0, epoch=epoch, step=1) for epoch in (2, 2, 3))
   np.testing.assert_array_equal(first.label_ids, again.label_ids)
-  np.testing.assert_array_equal(first.texts.tokens, again.texts.tokens)
+  np.testing.assert_array_equal(first.items.tokens, again.items.tokens)
   assert (first.label_ids != other.label_ids).any()
 
 
-def test_held_out_queries_take_their_reorderings_along():
+def test_held_out_queries_take_along_their_reorderings_and_what_differs_by_a_frequent_word():
   rng = np.random.default_rng(0)
-  rows = [rng.integers(5, 500, 4) for _ in range(2000)]
-  tokens = Ragged.from_rows(rows + [row[::-1] for row in rows])
+  rows = [rng.choice(np.arange(5, 500), 2, replace=False) for _ in range(2000)]
+  tokens = Ragged.from_rows(
+      [[1, *row, 2] for row in rows] + [[1, *row[::-1], 2] for row in rows] + [[1, *row, 3, 2] for row in rows])
   held_out = hold_out(tokens, 0.1, seed=0)
-  np.testing.assert_array_equal(held_out[:2000], held_out[2000:])
+  np.testing.assert_array_equal(held_out[:2000], held_out[2000:4000])
+  np.testing.assert_array_equal(held_out[:2000], held_out[4000:])
   assert 0.07 < held_out.mean() < 0.13
   assert not hold_out(tokens, 0.0, seed=0).any()
   assert (hold_out(tokens, 0.1, seed=1) != held_out).any()
+
+
+def items_with_images(seed, count, longest, most):
+  rng = np.random.default_rng(seed)
+  tokens = Ragged.from_rows([rng.integers(1, 1000, rng.integers(2, longest + 1)) for _ in range(count)])
+  images = Ragged.from_rows([rng.integers(0, 500, rng.integers(0, most + 1)) for _ in range(count)])
+  return Items(tokens, images)
+
+
+@pytest.mark.parametrize("order", ["before", "after", "apart"])
+@pytest.mark.parametrize("images", [1, 3, 5])
+def test_every_image_is_found_beside_its_text(order, images):
+  layout = PackedLayout(24, 4, images, order)
+  items = items_with_images(images, 150, 12, images)
+  packed = pack(items, layout)
+  tokens, segments, positions = (
+      x.reshape(-1, layout.row_length) for x in (packed.tokens, packed.segments, packed.positions))
+  ids, owners, places = (x.reshape(-1, layout.image_places) for x in (
+      packed.images.rows, packed.images.segments, packed.images.positions))
+  for i, slot in enumerate(packed.slots):
+    row, place = divmod(int(slot), layout.slots)
+    mine = np.flatnonzero(owners[row] == place + 1)
+    np.testing.assert_array_equal(ids[row][mine], items.images[i])
+    where = np.flatnonzero(segments[row] == place + 1)
+    in_row = 0 if order == "apart" else len(mine)
+    assert len(where) == len(items.tokens[i]) + in_row
+    np.testing.assert_array_equal(positions[row][where], np.arange(len(where)))
+    first = in_row if order == "before" else 0
+    np.testing.assert_array_equal(tokens[row][where[first:first + len(items.tokens[i])]], items.tokens[i])
+    if order == "apart":
+      assert (places[row][mine] == layout.row_length).all()
+    else:
+      start = 0 if order == "before" else len(items.tokens[i])
+      np.testing.assert_array_equal(places[row][mine], where[start:start + len(mine)])
+  assert (places[owners == 0] == layout.row_length).all()
+
+
+def test_rows_have_room_for_the_images_of_the_shortest_texts():
+  layout = PackedLayout(20, 1, 3)
+  items = Items(Ragged.from_rows([[5, 6]] * 40), Ragged.from_rows([[1, 2, 3]] * 40))
+  packed = pack(items, layout)
+  assert (packed.images.segments > 0).sum() == 120
+  assert layout.image_places == 12 == (packed.images.segments > 0).sum(-1).max()
+
+
+def test_more_images_than_the_layout_has_are_refused():
+  items = Items(Ragged.from_rows([[5, 6, 7]]), Ragged.from_rows([[1, 2]]))
+  with pytest.raises(ValueError, match="up to 2 images in a layout of 1"):
+    pack(items, PackedLayout(16, 1, 1))
+
+
+def test_the_first_values_of_rows_are_kept():
+  rows = Ragged.from_rows([[4, 5, 6], [], [7], [8, 9]])
+  kept = first_values(rows, 2)
+  assert [row.tolist() for row in kept] == [[4, 5], [], [7], [8, 9]]
+  assert first_values(rows, 3) is rows
+  assert len(first_values(rows, 0).values) == 0
+
+
+def test_modality_dropout_takes_all_images_of_an_item_and_is_a_pure_function_of_the_step():
+  items = items_with_images(0, 400, 6, 3)
+  data = TrainingQueries(
+      items, Ragged.from_rows([[i % 15] for i in range(400)]), items_with_images(1, 15, 6, 3), np.ones(15),
+      modality_dropout=0.3)
+  layout, order = PackedLayout(32, 4, 3), np.arange(400)
+  kept = {}
+  for step in (0, 1):
+    batch = make_batch(data, order, 200, layout, seed=0, epoch=0, step=step)
+    found = np.zeros(200, int)
+    flat = batch.items.images.segments.reshape(-1, layout.image_places)
+    for i, slot in enumerate(batch.items.slots[:200]):
+      row, place = divmod(int(slot), layout.slots)
+      found[i] = (flat[row] == place + 1).sum()
+    had = items.images.lengths[batch.query_ids]
+    assert ((found == had) | (found == 0)).all()
+    kept[step] = found[had > 0] > 0
+    assert 0.6 < kept[step].mean() < 0.8
+    again = make_batch(data, order, 200, layout, seed=0, epoch=0, step=step)
+    np.testing.assert_array_equal(batch.items.images.segments, again.items.images.segments)
+  whole = make_batch(dataclasses.replace(data, modality_dropout=0.0), order, 200, layout, seed=0, epoch=0, step=0)
+  images = items.images.take(order[:200])
+  assert (whole.items.images.segments > 0).sum() >= len(images.values)

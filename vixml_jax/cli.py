@@ -128,8 +128,8 @@ def required(flag: flags.FlagHolder):
   return flag.value
 
 
-def numbers(flag: flags.FlagHolder, count: int) -> list[int]:
-  """A flag's value as that many whole numbers, separated by commas.
+def numbers(flag: flags.FlagHolder, count: int | None = None) -> list[int]:
+  """A flag's value as whole numbers separated by commas, `count` of them where that is given.
 
   Raises:
     InputError: naming the flag.
@@ -138,6 +138,6 @@ def numbers(flag: flags.FlagHolder, count: int) -> list[int]:
     values = [int(part) for part in flag.value.split(",")]
   except ValueError:
     values = []
-  if len(values) != count:
-    raise InputError(f"--{flag.name}={flag.value}: must be {count} whole numbers separated by commas")
+  if not values or len(values) != (count or len(values)):
+    raise InputError(f"--{flag.name}={flag.value}: must be {count or 'some'} whole numbers separated by commas")
   return values

@@ -35,6 +35,15 @@ _CHECKS: dict[str, _Check] = {
     "dataset.validation_fraction": _SHARE,
     "dataset.propensity_a": _POSITIVE,
     "dataset.propensity_b": _NOT_NEGATIVE,
+    "images": (lambda x: 0 <= x <= 5, "must be 0 to 5"),
+    "features.name": _NAME,
+    "features.dim": _POSITIVE,
+    "features.preprocessing": _one_of("big_vision", "huggingface", "huggingface_bilinear"),
+    "fusion.method": _one_of("early", "late"),
+    "fusion.adapter": _one_of("linear", "mlp", "gated"),
+    "fusion.order": _one_of("before", "after"),
+    "fusion.modality_dropout": _UNIT,
+    "fusion.bank": _one_of("auto", "device", "host"),
     "encoder.pretrained": _NAME,
     "encoder.vocab_size": _POSITIVE,
     "encoder.num_layers": _POSITIVE,
@@ -85,6 +94,7 @@ _CHECKS: dict[str, _Check] = {
     "eval.ks": _COUNTS,
     "eval.recall_ks": _COUNTS,
     "eval.bootstrap_samples": _NOT_NEGATIVE,
+    "eval.test_images": (lambda xs: all(x >= 0 for x in xs), "must be numbers of images, 0 or more"),
     "eval.retrieval_hits": _POSITIVE,
     "eval.retrieval_lambda": _UNIT,
     "eval.retrieval_temperature": _POSITIVE,
@@ -93,7 +103,9 @@ _CHECKS: dict[str, _Check] = {
 }
 
 # What may change between a run's start and its going on: nothing here changes the parameters.
-_FREE_KEYS = ("mesh.", "eval.", "checkpoint.", "dataset.raw_dir", "dataset.data_dir", "train.log_every_steps")
+_FREE_KEYS = (
+    "mesh.", "eval.", "checkpoint.", "dataset.raw_dir", "dataset.data_dir", "features.checkpoint", "fusion.bank",
+    "train.log_every_steps")
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -129,10 +141,18 @@ def check(config: ConfigDict) -> None:
   for small, large in pairs:
     if values[small] > values[large]:
       raise InputError(f"config.{small}={values[small]}: must not exceed config.{large}={values[large]}")
+  longest = values["dataset.max_length"] + (values["images"] if values["fusion.method"] == "early" else 0)
+  for room in ("train.row_length", "encoder.max_position"):
+    if longest > values[room]:
+      raise InputError(f"config.images={values['images']}: with them and dataset.max_length="
+                       f"{values['dataset.max_length']} an item may have {longest} tokens, but config.{room}="
+                       f"{values[room]}; raise that")
   for heads in ("encoder.num_heads", "prototype.num_heads"):
     if values["encoder.embed_dim"] % values[heads]:
       raise InputError(
           f"config.{heads}={values[heads]}: must divide config.encoder.embed_dim={values['encoder.embed_dim']}")
+  if len(values["eval.test_images"]) and not values["images"]:
+    raise InputError(f"config.eval.test_images={values['eval.test_images']}: this model takes no images; give none")
   held_out = values["dataset.validation_fraction"] > 0
   for key, wants in (("eval.retrieval_choose", values["eval.retrieval_choose"]),
                      ("eval.split", values["eval.split"] == "validation")):

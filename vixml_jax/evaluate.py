@@ -1,7 +1,7 @@
 """Evaluates a trained workdir again: other search, other retrieval settings, the validation split.
 
   python -m vixml_jax.evaluate --workdir=runs/NAME [--search=exact|scann] [--[no]retrieval_augmented]
-      [--retrieval_lambda=0.9] [--retrieval_temperature=0.05] [--split=test|validation]
+      [--retrieval_lambda=0.9] [--retrieval_temperature=0.05] [--split=test|validation] [--test_images=0,1,2,3]
 
 Needs the data set that the run was trained on, no training; writes final_metrics.json and evaluation.json.
 """
@@ -20,6 +20,8 @@ _AUGMENTED = flags.DEFINE_bool("retrieval_augmented", None, "Whether to add the 
 _LAMBDA = flags.DEFINE_float(
     "retrieval_lambda", None, "Weight of labels against training queries, 0 to 1; not chosen then.")
 _TEMPERATURE = flags.DEFINE_float("retrieval_temperature", None, "Temperature of retrieval; not chosen then.")
+_TEST_IMAGES = flags.DEFINE_string(
+    "test_images", None, "Also evaluate with no more than so many images a query, e.g. 0,1,2,3.")
 _SPLIT = flags.DEFINE_enum("split", None, ["test", "validation"], "What to evaluate on.")
 _MESH = flags.DEFINE_string("mesh", None, "data,fsdp,tensor, such as 4,1,2; by default as in training.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared data lies; by default as in training.")
@@ -41,6 +43,8 @@ def _override(config: ConfigDict) -> None:
   config.eval.update({key: value for key, value in given.items() if value is not None})
   if _LAMBDA.value is not None or _TEMPERATURE.value is not None:
     config.eval.retrieval_choose = False
+  if _TEST_IMAGES.value is not None:
+    config.eval.test_images = tuple(cli.numbers(_TEST_IMAGES))
   if _DATA_DIR.value is not None:
     config.dataset.data_dir = _DATA_DIR.value
   if _MESH.value is not None:

@@ -1,4 +1,4 @@
-"""Encodes any number of texts with a trained model: packed, chunk by chunk, over the whole mesh."""
+"""Encodes any number of items with a trained model: packed, chunk by chunk, over the whole mesh."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -10,35 +10,40 @@ import numpy as np
 from tqdm import tqdm
 
 from vixml_jax import sharding
-from vixml_jax.input.packing import PackedLayout, pack
+from vixml_jax.input.feature_bank import FeatureBank
+from vixml_jax.input.items import Items
+from vixml_jax.input.packing import PackedImages, PackedLayout, pack
 from vixml_jax.models.definition import ModelDefinition
-from vixml_jax.ragged import Ragged
+from vixml_jax.models.fusion import image_tokens
 from vixml_jax.typing import Array, Tree
 
-# Texts packed at a time: enough that best-fit finds partners for the long ones, little enough to hold.
+# Items packed at a time: enough that best-fit finds partners for the long ones, little enough to hold.
 _BLOCK = 16384
 # Chunks in flight: the host packs and copies while the device computes.
 _IN_FLIGHT = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class TextEncoder:
-  """Embeds texts without dropout.
+class ItemEncoder:
+  """Embeds queries and labels without dropout.
 
   Attributes:
     model: the model's definition.
     layout: shape of packed rows.
     mesh: devices; rows are spread over them, parameters lie where they are.
+    bank: features of the images, for a model that takes images.
   """
 
   model: ModelDefinition
   layout: PackedLayout
   mesh: Mesh
+  bank: FeatureBank | None = None
 
   @functools.cached_property
   def _pool(self):
-    def pool(params, tokens, segments, positions):
-      return self.model.bind(params).pool(tokens, segments, positions, self.layout.slots)
+    def pool(params, tokens, segments, positions, images, bank):
+      images = None if images is None else image_tokens(images, bank)
+      return self.model.bind(params).pool(tokens, segments, positions, self.layout.slots, images)
 
     return jax.jit(pool, out_shardings=sharding.named_sharding(self.mesh))
 
@@ -49,58 +54,67 @@ class TextEncoder:
 
     return jax.jit(prototypes, out_shardings=sharding.named_sharding(self.mesh))
 
-  def pooled(self, params: Tree, texts: Ragged, name: str = "texts") -> np.ndarray:
+  def pooled(self, params: Tree, items: Items, name: str = "items") -> np.ndarray:
     """Pooled encoder outputs before the norm.
 
     Args:
       params: parameters of the model.
-      texts: token ids, one text a row.
+      items: texts and images.
       name: what the progress bar calls them.
 
     Returns:
-      float32 [texts, D] on the host, whole on every process.
+      float32 [items, D] on the host, whole on every process.
     """
-    out = np.empty((len(texts), self.model.embed_dim), np.float32)
+    out = np.empty((len(items), self.model.embed_dim), np.float32)
     pending = []
-    with tqdm(total=len(texts), desc=f"encode {name}", unit="text", disable=None, leave=False) as progress:
-      for rows, slots, pooled in self._chunks(params, texts):
+    with tqdm(total=len(items), desc=f"encode {name}", unit="item", disable=None, leave=False) as progress:
+      for rows, slots, pooled in self._chunks(params, items):
         pending.append((rows, slots, pooled))
         if len(pending) > _IN_FLIGHT:
           progress.update(_collect(out, *pending.pop(0)))
-      for item in pending:
-        progress.update(_collect(out, *item))
+      for chunk in pending:
+        progress.update(_collect(out, *chunk))
     return out
 
-  def _chunks(self, params: Tree, texts: Ragged) -> Iterator[tuple[np.ndarray, np.ndarray, Array]]:
-    """For every chunk: which texts it holds, their slots in it, and the pooled vectors [R, S, D]."""
+  def _chunks(self, params: Tree, items: Items) -> Iterator[tuple[np.ndarray, np.ndarray, Array]]:
+    """For every chunk: which items it holds, their slots in it, and the pooled vectors [R, S, D]."""
     where = sharding.named_sharding(self.mesh, "row", "vector")
     per_chunk = self.layout.chunk_rows * self.layout.slots
-    for start in range(0, len(texts), _BLOCK):
-      block = np.arange(start, min(start + _BLOCK, len(texts)))
-      packed = pack(texts.take(block), self.layout, round_up=False)
+    for start in range(0, len(items), _BLOCK):
+      block = np.arange(start, min(start + _BLOCK, len(items)))
+      packed = pack(items.take(block), self.layout, round_up=False)
       chunk_of = packed.slots // per_chunk
       order = np.argsort(chunk_of, kind="stable")
       bounds = np.searchsorted(chunk_of[order], np.arange(len(packed.tokens) + 1))
       for chunk in range(len(packed.tokens)):
         arrays = (sharding.to_global(x[chunk], where) for x in (packed.tokens, packed.segments, packed.positions))
         members = order[bounds[chunk]:bounds[chunk + 1]]
-        yield block[members], packed.slots[members] - chunk * per_chunk, self._pool(params, *arrays)
+        images = self._images(packed.images, chunk)
+        pooled = self._pool(params, *arrays, images, self.bank and self.bank.on_devices)
+        yield block[members], packed.slots[members] - chunk * per_chunk, pooled
 
-  def queries(self, params: Tree, texts: Ragged, name: str = "queries") -> np.ndarray:
-    """Unit-norm plain embeddings, float32 [texts, D]."""
-    return _normalize(self.pooled(params, texts, name))
+  def _images(self, images: PackedImages | None, chunk: int) -> dict[str, Array] | None:
+    """One chunk's images on the mesh."""
+    if self.bank is None or images is None:
+      return None
+    part = PackedImages(images.rows[chunk], images.segments[chunk], images.positions[chunk])
+    return self.bank.on_mesh(part, self.mesh)
+
+  def queries(self, params: Tree, items: Items, name: str = "queries") -> np.ndarray:
+    """Unit-norm plain embeddings, float32 [items, D]."""
+    return _normalize(self.pooled(params, items, name))
 
   def prototypes(
-      self, params: Tree, texts: Ragged, clusters: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+      self, params: Tree, items: Items, clusters: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Unit-norm label prototypes, float32 [L, D].
 
     Args:
       params: parameters of the model.
-      texts: token ids of the labels.
+      items: texts and images of the labels.
       clusters: int32 [L], the free vector of each label.
       centroids: float32 [L, D].
     """
-    pooled = self.pooled(params, texts, "labels")
+    pooled = self.pooled(params, items, "labels")
     out = np.empty_like(pooled)
     replicated = sharding.named_sharding(self.mesh)
     for start in range(0, len(pooled), _BLOCK):

@@ -4,10 +4,13 @@ import dataclasses
 
 import numpy as np
 
-from vixml_jax.input.packing import PackedLayout, PackedTexts, pack
+from vixml_jax.input.items import Items
+from vixml_jax.input.packing import PackedItems, PackedLayout, pack
 from vixml_jax.ragged import Ragged
 
-_POSITIVES_STREAM = 1  # Separates this use of the seed from the order of the epoch.
+# Separate the uses of the seed from each other and from the order of the epoch.
+_POSITIVES_STREAM = 1
+_MODALITY_STREAM = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,16 +18,18 @@ class TrainingQueries:
   """The queries that training draws from.
 
   Attributes:
-    tokens: token ids of every training query, N rows.
+    items: texts and images of every training query, N rows.
     labels: label ids of every training query, N rows, none empty.
-    label_tokens: token ids of every label, L rows.
+    label_items: texts and images of every label, L rows.
     label_weights: float64 [L], weight with which a label is drawn as the positive of a query.
+    modality_dropout: probability with which an item of a batch loses all its images.
   """
 
-  tokens: Ragged
+  items: Items
   labels: Ragged
-  label_tokens: Ragged
+  label_items: Items
   label_weights: np.ndarray
+  modality_dropout: float = 0.0
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -35,14 +40,14 @@ class Batch:
   """One step's input, on the host.
 
   Attributes:
-    texts: the B queries and then the B labels, packed together.
+    items: the B queries and then the B labels, packed together.
     query_ids: int32 [B].
     label_ids: int32 [B], the positive drawn for each query.
     positives: bool [B, B], whether label j of the batch is a positive of query i.
     valid: bool [B], False for the places that the last batch of an epoch leaves empty.
   """
 
-  texts: PackedTexts
+  items: PackedItems
   query_ids: np.ndarray
   label_ids: np.ndarray
   positives: np.ndarray
@@ -95,13 +100,16 @@ def make_batch(
   labels = data.labels.take(chosen)
   rng = np.random.default_rng((seed, _POSITIVES_STREAM, epoch, step))
   drawn = draw_positives(labels, data.label_weights, rng)
-  texts = concatenate(data.tokens.take(chosen), data.label_tokens.take(drawn))
-  packed = pack(texts, layout)
+  items = data.items.take(chosen).followed_by(data.label_items.take(drawn))
+  if data.modality_dropout:
+    rng = np.random.default_rng((seed, _MODALITY_STREAM, epoch, step))
+    items = items.without_images(rng.random(len(items)) < data.modality_dropout)
+  packed = pack(items, layout)
   filled = len(chosen)
   valid = np.arange(batch_size) < filled
   positives = np.zeros((batch_size, batch_size), bool)
   positives[:filled, :filled] = in_batch_positives(labels, drawn)
-  # Empty places point at the first text: they are computed at no cost and count nowhere.
+  # Empty places point at the first item: they are computed at no cost and count nowhere.
   slots = np.zeros(2 * batch_size, np.int32)
   slots[:filled], slots[batch_size:batch_size + filled] = packed.slots[:filled], packed.slots[filled:]
 
@@ -109,10 +117,3 @@ def make_batch(
     return np.pad(ids.astype(np.int32), (0, batch_size - filled))
 
   return Batch(dataclasses.replace(packed, slots=slots), padded(chosen), padded(drawn), positives, valid)
-
-
-def concatenate(first: Ragged, second: Ragged) -> Ragged:
-  """The rows of both, one after the other."""
-  return Ragged(
-      np.concatenate([first.values, second.values]),
-      np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]]))

@@ -29,9 +29,11 @@ class ModelDefinition:
     return self.arguments["encoder"]["embed_dim"]
 
 
-def define_model(encoder: dict, prototype: dict, num_free_vectors: int) -> ModelDefinition:
+def define_model(
+    encoder: dict, prototype: dict, num_free_vectors: int, fusion: dict | None = None) -> ModelDefinition:
   """Shapes and axes of a `DualEncoder`, computing nothing."""
   arguments: dict[str, Any] = {
-      "encoder": dict(encoder), "prototype": dict(prototype), "num_free_vectors": num_free_vectors}
+      "encoder": dict(encoder), "prototype": dict(prototype), "num_free_vectors": num_free_vectors,
+      "fusion": fusion}
   abstract = nnx.eval_shape(lambda: DualEncoder(**arguments, rngs=nnx.Rngs(0)))
   return ModelDefinition(arguments, *layers.split_params(abstract))

@@ -1,4 +1,4 @@
-"""The whole model: one text encoder for queries and labels, free vectors, and the prototype network."""
+"""The whole model: one encoder of texts and images for queries and labels, free vectors, the prototype network."""
 
 from flax import nnx
 import jax
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from vixml_jax.models import layers
 from vixml_jax.models.bert import BertEncoder
+from vixml_jax.models.fusion import ImageFusion, ImageTokens
 from vixml_jax.models.prototype import PrototypeNetwork
 from vixml_jax.typing import Array, Float, Int
 
@@ -23,22 +24,46 @@ class DualEncoder(nnx.Module):
     encoder: keyword arguments of `BertEncoder`.
     prototype: keyword arguments of `PrototypeNetwork` besides `embed_dim`.
     num_free_vectors: C; labels of one cluster share a free vector.
+    fusion: keyword arguments of `ImageFusion` besides the encoder's sizes; None for texts only.
     rngs: source of the initial values.
   """
 
-  def __init__(self, encoder: dict, prototype: dict, num_free_vectors: int, *, rngs: nnx.Rngs):
+  def __init__(
+      self, encoder: dict, prototype: dict, num_free_vectors: int, fusion: dict | None = None, *, rngs: nnx.Rngs):
     self.encoder = BertEncoder(**encoder, rngs=rngs)
     embed_dim = self.encoder.embed_dim
     self.prototype = PrototypeNetwork(embed_dim, **prototype, rngs=rngs)
     xavier = jax.nn.initializers.xavier_uniform()
     self.free_vectors = nnx.Param(
         xavier(rngs.params(), (num_free_vectors, embed_dim), jnp.float32), axes=("free_vector", "vector"))
+    shared = ("num_heads", "mlp_dim", "dropout", "layer_norm_eps", "dtype")
+    self.fusion = None if fusion is None else ImageFusion(
+        embed_dim=embed_dim, **{name: encoder[name] for name in shared if name in encoder}, **fusion, rngs=rngs)
 
   def pool(
       self, tokens: Int[Array, "R T"], segments: Int[Array, "R T"], positions: Int[Array, "R T"],
-      num_slots: int, key: Array | None = None) -> Float[Array, "R S D"]:
-    """Mean-pooled encoder output of every text of packed rows, before the norm; zeros for empty slots."""
-    return layers.pool_segments(self.encoder(tokens, segments, positions, key), segments, num_slots)
+      num_slots: int, images: ImageTokens | None = None, key: Array | None = None) -> Float[Array, "R S D"]:
+    """Mean-pooled encoder output of every item of packed rows, before the norm; zeros for empty slots.
+
+    Args:
+      tokens: token ids; any id where early fusion puts an image.
+      segments: slot 1..S of each place, images included; 0 for padding.
+      positions: position of each place within its item.
+      num_slots: S.
+      images: the rows' images; needed by a model with `fusion`, and only there.
+      key: random key for dropout; None for a deterministic run.
+    """
+    if (self.fusion is None) != (images is None):
+      raise ValueError("a model takes images if it was made with `fusion`, and then always")
+    embed_key, encode_key = layers.split_key(key, 2)
+    x = self.encoder.embed_tokens(tokens)
+    if self.fusion is not None and images is not None and self.fusion.method == "early":
+      x = self.fusion.place(x, images)
+    hidden = self.encoder.encode(self.encoder.add_positions(x, positions, embed_key), segments, encode_key)
+    pooled = layers.pool_segments(hidden, segments, num_slots)
+    if self.fusion is not None and images is not None and self.fusion.method == "late":
+      pooled = self.fusion.mix(pooled, images, None if key is None else jax.random.fold_in(key, 2))
+    return pooled
 
   def prototypes(
       self, pooled: Float[Array, "B D"], clusters: Int[Array, "B"], centroids: Float[Array, "B D"],

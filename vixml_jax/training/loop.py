@@ -102,9 +102,9 @@ class _Trainer:
         batch = future.result()
         if step + 1 < run.steps_per_epoch:
           future = pool.submit(batch_of, step + 1)
-        self.state, metrics = self.step_fn(self.state, device_batch(batch, run.mesh))
+        self.state, metrics = self.step_fn(self.state, device_batch(batch, run.mesh, run.bank))
         self.step += 1
-        self.meta["tokens"] += batch.texts.num_tokens
+        self.meta["tokens"] += batch.items.num_tokens
         self._fetch_pending()
         self.pending = (self.step, metrics)
         if step + 1 == run.steps_per_epoch:
@@ -199,7 +199,7 @@ class _Trainer:
     state = create_state(run.abstract, params, run.optimizer)
     state = dataclasses.replace(state, label_clusters=_label_clusters(run, state))
     centroids = label_centroids(
-        run.encoder.queries(params, run.queries.tokens, "training queries"), run.queries.labels,
+        run.encoder.queries(params, run.queries.items, "training queries"), run.queries.labels,
         run.corpus.num_labels, mesh=run.mesh)
     state = dataclasses.replace(state, centroids=_padded(centroids, state.centroids))
     origin = provenance(run.corpus.fingerprint, source.weight_hashes(run.weights_folder))
@@ -209,14 +209,14 @@ class _Trainer:
 
 def _label_clusters(run: Run, state: TrainState) -> jax.Array:
   """Which free vector each label uses: balanced clusters of the initial model's plain label embeddings."""
-  embeddings = run.encoder.queries(state.params, run.corpus.label_tokens, "labels")
+  embeddings = run.encoder.queries(state.params, run.items["labels"], "labels")
   clusters = balanced_kmeans(embeddings, run.config.train.free_vectors, seed=run.config.seed, mesh=run.mesh)
   return _padded(clusters, state.label_clusters)
 
 
 def fresh_centroids(run: Run, state: TrainState) -> jax.Array:
   """float32 [L, D], label centroids from a fresh encoding of every training query, held-out ones too."""
-  embeddings = run.encoder.queries(state.params, run.corpus.train_tokens, "training queries")
+  embeddings = run.encoder.queries(state.params, run.items["train"], "training queries")
   return label_centroids(embeddings, run.corpus.train_labels, run.corpus.num_labels, mesh=run.mesh)
 
 

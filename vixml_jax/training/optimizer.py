@@ -18,6 +18,8 @@ RULES: tuple[tuple[str, tuple[str, bool]], ...] = (
     (r"prototype/.*/bias", ("new", False)),
     (r"prototype/.*(/kernel|norm/scale)", ("new", True)),
     (r"free_vectors", ("free_vectors", False)),
+    (r"fusion/.*/bias", ("new", False)),
+    (r"fusion/.*(/kernel|norm/scale)", ("new", True)),
 )
 
 
@@ -74,7 +76,7 @@ def make_optimizer(
   Args:
     params: tree of parameters or shapes; only its paths are used.
     learning_rate: peak rate of the pretrained encoder.
-    new_learning_rate: peak rate of the prototype network, which starts from scratch.
+    new_learning_rate: peak rate of what starts from scratch: image fusion and prototype network.
     free_vector_learning_rate: peak rate of the free vectors.
     warmup_steps: steps of linear warm-up.
     total_steps: steps of the whole run.

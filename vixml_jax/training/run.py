@@ -95,11 +95,12 @@ def _trained(run: Run, state: TrainState) -> TrainedModel:
 
 @dataclasses.dataclass(frozen=True)
 class _Evaluated:
-  """A result with how it was reached, and the embeddings behind it."""
+  """A result with how it was reached, and what was searched for what."""
 
   result: Evaluation
   config: EvaluationConfig
-  embeddings: dict[str, np.ndarray]
+  memory: Memory
+  queries: Queries
 
 
 def _evaluate(run: Run, model: TrainedModel) -> _Evaluated:
@@ -110,19 +111,29 @@ def _evaluate(run: Run, model: TrainedModel) -> _Evaluated:
       bootstrap_samples=config.bootstrap_samples, retrieval_augmented=config.retrieval_augmented,
       retrieval_hits=config.retrieval_hits,
       retrieval_lambda=config.retrieval_lambda, retrieval_temperature=config.retrieval_temperature)
-  train_embeddings = encoder.queries(model.params, corpus.train_tokens, "training queries")
+  train_embeddings = encoder.queries(model.params, run.items["train"], "training queries")
   choose = config.retrieval_augmented and config.retrieval_choose
   if choose or config.split == "validation":
     memory, queries = _held_out(run, model, train_embeddings)
   if choose:
     evaluation = _with_chosen_setting(run, memory, queries, evaluation)
   if config.split == "test":
-    prototypes = encoder.prototypes(model.params, corpus.label_tokens, model.label_clusters, model.centroids)
+    prototypes = encoder.prototypes(model.params, run.items["labels"], model.label_clusters, model.centroids)
     memory = Memory(prototypes, train_embeddings, corpus.train_labels, _propensity(run))
     queries = Queries(
-        encoder.queries(model.params, corpus.test_tokens, "test queries"), corpus.test_labels, corpus.test_filter)
-  return _Evaluated(evaluate(memory, queries, evaluation, run.mesh), evaluation, {
-      "labels": memory.prototypes, "train_queries": memory.queries, f"{config.split}_queries": queries.embeddings})
+        encoder.queries(model.params, run.items["test"], "test queries"), corpus.test_labels, corpus.test_filter)
+  return _Evaluated(evaluate(memory, queries, evaluation, run.mesh), evaluation, memory, queries)
+
+
+def _with_fewer_images(run: Run, model: TrainedModel, evaluated: _Evaluated) -> dict[int, Evaluation]:
+  """The same queries with no more than each number of images of `eval.test_images`."""
+  items = run.items["test"] if run.config.eval.split == "test" else run.items["train"].take(run.validation_rows)
+  results = {}
+  for count in run.config.eval.test_images:
+    embeddings = run.encoder.queries(model.params, items.first_images(count), f"queries with {count} images")
+    queries = dataclasses.replace(evaluated.queries, embeddings=embeddings)
+    results[count] = evaluate(evaluated.memory, queries, evaluated.config, run.mesh)
+  return results
 
 
 def _held_out(run: Run, model: TrainedModel, train_embeddings: np.ndarray) -> tuple[Memory, Queries]:
@@ -130,7 +141,7 @@ def _held_out(run: Run, model: TrainedModel, train_embeddings: np.ndarray) -> tu
   corpus, rows = run.corpus, run.validation_rows
   known = train_embeddings[run.query_rows]
   centroids = sharding.to_host(label_centroids(known, run.queries.labels, corpus.num_labels, mesh=run.mesh))
-  prototypes = run.encoder.prototypes(model.params, corpus.label_tokens, model.label_clusters, centroids)
+  prototypes = run.encoder.prototypes(model.params, run.items["labels"], model.label_clusters, centroids)
   memory = Memory(prototypes, known, run.queries.labels, _propensity(run))
   return memory, Queries(train_embeddings[rows], corpus.train_labels.take(rows), corpus.train_filter.take(rows))
 
@@ -150,6 +161,7 @@ def _with_chosen_setting(
 def _finish(run: Run, model: TrainedModel, meta: dict[str, Any]) -> dict[str, Any]:
   """Evaluates, writes and prints."""
   evaluated = _evaluate(run, model)
+  fewer = _with_fewer_images(run, model, evaluated)
   seconds = meta["train_seconds"]
   final = evaluated.result.final_metrics()
   if evaluated.config.retrieval_augmented:
@@ -160,8 +172,8 @@ def _finish(run: Run, model: TrainedModel, meta: dict[str, Any]) -> dict[str, An
       "tokens_per_second": meta["tokens"] / max(seconds, 1e-9),
   }
   if jax.process_index() == 0:
-    _write(run.workdir, final, evaluated)
-    print(_table(run, evaluated), flush=True)
+    _write(run, final, evaluated, fewer)
+    print(_table(run, evaluated, fewer), flush=True)
   return final
 
 
@@ -172,14 +184,18 @@ def _propensity(run: Run) -> np.ndarray:
   return inverse_propensity(frequencies, len(corpus.train_labels), data.propensity_a, data.propensity_b)
 
 
-def _write(workdir: Path, final: dict[str, Any], evaluated: _Evaluated) -> None:
-  (workdir / "embeddings").mkdir(exist_ok=True)
-  for name, values in evaluated.embeddings.items():
-    np.save(workdir / "embeddings" / f"{name}.npy", values)
-  result = evaluated.result
-  _write_json(workdir / "evaluation.json", {
-      "intervals_95": result.intervals, "by_label_frequency": result.deciles, "scann_recall": result.scann_recall})
-  _write_json(workdir / "final_metrics.json", final)
+def _write(run: Run, final: dict[str, Any], evaluated: _Evaluated, fewer: dict[int, Evaluation]) -> None:
+  folder, memory, result = run.workdir / "embeddings", evaluated.memory, evaluated.result
+  folder.mkdir(exist_ok=True)
+  embeddings = {"labels": memory.prototypes, "train_queries": memory.queries,
+                f"{run.config.eval.split}_queries": evaluated.queries.embeddings}
+  for name, values in embeddings.items():
+    np.save(folder / f"{name}.npy", values)
+  _write_json(run.workdir / "evaluation.json", {
+      "intervals_95": result.intervals, "by_label_frequency": result.deciles, "scann_recall": result.scann_recall,
+      "by_test_images": {count: {"metrics": other.final_metrics(), "intervals_95": other.intervals}
+                         for count, other in fewer.items()}})
+  _write_json(run.workdir / "final_metrics.json", final)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -189,15 +205,17 @@ def _write_json(path: Path, value: Any) -> None:
   os.replace(partial, path)
 
 
-def _table(run: Run, evaluated: _Evaluated) -> str:
+def _table(run: Run, evaluated: _Evaluated, fewer: dict[int, Evaluation]) -> str:
   config, result = evaluated.config, evaluated.result
-  names = {
-      "plain": run.config.name,
-      "augmented": f"+ retrieval (lambda {config.retrieval_lambda:g}, T {config.retrieval_temperature:g})"}
-  rows = {"plain": result.plain, "augmented": result.augmented}
+  retrieval = f"+ retrieval (lambda {config.retrieval_lambda:g}, T {config.retrieval_temperature:g})"
+  rows: dict[str, dict[str, float]] = {}
+  intervals = {}
+  named = {run.config.name: result} | {f"at most {count} images a query": other for count, other in fewer.items()}
+  for name, other in named.items():
+    below = retrieval if other is result else f"{name} {retrieval.split(' (')[0]}"
+    rows |= {name: other.plain} | ({below: other.augmented} if other.augmented else {})
+    intervals |= {name: other.intervals["plain"], below: other.intervals.get("augmented", {})}
   baselines = {row: dict(values) for row, values in run.config.baselines.items()}
-  table = metrics_table(
-      {names[row]: values for row, values in rows.items() if values}, baselines=baselines or None,
-      intervals={names[row]: values for row, values in result.intervals.items()})
+  table = metrics_table(rows, baselines=baselines or None, intervals=intervals)
   found = ", ".join(f"{key} {value:.1f}" for key, value in result.scann_recall.items())
   return f"{table}\nScaNN against exact search: {found}" if found else table

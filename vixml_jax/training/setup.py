@@ -1,4 +1,4 @@
-"""Turns a config into what training and evaluation work with: data, model, optimizer, mesh."""
+"""Turns a config into what training and evaluation work with: data, images, model, optimizer, mesh."""
 
 import dataclasses
 import logging
@@ -11,11 +11,15 @@ import numpy as np
 import optax
 
 from vixml_jax import datasets, sharding
+from vixml_jax.datasets.features import FeatureSet, open_features
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation.encode import TextEncoder
+from vixml_jax.evaluation.encode import ItemEncoder
 from vixml_jax.evaluation.metrics import inverse_propensity
+from vixml_jax.extraction import prepare_features
 from vixml_jax.input.batches import TrainingQueries, steps_per_epoch
 from vixml_jax.input.corpus import Corpus, load_corpus
+from vixml_jax.input.feature_bank import FeatureBank, load_feature_bank
+from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.input.validation import hold_out
 from vixml_jax.losses import LossConfig
@@ -37,6 +41,8 @@ class Run:
     mesh: the devices.
     weights_folder: local folder of the pretrained encoder and its tokenizer.
     corpus: all splits, tokenised.
+    bank: image features of all splits; None for texts only.
+    items: texts and images of "train", "test" and "labels".
     query_rows: int64 [N], which training queries are trained on: those with labels, not held out.
     validation_rows: int64, the held-out ones.
     queries: what batches are drawn from, row i being training query `query_rows[i]`.
@@ -48,6 +54,8 @@ class Run:
   mesh: Mesh
   weights_folder: Path
   corpus: Corpus
+  bank: FeatureBank | None
+  items: dict[str, Items]
   query_rows: np.ndarray
   validation_rows: np.ndarray
   queries: TrainingQueries
@@ -73,9 +81,9 @@ class Run:
     return jax.random.key(self.config.seed, impl=self.config.train.rng_impl)
 
   @property
-  def encoder(self) -> TextEncoder:
-    """What embeds texts with a given set of parameters."""
-    return TextEncoder(self.model, self.layout, self.mesh)
+  def encoder(self) -> ItemEncoder:
+    """What embeds queries and labels with a given set of parameters."""
+    return ItemEncoder(self.model, self.layout, self.mesh, self.bank)
 
 
 def label_weights(config: ConfigDict, frequencies: np.ndarray, num_queries: int) -> np.ndarray:
@@ -89,7 +97,16 @@ def model_of(config: ConfigDict) -> ModelDefinition:
   """The model that a config describes, without values."""
   encoder = config.encoder.to_dict()
   del encoder["pretrained"]
-  return define_model(encoder, config.prototype.to_dict(), config.train.free_vectors)
+  fusion = None
+  if config.images:
+    fusion = dict(feature_dim=config.features.dim, method=config.fusion.method, adapter=config.fusion.adapter)
+  return define_model(encoder, config.prototype.to_dict(), config.train.free_vectors, fusion)
+
+
+def layout_of(config: ConfigDict) -> PackedLayout:
+  """The shape of the packed rows that a config describes."""
+  order = "apart" if config.fusion.method == "late" else config.fusion.order
+  return PackedLayout(config.train.row_length, config.train.chunk_rows, config.images, order)
 
 
 def optimizer_of(config: ConfigDict, model: ModelDefinition, total_steps: int) -> optax.GradientTransformation:
@@ -115,14 +132,18 @@ def set_up(config: ConfigDict, workdir: Path) -> Run:
   corpus = load_corpus(builder, folder, data.max_length, tuple(data.text_fields), Path(data.data_dir) / "tokens")
   held_out = hold_out(corpus.train_tokens, data.validation_fraction, config.seed)
   labelled = corpus.train_labels.lengths > 0
+  bank = _open_bank(config, builder, mesh)
+  items = _items(corpus, bank)
   query_rows = np.flatnonzero(labelled & ~held_out)
   if not len(query_rows):
     raise InputError(f"{data.name}: no training query has a label; check target_ind in trn.json.gz")
   whole = len(query_rows) == len(corpus.train_tokens)
-  tokens, labels = (x if whole else x.take(query_rows) for x in (corpus.train_tokens, corpus.train_labels))
+  train_items = items["train"] if whole else items["train"].take(query_rows)
+  labels = corpus.train_labels if whole else corpus.train_labels.take(query_rows)
   frequencies = np.bincount(labels.values, minlength=corpus.num_labels)
   queries = TrainingQueries(
-      tokens, labels, corpus.label_tokens, label_weights(config, frequencies, len(query_rows)))
+      train_items, labels, items["labels"], label_weights(config, frequencies, len(query_rows)),
+      config.fusion.modality_dropout if config.images else 0.0)
   config = settle_free_vectors(config, corpus.num_labels)
   _check_sizes(config, corpus, mesh)
   model = model_of(config)
@@ -134,15 +155,45 @@ def set_up(config: ConfigDict, workdir: Path) -> Run:
       mesh=mesh,
       weights_folder=folder,
       corpus=corpus,
+      bank=bank,
+      items=items,
       query_rows=query_rows,
       validation_rows=np.flatnonzero(labelled & held_out),
       queries=queries,
       model=model,
       optimizer=optimizer,
       abstract=abstract_state(model, optimizer, len(queries), corpus.num_labels, config.train.bank_dtype, mesh),
-      layout=PackedLayout(config.train.row_length, config.train.chunk_rows),
+      layout=layout_of(config),
       loss=LossConfig(**config.loss.to_dict()),
   )
+
+
+def _open_bank(config: ConfigDict, builder, mesh: Mesh) -> FeatureBank | None:
+  """The image features of a config with images, extracted first where they are missing and can be."""
+  if not config.images:
+    return None
+  data_dir, wanted = config.dataset.data_dir, config.features
+  if wanted.checkpoint:
+    features = prepare_features(
+        builder, data_dir, wanted.checkpoint, name=wanted.name, variant=wanted.variant or None,
+        preprocessing=wanted.preprocessing)
+  else:
+    features = open_features(builder, data_dir, wanted.name)
+  _check_features(config, features)
+  return load_feature_bank(features, config.images, Path(data_dir) / "feature_banks").placed(mesh, config.fusion.bank)
+
+
+def _check_features(config: ConfigDict, features: FeatureSet) -> None:
+  if features.dim != config.features.dim:
+    raise InputError(f"config.features.dim={config.features.dim}: the features {config.features.name} of "
+                     f"{config.dataset.name} have {features.dim}; set it to that")
+
+
+def _items(corpus: Corpus, bank: FeatureBank | None) -> dict[str, Items]:
+  tokens = {"train": corpus.train_tokens, "test": corpus.test_tokens, "labels": corpus.label_tokens}
+  if bank is None:
+    return {split: Items.of_texts(texts) for split, texts in tokens.items()}
+  return {split: Items(texts, bank.images[split]) for split, texts in tokens.items()}
 
 
 def settle_free_vectors(config: ConfigDict, num_labels: int) -> ConfigDict:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +12,37 @@ import optax
 
 from vixml_jax import sharding
 from vixml_jax.input.batches import Batch
+from vixml_jax.input.feature_bank import FeatureBank
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.losses import LossConfig, prime_loss
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.models.dual_encoder import l2_normalize
+from vixml_jax.models.fusion import image_tokens
 from vixml_jax.training.state import TrainState, shardings_of
 from vixml_jax.typing import Array, Tree
 
 
-def device_batch(batch: Batch, mesh: Mesh) -> dict[str, Array]:
-  """Puts a batch on the mesh; every process holds the whole host batch and keeps its part."""
+def device_batch(batch: Batch, mesh: Mesh, bank: FeatureBank | None = None) -> dict[str, Any]:
+  """Puts a batch on the mesh; every process holds the whole host batch and keeps its part.
+
+  Args:
+    batch: on the host.
+    mesh: the devices.
+    bank: features of the images, for a model that takes images.
+  """
   rows = sharding.named_sharding(mesh, "chunk", "row", "vector")
   by_batch = sharding.named_sharding(mesh, "batch")
   replicated = sharding.named_sharding(mesh)
-  texts = batch.texts
+  items = batch.items
+  images = None if bank is None or items.images is None else bank.on_mesh(items.images, mesh)
   return {
-      "tokens": sharding.to_global(texts.tokens, rows),
-      "segments": sharding.to_global(texts.segments, rows),
-      "positions": sharding.to_global(texts.positions, rows),
-      "filled": sharding.to_global(np.asarray((texts.segments > 0).any(axis=(1, 2))), replicated),
-      "slots": sharding.to_global(texts.slots, replicated),
+      "tokens": sharding.to_global(items.tokens, rows),
+      "segments": sharding.to_global(items.segments, rows),
+      "positions": sharding.to_global(items.positions, rows),
+      "images": images,
+      "image_bank": None if bank is None else bank.on_devices,
+      "filled": sharding.to_global(np.asarray((items.segments > 0).any(axis=(1, 2))), replicated),
+      "slots": sharding.to_global(items.slots, replicated),
       "query_ids": sharding.to_global(batch.query_ids, by_batch),
       "label_ids": sharding.to_global(batch.label_ids, by_batch),
       "positives": sharding.to_global(batch.positives, sharding.named_sharding(mesh, "batch", "vector")),
@@ -39,9 +51,9 @@ def device_batch(batch: Batch, mesh: Mesh) -> dict[str, Array]:
 
 
 def encode_chunks(
-    model: ModelDefinition, params: Tree, batch: dict[str, Array], layout: PackedLayout, key: Array | None,
+    model: ModelDefinition, params: Tree, batch: dict[str, Any], layout: PackedLayout, key: Array | None,
     remat: bool) -> Array:
-  """Pooled vectors of the batch's texts, one chunk of rows at a time.
+  """Pooled vectors of the batch's items, one chunk of rows at a time.
 
   With `remat` a chunk's activations are recomputed in the backward pass, so that memory does not grow
   with the batch (what GradCache does, in one program). Empty chunks cost nothing.
@@ -53,9 +65,10 @@ def encode_chunks(
   shape = (rows, layout.slots, model.embed_dim)
 
   def encode(params, chunk):
-    tokens, segments, positions, index = chunk
+    tokens, segments, positions, images, index = chunk
     chunk_key = None if key is None else jax.random.fold_in(key, index)
-    return model.bind(params).pool(tokens, segments, positions, layout.slots, chunk_key)
+    images = None if images is None else image_tokens(images, batch["image_bank"])
+    return model.bind(params).pool(tokens, segments, positions, layout.slots, images, chunk_key)
 
   if remat:
     encode = jax.checkpoint(encode, prevent_cse=False)
@@ -65,13 +78,13 @@ def encode_chunks(
     pooled = jax.lax.cond(filled, lambda c: encode(params, c), lambda _: jnp.zeros(shape, jnp.float32), chunk)
     return carry, pooled
 
-  chunk = (batch["tokens"], batch["segments"], batch["positions"], jnp.arange(chunks))
+  chunk = (batch["tokens"], batch["segments"], batch["positions"], batch["images"], jnp.arange(chunks))
   _, pooled = jax.lax.scan(body, None, (batch["filled"], chunk))
   return pooled.reshape(-1, model.embed_dim)[batch["slots"]]
 
 
 def batch_loss(
-    model: ModelDefinition, params: Tree, state: TrainState, batch: dict[str, Array], layout: PackedLayout,
+    model: ModelDefinition, params: Tree, state: TrainState, batch: dict[str, Any], layout: PackedLayout,
     loss_config: LossConfig, key: Array, remat: bool, mesh: Mesh) -> tuple[Array, tuple[dict[str, Array], Array]]:
   """Loss of a batch, its parts, and the query embeddings [B, D] for the bank."""
   dropout_key, prototype_key, loss_key = jax.random.split(key, 3)
@@ -88,7 +101,7 @@ def batch_loss(
 
 
 def train_step(
-    state: TrainState, batch: dict[str, Array], *, model: ModelDefinition,
+    state: TrainState, batch: dict[str, Any], *, model: ModelDefinition,
     optimizer: optax.GradientTransformation, layout: PackedLayout, loss_config: LossConfig, base_key: Array,
     remat: bool, mesh: Mesh) -> tuple[TrainState, dict[str, Array]]:
   """One optimizer step; see `make_train_step`."""

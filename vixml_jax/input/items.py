@@ -1,0 +1,65 @@
+"""Items to encode: queries or labels, each a text and its images."""
+
+import dataclasses
+
+import numpy as np
+
+from vixml_jax.ragged import Ragged
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+  """Texts with their images.
+
+  Attributes:
+    tokens: token ids of every item.
+    images: for every item the rows of the feature bank that are its images, in the order of their slots.
+  """
+
+  tokens: Ragged
+  images: Ragged
+
+  def __post_init__(self):
+    if len(self.tokens) != len(self.images):
+      raise ValueError(f"{len(self.tokens)} texts but images of {len(self.images)} items")
+
+  def __len__(self) -> int:
+    return len(self.tokens)
+
+  @classmethod
+  def of_texts(cls, tokens: Ragged) -> "Items":
+    """Texts without images."""
+    return cls(tokens, Ragged(np.zeros(0, np.int32), np.zeros(len(tokens) + 1, np.int64)))
+
+  def take(self, rows: np.ndarray) -> "Items":
+    """The given items, in the given order, copied into memory."""
+    return Items(self.tokens.take(rows), self.images.take(rows))
+
+  def first_images(self, count: int) -> "Items":
+    """The same items with no more than their first `count` images."""
+    return Items(self.tokens, first_values(self.images, count))
+
+  def without_images(self, dropped: np.ndarray) -> "Items":
+    """The same items, those of `dropped` (bool [items]) without images."""
+    keep = ~np.repeat(dropped, self.images.lengths)
+    lengths = np.where(dropped, 0, self.images.lengths)
+    return Items(self.tokens, Ragged(self.images.values[keep], np.concatenate([[0], np.cumsum(lengths)])))
+
+  def followed_by(self, other: "Items") -> "Items":
+    """These items and then the others."""
+    return Items(_concatenate(self.tokens, other.tokens), _concatenate(self.images, other.images))
+
+
+def first_values(rows: Ragged, count: int) -> Ragged:
+  """The first `count` values of every row."""
+  if rows.lengths.max(initial=0) <= count:
+    return rows
+  within = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
+  lengths = np.minimum(rows.lengths, count)
+  return Ragged(np.asarray(rows.values[within < count]), np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def _concatenate(first: Ragged, second: Ragged) -> Ragged:
+  return Ragged(
+      np.concatenate([first.values, second.values]),
+      np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]]))
