@@ -66,7 +66,8 @@ def base_config() -> ConfigDict:
       weight_decay=0.01,
       adam_eps=1e-6,
       clip_norm=0.0,  # Global gradient norm; 0 for none.
-      free_vectors=65536,  # A power of two; 0 takes a quarter of the labels, at most 65,536.
+      # A power of two. 0 takes a quarter of the labels, at most 65,536; as many as labels give each its own.
+      free_vectors=65536,
       positive_sampling="propensity",  # Or "uniform": how a query's label of the step is drawn.
       sampling_a=0.6,  # Constants of the propensity in sampling.
       sampling_b=2.6,

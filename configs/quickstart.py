@@ -48,11 +48,12 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # The paper's rates for what starts from scratch: prototypes must learn in 160 steps.
     config.train.update(dict(epochs=5, new_learning_rate=5e-4, free_vector_learning_rate=5e-4))
   elif chosen == "full":
-    # Nearly a free vector a label, at a high rate, and positives drawn almost as they come: so prototypes learn which
-    # labels are frequent beside which words. (At 5e-3 a rare label's vector can run away and top every ranking.)
+    # A free vector for each label, at a high rate, and positives drawn almost as they come: so prototypes learn which
+    # labels are frequent beside which words. (A rare label that shares the vector of a frequent one, or learns at 5e-3,
+    # can top the ranking of queries that have nothing to do with it.)
     config.train.update(dict(
         epochs=10, sampling_a=0.25, sampling_b=1.5, new_learning_rate=1e-3, free_vector_learning_rate=2e-3,
-        free_vectors=8192))
+        free_vectors=16384))
     config.mining.update(dict(start_epoch=1, doubling_epochs=(3, 5, 7)))
   else:
     raise ValueError(f"variant {chosen!r}: not one of reference, full")

@@ -195,6 +195,16 @@ def _read_step(workdir):
   return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
 
 
+def test_free_vectors_from_the_number_of_labels_on_give_each_label_its_own(workplace, tmp_path):
+  config = config_of(workplace)
+  config.train.epochs, config.train.free_vectors = 1, 32
+  train_and_evaluate(config, tmp_path)
+  np.testing.assert_array_equal(parameters(config, tmp_path).label_clusters[:24], np.arange(24))
+  config.train.free_vectors = 64
+  with pytest.raises(InputError, match="train.free_vectors=64: 32 give each of the 24 labels its own"):
+    set_up(config, tmp_path)
+
+
 @pytest.mark.slow
 def test_killed_at_three_random_steps_a_run_ends_with_the_same_bits(workplace, tmp_path):
   config = config_of(workplace)

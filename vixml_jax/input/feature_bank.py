@@ -34,11 +34,13 @@ class FeatureBank:
   Attributes:
     values: float16 [M, F], memory-mapped.
     images: for "train", "labels" and "test" the rows of `values` of each item, by ascending slot.
+    fingerprint: sha256 in hex of what the features were made of and how many an item may have.
     on_devices: float16 [M rounded up, F], sharded over the mesh; None where the bank stays on the host.
   """
 
   values: np.ndarray
   images: dict[str, Ragged]
+  fingerprint: str
   on_devices: jax.Array | None = None
 
   def placed(self, mesh: Mesh, where: str) -> "FeatureBank":
@@ -102,7 +104,7 @@ def load_feature_bank(features: FeatureSet, images: int, cache_dir: str | os.Pat
     raise InputError(f"{folder}: cannot be read ({error}); delete it to build it again") from error
   if not len(values):
     raise InputError(f"{features.metadata['dataset']}: none of its items has an image; set --config.images=0")
-  return FeatureBank(values, {split: _ids(array) for split, array in offsets.items()})
+  return FeatureBank(values, {split: _ids(array) for split, array in offsets.items()}, fingerprint)
 
 
 def _write(features: FeatureSet, images: int, folder: pathlib.Path) -> None:

@@ -186,7 +186,7 @@ class _Trainer:
     if step is None:
       return None
     checkpoint = self.checkpointer.restore(step, run.abstract, len(run.queries))
-    if checkpoint.meta["data_fingerprint"] != run.corpus.fingerprint:
+    if checkpoint.meta["data_fingerprint"] != run.data_fingerprint:
       raise InputError(f"{run.workdir}: its checkpoint was trained on other data than {run.config.dataset.name} holds "
                        "now; use another --workdir")
     _log.info("resuming at step %d of %d", step, run.total_steps)
@@ -202,13 +202,18 @@ class _Trainer:
         run.encoder.queries(params, run.queries.items, "training queries"), run.queries.labels,
         run.corpus.num_labels, mesh=run.mesh)
     state = dataclasses.replace(state, centroids=_padded(centroids, state.centroids))
-    origin = provenance(run.corpus.fingerprint, source.weight_hashes(run.weights_folder))
+    origin = provenance(run.data_fingerprint, source.weight_hashes(run.weights_folder))
     meta = origin | {"config": run.config.to_dict(), "train_seconds": 0.0, "tokens": 0}
     return Checkpoint(state, None, meta)
 
 
 def _label_clusters(run: Run, state: TrainState) -> jax.Array:
-  """Which free vector each label uses: balanced clusters of the initial model's plain label embeddings."""
+  """Which free vector each label uses: its own where there are enough, else that of its balanced cluster.
+
+  Labels are clustered by the initial model's plain embeddings.
+  """
+  if run.config.train.free_vectors >= run.corpus.num_labels:
+    return _padded(np.arange(run.corpus.num_labels), state.label_clusters)
   embeddings = run.encoder.queries(state.params, run.items["labels"], "labels")
   clusters = balanced_kmeans(embeddings, run.config.train.free_vectors, seed=run.config.seed, mesh=run.mesh)
   return _padded(clusters, state.label_clusters)

@@ -81,6 +81,11 @@ class Run:
     return jax.random.key(self.config.seed, impl=self.config.train.rng_impl)
 
   @property
+  def data_fingerprint(self) -> str:
+    """What identifies the data that a checkpoint was trained on."""
+    return self.corpus.fingerprint + (f"+{self.bank.fingerprint}" if self.bank else "")
+
+  @property
   def encoder(self) -> ItemEncoder:
     """What embeds queries and labels with a given set of parameters."""
     return ItemEncoder(self.model, self.layout, self.mesh, self.bank)
@@ -209,9 +214,10 @@ def settle_free_vectors(config: ConfigDict, num_labels: int) -> ConfigDict:
 def _check_sizes(config: ConfigDict, corpus: Corpus, mesh: Mesh) -> None:
   """What depends on the data and the mesh, before any time is spent."""
   free_vectors = config.train.free_vectors
-  if free_vectors > corpus.num_labels:
-    raise InputError(f"train.free_vectors={free_vectors}: there are only {corpus.num_labels} labels; use a power of "
-                     "two up to that")
+  one_each = 1 << (corpus.num_labels - 1).bit_length()
+  if free_vectors > one_each:
+    raise InputError(f"train.free_vectors={free_vectors}: {one_each} give each of the {corpus.num_labels} labels its "
+                     "own; use a power of two up to that")
   rows = mesh.shape["data"] * mesh.shape["fsdp"]
   for key in ("batch_size", "chunk_rows"):
     if config.train[key] % rows:
