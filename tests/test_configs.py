@@ -26,6 +26,7 @@ PUBLISHED = {
 ALL = [(name, f"encoder={encoder}") for name in (*PUBLISHED, "custom") for encoder in ENCODERS]
 ALL += [("quickstart", variant) for variant in (None, "reference", "full")]
 WITH_IMAGES = [(name, f"{variant},images=3") for name, variant in ALL if name != "quickstart"]
+WITH_IMAGES += [("quickstart", "images=3"), ("quickstart", "full,images=3")]
 # Encoder parameters without heads, as transformers counts them for the published checkpoints.
 ENCODER_PARAMETERS = {
     "minilm-l3": 17_389_824 - 147_840, "minilm-l6": 22_713_216 - 147_840, "distilbert": 66_362_880,
@@ -50,22 +51,23 @@ def test_full_size_state_is_built_abstractly(name, variant):
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params["encoder"]))
   assert count == ENCODER_PARAMETERS[encoder]
   fusion = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params.get("fusion", {})))
-  assert fusion == (1153 * config.encoder.embed_dim if config.images else 0), "a linear map of 1152-d features"
+  assert fusion == ((config.features.dim + 1) * config.encoder.embed_dim if config.images else 0), "a linear map"
+  assert config.features.dim == (192 if config.features.checkpoint else 1152)
 
 
-# With images every config once, each with another encoder.
-@pytest.mark.parametrize("name,variant", ALL + WITH_IMAGES[::5])
+# With images every config once, each with another encoder; the quickstart's with the tower that it ships.
+@pytest.mark.parametrize("name,variant", ALL + WITH_IMAGES[::5] + WITH_IMAGES[-1:])
 def test_two_steps_run_on_a_miniature(name, variant, tmp_path, monkeypatch):
   config = load_config(name, variant)
   kind = "distilbert" if config.encoder.num_token_types == 0 else "bert"
-  raw = write_raw_folder(tmp_path / "raw", num_train=32)
+  raw = write_raw_folder(tmp_path / "raw", num_train=32, images=bool(config.features.checkpoint))
   if name != "custom":
     expect_miniature(monkeypatch, config.dataset.name, raw)
   config = shrink(config, write_encoder(tmp_path / "encoder", kind), raw, tmp_path / "data")
   config.train.epochs = 1
   if config.train.bank_dtype == "bfloat16":
     config.encoder.dtype = "bfloat16"
-  if config.images:
+  if config.images and not config.features.checkpoint:
     builder = datasets.prepare(config.dataset.name, raw, config.dataset.data_dir)
     write_random_features(builder, config.dataset.data_dir, config.features.name, 6)
     config.features.dim = 6
