@@ -8,7 +8,7 @@ import pytest
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation import retrieval_augmented
 from vixml_jax.evaluation.metrics import evaluate
-from vixml_jax.evaluation.retrieval_augmented import Neighbours, choose, combine, search_both
+from vixml_jax.evaluation.retrieval_augmented import Neighbours, Setting, choose, combine, pick, search_both
 from vixml_jax.ragged import Ragged
 from vixml_jax.search.exact import ExactIndex
 
@@ -155,7 +155,7 @@ def test_a_training_query_does_not_find_itself_when_told_so():
 
 
 @pytest.mark.parametrize("metric", ["P@1", "R@100", "nDCG@5"])
-def test_choose_returns_the_best_of_all_settings(metric):
+def test_choose_tries_all_settings_and_picks_one(metric):
   labels, train, queries, train_labels, truth, exclude = _case()
   neighbours, rows, truth = (
     _search(labels, train, queries, 10),
@@ -189,7 +189,20 @@ def test_choose_returns_the_best_of_all_settings(metric):
     )
     expected = evaluate(ids, truth, propensity)
     assert setting.metrics == {name: expected[name] for name in ("P@1", "PSP@1", "R@100", metric)}
-  assert best.metrics[metric] == max(setting.metrics[metric] for setting in settings)
+  assert best is pick(settings, metric, len(truth))
+
+
+def test_of_settings_within_a_standard_error_of_the_best_the_one_with_most_recall_is_picked():
+  def setting(precision, recall):
+    return Setting(0.5, 0.1, {"P@1": precision, "R@100": recall})
+
+  # Of 100 queries half are right: one standard error is 5 points.
+  best, near, far, equal = setting(50, 70), setting(45.5, 80), setting(44.5, 90), setting(46, 80)
+  assert pick([best, near, far, equal], "P@1", 100) is near
+  assert pick([best, near, far, equal], "P@1", 10_000) is best
+  # All right, or none: no error.
+  assert pick([setting(100, 1), setting(99, 2)], "P@1", 100).metrics["P@1"] == 100
+  assert pick([setting(0, 1), setting(0, 2)], "P@1", 100).metrics["R@100"] == 2
 
 
 @pytest.mark.parametrize(

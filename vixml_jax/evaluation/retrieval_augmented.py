@@ -11,6 +11,7 @@ The searches do not depend on lambda and the temperature, so these can be tried 
 
 from collections.abc import Sequence
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -157,11 +158,11 @@ def choose(
     propensity: inverse propensities, [L].
     lambdas: weights to try.
     temperatures: temperatures to try.
-    metric: the one to maximise, such as "P@1"; of equal settings the first is taken.
+    metric: the one to choose by (see `pick`), such as "P@1".
     exclude: for each held-out query the labels to leave out, Q rows.
 
   Returns:
-    the best setting, and all of them with P@1, PSP@1, R@100 and `metric`, to see what is traded.
+    the chosen setting, and all of them with P@1, PSP@1, R@100 and `metric`, to see what is traded.
 
   Raises:
     InputError: if there is no such metric, or a lambda or temperature is out of range.
@@ -185,7 +186,25 @@ def choose(
         )
       shown = dict.fromkeys(("P@1", "PSP@1", "R@100", metric))
       settings.append(Setting(lambda_, temperature, {name: metrics[name] for name in shown}))
-  return max(settings, key=lambda setting: setting.metrics[metric]), settings
+  return pick(settings, metric, len(truth)), settings
+
+
+def pick(settings: Sequence[Setting], metric: str, num_queries: int) -> Setting:
+  """The setting with the greatest R@100 among those that are not measurably worse than the best in `metric`.
+
+  Many settings lie within the noise of a few hundred held-out queries; of these, the one that finds most serves
+  whatever ranks further. "Not measurably worse": within one standard error of the best, which is at most
+  sqrt(p (1 - p) / Q) for a metric of mean p (Breiman et al. 1984, the one-standard-error rule). Of equals, the first.
+
+  Args:
+    settings: with `metric` and R@100, in percent.
+    metric: the one to choose by.
+    num_queries: Q, behind each mean.
+  """
+  best = max(setting.metrics[metric] for setting in settings)
+  share = best / 100
+  floor = best - 100 * math.sqrt(max(share * (1 - share), 0.0) / num_queries)
+  return max((s for s in settings if s.metrics[metric] >= floor), key=lambda setting: setting.metrics["R@100"])
 
 
 def _check(lambda_: float, temperature: float) -> None:
