@@ -101,6 +101,7 @@ def test_every_kind_of_fusion_trains_and_evaluates(config, tmp_path, fusion):
   assert all(np.isfinite(value) for key, value in final.items() if "@" in key)
 
 
+@pytest.mark.slow
 def test_stopped_and_started_again_a_run_with_images_ends_with_the_same_bits(config, tmp_path, monkeypatch):
   config.train.epochs = 2
 
