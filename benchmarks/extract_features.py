@@ -10,9 +10,13 @@ Prints images a second of each, and for ours the model's floating-point operatio
 
 import argparse
 import io
+import os
 from pathlib import Path
 import tempfile
 import time
+
+# Idle threads of torch sleep: else they spin through our side's turn.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from flax import nnx
 import jax
