@@ -60,7 +60,9 @@ def test_evaluating_again_can_drop_images_and_gives_the_same_numbers(config, tmp
   trained = train_and_evaluate(config, tmp_path)
   again = configuration.read(tmp_path / "config.json")
   again.eval.test_images = (0,)
+  again.features.checkpoint = "elsewhere.npz"  # Evaluation needs the features, not the tower.
   evaluated = evaluate_workdir(again, tmp_path)
+  assert configuration.read(tmp_path / "config.json").features.checkpoint == "elsewhere.npz"
   assert {k: v for k, v in trained.items() if "@" in k} == {k: v for k, v in evaluated.items() if "@" in k}
   assert list(json.loads((tmp_path / "evaluation.json").read_text())["by_test_images"]) == ["0"]
 

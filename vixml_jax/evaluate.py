@@ -43,7 +43,6 @@ def _override(config: ConfigDict) -> None:
   config.eval.update({key: value for key, value in given.items() if value is not None})
   if _LAMBDA.value is not None or _TEMPERATURE.value is not None:
     config.eval.retrieval_choose = False
-  config.features.checkpoint = ""  # What training extracted is opened; nothing is extracted here.
   if _TEST_IMAGES.value is not None:
     config.eval.test_images = tuple(cli.numbers(_TEST_IMAGES))
   if _DATA_DIR.value is not None:

@@ -2,7 +2,8 @@
 
   python -m vixml_jax.main --config=configs/quickstart.py [--workdir=runs/NAME] [--config.train.epochs=3 ...]
 
-Prepares the data set where it is missing, goes on from the newest checkpoint in the workdir if there is
+Prepares the data set where it is missing, and image features where config.images asks for them and
+config.features.checkpoint names a tower. Goes on from the newest checkpoint in the workdir if there is
 one, and writes config.json, metrics.jsonl, final_metrics.json and checkpoints/ there.
 """
 

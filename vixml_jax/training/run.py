@@ -48,7 +48,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """Evaluates the newest checkpoint of a workdir again, without training."""
-  run = _set_up_in(config, workdir)
+  run = _set_up_in(config, workdir, extract=False)
   with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpointer:
     step = checkpointer.latest_step()
     if step is None:
@@ -64,8 +64,8 @@ def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   return _finish(run, model, meta)
 
 
-def _set_up_in(config: ConfigDict, workdir: Path) -> Run:
-  run = set_up(config, workdir)
+def _set_up_in(config: ConfigDict, workdir: Path, extract: bool = True) -> Run:
+  run = set_up(config, workdir, extract)
   _check_held_out(run)
   if jax.process_index() == 0:
     try:

@@ -124,8 +124,13 @@ def optimizer_of(config: ConfigDict, model: ModelDefinition, total_steps: int) -
       adam_eps=train.adam_eps, clip_norm=train.clip_norm or None)
 
 
-def set_up(config: ConfigDict, workdir: Path) -> Run:
+def set_up(config: ConfigDict, workdir: Path, extract: bool = True) -> Run:
   """Prepares the data where missing, and builds everything but values.
+
+  Args:
+    config: the whole config.
+    workdir: where outputs go.
+    extract: also make image features where `features.checkpoint` names a tower; else they must be there.
 
   Raises:
     InputError: for whatever is wrong with the config, the data or the weights' folder.
@@ -134,10 +139,10 @@ def set_up(config: ConfigDict, workdir: Path) -> Run:
   folder = source.resolve(config.encoder.pretrained)
   data = config.dataset
   builder = datasets.prepare(data.name, data.raw_dir, data.data_dir)
+  bank = _open_bank(config, builder, mesh, extract)  # Before minutes go to tokens: features may be missing.
   corpus = load_corpus(builder, folder, data.max_length, tuple(data.text_fields), Path(data.data_dir) / "tokens")
   held_out = hold_out(corpus.train_tokens, data.validation_fraction, config.seed)
   labelled = corpus.train_labels.lengths > 0
-  bank = _open_bank(config, builder, mesh)
   items = _items(corpus, bank)
   query_rows = np.flatnonzero(labelled & ~held_out)
   if not len(query_rows):
@@ -173,12 +178,12 @@ def set_up(config: ConfigDict, workdir: Path) -> Run:
   )
 
 
-def _open_bank(config: ConfigDict, builder, mesh: Mesh) -> FeatureBank | None:
-  """The image features of a config with images, extracted first where they are missing and can be."""
+def _open_bank(config: ConfigDict, builder, mesh: Mesh, extract: bool) -> FeatureBank | None:
+  """The image features of a config with images."""
   if not config.images:
     return None
   data_dir, wanted = config.dataset.data_dir, config.features
-  if wanted.checkpoint:
+  if extract and wanted.checkpoint:
     features = prepare_features(
         builder, data_dir, wanted.checkpoint, name=wanted.name, variant=wanted.variant or None,
         preprocessing=wanted.preprocessing)
