@@ -65,26 +65,6 @@ def test_texts_packed_into_rows_equal_padded_texts_of_transformers(pair):
       text += 1
 
 
-class _Gradients:
-  """Gradients of a torch model, to be read like a checkpoint."""
-
-  name = "gradients"
-
-  def __init__(self, model):
-    self._tensors = {
-        name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
-        for name, p in model.named_parameters()}
-
-  def names(self):
-    return list(self._tensors)
-
-  def shape(self, name):
-    return self._tensors[name].shape
-
-  def read(self, name):
-    return self._tensors[name]
-
-
 def test_gradients_are_those_of_torch(pair):
   kind, _, theirs, graphdef, params = pair
   tokens, mask = tiny_encoders.padded(tiny_encoders.texts([7, 12]))
@@ -93,7 +73,7 @@ def test_gradients_are_those_of_torch(pair):
   theirs.zero_grad()
   output = theirs(torch.tensor(tokens), torch.tensor(mask)).last_hidden_state
   (output * torch.tensor(weights)).sum().backward()
-  wanted = engine.apply(tables.TABLES[kind], _Gradients(theirs), params)
+  wanted = engine.apply(tables.TABLES[kind], tiny_encoders.Gradients(theirs), params)
   ours = [jnp.asarray(x) for x in (tokens, mask, np.broadcast_to(np.arange(12), tokens.shape))]
 
   def loss(params):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import tiny_siglip
+from tests import tiny_encoders, tiny_siglip
 from vixml_jax import sharding
 from vixml_jax.models import layers
 from vixml_jax.models.siglip import SiglipVision, define_siglip
@@ -52,24 +52,6 @@ def test_features_and_every_layer_are_those_of_transformers(tower):
   assert np.abs(np.linalg.norm(pooled, axis=-1) - 1).min() > 0.1  # Not normalised.
 
 
-class _Gradients:
-  """Gradients of a torch model, to be read like a checkpoint."""
-
-  name = "gradients"
-
-  def __init__(self, model):
-    self._tensors = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
-
-  def names(self):
-    return list(self._tensors)
-
-  def shape(self, name):
-    return self._tensors[name].shape
-
-  def read(self, name):
-    return self._tensors[name]
-
-
 @pytest.mark.parametrize("remat", [False, True])
 def test_gradients_are_those_of_torch(tower, remat):
   theirs, params = tower
@@ -77,7 +59,7 @@ def test_gradients_are_those_of_torch(tower, remat):
   weights = np.random.default_rng(1).normal(size=(2, 24)).astype(np.float32)
   theirs.zero_grad()
   (theirs(torch.tensor(np.asarray(pixels)).permute(0, 3, 1, 2)).pooler_output * torch.tensor(weights)).sum().backward()
-  wanted = engine.flatten(engine.apply(siglip.tables.SIGLIP, _Gradients(theirs), params))
+  wanted = engine.flatten(engine.apply(siglip.tables.SIGLIP, tiny_encoders.Gradients(theirs), params))
 
   def loss(params):
     return (layers.merge_params(tiny_siglip.our_tower(remat=remat), params)(pixels) * weights).sum()

@@ -66,3 +66,23 @@ def packed(rows_of_texts, width):
       positions[row, place] = np.arange(len(text))
       start += len(text)
   return tuple(map(jnp.asarray, (tokens, segments, positions)))
+
+
+class Gradients:
+  """Gradients of a torch model, to be read like a checkpoint."""
+
+  name = "gradients"
+
+  def __init__(self, model):
+    self._tensors = {
+        name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
+        for name, p in model.named_parameters()}
+
+  def names(self):
+    return list(self._tensors)
+
+  def shape(self, name):
+    return self._tensors[name].shape
+
+  def read(self, name):
+    return self._tensors[name]

@@ -109,8 +109,8 @@ class SiglipVision(nnx.Module):
         self.layers, x, apply, remat=self.remat, return_layers=return_layers)
 
 
-class PreNormLayer(nnx.Module):
-  """Transformer layer with the norms before attention and feed-forward part, GELU in its tanh form.
+class _Block(nnx.Module):
+  """Attention, and a normed feed-forward part that is added; GELU in its tanh form.
 
   Args:
     embed_dim: D.
@@ -132,46 +132,41 @@ class PreNormLayer(nnx.Module):
       rngs: nnx.Rngs,
   ):
     options: dict[str, Any] = {"dtype": dtype, "kernel_init": _xavier, "rngs": rngs}
-    self.attention_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
     self.attention = layers.Attention(embed_dim, num_heads, **options)
     self.mlp_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
     self.up = layers.Linear({"embed": embed_dim}, {"mlp": mlp_dim}, **options)
     self.down = layers.Linear({"mlp": mlp_dim}, {"embed": embed_dim}, **options)
 
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """[B, T, D] -> [B, T, D]."""
-    x = x + self.attention(self.attention_norm(x), None)
+  def feed_forward(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """x + MLP(LN(x))."""
     return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=True))
 
 
-class AttentionPool(nnx.Module):
-  """Multi-head attention pooling: a learnt probe attends to all tokens; a feed-forward part is added.
+class PreNormLayer(_Block):
+  """Transformer layer with the norms before attention and feed-forward part; arguments are those of `_Block`."""
 
-  Args: those of `PreNormLayer`.
-  """
+  def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, layer_norm_eps: float, dtype: str, *,
+               rngs: nnx.Rngs):
+    super().__init__(embed_dim, num_heads, mlp_dim, layer_norm_eps, dtype, rngs=rngs)
+    self.attention_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
 
-  def __init__(
-      self,
-      embed_dim: int,
-      num_heads: int,
-      mlp_dim: int,
-      layer_norm_eps: float,
-      dtype: str,
-      *,
-      rngs: nnx.Rngs,
-  ):
-    options: dict[str, Any] = {"dtype": dtype, "kernel_init": _xavier, "rngs": rngs}
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """[B, T, D] -> [B, T, D]."""
+    return self.feed_forward(x + self.attention(self.attention_norm(x), None))
+
+
+class AttentionPool(_Block):
+  """Attention pooling: a learnt probe attends to all tokens; arguments are those of `_Block`."""
+
+  def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, layer_norm_eps: float, dtype: str, *,
+               rngs: nnx.Rngs):
     self.probe = nnx.Param(_xavier(rngs.params(), (1, embed_dim), jnp.float32)[0], axes=("embed",))
-    self.attention = layers.Attention(embed_dim, num_heads, **options)
-    self.mlp_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
-    self.up = layers.Linear({"embed": embed_dim}, {"mlp": mlp_dim}, **options)
-    self.down = layers.Linear({"mlp": mlp_dim}, {"embed": embed_dim}, **options)
+    super().__init__(embed_dim, num_heads, mlp_dim, layer_norm_eps, dtype, rngs=rngs)
 
   def __call__(self, tokens: Float[Array, "B T D"]) -> Float[Array, "B D"]:
     """[B, T, D] -> [B, D]."""
     probe = jnp.broadcast_to(self.probe[...].astype(tokens.dtype), (len(tokens), 1, tokens.shape[-1]))
-    x = self.attention.cross(probe, tokens)[:, 0]
-    return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=True))
+    return self.feed_forward(self.attention.cross(probe, tokens)[:, 0])
 
 
 def define_siglip(arguments: dict[str, Any]) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
