@@ -1,6 +1,7 @@
 """Evaluates embeddings on a split: plain search, retrieval-augmented inference, deciles, intervals."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from jax.sharding import Mesh
@@ -18,7 +19,6 @@ class EvaluationConfig:
   """How to evaluate.
 
   Attributes:
-    search: "exact" or "scann", for labels and training queries.
     ks: k of P, nDCG, PSP and PSnDCG.
     recall_ks: k of recall.
     bootstrap_samples: resamples behind the 95% intervals; 0 for none.
@@ -28,7 +28,6 @@ class EvaluationConfig:
     retrieval_temperature: of the softmax over both.
   """
 
-  search: str
   ks: tuple[int, ...]
   recall_ks: tuple[int, ...]
   bootstrap_samples: int
@@ -75,6 +74,41 @@ class Memory:
   propensity: np.ndarray
 
 
+class IndexedMemory:
+  """A memory with its indexes, each built when it is first searched and then kept for the next set of queries.
+
+  Attributes:
+    memory: what is searched.
+    search: "exact" or "scann".
+  """
+
+  def __init__(self, memory: Memory, search: str, mesh: Mesh):
+    self.memory = memory
+    self.search = search
+    self._mesh = mesh
+
+  @functools.cached_property
+  def labels(self) -> Index:
+    """Of the prototypes.
+
+    Raises:
+      InputError: if the search asked for cannot run here; so does `queries`.
+    """
+    return make_index(self.search, self.memory.prototypes, self._mesh)
+
+  @functools.cached_property
+  def queries(self) -> Index:
+    """Of the training queries."""
+    return make_index(self.search, self.memory.queries, self._mesh)
+
+  @functools.cached_property
+  def scann(self) -> Index | None:
+    """ScaNN over the prototypes, to compare exact search with; None where that was not asked for or cannot run."""
+    if self.search != "exact" or not scann_available()[0]:
+      return None
+    return make_index("scann", self.memory.prototypes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
   """Results of one split; all values in percent.
@@ -103,38 +137,37 @@ class Evaluation:
         f"ScaNN/{name}": value for name, value in self.scann_recall.items()}
 
 
-def find_neighbours(index: Index, memory: Memory, queries: Queries, config: EvaluationConfig, mesh: Mesh):
-  """The two searches of retrieval-augmented inference; `index` holds the prototypes of `memory`."""
+def find_neighbours(indexed: IndexedMemory, queries: Queries, config: EvaluationConfig):
+  """The two searches of retrieval-augmented inference."""
   return retrieval_augmented.search_both(
-      index, make_index(config.search, memory.queries, mesh), queries.embeddings, label_hits=config.retrieval_hits,
+      indexed.labels, indexed.queries, queries.embeddings, label_hits=config.retrieval_hits,
       query_hits=config.retrieval_hits)
 
 
-def choose_setting(memory: Memory, queries: Queries, config: EvaluationConfig, mesh: Mesh):
-  """The (lambda, temperature) with the best P@1 on held-out queries, and all that were tried."""
-  index = make_index(config.search, memory.prototypes, mesh)
-  neighbours = find_neighbours(index, memory, queries, config, mesh)
+def choose_setting(indexed: IndexedMemory, queries: Queries, config: EvaluationConfig):
+  """The (lambda, temperature) to use, by `retrieval_augmented.pick` on held-out queries, and all that were tried."""
+  memory = indexed.memory
   return retrieval_augmented.choose(
-      neighbours, memory.labels, queries.labels, memory.propensity, exclude=queries.exclude)
+      find_neighbours(indexed, queries, config), memory.labels, queries.labels, memory.propensity,
+      exclude=queries.exclude)
 
 
-def evaluate(memory: Memory, queries: Queries, config: EvaluationConfig, mesh: Mesh) -> Evaluation:
+def evaluate(indexed: IndexedMemory, queries: Queries, config: EvaluationConfig) -> Evaluation:
   """Both rows on one split.
 
   Args:
-    memory: what to search.
+    indexed: what to search.
     queries: what to answer.
     config: how.
-    mesh: devices of the exact search.
 
   Raises:
     InputError: if the search asked for cannot run here.
   """
-  index = make_index(config.search, memory.prototypes, mesh)
-  found = {"plain": search_excluding(index, queries.embeddings, config.depth, queries.exclude)}
+  memory = indexed.memory
+  found = {"plain": search_excluding(indexed.labels, queries.embeddings, config.depth, queries.exclude)}
   if config.retrieval_augmented:
     found["augmented"] = retrieval_augmented.combine(
-        find_neighbours(index, memory, queries, config, mesh), memory.labels, num_labels=len(memory.prototypes),
+        find_neighbours(indexed, queries, config), memory.labels, num_labels=len(memory.prototypes),
         lambda_=config.retrieval_lambda, temperature=config.retrieval_temperature, k=config.depth,
         exclude=queries.exclude)
   all_ids = {name: ids for name, (_, ids) in found.items()}
@@ -156,18 +189,18 @@ def evaluate(memory: Memory, queries: Queries, config: EvaluationConfig, mesh: M
               ids, queries.labels, frequencies, precision_ks=config.ks, recall_ks=config.recall_ks)
           for name, ids in all_ids.items()
       },
-      scann_recall=_scann_recall(memory, queries, config, all_ids["plain"]),
+      scann_recall=_scann_recall(indexed, queries, config, all_ids["plain"]),
       ids=all_ids,
       scores={name: scores for name, (scores, _) in found.items()},
   )
 
 
-def _scann_recall(memory: Memory, queries: Queries, config: EvaluationConfig, ids: np.ndarray) -> dict[str, float]:
+def _scann_recall(
+    indexed: IndexedMemory, queries: Queries, config: EvaluationConfig, ids: np.ndarray) -> dict[str, float]:
   """How much of the exact ranking ScaNN finds, where exact search was asked for and ScaNN is there."""
-  if config.search != "exact" or not scann_available()[0]:
+  if indexed.scann is None:
     return {}
-  index = make_index("scann", memory.prototypes)
-  _, found = search_excluding(index, queries.embeddings, config.depth, queries.exclude)
+  _, found = search_excluding(indexed.scann, queries.embeddings, config.depth, queries.exclude)
   return {f"recall@{k}": 100 * overlap(found[:, :k], ids[:, :k]) for k in config.recall_ks}
 
 

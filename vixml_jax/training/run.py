@@ -13,7 +13,15 @@ import numpy as np
 
 from vixml_jax import configuration, sharding
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation.evaluator import Evaluation, EvaluationConfig, Memory, Queries, choose_setting, evaluate
+from vixml_jax.evaluation.evaluator import (
+    Evaluation,
+    EvaluationConfig,
+    IndexedMemory,
+    Memory,
+    Queries,
+    choose_setting,
+    evaluate,
+)
 from vixml_jax.evaluation.metrics import inverse_propensity
 from vixml_jax.evaluation.report import metrics_table
 from vixml_jax.mining.centroids import label_centroids
@@ -99,7 +107,7 @@ class _Evaluated:
 
   result: Evaluation
   config: EvaluationConfig
-  memory: Memory
+  indexed: IndexedMemory
   queries: Queries
 
 
@@ -107,22 +115,22 @@ def _evaluate(run: Run, model: TrainedModel) -> _Evaluated:
   """Encodes everything, chooses retrieval settings where asked to, and evaluates the split."""
   corpus, encoder, config = run.corpus, run.encoder, run.config.eval
   evaluation = EvaluationConfig(
-      search=config.search, ks=tuple(config.ks), recall_ks=tuple(config.recall_ks),
-      bootstrap_samples=config.bootstrap_samples, retrieval_augmented=config.retrieval_augmented,
-      retrieval_hits=config.retrieval_hits,
+      ks=tuple(config.ks), recall_ks=tuple(config.recall_ks), bootstrap_samples=config.bootstrap_samples,
+      retrieval_augmented=config.retrieval_augmented, retrieval_hits=config.retrieval_hits,
       retrieval_lambda=config.retrieval_lambda, retrieval_temperature=config.retrieval_temperature)
   train_embeddings = encoder.queries(model.params, run.items["train"], "training queries")
   choose = config.retrieval_augmented and config.retrieval_choose
   if choose or config.split == "validation":
-    memory, queries = _held_out(run, model, train_embeddings)
+    indexed, queries = _held_out(run, model, train_embeddings)
   if choose:
-    evaluation = _with_chosen_setting(run, memory, queries, evaluation)
+    evaluation = _with_chosen_setting(run, indexed, queries, evaluation)
   if config.split == "test":
     prototypes = encoder.prototypes(model.params, run.items["labels"], model.label_clusters, model.centroids)
     memory = Memory(prototypes, train_embeddings, corpus.train_labels, _propensity(run))
+    indexed = IndexedMemory(memory, config.search, run.mesh)
     queries = Queries(
         encoder.queries(model.params, run.items["test"], "test queries"), corpus.test_labels, corpus.test_filter)
-  return _Evaluated(evaluate(memory, queries, evaluation, run.mesh), evaluation, memory, queries)
+  return _Evaluated(evaluate(indexed, queries, evaluation), evaluation, indexed, queries)
 
 
 def _with_fewer_images(run: Run, model: TrainedModel, evaluated: _Evaluated) -> dict[int, Evaluation]:
@@ -132,24 +140,25 @@ def _with_fewer_images(run: Run, model: TrainedModel, evaluated: _Evaluated) -> 
   for count in run.config.eval.test_images:
     embeddings = run.encoder.queries(model.params, items.first_images(count), f"queries with {count} images")
     queries = dataclasses.replace(evaluated.queries, embeddings=embeddings)
-    results[count] = evaluate(evaluated.memory, queries, evaluated.config, run.mesh)
+    results[count] = evaluate(evaluated.indexed, queries, evaluated.config)
   return results
 
 
-def _held_out(run: Run, model: TrainedModel, train_embeddings: np.ndarray) -> tuple[Memory, Queries]:
+def _held_out(run: Run, model: TrainedModel, train_embeddings: np.ndarray) -> tuple[IndexedMemory, Queries]:
   """The held-out queries, and a memory and centroids that do not know them."""
   corpus, rows = run.corpus, run.validation_rows
   known = train_embeddings[run.query_rows]
   centroids = sharding.to_host(label_centroids(known, run.queries.labels, corpus.num_labels, mesh=run.mesh))
   prototypes = run.encoder.prototypes(model.params, run.items["labels"], model.label_clusters, centroids)
   memory = Memory(prototypes, known, run.queries.labels, _propensity(run))
-  return memory, Queries(train_embeddings[rows], corpus.train_labels.take(rows), corpus.train_filter.take(rows))
+  indexed = IndexedMemory(memory, run.config.eval.search, run.mesh)
+  return indexed, Queries(train_embeddings[rows], corpus.train_labels.take(rows), corpus.train_filter.take(rows))
 
 
 def _with_chosen_setting(
-    run: Run, memory: Memory, held_out: Queries, evaluation: EvaluationConfig) -> EvaluationConfig:
+    run: Run, indexed: IndexedMemory, held_out: Queries, evaluation: EvaluationConfig) -> EvaluationConfig:
   """Chooses lambda and temperature on the held-out queries."""
-  best, settings = choose_setting(memory, held_out, evaluation, run.mesh)
+  best, settings = choose_setting(indexed, held_out, evaluation)
   if jax.process_index() == 0:
     _write_json(run.workdir / "retrieval_settings.json", [dataclasses.asdict(setting) for setting in settings])
     _log.info("retrieval augmentation: lambda %g and temperature %g, best of %d on %d held-out queries",
@@ -185,7 +194,7 @@ def _propensity(run: Run) -> np.ndarray:
 
 
 def _write(run: Run, final: dict[str, Any], evaluated: _Evaluated, fewer: dict[int, Evaluation]) -> None:
-  folder, memory, result = run.workdir / "embeddings", evaluated.memory, evaluated.result
+  folder, memory, result = run.workdir / "embeddings", evaluated.indexed.memory, evaluated.result
   folder.mkdir(exist_ok=True)
   embeddings = {"labels": memory.prototypes, "train_queries": memory.queries,
                 f"{run.config.eval.split}_queries": evaluated.queries.embeddings}
