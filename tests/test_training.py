@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +12,13 @@ import jax
 import numpy as np
 import pytest
 
+from tests.training_checks import (
+    assert_close,
+    assert_same_bits,
+    final_state,
+    loss_and_gradients,
+    send_sigterm_at_batch,
+)
 from tests.workplace import ROOT, miniature_config
 from vixml_jax import configuration, sharding
 from vixml_jax.errors import InputError, Preempted
@@ -35,17 +41,6 @@ def workplace(tmp_path_factory):
 
 def config_of(workplace):
   return workplace[1].copy_and_resolve_references()
-
-
-def parameters(config, workdir):
-  run = set_up(config, workdir)
-  with loop.Checkpointer(workdir / "checkpoints", 2) as checkpointer:
-    return jax.device_get(checkpointer.restore(run.total_steps, run.abstract, len(run.queries)).state)
-
-
-def assert_same_bits(left, right):
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
-    np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
 def test_a_run_learns_and_writes_every_output(workplace, tmp_path, capsys):
@@ -81,19 +76,12 @@ def test_evaluating_a_workdir_again_gives_the_same_numbers(workplace, tmp_path):
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(workplace, tmp_path, monkeypatch):
   config = config_of(workplace)
   train_and_evaluate(config, tmp_path / "undisturbed")
-  calls = iter(range(1000))
-
-  def batch_then_sigterm(*args, **kwargs):
-    if next(calls) == 5:
-      os.kill(os.getpid(), signal.SIGTERM)
-    return make_batch(*args, **kwargs)
-
-  monkeypatch.setattr(loop, "make_batch", batch_then_sigterm)
+  send_sigterm_at_batch(5, monkeypatch)
   with pytest.raises(Preempted, match="saved step"):
     train_and_evaluate(config, tmp_path / "stopped")
-  monkeypatch.setattr(loop, "make_batch", make_batch)
+  monkeypatch.undo()
   train_and_evaluate(config, tmp_path / "stopped")
-  assert_same_bits(parameters(config, tmp_path / "undisturbed"), parameters(config, tmp_path / "stopped"))
+  assert_same_bits(final_state(config, tmp_path / "undisturbed"), final_state(config, tmp_path / "stopped"))
   steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
            if json.loads(line)["split"] == "train"]
   assert steps == sorted(set(steps)), "a resumed run must not repeat lines"
@@ -116,21 +104,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 @pytest.mark.parametrize("mesh", [dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)])
 def test_eight_devices_give_the_loss_gradients_and_bank_of_one(workplace, mesh):
   run = set_up(config_of(workplace), workplace[0])
-  batch = make_batch(run.queries, np.arange(len(run.queries)), 16, run.layout, seed=0, epoch=0, step=1)
-
-  def results(on):
-    abstract = abstract_state(run.model, run.optimizer, len(run.queries), run.corpus.num_labels, "float32", on)
-    state = create_state(abstract, init_params(run.model, on, 0), run.optimizer)
-    loss_of = jax.jit(jax.value_and_grad(
-        lambda params, state, batch: batch_loss(
-            run.model, params, state, batch, run.layout, run.loss, run.base_key, True, on), has_aux=True))
-    (loss, (_, embeddings)), gradients = loss_of(state.params, state, device_batch(batch, on))
-    return jax.device_get((loss, embeddings, gradients))
-
-  one = results(sharding.make_mesh(devices=jax.devices()[:1]))
-  eight = results(sharding.make_mesh(**(dict(data=1) | mesh)))
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(eight), strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
+  one = loss_and_gradients(run, sharding.make_mesh(devices=jax.devices()[:1]))
+  assert_close(one, loss_and_gradients(run, sharding.make_mesh(**(dict(data=1) | mesh))))
 
 
 def test_remat_changes_no_number(workplace):
@@ -199,7 +174,7 @@ def test_free_vectors_from_the_number_of_labels_on_give_each_label_its_own(workp
   config = config_of(workplace)
   config.train.epochs, config.train.free_vectors = 1, 32
   train_and_evaluate(config, tmp_path)
-  np.testing.assert_array_equal(parameters(config, tmp_path).label_clusters[:24], np.arange(24))
+  np.testing.assert_array_equal(final_state(config, tmp_path).label_clusters[:24], np.arange(24))
   config.train.free_vectors = 64
   with pytest.raises(InputError, match="train.free_vectors=64: 32 give each of the 24 labels its own"):
     set_up(config, tmp_path)
@@ -222,7 +197,7 @@ def test_killed_at_three_random_steps_a_run_ends_with_the_same_bits(workplace, t
     process.communicate()
   done = subprocess.run(**_command(config, workplace[0], tmp_path / "killed"))
   assert done.returncode == 0, done.stdout
-  assert_same_bits(parameters(config, tmp_path / "undisturbed"), parameters(config, tmp_path / "killed"))
+  assert_same_bits(final_state(config, tmp_path / "undisturbed"), final_state(config, tmp_path / "killed"))
 
 
 def test_two_processes_train_like_one(workplace, tmp_path):
@@ -246,7 +221,7 @@ def test_two_processes_train_like_one(workplace, tmp_path):
 
   # Float tolerance grows over steps: sums are taken in another order.
   np.testing.assert_allclose(losses("one"), losses("two"), rtol=2e-3)
-  one, two = (dataclasses.asdict(parameters(config, tmp_path / name)) for name in ("one", "two"))
+  one, two = (dataclasses.asdict(final_state(config, tmp_path / name)) for name in ("one", "two"))
   np.testing.assert_allclose(one["bank"], two["bank"], atol=5e-3)
   np.testing.assert_allclose(one["centroids"], two["centroids"], atol=5e-3)
   np.testing.assert_array_equal(one["label_clusters"], two["label_clusters"])
