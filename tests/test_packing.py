@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vixml_jax.input.batches import TrainingQueries, draw_positives, in_batch_positives, make_batch, steps_per_epoch
-from vixml_jax.input.items import Items, first_values
+from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, bucket, pack
 from vixml_jax.input.validation import hold_out
 from vixml_jax.ragged import Ragged
@@ -168,10 +168,10 @@ def test_more_images_than_the_layout_has_are_refused():
 
 def test_the_first_values_of_rows_are_kept():
   rows = Ragged.from_rows([[4, 5, 6], [], [7], [8, 9]])
-  kept = first_values(rows, 2)
+  kept = rows.first(2)
   assert [row.tolist() for row in kept] == [[4, 5], [], [7], [8, 9]]
-  assert first_values(rows, 3) is rows
-  assert len(first_values(rows, 0).values) == 0
+  assert rows.first(3) is rows
+  assert len(rows.first(0).values) == 0
 
 
 def test_modality_dropout_takes_all_images_of_an_item_and_is_a_pure_function_of_the_step():

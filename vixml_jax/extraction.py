@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import tensorflow_datasets as tfds
 from vixml_jax.datasets import features, image_sources
 from vixml_jax.datasets.feature_parts import FeatureParts, MergedParts
 from vixml_jax.datasets.features import FeatureSet
-from vixml_jax.datasets.folders import locked
+from vixml_jax.datasets.folders import fingerprint_of, locked
 from vixml_jax.datasets.image_sources import ImageSource
 from vixml_jax.datasets.preprocess import PREPROCESSING
 from vixml_jax.errors import InputError
@@ -67,7 +66,7 @@ def prepare_features(
   target = features.features_folder(builder, data_dir, name)
   sources = image_sources.open_sources(images, builder)
   made_by = {"checkpoint_sha256": sorted(siglip.checkpoint_hashes(checkpoint).values()), "preprocessing": preprocessing,
-             "images": _digest([source.identity for source in sources.values()]) if images else "dataset"}
+             "images": fingerprint_of([source.identity for source in sources.values()]) if images else "dataset"}
   # One run at a time; its first process speaks for it.
   with locked(f"{target.parent}.lock") if jax.process_index() == 0 else contextlib.nullcontext():
     found = features.find_features(builder, data_dir, name, made_by)
@@ -76,7 +75,8 @@ def prepare_features(
       return found
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     encoder = ImageEncoder(checkpoint, variant, preprocessing, batch_size, dtype)
-    key = _digest([made_by, dtype, builder.info.metadata["sha256"], image_sources.PART_IMAGES, image_sources.PART_ROWS])
+    key = fingerprint_of(
+      [made_by, dtype, builder.info.metadata["sha256"], image_sources.PART_IMAGES, image_sources.PART_ROWS])
     parts = FeatureParts(target.parent / f"parts-{key[:16]}", encoder.dim)
     _encode(encoder, sources, parts)
     if jax.process_index() == 0:
@@ -84,10 +84,6 @@ def prepare_features(
       _finish(builder, data_dir, name, parts, how)
     _wait_for_all("features written")
     return features.open_features(builder, data_dir, name)
-
-
-def _digest(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _wait_for_all(what: str) -> None:

@@ -1,11 +1,23 @@
 """Rows of different lengths as two flat arrays, so that millions of rows cost no Python objects."""
 
+from collections.abc import Sequence
 import dataclasses
 import os
 
 import numpy as np
 
 from vixml_jax.errors import InputError
+
+
+def offsets_of(lengths: np.ndarray | Sequence[int]) -> np.ndarray:
+  """int64 [rows + 1], where rows of these lengths begin and end when they stand end to end."""
+  return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def spread(starts: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
+  """start, start + 1, ... for each row, end to end: the places of `lengths[i]` values from `starts[i]` on."""
+  offsets = offsets_of(lengths)
+  return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +44,11 @@ class Ragged:
   def __getitem__(self, row: int) -> np.ndarray:
     return self.values[self.offsets[row]:self.offsets[row + 1]]
 
+  @classmethod
+  def of_lengths(cls, values: np.ndarray, lengths: np.ndarray | Sequence[int]) -> "Ragged":
+    """Rows of these lengths, cut from `values` one after the other."""
+    return cls(values, offsets_of(lengths))
+
   @property
   def lengths(self) -> np.ndarray:
     """int64 array with the length of every row."""
@@ -42,9 +59,20 @@ class Ragged:
     rows = np.asarray(rows, np.int64)
     starts = self.offsets[rows]
     lengths = self.offsets[rows + 1] - starts
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-    return Ragged(np.asarray(self.values[positions]), offsets)
+    return Ragged.of_lengths(np.asarray(self.values[spread(starts, lengths)]), lengths)
+
+  def first(self, count: int) -> "Ragged":
+    """The first `count` values of every row."""
+    lengths = np.minimum(self.lengths, count)
+    if len(self.values) == lengths.sum():
+      return self
+    return Ragged.of_lengths(np.asarray(self.values[spread(self.offsets[:-1], lengths)]), lengths)
+
+  def followed_by(self, other: "Ragged") -> "Ragged":
+    """These rows and then the others."""
+    return Ragged(
+        np.concatenate([self.values, other.values]),
+        np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]))
 
   def row_ids(self) -> np.ndarray:
     """int64 array, for every value the row that it belongs to."""
@@ -54,16 +82,13 @@ class Ragged:
     """For every value `0 <= v < num_columns` the ascending rows that hold it (CSR -> CSC)."""
     order = np.argsort(self.values, kind="stable")
     counts = np.bincount(self.values, minlength=num_columns)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Ragged(self.row_ids()[order].astype(np.int32), offsets)
+    return Ragged.of_lengths(self.row_ids()[order].astype(np.int32), counts)
 
   @classmethod
   def from_rows(cls, rows, dtype=np.int32) -> "Ragged":
     """From a list of sequences; for small inputs."""
-    lengths = [len(row) for row in rows]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     flat = np.concatenate([np.asarray(row, dtype) for row in rows]) if len(rows) else np.zeros(0, dtype)
-    return cls(flat.astype(dtype), offsets)
+    return cls.of_lengths(flat.astype(dtype), [len(row) for row in rows])
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes `PATH.values.npy` and `PATH.offsets.npy`."""

@@ -3,11 +3,19 @@
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import pathlib
 import shutil
+from typing import Any
 
 from vixml_jax.errors import InputError
+
+
+def fingerprint_of(made_of: Any) -> str:
+  """sha256 in hex of a JSON value: what a folder's contents are made of."""
+  return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

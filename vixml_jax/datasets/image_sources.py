@@ -11,7 +11,6 @@ import pathlib
 import re
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
@@ -19,6 +18,7 @@ import tensorflow_datasets as tfds
 from vixml_jax.datasets import raw
 from vixml_jax.datasets.records import Records
 from vixml_jax.errors import InputError
+from vixml_jax.ragged import offsets_of
 
 PART_IMAGES = 2048
 """Images of a part of a folder or a parquet file."""
@@ -134,7 +134,7 @@ class _ParquetImages:
     self._paths, self._num_rows = paths, num_rows
     self._columns = [_columns(path) for path in paths]
     lengths = [_open_parquet(path).metadata.num_rows for path in paths]
-    self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    self._starts = offsets_of(lengths)
     self.num_parts = -(-int(self._starts[-1]) // PART_IMAGES)
     self.identity = [[path.name, path.stat().st_size] for path in paths]
 

@@ -223,7 +223,7 @@ def _rows(shape: tuple[int, ...], entries: list) -> Ragged:
     lengths, flat = np.array([len(numbers) for numbers in lists], np.int64), list(itertools.chain.from_iterable(lists))
   if not set(map(type, flat)) <= {int}:
     raise _Refused("it holds what is no whole number")
-  return Ragged(np.array(flat, np.int64), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+  return Ragged.of_lengths(np.array(flat, np.int64), lengths)
 
 
 def _numbers(entry: Any) -> Sequence:

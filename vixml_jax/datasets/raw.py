@@ -200,8 +200,7 @@ def read_filter(path: pathlib.Path, num_rows: int, num_labels: int) -> Ragged:
       pairs.append(row * num_labels + label)
   unique = np.unique(np.frombuffer(pairs, np.int64))
   counts = np.bincount(unique // num_labels, minlength=num_rows)
-  offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-  return Ragged((unique % num_labels).astype(np.int32), offsets)
+  return Ragged.of_lengths((unique % num_labels).astype(np.int32), counts)
 
 
 def read_images(path: pathlib.Path, num_rows: int) -> Iterator[tuple[list[int], list[bytes]]]:

@@ -20,7 +20,7 @@ import tqdm
 
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation.metrics import evaluate
-from vixml_jax.ragged import Ragged
+from vixml_jax.ragged import Ragged, offsets_of
 from vixml_jax.search.index import Index, search_excluding
 from vixml_jax.search.membership import drop_members
 
@@ -252,7 +252,7 @@ def _mass_of_labels(
   mass = np.concatenate([label_mass, query_mass], axis=1)
   columns = np.concatenate([own_columns, found_columns], axis=1)
   kept = (columns >= 0) & (mass > 0)
-  offsets = np.concatenate([[0], kept.sum(axis=1).cumsum()])
+  offsets = offsets_of(kept.sum(axis=1))
   shape = (len(mass), len(own) + len(found))
   return scipy.sparse.csr_array((mass[kept], columns[kept], offsets), shape=shape) @ has_label
 

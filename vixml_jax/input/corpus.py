@@ -7,8 +7,6 @@ fingerprint of all that decides its contents.
 from collections.abc import Sequence
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
 
@@ -16,11 +14,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from vixml_jax.datasets.folders import locked, new_folder
+from vixml_jax.datasets.folders import fingerprint_of, locked, new_folder
 from vixml_jax.datasets.records import Record, Records
 from vixml_jax.errors import InputError
+from vixml_jax.input.array_file import ArrayFile
 from vixml_jax.input.tokenizer import Tokenizer
-from vixml_jax.ragged import Ragged
+from vixml_jax.ragged import Ragged, offsets_of
 
 _FORMAT = 1
 _TOKENS = {"train": "train_tokens", "test": "test_tokens", "labels": "label_tokens"}
@@ -113,12 +112,11 @@ def _array_names() -> list[str]:
 
 def _fingerprint(builder: tfds.core.DatasetBuilder, tokenizer: Tokenizer,
                  fields: tuple[str, ...]) -> str:
-  parts = {
+  return fingerprint_of({
     "format": _FORMAT, "dataset": builder.name, "version": str(builder.version),
     "raw": builder.info.metadata["sha256"], "tokenizer": tokenizer.fingerprint,
     "max_length": tokenizer.max_length, "fields": fields,
-  }
-  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+  })
 
 
 def _write_split(builder: tfds.core.DatasetBuilder, split: str, tokenizer: Tokenizer,
@@ -148,31 +146,20 @@ def _texts(builder: tfds.core.DatasetBuilder, split: str, ids: Sequence[int],
 
 
 class _RaggedWriter:
-  """Appends rows of int32 to the files that `Ragged.load` maps, without holding them in memory."""
+  """Appends rows of int32 to the files that `Ragged.load` maps, without holding the values in memory."""
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    self._file = open(f"{path}.values.npy", "wb")  # noqa: SIM115, closed by __exit__
-    self._lengths: list[np.ndarray] = []
-    self._count = 0
-    self._write_header()
+    self._values = ArrayFile(f"{path}.values.npy", np.int32)
+    self._lengths = [np.zeros(0, np.int64)]
 
   def append(self, rows: Ragged) -> None:
-    self._file.write(np.ascontiguousarray(rows.values, np.int32).tobytes())
+    self._values.append(rows.values)
     self._lengths.append(rows.lengths)
-    self._count += len(rows.values)
 
   def __enter__(self) -> "_RaggedWriter":
     return self
 
   def __exit__(self, *exception) -> None:
-    with self._file:
-      self._file.seek(0)
-      self._write_header()
-    lengths = np.concatenate([np.zeros(0, np.int64), *self._lengths])
-    np.save(f"{self._path}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-
-  def _write_header(self) -> None:
-    # numpy pads a header so that its size does not depend on the length of the array.
-    header = {"descr": "<i4", "fortran_order": False, "shape": (self._count,)}
-    np.lib.format.write_array_header_1_0(self._file, header)
+    self._values.__exit__(*exception)
+    np.save(f"{self._path}.offsets.npy", offsets_of(np.concatenate(self._lengths)))

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
 
@@ -14,13 +12,12 @@ from tqdm import tqdm
 
 from vixml_jax import sharding
 from vixml_jax.datasets.features import FeatureSet
-from vixml_jax.datasets.folders import locked, new_folder
+from vixml_jax.datasets.folders import fingerprint_of, locked, new_folder
 from vixml_jax.errors import InputError
-from vixml_jax.input.items import first_values
+from vixml_jax.input.array_file import ArrayFile
 from vixml_jax.input.packing import PackedImages
-from vixml_jax.ragged import Ragged
+from vixml_jax.ragged import Ragged, offsets_of
 
-PLACES = ("auto", "device", "host")
 _FORMAT = 1
 _SPLITS = ("train", "labels", "test")
 # Of a device's memory, what `auto` gives to the bank: parameters, optimizer and activations need the rest.
@@ -90,8 +87,7 @@ def load_feature_bank(features: FeatureSet, images: int, cache_dir: str | os.Pat
   Raises:
     InputError: not one item has an image, or the cache cannot be read.
   """
-  made_of = {"format": _FORMAT, "images": images} | features.metadata
-  fingerprint = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
+  fingerprint = fingerprint_of({"format": _FORMAT, "images": images} | features.metadata)
   folder = pathlib.Path(cache_dir) / f"{features.metadata['dataset']}-{fingerprint[:16]}"
   with locked(f"{folder}.lock"):
     if not folder.is_dir():
@@ -109,35 +105,23 @@ def load_feature_bank(features: FeatureSet, images: int, cache_dir: str | os.Pat
 
 def _write(features: FeatureSet, images: int, folder: pathlib.Path) -> None:
   """One array of all vectors, split after split, and where each item's begin."""
-  count = 0
-  with open(folder / "values.npy", "wb") as file:
-    _write_header(file, count, features.dim)
+  with ArrayFile(folder / "values.npy", np.float16, (features.dim,)) as file:
     for split in _SPLITS:
-      lengths = [np.zeros(0, np.int64)]
+      first, lengths = file.rows, [np.zeros(0, np.int64)]
       with tqdm(total=features.metadata["rows"][split], desc=f"load {split} features", unit=" rows", disable=None,
                 leave=False) as bar:
         for kept, values in _first_images(features, split, images):
-          file.write(np.ascontiguousarray(values).tobytes())
+          file.append(values)
           lengths.append(kept)
           bar.update(len(kept))
-      offsets = count + np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-      np.save(folder / f"{split}.npy", offsets)
-      count = int(offsets[-1])
-    file.seek(0)
-    _write_header(file, count, features.dim)
+      np.save(folder / f"{split}.npy", first + offsets_of(np.concatenate(lengths)))
 
 
 def _first_images(features: FeatureSet, split: str, images: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Lengths and vectors of blocks of items, of each item no more than the first `images`."""
   for lengths, values in features.split(split):
-    rows = Ragged(np.arange(len(values)), np.concatenate([[0], np.cumsum(lengths)]))
-    kept = first_values(rows, images)
+    kept = Ragged.of_lengths(np.arange(len(values)), lengths).first(images)
     yield kept.lengths, values[kept.values]
-
-
-def _write_header(file, rows: int, dim: int) -> None:
-  # numpy pads a header so that its size does not depend on the length of the array.
-  np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)})
 
 
 def _ids(offsets: np.ndarray) -> Ragged:

@@ -37,29 +37,14 @@ class Items:
 
   def first_images(self, count: int) -> "Items":
     """The same items with no more than their first `count` images."""
-    return Items(self.tokens, first_values(self.images, count))
+    return Items(self.tokens, self.images.first(count))
 
   def without_images(self, dropped: np.ndarray) -> "Items":
     """The same items, those of `dropped` (bool [items]) without images."""
     keep = ~np.repeat(dropped, self.images.lengths)
     lengths = np.where(dropped, 0, self.images.lengths)
-    return Items(self.tokens, Ragged(self.images.values[keep], np.concatenate([[0], np.cumsum(lengths)])))
+    return Items(self.tokens, Ragged.of_lengths(self.images.values[keep], lengths))
 
   def followed_by(self, other: "Items") -> "Items":
     """These items and then the others."""
-    return Items(_concatenate(self.tokens, other.tokens), _concatenate(self.images, other.images))
-
-
-def first_values(rows: Ragged, count: int) -> Ragged:
-  """The first `count` values of every row."""
-  if rows.lengths.max(initial=0) <= count:
-    return rows
-  within = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
-  lengths = np.minimum(rows.lengths, count)
-  return Ragged(np.asarray(rows.values[within < count]), np.concatenate([[0], np.cumsum(lengths)]))
-
-
-def _concatenate(first: Ragged, second: Ragged) -> Ragged:
-  return Ragged(
-      np.concatenate([first.values, second.values]),
-      np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]]))
+    return Items(self.tokens.followed_by(other.tokens), self.images.followed_by(other.images))

@@ -9,9 +9,8 @@ import dataclasses
 import numpy as np
 
 from vixml_jax.input.items import Items
-from vixml_jax.ragged import Ragged
+from vixml_jax.ragged import Ragged, spread
 
-IMAGE_ORDERS = ("before", "after", "apart")
 _SHORTEST = 3  # Tokens of a text: two special ones around one.
 _SHORTEST_WITH_IMAGES = 2  # An empty title leaves the special ones.
 
@@ -154,10 +153,10 @@ def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedIte
   before = in_row if layout.image_order == "before" else np.zeros_like(in_row)
   tokens, segments, positions = (np.zeros((*chunked, layout.row_length), np.int32) for _ in range(3))
   flat = rows * layout.row_length + starts
-  tokens.reshape(-1)[_spread(flat + before, texts)] = texts.values
-  places = np.repeat(flat, lengths) + _within(lengths)
+  tokens.reshape(-1)[spread(flat + before, texts.lengths)] = texts.values
+  places = spread(flat, lengths)
   segments.reshape(-1)[places] = np.repeat(slots + 1, lengths)
-  positions.reshape(-1)[places] = _within(lengths)
+  positions.reshape(-1)[places] = places - np.repeat(flat, lengths)
   first = starts if layout.image_order == "before" else starts + texts.lengths
   return PackedItems(
       tokens, segments, positions, (rows * layout.slots + slots).astype(np.int32),
@@ -173,11 +172,11 @@ def _pack_images(
       shape, layout.row_length, np.int32)
   # The items of a row take its places one after the other.
   starts = _starts(rows, slots, images.lengths, chunked[0] * chunked[1])
-  places = _spread(rows * layout.image_places + starts, images)
+  places = spread(rows * layout.image_places + starts, images.lengths)
   ids.reshape(-1)[places] = images.values
   segments.reshape(-1)[places] = np.repeat(slots + 1, images.lengths)
   if layout.image_order != "apart":
-    positions.reshape(-1)[places] = _spread(first, images)
+    positions.reshape(-1)[places] = spread(first, images.lengths)
   return PackedImages(ids, segments, positions)
 
 
@@ -190,14 +189,3 @@ def _starts(rows: np.ndarray, slots: np.ndarray, lengths: np.ndarray, num_rows: 
   starts = np.empty(len(lengths), np.int64)
   starts[order] = ends - lengths[order] - row_base[rows[order]]
   return starts
-
-
-def _within(lengths: np.ndarray) -> np.ndarray:
-  """0, 1, ... for each item, end to end."""
-  ends = np.cumsum(lengths)
-  return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-
-
-def _spread(starts: np.ndarray, values: Ragged) -> np.ndarray:
-  """For each value of each row its place, counted on from the row's start."""
-  return np.repeat(starts, values.lengths) + _within(values.lengths)
