@@ -48,6 +48,7 @@ def base_config() -> ConfigDict:
       method="early",  # Images are tokens of the encoder; or "late": they meet the pooled text in a layer of their own.
       adapter="linear",  # Or "mlp", "gated": from the features to the token width.
       order="before",  # Or "after" the text, in early fusion.
+      residual=0.0,  # Early fusion: length of a map of the images that is added to the pooled text, in lengths of that.
       modality_dropout=0.0,  # Probability with which an item of a training batch loses its images.
       bank="auto",  # Features on the "device", on the "host" memory-mapped, or on the device if they fit.
   ))

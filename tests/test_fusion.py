@@ -132,6 +132,22 @@ def test_late_fusion_is_the_mean_of_torch_s_layer_over_text_and_images(encoders)
     np.testing.assert_allclose(ours[i], wanted.numpy(), atol=2e-5)
 
 
+def test_a_residual_adds_a_map_of_the_mean_features_to_items_with_images_and_nothing_to_others(encoders):
+  queries, bank = items()
+  layout = PackedLayout(16, 4, IMAGES)
+  model = model_of(encoders, residual=True)
+  kernel, bias = (np.asarray(param[...]) for param in (model.fusion.residual.kernel, model.fusion.residual.bias))
+  found = pooled(model, pack(queries, layout), bank, layout)
+  model.fusion.residual = None
+  compiled.cache_clear()  # The module is its key.
+  without = pooled(model, pack(queries, layout), bank, layout)
+  for i in range(len(queries)):
+    features = bank[queries.images[i]].astype(np.float32)
+    added = (features.mean(0) @ kernel + bias) / np.sqrt(FEATURES) if len(features) else np.zeros(len(bias))
+    np.testing.assert_allclose(found[i] - without[i], added, atol=1e-5)
+  assert (found == without).all(1).sum() == (queries.images.lengths == 0).sum() > 0
+
+
 def test_an_item_without_images_gets_the_text_only_model_s_vector(encoders):
   _, arguments, params = encoders
   queries, bank = items()
@@ -176,6 +192,11 @@ def test_images_without_fusion_and_fusion_without_images_are_refused(encoders):
   row = jnp.ones((1, 8), jnp.int32)
   with pytest.raises(ValueError, match="takes images if it was made with `fusion`"):
     model.pool(row, row, row, 2)
+
+
+def test_a_residual_belongs_to_early_fusion(encoders):
+  with pytest.raises(ValueError, match="residual belongs to early fusion"):
+    model_of(encoders, method="late", residual=True)
 
 
 @pytest.mark.parametrize("unknown", [dict(method="middle"), dict(adapter="conv")])

@@ -1,23 +1,24 @@
 """Training and evaluation with images on a miniature: outputs, devices, where the bank lies, resuming, bad input."""
 
 import json
-import os
-import signal
 
 import jax
 import numpy as np
 import pytest
 
 from tests.image_features import write_random_features
+from tests.training_checks import (
+    assert_close,
+    assert_same_bits,
+    final_state,
+    loss_and_gradients,
+    send_sigterm_at_batch,
+)
 from tests.workplace import miniature_config
 from vixml_jax import configuration, datasets, sharding
 from vixml_jax.errors import InputError, Preempted
-from vixml_jax.input.batches import make_batch
-from vixml_jax.training import loop
 from vixml_jax.training.run import evaluate_workdir, train_and_evaluate
 from vixml_jax.training.setup import set_up
-from vixml_jax.training.state import abstract_state, create_state, init_params
-from vixml_jax.training.step import batch_loss, device_batch
 
 DIM = 6
 
@@ -67,34 +68,22 @@ def test_evaluating_again_can_drop_images_and_gives_the_same_numbers(config, tmp
   assert list(json.loads((tmp_path / "evaluation.json").read_text())["by_test_images"]) == ["0"]
 
 
-def loss_and_gradients(config, mesh, where, workdir):
-  config = config.copy_and_resolve_references()
-  config.fusion.bank = where
-  run = set_up(config, workdir)
-  bank = run.bank.placed(mesh, where)
-  batch = make_batch(run.queries, np.arange(len(run.queries)), 16, run.layout, seed=0, epoch=0, step=1)
-  abstract = abstract_state(run.model, run.optimizer, len(run.queries), run.corpus.num_labels, "float32", mesh)
-  state = create_state(abstract, init_params(run.model, mesh, 0), run.optimizer)
-  loss_of = jax.jit(jax.value_and_grad(
-      lambda params, state, batch: batch_loss(
-          run.model, params, state, batch, run.layout, run.loss, run.base_key, True, mesh), has_aux=True))
-  (loss, (_, embeddings)), gradients = loss_of(state.params, state, device_batch(batch, mesh, bank))
-  return jax.device_get((loss, embeddings, gradients))
-
-
 @pytest.mark.parametrize("method,adapter,mesh,where", [
     ("early", "gated", dict(data=2, fsdp=2, tensor=2), "device"), ("late", "mlp", dict(data=8), "host")])
 def test_eight_devices_and_either_place_of_the_bank_give_the_loss_and_gradients_of_one(
     config, tmp_path, method, adapter, mesh, where):
   config.fusion.update(dict(method=method, adapter=adapter))
-  one = loss_and_gradients(config, sharding.make_mesh(devices=jax.devices()[:1]), "host", tmp_path)
-  eight = loss_and_gradients(config, sharding.make_mesh(**(dict(data=1) | mesh)), where, tmp_path)
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(eight), strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
-  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(one[2]["fusion"]["project"]))
+  run = set_up(config, tmp_path)
+  results = [
+      loss_and_gradients(run, on, run.bank.placed(on, place)) for on, place in (
+          (sharding.make_mesh(devices=jax.devices()[:1]), "host"),
+          (sharding.make_mesh(**(dict(data=1) | mesh)), where))]
+  assert_close(*results)
+  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(results[0][2]["fusion"]["project"]))
 
 
-@pytest.mark.parametrize("fusion", [dict(adapter="mlp", order="after"), dict(method="late", adapter="gated")])
+@pytest.mark.parametrize("fusion", [
+    dict(adapter="mlp", order="after", residual=0.3), dict(method="late", adapter="gated")])
 def test_every_kind_of_fusion_trains_and_evaluates(config, tmp_path, fusion):
   config.fusion.update(fusion)
   config.train.epochs = 1
@@ -107,27 +96,13 @@ def test_every_kind_of_fusion_trains_and_evaluates(config, tmp_path, fusion):
 def test_stopped_and_started_again_a_run_with_images_ends_with_the_same_bits(config, tmp_path, monkeypatch):
   config.train.epochs = 2
 
-  def parameters(workdir):
-    run = set_up(config, workdir)
-    with loop.Checkpointer(workdir / "checkpoints", 2) as checkpointer:
-      return jax.device_get(checkpointer.restore(run.total_steps, run.abstract, len(run.queries)).state)
-
   train_and_evaluate(config, tmp_path / "undisturbed")
-  calls = iter(range(1000))
-
-  def batch_then_sigterm(*args, **kwargs):
-    if next(calls) == 5:
-      os.kill(os.getpid(), signal.SIGTERM)
-    return make_batch(*args, **kwargs)
-
-  monkeypatch.setattr(loop, "make_batch", batch_then_sigterm)
+  send_sigterm_at_batch(5, monkeypatch)
   with pytest.raises(Preempted, match="saved step"):
     train_and_evaluate(config, tmp_path / "stopped")
-  monkeypatch.setattr(loop, "make_batch", make_batch)
+  monkeypatch.undo()
   train_and_evaluate(config, tmp_path / "stopped")
-  left, right = parameters(tmp_path / "undisturbed"), parameters(tmp_path / "stopped")
-  for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-    np.testing.assert_array_equal(a, b)
+  assert_same_bits(final_state(config, tmp_path / "undisturbed"), final_state(config, tmp_path / "stopped"))
 
 
 @pytest.mark.parametrize("change,message", [
@@ -137,6 +112,7 @@ def test_stopped_and_started_again_a_run_with_images_ends_with_the_same_bits(con
     ({"eval.test_images": (-1,)}, "numbers of images, 0 or more"),
     ({"fusion.method": "middle"}, "must be one of early, late"),
     ({"fusion.adapter": "conv"}, "must be one of linear, mlp, gated"),
+    ({"fusion.residual": 0.3, "fusion.method": "late"}, "config.fusion.residual=0.3: belongs to early fusion"),
     ({"fusion.order": "inside"}, "must be one of before, after"),
     ({"fusion.bank": "disk"}, "must be one of auto, device, host"),
     ({"fusion.modality_dropout": 1.5}, "between 0 and 1"),

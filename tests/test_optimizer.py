@@ -24,6 +24,11 @@ PARAMETERS = {
     "prototype/layer/mlp_norm/scale": ((4,), "new", True),
     "prototype/layer/mlp_norm/bias": ((4,), "new", False),
     "free_vectors": ((6, 4), "free_vectors", False),
+    "fusion/project/kernel": ((3, 4), "new", True),
+    "fusion/project/bias": ((4,), "new", False),
+    "fusion/mixer/mlp_norm/scale": ((4,), "new", True),
+    "fusion/residual/kernel": ((3, 4), "encoder", True),
+    "fusion/residual/bias": ((4,), "encoder", False),
 }
 
 

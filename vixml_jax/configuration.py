@@ -42,6 +42,7 @@ _CHECKS: dict[str, _Check] = {
     "fusion.method": _one_of("early", "late"),
     "fusion.adapter": _one_of("linear", "mlp", "gated"),
     "fusion.order": _one_of("before", "after"),
+    "fusion.residual": _NOT_NEGATIVE,
     "fusion.modality_dropout": _UNIT,
     "fusion.bank": _one_of("auto", "device", "host"),
     "encoder.pretrained": _NAME,
@@ -151,6 +152,8 @@ def check(config: ConfigDict) -> None:
     if values["encoder.embed_dim"] % values[heads]:
       raise InputError(
           f"config.{heads}={values[heads]}: must divide config.encoder.embed_dim={values['encoder.embed_dim']}")
+  if values["fusion.residual"] and values["fusion.method"] != "early":
+    raise InputError(f"config.fusion.residual={values['fusion.residual']}: belongs to early fusion; set it to 0")
   if len(values["eval.test_images"]) and not values["images"]:
     raise InputError(f"config.eval.test_images={values['eval.test_images']}: this model takes no images; give none")
   held_out = values["dataset.validation_fraction"] > 0

@@ -61,9 +61,11 @@ class DualEncoder(nnx.Module):
       x = self.fusion.place(x, images)
     hidden = self.encoder.encode(self.encoder.add_positions(x, positions, embed_key), segments, encode_key)
     pooled = layers.pool_segments(hidden, segments, num_slots)
-    if self.fusion is not None and images is not None and self.fusion.method == "late":
-      pooled = self.fusion.mix(pooled, images, None if key is None else jax.random.fold_in(key, 2))
-    return pooled
+    if self.fusion is None or images is None:
+      return pooled
+    if self.fusion.method == "late":
+      return self.fusion.mix(pooled, images, None if key is None else jax.random.fold_in(key, 2))
+    return self.fusion.add_residual(pooled, images)
 
   def prototypes(
       self, pooled: Float[Array, "B D"], clusters: Int[Array, "B"], centroids: Float[Array, "B D"],

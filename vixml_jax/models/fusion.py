@@ -1,6 +1,7 @@
 """Image features as tokens: an adapter to the token width, and early or late fusion with a text."""
 
 import dataclasses
+import math
 
 from flax import nnx
 import jax
@@ -52,6 +53,8 @@ class ImageFusion(nnx.Module):
       pooled text and the images, then their mean (as MUFIN does, arXiv 2309.04961).
     adapter: "linear" (the paper): D x F and a bias; "mlp": two linear maps with GELU between; "gated": a linear
       map times the sigmoid of another, so that single features can be turned off.
+    residual: whether early fusion also adds a linear map of an item's mean feature vector to its pooled output (not
+      in the paper).
     dropout: rate in late fusion's layer.
     layer_norm_eps: of late fusion's norms.
     dtype: of the computation.
@@ -67,6 +70,7 @@ class ImageFusion(nnx.Module):
       *,
       method: str = "early",
       adapter: str = "linear",
+      residual: bool = False,
       dropout: float = 0.1,
       layer_norm_eps: float = 1e-12,
       dtype: str = "float32",
@@ -74,7 +78,10 @@ class ImageFusion(nnx.Module):
   ):
     if method not in METHODS or adapter not in ADAPTERS:
       raise ValueError(f"method {method!r} and adapter {adapter!r}: known are {METHODS} and {ADAPTERS}")
+    if residual and method != "early":
+      raise ValueError("residual belongs to early fusion")
     self.method = method
+    self.feature_dim = feature_dim
     self.adapter = adapter
 
     def linear(inputs):
@@ -84,6 +91,7 @@ class ImageFusion(nnx.Module):
     self.project = linear({"feature": feature_dim})
     self.hidden = linear({"vector": embed_dim}) if adapter == "mlp" else None
     self.gate = linear({"feature": feature_dim}) if adapter == "gated" else None
+    self.residual = linear({"feature": feature_dim}) if residual else None
     self.mixer = layers.PostNormLayer(
         embed_dim, num_heads, mlp_dim, dropout=dropout, attention_dropout=dropout, projection_dropout=dropout,
         layer_norm_eps=layer_norm_eps, dtype=dtype, rngs=rngs) if method == "late" else None
@@ -101,6 +109,20 @@ class ImageFusion(nnx.Module):
     """Early fusion: word vectors [R, T, D] with the images in their places."""
     rows = jnp.arange(x.shape[0])[:, None]
     return x.at[rows, images.positions].set(self.adapt(images.features).astype(x.dtype), mode="drop")
+
+  def add_residual(self, pooled: Float[Array, "R S D"], images: ImageTokens) -> Float[Array, "R S D"]:
+    """Pooled outputs [R, S, D] with the map of each item's mean features added; items without images stay as they are.
+
+    The map is divided by sqrt(F), so that its kernel is as large as the encoder's and learns at the same rate.
+    """
+    if self.residual is None:
+      return pooled
+    num_slots = pooled.shape[1]
+    slots = jnp.arange(1, num_slots + 1, dtype=images.segments.dtype)
+    has_images = (images.segments[:, None, :] == slots[:, None]).any(-1, keepdims=True)
+    mean = layers.pool_segments(images.features, images.segments, num_slots)
+    added = self.residual(mean).astype(pooled.dtype) / math.sqrt(self.feature_dim)
+    return pooled + jnp.where(has_images, added, 0)
 
   def mix(
       self, pooled: Float[Array, "R S D"], images: ImageTokens, key: Key[Array, ""] | None = None

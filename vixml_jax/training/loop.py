@@ -19,6 +19,7 @@ from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.mining.kmeans import balanced_kmeans
 from vixml_jax.mining.order import cluster_size_at, epoch_order, is_cluster_update, num_query_clusters
 from vixml_jax.training.checkpoint import Checkpoint, Checkpointer, provenance
+from vixml_jax.training.image_residual import start_residual
 from vixml_jax.training.metric_writer import MetricWriter
 from vixml_jax.training.pretrained import load_encoder
 from vixml_jax.training.setup import Run
@@ -27,6 +28,7 @@ from vixml_jax.training.step import device_batch, make_train_step
 from vixml_jax.weights import source
 
 _log = logging.getLogger(__name__)
+_NORM_SAMPLE = 1024  # Queries that the length of pooled vectors is measured on.
 
 
 def train(run: Run, evaluate: Callable[[TrainState], dict[str, float]]) -> Checkpoint:
@@ -196,6 +198,12 @@ class _Trainer:
     run = self.run
     params = init_params(run.model, run.mesh, run.config.seed)
     params = load_encoder(run.weights_folder, params, run.model, run.mesh)
+    if run.bank is not None and run.config.fusion.residual:
+      # As long as that share of a text's pooled vector.
+      sample = run.queries.items.take(np.arange(min(len(run.queries), _NORM_SAMPLE))).first_images(0)
+      norm = np.linalg.norm(run.encoder.pooled(params, sample, "texts"), axis=1).mean()
+      norm *= run.config.fusion.residual
+      params |= {"fusion": start_residual(params["fusion"], run.bank, norm, run.config.seed)}
     state = create_state(run.abstract, params, run.optimizer)
     state = dataclasses.replace(state, label_clusters=_label_clusters(run, state))
     centroids = label_centroids(

@@ -104,7 +104,9 @@ def model_of(config: ConfigDict) -> ModelDefinition:
   del encoder["pretrained"]
   fusion = None
   if config.images:
-    fusion = dict(feature_dim=config.features.dim, method=config.fusion.method, adapter=config.fusion.adapter)
+    fusion = dict(
+        feature_dim=config.features.dim, method=config.fusion.method, adapter=config.fusion.adapter,
+        residual=config.fusion.residual > 0)
   return define_model(encoder, config.prototype.to_dict(), config.train.free_vectors, fusion)
 
 
