@@ -4,9 +4,12 @@ import dataclasses
 import json
 import math
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -154,7 +157,7 @@ def test_choosing_on_held_out_queries_of_which_there_are_none_is_refused_before_
   assert not list(tmp_path.iterdir())
 
 
-def _command(config, folder, workdir, devices=8):
+def _command(config, workdir, devices=8):
   """The command line that trains `config`, which must come from configs/custom.py, as a user would."""
   given = configuration.flatten(config)
   flags = [f"--config.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
@@ -185,33 +188,56 @@ def test_killed_at_three_random_steps_a_run_ends_with_the_same_bits(workplace, t
   config = config_of(workplace)
   config.train.epochs = 20
   config.checkpoint.every_steps = 7
-  assert subprocess.run(**_command(config, workplace[0], tmp_path / "undisturbed")).returncode == 0
+  assert subprocess.run(**_command(config, tmp_path / "undisturbed")).returncode == 0
   rng = np.random.default_rng()
   kill_at = sorted(rng.choice(np.arange(5, 75), 3, replace=False).tolist())
   for step in kill_at:
-    process = subprocess.Popen(**_command(config, workplace[0], tmp_path / "killed"))
+    process = subprocess.Popen(**_command(config, tmp_path / "killed"))
     while _read_step(tmp_path / "killed") < step and process.poll() is None:
       pass
     assert process.poll() is None, f"ended before step {step}: {process.communicate()[0]}"
     process.kill()
     process.communicate()
-  done = subprocess.run(**_command(config, workplace[0], tmp_path / "killed"))
+  done = subprocess.run(**_command(config, tmp_path / "killed"))
   assert done.returncode == 0, done.stdout
   assert_same_bits(final_state(config, tmp_path / "undisturbed"), final_state(config, tmp_path / "killed"))
+
+
+def _two_processes(config, workdir):
+  """Starts a run in two processes of two devices each."""
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  commands = [_command(config, workdir, devices=2) for _ in range(2)]
+  for number, command in enumerate(commands):
+    command["args"] += [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process={number}"]
+  return [subprocess.Popen(**command) for command in commands]
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_saves_and_stops_both_and_the_run_goes_on(workplace, tmp_path):
+  config = config_of(workplace)
+  config.train.epochs = 40
+  processes = _two_processes(config, tmp_path)
+  while _read_step(tmp_path) < 3 and all(process.poll() is None for process in processes):
+    time.sleep(0.05)
+  processes[1].send_signal(signal.SIGTERM)
+  outputs = [process.communicate(timeout=300)[0] for process in processes]
+  saved = [re.search(r"saved step (\d+); start the same command again", output) for output in outputs]
+  assert all(saved) and saved[0][1] == saved[1][1], "\n".join(outputs)
+  assert 3 <= int(saved[0][1]) < 40 * 4
+  processes = _two_processes(config, tmp_path)
+  outputs = [process.communicate(timeout=300)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+  assert f"resuming at step {saved[0][1]} of 160" in outputs[0]
 
 
 def test_two_processes_train_like_one(workplace, tmp_path):
   config = config_of(workplace)
   config.train.epochs = 2
-  alone = subprocess.run(**_command(config, workplace[0], tmp_path / "one", devices=4))
+  alone = subprocess.run(**_command(config, tmp_path / "one", devices=4))
   assert alone.returncode == 0, alone.stdout
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    port = probe.getsockname()[1]
-  commands = [_command(config, workplace[0], tmp_path / "two", devices=2) for _ in range(2)]
-  for number, command in enumerate(commands):
-    command["args"] += [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process={number}"]
-  processes = [subprocess.Popen(**command) for command in commands]
+  processes = _two_processes(config, tmp_path / "two")
   outputs = [process.communicate(timeout=300)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 

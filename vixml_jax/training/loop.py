@@ -73,7 +73,9 @@ class _Trainer:
 
   def train(self) -> Checkpoint:
     run = self.run
-    previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+    # Several processes must stop at the same step: the handler of jax.distributed sees to that, and stays.
+    alone = jax.process_count() == 1
+    previous = signal.signal(signal.SIGTERM, self._on_sigterm) if alone else None
     self.writer = MetricWriter(run.workdir, self.step)
     try:
       with tqdm(total=run.total_steps, initial=self.step, desc="train", unit="step", disable=None) as self.progress:
@@ -84,7 +86,8 @@ class _Trainer:
       self.checkpointer.wait()
     finally:
       self.writer.close()
-      signal.signal(signal.SIGTERM, previous)
+      if alone:
+        signal.signal(signal.SIGTERM, previous)
     return self._checkpoint()
 
   def _train_epoch(self, epoch: int) -> None:
@@ -176,8 +179,8 @@ class _Trainer:
     self.stop_asked = True
 
   def _stop_if_asked(self) -> None:
-    several = jax.process_count() > 1
-    if self.checkpointer.reached_preemption(self.step) if several else self.stop_asked:
+    alone = jax.process_count() == 1
+    if self.stop_asked if alone else self.checkpointer.reached_preemption(self.step):
       self._save()
       self.checkpointer.wait()
       raise Preempted(f"saved step {self.step}; start the same command again to go on")
