@@ -22,7 +22,7 @@ define pip
 endef
 
 help:
-	@echo "make quickstart   train on the embedded data set with pretrained MiniLM and print its scores (runs/quickstart)"
+	@echo "make quickstart   train on the embedded names and pictures of icons and print the scores (runs/quickstart)"
 	@echo "make test         all tests but the slow ones"
 	@echo "make test-slow    the slow tests"
 	@echo "make lint         style, and the direction of imports"
@@ -32,7 +32,7 @@ help:
 	@echo "PYTHON=...  interpreter for a new .venv (3.11 or newer); PYTEST_ARGS=...  further arguments of pytest"
 
 quickstart: $(VENV)/.installed $(VENV)/.installed-quickstart
-	@$(BIN)/python -m vixml_jax.main --config=configs/quickstart.py --workdir=runs/quickstart $(QUICKSTART_ARGS)
+	@$(BIN)/python -m vixml_jax.main --config=configs/quickstart.py:images=3 --workdir=runs/quickstart $(QUICKSTART_ARGS)
 	@elapsed=$$(( $$(date +%s) - $(STARTED) )); \
 		echo "quickstart took $$((elapsed / 60)) min $$((elapsed % 60)) s, installing included"
 

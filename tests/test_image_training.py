@@ -72,7 +72,7 @@ def test_evaluating_again_can_drop_images_and_gives_the_same_numbers(config, tmp
     ("early", "gated", dict(data=2, fsdp=2, tensor=2), "device"), ("late", "mlp", dict(data=8), "host")])
 def test_eight_devices_and_either_place_of_the_bank_give_the_loss_and_gradients_of_one(
     config, tmp_path, method, adapter, mesh, where):
-  config.fusion.update(dict(method=method, adapter=adapter))
+  config.fusion.update(dict(method=method, adapter=adapter, bank="host"))
   run = set_up(config, tmp_path)
   results = [
       loss_and_gradients(run, on, run.bank.placed(on, place)) for on, place in (
