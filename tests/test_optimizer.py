@@ -27,8 +27,8 @@ PARAMETERS = {
     "fusion/project/kernel": ((3, 4), "new", True),
     "fusion/project/bias": ((4,), "new", False),
     "fusion/mixer/mlp_norm/scale": ((4,), "new", True),
-    "fusion/residual/kernel": ((3, 4), "encoder", True),
-    "fusion/residual/bias": ((4,), "encoder", False),
+    "fusion/residual/kernel": ((3, 4), "new", True),
+    "fusion/residual/bias": ((4,), "new", False),
 }
 
 

@@ -113,7 +113,7 @@ class ImageFusion(nnx.Module):
   def add_residual(self, pooled: Float[Array, "R S D"], images: ImageTokens) -> Float[Array, "R S D"]:
     """Pooled outputs [R, S, D] with the map of each item's mean features added; items without images stay as they are.
 
-    The map is divided by sqrt(F), so that its kernel is as large as the encoder's and learns at the same rate.
+    The map is divided by sqrt(F), so that its kernel is as large as those of the other layers, which learn at its rate.
     """
     if self.residual is None:
       return pooled

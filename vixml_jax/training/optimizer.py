@@ -18,10 +18,8 @@ RULES: tuple[tuple[str, tuple[str, bool]], ...] = (
     (r"prototype/.*/bias", ("new", False)),
     (r"prototype/.*(/kernel|norm/scale)", ("new", True)),
     (r"free_vectors", ("free_vectors", False)),
-    (r"fusion/(?!residual).*/bias", ("new", False)),
-    (r"fusion/(?!residual).*(/kernel|norm/scale)", ("new", True)),
-    (r"fusion/residual/bias", ("encoder", False)),  # It starts from a good map: see image_residual.
-    (r"fusion/residual/kernel", ("encoder", True)),
+    (r"fusion/.*/bias", ("new", False)),
+    (r"fusion/.*(/kernel|norm/scale)", ("new", True)),
 )
 
 
