@@ -51,7 +51,8 @@ def test_full_size_state_is_built_abstractly(name, variant):
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params["encoder"]))
   assert count == ENCODER_PARAMETERS[encoder]
   fusion = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params.get("fusion", {})))
-  assert fusion == ((config.features.dim + 1) * config.encoder.embed_dim if config.images else 0), "a linear map"
+  maps = (1 + (config.fusion.residual > 0)) if config.images else 0
+  assert fusion == maps * (config.features.dim + 1) * config.encoder.embed_dim, "a linear adapter, and the residual"
   assert config.features.dim == (192 if config.features.checkpoint else 1152)
 
 
