@@ -219,7 +219,8 @@ def _table(run: Run, evaluated: _Evaluated, fewer: dict[int, Evaluation]) -> str
   retrieval = f"+ retrieval (lambda {config.retrieval_lambda:g}, T {config.retrieval_temperature:g})"
   rows: dict[str, dict[str, float]] = {}
   intervals = {}
-  named = {run.config.name: result} | {f"at most {count} images a query": other for count, other in fewer.items()}
+  named = {run.config.name: result} | {
+      f"at most {count} image{'' if count == 1 else 's'} a query": other for count, other in fewer.items()}
   for name, other in named.items():
     below = retrieval if other is result else f"{name} {retrieval.split(' (')[0]}"
     rows |= {name: other.plain} | ({below: other.augmented} if other.augmented else {})
