@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# What tpu_pod.sh runs on each worker of a pod, from the code that it put into ~/vixml/code.
+#
+#   tpu_worker.sh setup BUCKET                        data, Python packages, and the bucket mounted at ~/vixml/bucket
+#   tpu_worker.sh start RUN [--weights=NAME] -- FLAGS...   trains as a service; ends the run before, if there is one
+#   tpu_worker.sh stop                                SIGTERM: the run saves itself
+
+set -euo pipefail
+
+home=$HOME/vixml
+code=$home/code
+
+install_gcsfuse() {
+  if command -v gcsfuse > /dev/null; then
+    return
+  fi
+  local key=/usr/share/keyrings/cloud.google.asc
+  curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" > /dev/null
+  echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" \
+    | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
+  # A fresh machine upgrades itself and holds the lock for some minutes.
+  sudo apt-get -o DPkg::Lock::Timeout=900 update -qq
+  sudo apt-get -o DPkg::Lock::Timeout=900 install -y -qq gcsfuse
+}
+
+# A service, so that a shutdown ends training first and the mount, through which it saves, after it.
+mount_bucket() {
+  local bucket=$1 probe
+  mkdir -p "$home/bucket"
+  if ! mountpoint -q "$home/bucket"; then
+    # No caches of names: what one worker writes, the others must see at once. No renaming of folders by copying:
+    # a checkpoint counts as whole when its folder has been renamed, so that must be one step, which a bucket with
+    # hierarchical namespace does.
+    sudo systemd-run --unit=vixml-bucket --collect --uid="$(id -un)" --gid="$(id -gn)" \
+      --property=After=network-online.target -- \
+      "$(command -v gcsfuse)" --foreground --implicit-dirs --metadata-cache-ttl-secs=0 \
+      --metadata-cache-negative-ttl-secs=0 --rename-dir-limit=0 "$bucket" "$home/bucket"
+    for _ in {1..60}; do
+      mountpoint -q "$home/bucket" && break
+      sleep 1
+    done
+    if ! mountpoint -q "$home/bucket"; then
+      sudo journalctl --unit=vixml-bucket --lines=20 --no-pager >&2 || true
+      echo "error: gs://$bucket cannot be mounted; see above" >&2
+      exit 1
+    fi
+  fi
+  probe=$home/bucket/.probe-$HOSTNAME
+  mkdir -p "$probe/inner"
+  if ! mv "$probe" "$probe-moved"; then
+    rm -r "$probe"
+    echo "error: gs://$bucket cannot rename folders; make it with --enable-hierarchical-namespace" >&2
+    exit 1
+  fi
+  rm -r "$probe-moved"
+}
+
+setup() {
+  local bucket=$1 name
+  install_gcsfuse
+  mount_bucket "$bucket"
+  for name in data raw weights; do
+    if [[ -d $home/bucket/$name ]]; then
+      mkdir -p "$home/$name"
+      gcloud storage rsync --recursive "gs://$bucket/$name" "$home/$name"
+    fi
+  done
+  # The machine's own Python may be older than 3.11.
+  python3 -m pip install --quiet --user --upgrade uv
+  if [[ ! -x $home/venv/bin/python ]]; then
+    "$HOME/.local/bin/uv" venv --quiet --seed --python 3.11 "$home/venv"
+  fi
+  cd "$code"
+  "$home/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt \
+    -e '.[tpu,scann]'
+}
+
+# This machine's number within the pod, by which JAX, too, knows it.
+worker_number() {
+  curl -fsS -H 'Metadata-Flavor: Google' \
+    http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
+}
+
+start() {
+  local run=$1 flags=()
+  shift
+  if [[ $1 == --weights=* ]]; then
+    flags+=("--config.encoder.pretrained=$home/weights/${1#*=}")
+    shift
+  fi
+  shift  # --
+  if [[ -d $home/raw ]]; then
+    flags+=("--config.dataset.raw_dir=$home/raw")
+  fi
+  stop
+  sudo systemd-run --unit=vixml --collect --uid="$(id -un)" --gid="$(id -gn)" --working-directory="$code" \
+    --setenv=HOME="$HOME" --setenv=PYTHONUNBUFFERED=1 \
+    --property=After=vixml-bucket.service --property=KillMode=mixed --property=TimeoutStopSec=600 -- \
+    bash "$code/launch/train_worker.sh" --workdir="$home/runs/$run" --store="$home/bucket/runs/$run" \
+    --name="worker-$(worker_number)" -- \
+    "$home/venv/bin/python" -m vixml_jax.main "$@" "--config.dataset.data_dir=$home/data" \
+    ${flags[@]+"${flags[@]}"} --distributed
+}
+
+# Returns when the run has saved itself; there may be none.
+stop() {
+  sudo systemctl stop vixml 2> /dev/null || true
+}
+
+case ${1:-} in
+  setup | start | stop) "$@" ;;
+  *) echo "error: '${1:-}': must be setup, start or stop" >&2; exit 1 ;;
+esac

