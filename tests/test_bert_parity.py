@@ -35,8 +35,7 @@ def test_every_layer_is_that_of_transformers(pair):
   def run(params):
     ours = layers.merge_params(graphdef, params)
     positions = jnp.broadcast_to(jnp.arange(24), tokens.shape)
-    embedded = ours.add_positions(ours.embed_tokens(jnp.asarray(tokens)), positions)
-    return ours.encode_layers(embedded, jnp.asarray(mask))
+    return ours.encode_layers(ours.embed_tokens(jnp.asarray(tokens)), jnp.asarray(mask), positions)
 
   found = run(params)
   assert len(found) == len(wanted) == tiny_encoders.LAYERS + 1

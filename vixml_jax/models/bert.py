@@ -89,52 +89,49 @@ class BertEncoder(nnx.Module):
     Returns:
       Hidden states [R, T, D] in `dtype`; those of padding have no meaning.
     """
-    embed_key, encode_key = layers.split_key(key, 2)
-    x = self.add_positions(self.embed_tokens(tokens), positions, embed_key)
-    return self.encode(x, segments, encode_key)
+    return self.encode(self.embed_tokens(tokens), segments, positions, key)
 
   def embed_tokens(self, tokens: Int[Array, "R T"]) -> Float[Array, "R T D"]:
     """Word vectors [R, T, D] of tokens [R, T]; other vectors may take their places."""
     return self.word_embedding[...][tokens].astype(self.dtype)
 
-  def add_positions(
-      self,
-      x: Float[Array, "R T D"],
-      positions: Int[Array, "R T"],
-      key: Key[Array, ""] | None = None,
-  ) -> Float[Array, "R T D"]:
-    """Adds token type 0 and positions [R, T] to vectors [R, T, D], then norm and dropout."""
-    x = x.astype(self.dtype) + self.position_embedding[...][positions].astype(self.dtype)
-    if self.token_type_embedding is not None:
-      x = x + self.token_type_embedding[0].astype(self.dtype)
-    return layers.dropout(self.embedding_norm(x), self.dropout, key)
-
   def encode(
       self,
       x: Float[Array, "R T D"],
       segments: Int[Array, "R T"],
+      positions: Int[Array, "R T"],
       key: Key[Array, ""] | None = None,
   ) -> Float[Array, "R T D"]:
-    """Runs the layers over embedded rows [R, T, D]; arguments as in `__call__`."""
-    return self._run(x, segments, key, return_layers=False)[0]
+    """Runs the encoder over embedded rows [R, T, D]; arguments as in `__call__`."""
+    return self._run(x, segments, positions, key, return_layers=False)[1]
 
   def encode_layers(
       self,
       x: Float[Array, "R T D"],
       segments: Int[Array, "R T"],
+      positions: Int[Array, "R T"],
       key: Key[Array, ""] | None = None,
   ) -> Float[Array, "layers R T D"]:
-    """As `encode`, but the input and every layer's output: [num_layers + 1, R, T, D]."""
-    _, outputs = self._run(x, segments, key, return_layers=True)
+    """As `encode`, but the layers' input and every layer's output: [num_layers + 1, R, T, D]."""
+    x, _, outputs = self._run(x, segments, positions, key, return_layers=True)
     return jnp.concatenate([x[None], outputs])
 
-  def _run(self, x, segments, key, return_layers):
-    keys = None if key is None else jax.random.split(key, self.num_layers)
+  def _run(self, x, segments, positions, key, return_layers):
+    embed_key, layers_key = layers.split_key(key, 2)
+    x = self._add_positions(x, positions, embed_key)
+    keys = None if layers_key is None else jax.random.split(layers_key, self.num_layers)
 
     def apply(layer, hidden, layer_key):
       return layer(hidden, segments, layer_key)
 
-    return layers.scan_layers(self.layers, x, apply, keys, self.remat, return_layers)
+    return x, *layers.scan_layers(self.layers, x, apply, keys, self.remat, return_layers)
+
+  def _add_positions(self, x, positions, key):
+    """Adds token type 0 and positions [R, T] to vectors [R, T, D], then norm and dropout."""
+    x = x.astype(self.dtype) + self.position_embedding[...][positions].astype(self.dtype)
+    if self.token_type_embedding is not None:
+      x = x + self.token_type_embedding[0].astype(self.dtype)
+    return layers.dropout(self.embedding_norm(x), self.dropout, key)
 
 
 def _embedding(axis: str, rows: int, embed_dim: int, rngs: nnx.Rngs) -> nnx.Param:

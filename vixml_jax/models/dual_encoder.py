@@ -55,11 +55,10 @@ class DualEncoder(nnx.Module):
     """
     if (self.fusion is None) != (images is None):
       raise ValueError("a model takes images if it was made with `fusion`, and then always")
-    embed_key, encode_key = layers.split_key(key, 2)
     x = self.encoder.embed_tokens(tokens)
     if self.fusion is not None and images is not None and self.fusion.method == "early":
       x = self.fusion.place(x, images)
-    hidden = self.encoder.encode(self.encoder.add_positions(x, positions, embed_key), segments, encode_key)
+    hidden = self.encoder.encode(x, segments, positions, key)
     pooled = layers.pool_segments(hidden, segments, num_slots)
     if self.fusion is None or images is None:
       return pooled

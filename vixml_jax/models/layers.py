@@ -1,6 +1,7 @@
-"""Building blocks of the models: linear maps, norms, dropout, attention within segments, stacks."""
+"""Building blocks of the models: linear maps and their adapters, norms, dropout, attention in segments, stacks."""
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from vixml_jax.typing import Array, Float, Int, Key
+from vixml_jax.typing import Array, Float, Int, Key, Tree
 
 Initializer = Callable[..., jax.Array]
 normal_init = jax.nn.initializers.normal(0.02)
@@ -161,15 +162,45 @@ class LayerNorm(nnx.Module):
     return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
+class RMSNorm(nnx.Module):
+  """Division by the root mean square over the last dimension, in f32, returned in the input's dtype.
+
+  Args:
+    size: of the last dimension.
+    epsilon: added to the mean square.
+    axis: name of the last dimension.
+    param_dtype: of the scale.
+  """
+
+  def __init__(self, size: int, epsilon: float, axis: str = "embed", param_dtype: str = "float32"):
+    self.epsilon = epsilon
+    self.scale = nnx.Param(jnp.ones((size,), param_dtype), axes=(axis,))
+
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Normalises over D."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+    return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
 class Linear(nnx.Module):
   """Affine map of the last dimensions `inputs` of an array to the dimensions `outputs`.
+
+  With an adapter (LoRA) the map is x W + b + alpha / sqrt(r) (x A) B. B starts at zero, so that the adapter
+  changes nothing at first; A starts as torch starts a linear layer, like PEFT's.
 
   Args:
     inputs: for each dimension that is summed over, its axis name and size.
     outputs: for each dimension that comes out, its axis name and size.
-    dtype: of the computation; parameters are f32.
+    bias: whether there is b.
+    dtype: of the computation.
+    param_dtype: of W and b; A and B are f32.
     kernel_init: called with the kernel's shape as a matrix, so that fan-in and fan-out are right.
-    rngs: source of the initial kernel.
+    lora_rank: r; 0 for no adapter.
+    lora_alpha: alpha, positive where there is an adapter.
+    rngs: source of the initial values.
+
+  Reference: rank-stabilised LoRA (arXiv 2312.03732), section 3; `use_rslora` in PEFT.
   """
 
   def __init__(
@@ -177,32 +208,87 @@ class Linear(nnx.Module):
       inputs: dict[str, int],
       outputs: dict[str, int],
       *,
+      bias: bool = True,
       dtype: str = "float32",
+      param_dtype: str = "float32",
       kernel_init: Initializer = normal_init,
+      lora_rank: int = 0,
+      lora_alpha: float = 0.0,
       rngs: nnx.Rngs,
   ):
     self.dtype = dtype
     self.num_inputs = len(inputs)
-    sizes = (*inputs.values(), *outputs.values())
-    matrix = (math.prod(inputs.values()), math.prod(outputs.values()))
-    kernel = kernel_init(rngs.params(), matrix, jnp.float32).reshape(sizes)
+    input_sizes, output_sizes = tuple(inputs.values()), tuple(outputs.values())
+    matrix = (math.prod(input_sizes), math.prod(output_sizes))
+    kernel = kernel_init(rngs.params(), matrix, jnp.dtype(param_dtype)).reshape(input_sizes + output_sizes)
     self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs))
-    self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs))
+    self.bias = nnx.Param(jnp.zeros(output_sizes, param_dtype), axes=tuple(outputs)) if bias else None
+    if not lora_rank:
+      self.lora_a = self.lora_b = None
+      return
+    self.lora_scale = lora_scale(lora_rank, lora_alpha)
+    lora_a = fan_in_uniform(rngs.params(), (matrix[0], lora_rank), jnp.float32)
+    self.lora_a = nnx.Param(lora_a.reshape(*input_sizes, lora_rank), axes=(*inputs, "lora"))
+    self.lora_b = nnx.Param(jnp.zeros((lora_rank, *output_sizes)), axes=("lora", *outputs))
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """[..., *inputs] -> [..., *outputs]."""
-    kernel = self.kernel[...].astype(self.dtype)
-    y = jnp.tensordot(x.astype(self.dtype), kernel, axes=self.num_inputs)
-    return y + self.bias[...].astype(self.dtype)
+    x = x.astype(self.dtype)
+    y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), axes=self.num_inputs)
+    if self.lora_a is not None and self.lora_b is not None:
+      # The scale goes on the narrow array between the two.
+      narrow = self.lora_scale * jnp.tensordot(x, self.lora_a[...].astype(self.dtype), axes=self.num_inputs)
+      y = y + jnp.tensordot(narrow, self.lora_b[...].astype(self.dtype), axes=1)
+    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def lora_scale(rank: int, alpha: float) -> float:
+  """alpha / sqrt(rank): what multiplies the product of an adapter's matrices.
+
+  Raises:
+    ValueError: one of them is not positive.
+  """
+  if rank <= 0 or alpha <= 0:
+    raise ValueError(f"an adapter of rank {rank} with alpha {alpha}: both must be positive")
+  return alpha / math.sqrt(rank)
+
+
+def merge_lora(params: Tree, scale: float) -> Tree:
+  """Adds adapters to the kernels that they adapt: the same map without adapters.
+
+  Args:
+    params: nested dict of arrays, in which `lora_a` and `lora_b` stand beside `kernel`; stacked layers too.
+    scale: what `lora_scale` says.
+
+  Returns:
+    The nested dict without adapters; every kernel in its own dtype, its sum taken in f32.
+  """
+  merged = {name: merge_lora(value, scale) if isinstance(value, dict) else value for name, value in params.items()}
+  if "lora_a" in merged:
+    merged["kernel"] = _merge_kernel(merged["kernel"], merged.pop("lora_a"), merged.pop("lora_b"), scale)
+  return merged
+
+
+def _merge_kernel(kernel, lora_a, lora_b, scale):
+  def merge(matrices):
+    kernel, lora_a, lora_b = matrices
+    update = jnp.tensordot(lora_a, lora_b, axes=1, precision=lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
+
+  # inputs + outputs dimensions in the kernel, and both ranks besides in A and B; the rest are stacked layers.
+  for _ in range(lora_a.ndim + lora_b.ndim - kernel.ndim - 2):
+    merge = functools.partial(lax.map, merge)  # One layer's product at a time: f32 products of all would not fit.
+  return merge((kernel, lora_a, lora_b))
 
 
 def segment_attention(
     query: Float[Array, "R Q H head_dim"],
-    key: Float[Array, "R T H head_dim"],
-    value: Float[Array, "R T H head_dim"],
+    key: Float[Array, "R T G head_dim"],
+    value: Float[Array, "R T G head_dim"],
     segments: Int[Array, "R T"] | None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
+    causal: bool = False,
 ) -> Float[Array, "R Q H head_dim"]:
   """Scaled dot-product attention in which a token sees the tokens of its own segment only.
 
@@ -210,25 +296,33 @@ def segment_attention(
 
   Args:
     query: [R, Q, H, head_dim], H heads; Q is T wherever there are segments.
-    key: [R, T, H, head_dim].
-    value: [R, T, H, head_dim].
+    key: [R, T, G, head_dim]; each of the G heads serves H / G neighbouring heads of the queries.
+    value: [R, T, G, head_dim].
     segments: int32 [R, T], 0 for padding; None lets every token of a row see the whole row.
     dropout_rate: of the attention probabilities.
     dropout_key: random key, None for none.
+    causal: a token sees itself and what stands before it in the row, but nothing after it; Q is T.
 
   Returns:
     [R, Q, H, head_dim] in the dtype of `value`. The softmax is taken in f32.
   """
-  scale = 1.0 / math.sqrt(query.shape[-1])
-  logits = jnp.einsum(
-      "rqhd,rkhd->rhqk", query * scale, key, preferred_element_type=jnp.float32
-  )
+  rows, length, num_heads, head_dim = query.shape
+  groups = key.shape[2]
+  # The ellipsis is a group's heads; where each has its key to itself, a dimension of one would only cost copies.
+  group = (num_heads // groups,) if num_heads > groups else ()
+  grouped = (query * (1.0 / math.sqrt(head_dim))).reshape(rows, length, groups, *group, head_dim)
+  logits = jnp.einsum("rqg...d,rkgd->rg...qk", grouped, key, preferred_element_type=jnp.float32)
+  logits = logits.reshape(rows, num_heads, length, -1)
   if segments is not None:
     same = segments[:, None, :, None] == segments[:, None, None, :]
     logits = jnp.where(same, logits, np.finfo(np.float32).min)
+  if causal:
+    earlier = np.tri(length, dtype=bool)
+    logits = jnp.where(earlier, logits, np.finfo(np.float32).min)
   weights = jax.nn.softmax(logits, axis=-1)
   weights = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
-  return jnp.einsum("rhqk,rkhd->rqhd", weights, value)
+  weights = weights.reshape(rows, groups, *group, length, -1)
+  return jnp.einsum("rg...qk,rkgd->rqg...d", weights, value).reshape(query.shape)
 
 
 def pool_segments(

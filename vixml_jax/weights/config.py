@@ -8,7 +8,19 @@ from typing import Any
 
 from vixml_jax.errors import InputError
 
-# Argument of models.bert.BertEncoder -> key in config.json; a number stands for itself.
+# Qwen2, Qwen3 and Llama differ in two switches; what does not stand under one key is in `_derived_arguments`.
+_DECODER: dict[str, str | float] = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "embed_dim": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "qkv_bias": False,
+    "qk_norm": False,
+}
+
+# Argument of models.bert.BertEncoder or models.decoder.Decoder -> key in config.json; a number stands for itself.
 _ARGUMENTS: dict[str, dict[str, str | float]] = {
     "bert": {
         "vocab_size": "vocab_size",
@@ -36,16 +48,29 @@ _ARGUMENTS: dict[str, dict[str, str | float]] = {
         "projection_dropout": 0.0,
         "layer_norm_eps": 1e-12,
     },
+    "qwen2": _DECODER | {"qkv_bias": True},
+    "qwen3": _DECODER | {"qk_norm": True, "head_dim": "head_dim"},  # Without the key, it does not follow.
+    "llama": _DECODER,
 }
+_DECODERS = ("qwen2", "qwen3", "llama")
 
 # What the encoder does, and the only value of the key that asks for it.
 _REQUIRED: dict[str, dict[str, Any]] = {
     "bert": {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False},
     "distilbert": {"activation": "gelu"},
+    "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
+    "qwen3": {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
 }
 
 # Keys that configs written before they existed lack, with their meaning then.
-_IMPLIED = {"layer_norm_eps": 1e-12, "position_embedding_type": "absolute", "is_decoder": False}
+_IMPLIED = {
+    "layer_norm_eps": 1e-12, "position_embedding_type": "absolute", "is_decoder": False,
+    "use_sliding_window": False, "attention_bias": False, "mlp_bias": False,
+}
+
+# Of Llama 3's rotary positions, in the order of the decoder's `rope_scaling`.
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -63,13 +88,14 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def encoder_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
-  """Arguments with which `models.bert.BertEncoder` is the model in a folder.
+  """Arguments with which our encoder is the model in a folder.
 
   Args:
-    folder: holds `config.json`, of `model_type` bert or distilbert.
+    folder: holds `config.json`, of `model_type` bert or distilbert (for `models.bert.BertEncoder`), or qwen2, qwen3
+      or llama (for `models.decoder.Decoder`).
 
   Returns:
-    All arguments but `dtype`, `remat` and `rngs`.
+    All arguments that the file speaks of: none of dtypes, `remat`, adapters, `bidirectional` and `rngs`.
 
   Raises:
     InputError: another architecture, a variant that the encoder does not do, or a missing key.
@@ -82,10 +108,11 @@ def encoder_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
   for key, wanted in _REQUIRED[kind].items():
     if _value(config, key, path) != wanted:
       raise InputError(f"{path}: {key} is {config[key]!r}; the encoder only does {wanted!r}")
-  return {
+  arguments = {
       argument: _value(config, key, path) if isinstance(key, str) else key
       for argument, key in _ARGUMENTS[kind].items()
   }
+  return arguments | (_derived_arguments(config, path) if kind in _DECODERS else {})
 
 
 def check_arguments(folder: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
@@ -94,7 +121,7 @@ def check_arguments(folder: str | os.PathLike[str], arguments: Mapping[str, Any]
   Args:
     folder: holds `config.json`.
     arguments: arguments of the encoder, any subset; those that the file does not speak of
-      (`dtype`, `remat`) and the dropout rates, which do not concern the weights, pass.
+      (`dtype`, `remat`, adapters) and the dropout rates, which do not concern the weights, pass.
 
   Raises:
     InputError: names the key, both values and what to set.
@@ -109,6 +136,45 @@ def check_arguments(folder: str | os.PathLike[str], arguments: Mapping[str, Any]
           f"{path}: the weights have {argument}={theirs[argument]}, but encoder.{argument} is"
           f" {value}; set it to {theirs[argument]} or choose other weights"
       )
+
+
+def _derived_arguments(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
+  """Arguments of a decoder that follow from several keys, or from what an absent key means."""
+  kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+  if kinds:
+    raise InputError(f"{path}: layer_types has {', '.join(sorted(kinds))}; the encoder only does full_attention")
+  num_heads, embed_dim = (_value(config, key, path) for key in ("num_attention_heads", "hidden_size"))
+  head_dim = config.get("head_dim")
+  if head_dim is None:
+    head_dim, rest = divmod(embed_dim, num_heads)
+    if rest:
+      raise InputError(
+          f"{path}: hidden_size {embed_dim} does not divide by num_attention_heads {num_heads}; add head_dim")
+  return {
+      "num_kv_heads": config.get("num_key_value_heads") or num_heads,
+      "head_dim": head_dim,
+      **_rotary_arguments(config, path),
+  }
+
+
+def _rotary_arguments(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
+  """`rope_theta` and `rope_scaling`, as transformers 5 writes them or as it was done before."""
+  key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+  rope = config.get(key) or {}
+  theta = float(rope["rope_theta"] if "rope_theta" in rope else _value(config, "rope_theta", path))
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind not in ("default", "llama3"):
+    raise InputError(f"{path}: {key} is of type {kind!r}; the encoder only does 'default' and 'llama3'")
+  fraction = rope.get("partial_rotary_factor", 1.0)
+  if fraction != 1.0:
+    raise InputError(f"{path}: {key} has partial_rotary_factor={fraction}; the encoder rotates whole heads")
+  if kind == "default":
+    return {"rope_theta": theta, "rope_scaling": None}
+  missing = [name for name in _LLAMA3_KEYS if name not in rope]
+  if missing:
+    raise InputError(f"{path}: {key} has no {', '.join(missing)}; fetch the file again")
+  *factors, original_max_position = (rope[name] for name in _LLAMA3_KEYS)
+  return {"rope_theta": theta, "rope_scaling": (*map(float, factors), int(original_max_position))}
 
 
 def _value(config: Mapping[str, Any], key: str, path: pathlib.Path) -> Any:

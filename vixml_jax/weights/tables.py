@@ -121,7 +121,50 @@ DISTILBERT = Table(
     renamed=_OLD_NORMS,
 )
 
-TABLES = {table.name: table for table in (BERT, DISTILBERT)}
+
+
+def _decoder(name: str, qkv_bias: bool = False, qk_norm: bool = False) -> Table:
+  """The table of a family that is built like Llama."""
+  layer = "layers.{layer}"
+  biases = (
+      Rule("layers/attention/query/bias", f"{layer}.self_attn.q_proj.bias", _HEADS_BIAS),
+      Rule("layers/attention/key/bias", f"{layer}.self_attn.k_proj.bias", _HEADS_BIAS),
+      Rule("layers/attention/value/bias", f"{layer}.self_attn.v_proj.bias", _HEADS_BIAS),
+  )
+  head_norms = (
+      Rule("layers/attention/query_norm/scale", f"{layer}.self_attn.q_norm.weight"),
+      Rule("layers/attention/key_norm/scale", f"{layer}.self_attn.k_norm.weight"),
+  )
+  return Table(
+      name=name,
+      rules=(
+          Rule("word_embedding", "embed_tokens.weight"),
+          Rule("layers/attention_norm/scale", f"{layer}.input_layernorm.weight"),
+          Rule("layers/attention/query/kernel", f"{layer}.self_attn.q_proj.weight", _TO_HEADS),
+          Rule("layers/attention/key/kernel", f"{layer}.self_attn.k_proj.weight", _TO_HEADS),
+          Rule("layers/attention/value/kernel", f"{layer}.self_attn.v_proj.weight", _TO_HEADS),
+          Rule("layers/attention/output/kernel", f"{layer}.self_attn.o_proj.weight", _FROM_HEADS),
+          *(biases if qkv_bias else ()),
+          *(head_norms if qk_norm else ()),
+          Rule("layers/mlp_norm/scale", f"{layer}.post_attention_layernorm.weight"),
+          Rule("layers/gate/kernel", f"{layer}.mlp.gate_proj.weight", _SWAP),
+          Rule("layers/up/kernel", f"{layer}.mlp.up_proj.weight", _SWAP),
+          Rule("layers/down/kernel", f"{layer}.mlp.down_proj.weight", _SWAP),
+          Rule("final_norm/scale", "norm.weight"),
+      ),
+      ignored={
+          r"lm_head\.weight": "predicts words; we take the hidden states",
+          r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "follows from the config",
+      },
+      prefixes=("model.",),
+  )
+
+
+QWEN2 = _decoder("qwen2", qkv_bias=True)
+QWEN3 = _decoder("qwen3", qk_norm=True)
+LLAMA = _decoder("llama")
+
+TABLES = {table.name: table for table in (BERT, DISTILBERT, QWEN2, QWEN3, LLAMA)}
 
 
 def _fused(ours: str, theirs: str) -> tuple[Rule, ...]:
