@@ -3,6 +3,7 @@
 import json
 import shutil
 
+from flax import nnx
 import jax
 import ml_dtypes
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 import transformers
 
 from tests import tiny_encoders
+from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.models import layers
-from vixml_jax.weights import config, engine, files, source, tables
+from vixml_jax.models.bert import BertEncoder
+from vixml_jax.weights import config, engine, files, placement, source, tables
 
 
 @pytest.fixture(scope="module", params=["bert", "distilbert"])
@@ -211,6 +214,122 @@ def test_a_tensor_in_two_shards_is_a_duplicate(bert):
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
   with pytest.raises(InputError, match=rf"1 duplicate: {name}$"):
     _load(folder, shapes)
+
+
+MESHES = [dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4), dict(data=2, fsdp=2, tensor=2)]
+
+
+class Recorded(files.SafetensorsFolder):
+  """A folder that writes down which windows of its tensors are read."""
+
+  def __init__(self, folder):
+    super().__init__(folder)
+    self.windows = []
+
+  def read(self, name):
+    raise AssertionError(f"{name} is read whole")
+
+  def read_window(self, name, window):
+    self.windows.append((name, tuple((cut.start, cut.stop) for cut in window)))
+    return super().read_window(name, window)
+
+
+def _shardings(folder, shapes, **mesh):
+  arguments = config.encoder_arguments(folder)
+  _, _, axes = layers.split_params(nnx.eval_shape(lambda: BertEncoder(**arguments, rngs=nnx.Rngs(0))))
+  return sharding.tree_shardings(sharding.make_mesh(**mesh), shapes, axes)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_sharded_arrays_hold_what_the_host_would_from_several_files(bert, tmp_path, mesh, dtype):
+  folder, tensors, shapes = bert
+  stored = {name: value.astype(dtype) for name, value in tensors.items()}
+  place_of = {name: f"model-0000{i % 3 + 1}-of-00003.safetensors" for i, name in enumerate(sorted(stored))}
+  (folder / "model.safetensors").unlink()
+  for file in set(place_of.values()):
+    save_file({name: value for name, value in stored.items() if place_of[name] == file}, folder / file)
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place_of}))
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+  where = _shardings(folder, shapes, **mesh)
+  found = placement.place(tables.BERT, files.SafetensorsFolder(folder), shapes, where)
+  assert jax.tree.all(jax.tree.map(lambda x, sharding: x.sharding == sharding, found, where))
+  assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(dtype)}
+  _assert_equal(jax.tree.map(sharding.to_host, found), _load(folder, shapes))
+  # By hand, so that one mistake in both ways to load cannot hide: a query matrix of the last layer.
+  name = f"encoder.layer.{tiny_encoders.LAYERS - 1}.attention.self.query.weight"
+  heads = stored[name].T.reshape(tiny_encoders.DIM, tiny_encoders.HEADS, -1)
+  np.testing.assert_array_equal(found["layers"]["attention"]["query"]["kernel"][-1], heads)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_windows_are_read_once_each_and_no_byte_twice(bert, mesh):
+  folder, tensors, shapes = bert
+  recorded = Recorded(folder)
+  placement.place(tables.BERT, recorded, shapes, _shardings(folder, shapes, **mesh))
+  assert len(recorded.windows) == len(set(recorded.windows))
+  read = dict.fromkeys(tensors, 0)
+  for name, window in recorded.windows:
+    read[name] += np.prod([stop - start for start, stop in window])
+  assert read == {name: value.size for name, value in tensors.items()}
+
+
+def test_each_device_of_a_sharded_mesh_gets_a_window_of_its_own(bert):
+  folder, _, shapes = bert
+  recorded = Recorded(folder)
+  placement.place(tables.BERT, recorded, shapes, _shardings(folder, shapes, data=2, fsdp=2, tensor=2))
+  windows = [window for name, window in recorded.windows if name == "encoder.layer.1.attention.self.query.weight"]
+  # Their rows are heads x head_dim, cut over `tensor`; their columns the embedding, cut over `fsdp`.
+  assert sorted(windows) == [((0, 16), (0, 16)), ((0, 16), (16, 32)), ((16, 32), (0, 16)), ((16, 32), (16, 32))]
+
+
+@pytest.mark.parametrize("name", ["attention/query/kernel", "attention/output/kernel", "up/kernel", "up/bias"])
+def test_a_layer_is_put_into_its_place_without_traffic_or_a_second_copy(bert, name):
+  folder, _, shapes = bert
+  shape, where = (engine.flatten(tree)[f"layers/{name}"] for tree in (
+      shapes, _shardings(folder, shapes, data=2, fsdp=2, tensor=2)))
+  match = next(match for match in engine.match(tables.BERT, files.SafetensorsFolder(folder), shapes)
+               if match.ours == f"layers/{name}")
+  tensor = placement._tensor(match, files.SafetensorsFolder(folder), where)
+  stacked = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+  compiled = placement._with_layer(match.layout, where).lower(stacked, tensor, 0).compile()
+  assert not any(word in compiled.as_text() for word in ("all-gather", "all-reduce", "all-to-all", "collective-"))
+  memory, whole = compiled.memory_analysis(), 4 * np.prod(where.shard_shape(shape.shape))
+  assert memory.alias_size_in_bytes == whole
+  assert memory.temp_size_in_bytes <= whole / tiny_encoders.LAYERS
+
+
+def test_nothing_is_read_into_devices_before_everything_fits(bert):
+  folder, tensors, shapes = bert
+  del tensors["encoder.layer.2.output.dense.bias"]
+  _write(folder, tensors | {"encoder.gate.weight": np.zeros((2, 2), np.float32)})
+  recorded = Recorded(folder)
+  with pytest.raises(InputError, match=r"1 unmapped: \+encoder\.gate\.weight; 1 unfilled: -layers/down/bias"):
+    placement.place(tables.BERT, recorded, shapes, _shardings(folder, shapes, fsdp=8))
+  assert not recorded.windows
+
+
+def test_a_part_of_a_joined_tensor_lands_on_its_devices(tmp_path):
+  joined = np.arange(3 * 8 * 4, dtype=np.float32).reshape(24, 4)
+  save_file({"joined": joined}, tmp_path / "model.safetensors")
+  names = ("query", "key", "value")
+  table = tables.Table("joined", tuple(
+      tables.Rule(name, "joined", "(h k) d -> d h k", (i, 3)) for i, name in enumerate(names)), {})
+  shapes = {name: jax.ShapeDtypeStruct((4, 4, 2), np.float32) for name in names}
+  axes = dict.fromkeys(names, ("embed", "heads", "head_dim"))
+  where = sharding.tree_shardings(sharding.make_mesh(fsdp=2, tensor=4), shapes, axes)
+  found = placement.place(table, files.SafetensorsFolder(tmp_path), shapes, where)
+  for name, part in zip(names, np.split(joined, 3), strict=True):
+    np.testing.assert_array_equal(found[name], part.T.reshape(4, 4, 2))
+
+
+def test_no_file_stays_open_or_mapped_after_reading(bert):
+  folder, _, shapes = bert
+  opened = files.SafetensorsFolder(folder)
+  engine.apply(tables.BERT, opened, shapes)
+  placement.place(tables.BERT, opened, shapes, _shardings(folder, shapes, fsdp=8))
+  with open("/proc/self/maps") as maps:
+    assert str(folder) not in maps.read()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

@@ -1,10 +1,10 @@
-"""Applies a table of weights, inverts it, and refuses whatever does not fit it exactly."""
+"""Matches a checkpoint to a table of weights, applies and inverts it; refuses whatever does not fit exactly."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import math
 import re
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,8 +29,46 @@ class TensorSource(Protocol):
     """The tensor."""
 
 
+class Match(NamedTuple):
+  """A tensor of a checkpoint and the parameter, or the layer of one, that it is.
+
+  Attributes:
+    ours: path of the parameter.
+    layer: index in the parameter's leading dimension; None where the tensor is the whole parameter.
+    layout: how the tensor's dimensions become ours (without the layers).
+    name: of the tensor, in the checkpoint.
+  """
+
+  ours: str
+  layer: int | None
+  layout: "Layout"
+  name: str
+
+
+def match(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> Iterator[Match]:
+  """Checks a checkpoint against parameters like `abstract`, then yields what goes where; reads no tensor.
+
+  Args:
+    table: of the checkpoint's architecture.
+    source: the checkpoint.
+    abstract: nested dict of arrays or ShapeDtypeStructs, for the shapes wanted.
+
+  Returns:
+    One match for each tensor that a rule reads: the parameters in the table's order, each one's layers in theirs.
+
+  Raises:
+    InputError: tensors that no rule reads (unmapped), parameters that nothing fills (unfilled),
+      something filled or named twice (duplicate), or a wrong shape. Lists all of them.
+  """
+  wanted = flatten(abstract)
+  theirs, twice = original_names(table, source)
+  _check(table, source, theirs, twice, wanted)
+  return (Match(rule.ours, layer, layout, theirs[name])
+          for rule in table.rules for name, layer, layout in targets(rule, wanted[rule.ours].shape))
+
+
 def apply(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> dict[str, Any]:
-  """Reads a checkpoint into parameters like `abstract`.
+  """Reads a checkpoint into parameters like `abstract` on the host; `placement.place` fills devices.
 
   Args:
     table: of the checkpoint's architecture.
@@ -41,19 +79,13 @@ def apply(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> di
     Nested dict of numpy arrays, layers stacked in front.
 
   Raises:
-    InputError: tensors that no rule reads (unmapped), parameters that nothing fills (unfilled),
-      something filled or named twice (duplicate), or a wrong shape. Lists all of them.
+    InputError: the checkpoint does not fit; see `match`.
   """
-  wanted = flatten(abstract)
-  theirs, twice = original_names(table, source)
-  _check(table, source, theirs, twice, wanted)
-  filled = {}
-  for rule in table.rules:
-    value = wanted[rule.ours]
-    array = np.empty(value.shape, value.dtype)
-    for name, index, layout in _targets(rule, value.shape):
-      array[index] = layout.to_ours(source.read(theirs[name]))
-    filled[rule.ours] = array
+  matches = match(table, source, abstract)
+  filled = {path: np.empty(value.shape, value.dtype) for path, value in flatten(abstract).items()}
+  for found in matches:
+    part = source.read(found.name)[found.layout.part]
+    filled[found.ours][... if found.layer is None else found.layer] = found.layout.to_ours(part)
   return unflatten(filled)
 
 
@@ -75,8 +107,8 @@ def invert(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
   for rule in table.rules:
     array = np.asarray(ours[rule.ours])
     number, count = rule.part
-    for name, index, layout in _targets(rule, array.shape):
-      parts.setdefault(name, [None] * count)[number] = layout.to_theirs(array[index])
+    for name, layer, layout in targets(rule, array.shape):
+      parts.setdefault(name, [None] * count)[number] = layout.to_theirs(array if layer is None else array[layer])
   # Contiguous: safetensors writes an array's memory, whatever its strides.
   return {name: np.ascontiguousarray(np.concatenate(found) if len(found) > 1 else found[0])
           for name, found in parts.items()}
@@ -101,6 +133,20 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
       node = node.setdefault(parent, {})
     node[last] = value
   return tree
+
+
+def targets(rule: Rule, shape: Sequence[int]) -> Iterator[tuple[str, int | None, "Layout"]]:
+  """Each tensor of a rule for a parameter of known shape.
+
+  Yields:
+    The tensor's name in the table's terms, its layer (None if it is the whole parameter), its layout.
+  """
+  if "{layer}" not in rule.theirs:
+    yield rule.theirs, None, Layout.of(rule, shape)
+    return
+  layout = Layout.of(rule, shape[1:])
+  for layer in range(shape[0]):
+    yield rule.theirs.replace("{layer}", str(layer)), layer, layout
 
 
 def original_names(table: Table, source: TensorSource) -> tuple[dict[str, str], list[str]]:
@@ -135,7 +181,7 @@ def _check(
     if rule.ours not in wanted:
       missing.append(f"{rule.ours} (which the model lacks)")
       continue
-    for name, _, layout in _targets(rule, wanted[rule.ours].shape):
+    for name, _, layout in targets(rule, wanted[rule.ours].shape):
       readers[name, rule.part] = readers.get((name, rule.part), 0) + 1
       if name not in theirs:
         missing.append(f"{rule.ours} (from {name})")
@@ -173,35 +219,31 @@ def _raise_any(subject: str, problems: list[str]) -> None:
     raise InputError(f"{subject}: {'; '.join(found)}")
 
 
-def _targets(rule: Rule, shape: Sequence[int]) -> Iterator[tuple[str, Any, "_Layout"]]:
-  """Each tensor of a rule: its name, its index in the parameter, its layout there."""
-  if "{layer}" not in rule.theirs:
-    yield rule.theirs, ..., _Layout.of(rule, shape)
-    return
-  for layer in range(shape[0]):
-    yield rule.theirs.replace("{layer}", str(layer)), layer, _Layout.of(rule, shape[1:])
-
-
 @dataclasses.dataclass(frozen=True)
-class _Layout:
+class Layout:
   """A rule's layout for a parameter of known shape.
 
   Attributes:
     theirs: shape of the tensor.
-    part: of the tensor's first dimension, what holds the parameter.
-    split: shape of that part once its joined dimensions are taken apart.
+    start: where in the tensor's first dimension the part begins that holds the parameter.
+    shape: of that part.
+    split: shape of the part once its joined dimensions are taken apart.
     order: for each of our dimensions, which one of `split` it is.
+    outer: for each of their dimensions, which one of ours varies slowest in it; None for a size of one.
   """
 
   theirs: tuple[int, ...]
-  part: slice
+  start: int
+  shape: tuple[int, ...]
   split: tuple[int, ...]
   order: tuple[int, ...]
+  outer: tuple[int | None, ...]
 
   @classmethod
-  def of(cls, rule: Rule, shape: Sequence[int]) -> "_Layout":
+  def of(cls, rule: Rule, shape: Sequence[int]) -> "Layout":
+    """The layout of a rule for a parameter (or a layer of one) of `shape`."""
     letters = " ".join(f"_{i}" for i in range(len(shape)))
-    theirs, ours = (rule.layout or f"{letters} -> {letters}").split("->")
+    theirs, ours = (side.strip() for side in (rule.layout or f"{letters} -> {letters}").split("->"))
     groups = [[letter for letter in group.strip("()").split() if letter != "1"]
               for group in re.findall(r"\([^)]*\)|\S+", theirs)]
     split = [letter for group in groups for letter in group]
@@ -211,15 +253,23 @@ class _Layout:
     first, *rest = (math.prod(sizes[letter] for letter in group) for group in groups)
     number, count = rule.part
     return cls(
-        (first * count, *rest),
-        slice(first * number, first * (number + 1)),
-        tuple(sizes[letter] for letter in split),
-        tuple(split.index(letter) for letter in ours.split()),
+        theirs=(first * count, *rest),
+        start=first * number,
+        shape=(first, *rest),
+        split=tuple(sizes[letter] for letter in split),
+        order=tuple(split.index(letter) for letter in ours.split()),
+        outer=tuple(ours.split().index(group[0]) if group else None for group in groups),
     )
 
-  def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-    return tensor[self.part].reshape(self.split).transpose(self.order)
+  @property
+  def part(self) -> slice:
+    """Of the tensor's first dimension, what holds the parameter."""
+    return slice(self.start, self.start + self.shape[0])
+
+  def to_ours(self, part: Any) -> Any:
+    """The parameter, from the part of a tensor (numpy or JAX) that holds it."""
+    return part.reshape(self.split).transpose(self.order)
 
   def to_theirs(self, array: np.ndarray) -> np.ndarray:
-    shape = (self.part.stop - self.part.start, *self.theirs[1:])
-    return array.transpose(np.argsort(self.order)).reshape(shape)
+    """The inverse of `to_ours`."""
+    return array.transpose(np.argsort(self.order)).reshape(self.shape)

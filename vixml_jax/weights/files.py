@@ -14,43 +14,61 @@ from vixml_jax.errors import InputError
 from vixml_jax.weights import engine
 from vixml_jax.weights.tables import Table
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_MODEL = "model"  # What the weights' files are called, without the endings.
+_ENDING = ".safetensors"
+_INDEX_ENDING = ".safetensors.index.json"
 
 
 class SafetensorsFolder:
-  """The tensors of a folder: `model.safetensors`, or the files that its index names.
+  """The tensors of a folder: `model.safetensors`, or the files that `model.safetensors.index.json` names.
+
+  No file stays open, as what has been read of it would count to the process's memory for as long.
+
+  Args:
+    folder: holds the files.
+    stem: what they are called instead of `model`.
 
   Attributes:
     name: the folder, for messages.
   """
 
-  def __init__(self, folder: str | os.PathLike[str]):
+  def __init__(self, folder: str | os.PathLike[str], stem: str = _MODEL):
     self.name = str(folder)
-    self._files = {path: _open(path) for path in _weight_files(pathlib.Path(folder))}
-    self._names = [(name, path) for path, file in self._files.items() for name in list(file.keys())]
-    self._file_of = dict(self._names)
+    self._names: list[str] = []
+    self._shapes: dict[str, tuple[int, ...]] = {}
+    self._file_of: dict[str, pathlib.Path] = {}
+    for path in _weight_files(pathlib.Path(folder), stem):
+      with _open(path) as file:
+        for name in list(file.keys()):
+          self._names.append(name)
+          self._shapes[name] = tuple(file.get_slice(name).get_shape())
+          self._file_of[name] = path
 
   def names(self) -> Sequence[str]:
     """Names of all tensors; one that stands in two files is listed twice."""
-    return [name for name, _ in self._names]
+    return self._names
 
   def shape(self, name: str) -> tuple[int, ...]:
     """Shape of a tensor, without reading it."""
-    return tuple(self._file(name).get_slice(name).get_shape())
+    return self._shapes[name]
 
   def read(self, name: str) -> np.ndarray:
     """The tensor, in its own dtype (f32, f16 or bf16)."""
-    tensor = self._file(name).get_tensor(name)
+    with _open(self._file_of[name]) as file:
+      return self._checked(name, file.get_tensor(name))
+
+  def read_window(self, name: str, window: tuple[slice, ...]) -> np.ndarray:
+    """What stands in a window of the tensor, one slice a dimension; nothing else is copied from the file."""
+    with _open(self._file_of[name]) as file:
+      return self._checked(name, file.get_slice(name)[window])
+
+  def _checked(self, name: str, tensor: np.ndarray) -> np.ndarray:
     if tensor.dtype.name not in ("float32", "float16", "bfloat16"):
       raise InputError(
           f"{self._file_of[name]}: tensor {name} is {tensor.dtype.name}; float32, float16 and"
           " bfloat16 are read (quantised weights have to be converted first)"
       )
     return tensor
-
-  def _file(self, name: str) -> Any:
-    return self._files[self._file_of[name]]
 
 
 def load_pretrained(
@@ -99,22 +117,23 @@ def save_pretrained(
   tensors = engine.invert(table, params)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  save_file(tensors, folder / _SINGLE, metadata={"format": "pt"})  # transformers asks for this.
+  save_file(tensors, folder / f"{_MODEL}{_ENDING}", metadata={"format": "pt"})  # transformers asks for this.
   (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
 
 
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  if (folder / _SINGLE).is_file():
-    return [folder / _SINGLE]
-  if (folder / _INDEX).is_file():
-    return _shards(folder / _INDEX)
+def _weight_files(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
+  single, index = folder / f"{stem}{_ENDING}", folder / f"{stem}{_INDEX_ENDING}"
+  if single.is_file():
+    return [single]
+  if index.is_file():
+    return _shards(index)
   if list(folder.glob("*.bin")):
     raise InputError(
         f"{folder}: only pickled weights (*.bin), which are not read; where transformers and torch"
         " are installed, write safetensors with: python -c 'from transformers import AutoModel;"
         f" AutoModel.from_pretrained(\"{folder}\").save_pretrained(\"{folder}\")'"
     )
-  raise InputError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}; name a folder that does")
+  raise InputError(f"{folder}: holds neither {single.name} nor {index.name}; name a folder that does")
 
 
 def _shards(index: pathlib.Path) -> list[pathlib.Path]:
