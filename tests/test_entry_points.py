@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.miniature import write_tokenizer
 from tests.workplace import run_commands
 
 _CUSTOM = "--config=configs/custom.py"
@@ -24,7 +25,8 @@ _CASES = {
     "positional argument": (("main", _CUSTOM, "quickly"), "quickly"),
     "no such raw folder": (
         ("main", _CUSTOM, "--config.dataset.raw_dir={folder}/no_raw", "--config.dataset.data_dir={folder}/data",
-         "--config.encoder.pretrained={folder}", "--workdir={folder}/run"), "{folder}/no_raw"),
+         "--config.encoder.pretrained={folder}/tokenizer", "--workdir={folder}/run"), "{folder}/no_raw"),
+    "no tokenizer": (("main", _CUSTOM, "--config.encoder.pretrained={folder}"), "{folder}: no tokenizer.json"),
     "no such raw folder to prepare": (
         ("prepare_data", _CUSTOM, "--config.dataset.raw_dir={folder}/no_raw",
          "--config.dataset.data_dir={folder}/data"), "{folder}/no_raw"),
@@ -43,6 +45,7 @@ def folder(tmp_path_factory):
 def results(folder):
   """Name -> exit status, stdout and stderr of every case."""
   (folder / "broken.py").write_text("def get_config(:\n")
+  write_tokenizer(folder / "tokenizer")
   commands = {name: [part.format(folder=folder) for part in command] for name, (command, _) in _CASES.items()}
   return run_commands(commands, folder)
 

@@ -20,6 +20,7 @@ from vixml_jax.ragged import Ragged
 from vixml_jax.weights import config as weights_config
 
 FEATURES, IMAGES = 12, 3
+TEMPLATES = {"before": ("images", "text"), "after": ("text", "images"), "apart": ("text",)}
 
 
 @pytest.fixture(scope="module", params=["bert", "distilbert"])
@@ -78,7 +79,7 @@ def pooled(model, packed_items, bank, layout):
 def test_early_fusion_is_transformers_with_projected_images_among_its_input_embeddings(encoders, adapter, order):
   theirs, _, _ = encoders
   model = model_of(encoders, adapter=adapter)
-  layout = PackedLayout(16, 4, IMAGES, order)
+  layout = PackedLayout(16, 4, IMAGES, TEMPLATES[order])
   queries, bank = items()
   ours = pooled(model, pack(queries, layout), bank, layout)
 
@@ -105,7 +106,7 @@ def test_early_fusion_is_transformers_with_projected_images_among_its_input_embe
 def test_late_fusion_is_the_mean_of_torch_s_layer_over_text_and_images(encoders):
   _, arguments, _ = encoders
   model = model_of(encoders, method="late")
-  layout = PackedLayout(16, 4, IMAGES, "apart")
+  layout = PackedLayout(16, 4, IMAGES, TEMPLATES["apart"])
   queries, bank = items()
   ours = pooled(model, pack(queries, layout), bank, layout)
   dim, heads = arguments["embed_dim"], arguments["num_heads"]
@@ -166,7 +167,7 @@ def test_an_item_without_images_gets_the_text_only_model_s_vector(encoders):
 @pytest.mark.parametrize("method,order", [("early", "before"), ("early", "after"), ("late", "apart")])
 def test_what_shares_a_row_changes_nothing_and_empty_places_get_no_gradient(encoders, method, order):
   model = model_of(encoders, method=method)
-  layout = PackedLayout(24, 2, IMAGES, order)
+  layout = PackedLayout(24, 2, IMAGES, TEMPLATES[order])
   queries, bank = items()
   together = pooled(model, pack(queries, layout), bank, layout)
   for i in range(len(queries)):

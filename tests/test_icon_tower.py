@@ -13,7 +13,7 @@ import scipy.ndimage
 import torch
 
 from tests.miniature import write_raw_folder
-from tests.workplace import write_encoder
+from tests.workplace import load_config, shrink
 from tools import train_icon_tower as tool
 from vixml_jax.datasets.prepared import prepare
 from vixml_jax.image_encoder import ImageEncoder
@@ -146,7 +146,7 @@ def test_a_pictures_own_name_is_ranked_among_the_distinct_names():
 
 
 def test_only_training_icons_that_are_not_held_out_are_trained_on(tmp_path, monkeypatch):
-  encoder = write_encoder(tmp_path / "encoder")
+  encoder = pathlib.Path(shrink(load_config("custom", "encoder=minilm-l6"), tmp_path, "").encoder.pretrained)
   builder = prepare("custom", write_raw_folder(tmp_path / "raw", images=True), tmp_path / "data")
   read, given = [], {}
 

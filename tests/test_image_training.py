@@ -82,9 +82,10 @@ def test_eight_devices_and_either_place_of_the_bank_give_the_loss_and_gradients_
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(results[0][2]["fusion"]["project"]))
 
 
-@pytest.mark.parametrize("fusion", [
-    dict(adapter="mlp", order="after", residual=0.3), dict(method="late", adapter="gated")])
-def test_every_kind_of_fusion_trains_and_evaluates(config, tmp_path, fusion):
+@pytest.mark.parametrize("template,fusion", [
+    ("E V", dict(adapter="mlp", residual=0.3)), ("V E", dict(method="late", adapter="gated"))])
+def test_every_kind_of_fusion_trains_and_evaluates(config, tmp_path, template, fusion):
+  config.prompt.template = template
   config.fusion.update(fusion)
   config.train.epochs = 1
   configuration.check(config)
@@ -107,13 +108,12 @@ def test_stopped_and_started_again_a_run_with_images_ends_with_the_same_bits(con
 
 @pytest.mark.parametrize("change,message", [
     ({"images": 6}, "config.images=6: must be 0 to 5"),
-    ({"images": 5, "train.row_length": 20}, "config.images=5: with them and dataset.max_length=16 an item may have 21"),
     ({"images": 0, "eval.test_images": (0, 1)}, "this model takes no images"),
     ({"eval.test_images": (-1,)}, "numbers of images, 0 or more"),
     ({"fusion.method": "middle"}, "must be one of early, late"),
     ({"fusion.adapter": "conv"}, "must be one of linear, mlp, gated"),
     ({"fusion.residual": 0.3, "fusion.method": "late"}, "config.fusion.residual=0.3: belongs to early fusion"),
-    ({"fusion.order": "inside"}, "must be one of before, after"),
+    ({"prompt.template": "E"}, "no place for the images"),
     ({"fusion.bank": "disk"}, "must be one of auto, device, host"),
     ({"fusion.modality_dropout": 1.5}, "between 0 and 1"),
 ])
@@ -121,6 +121,13 @@ def test_bad_image_settings_are_refused_by_key(config, change, message):
   config.update_from_flattened_dict(change)
   with pytest.raises(InputError, match=message):
     configuration.check(config)
+
+
+def test_images_that_leave_no_room_for_the_text_are_refused_before_training(config, tmp_path):
+  config.images, config.train.row_length = 5, 20
+  with pytest.raises(InputError, match="config.train.row_length=20: an item may have 21 tokens .*images=5"):
+    train_and_evaluate(config, tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 def test_features_that_are_missing_or_of_another_width_are_refused_before_training(config, tmp_path):

@@ -136,8 +136,8 @@ def test_every_projection_has_an_adapter_of_its_own_in_every_layer(pair):
   assert added == {f"layers/{name}/{part}" for name in tiny_decoders.PROJECTIONS for part in ("lora_a", "lora_b")}
   assert {engine.flatten(shapes)[name].dtype.name for name in added} == {"float32"}
   assert {shape.dtype.name for name, shape in engine.flatten(shapes).items() if name not in added} == {"bfloat16"}
-  assert axes["layers"]["attention"]["output"]["lora_a"] == ("layers", "heads", "head_dim", "lora")
-  assert axes["layers"]["attention"]["key"]["lora_b"] == ("layers", "lora", "kv_heads", "head_dim")
+  assert axes["layers"]["attention"]["output"]["lora_a"] == ("layers", "heads", "head_dim", "lora_alone")
+  assert axes["layers"]["attention"]["key"]["lora_b"] == ("layers", "lora_alone", "kv_heads", "head_dim")
   assert all(engine.flatten(axes)[name] == value for name, value in engine.flatten(plain_axes).items())
 
 

@@ -19,6 +19,8 @@ PARAMETERS = {
     "encoder/layers/up/kernel": ((2, 4, 3), "encoder", True),
     "encoder/layers/up/bias": ((2, 3), "encoder", False),
     "encoder/layers/mlp_norm/scale": ((2, 4), "encoder", False),
+    "encoder/layers/attention/query/lora_a": ((2, 4, 2), "encoder", True),
+    "encoder/layers/attention/query/lora_b": ((2, 2, 3), "encoder", True),
     "prototype/layer/down/kernel": ((3, 4), "new", True),
     "prototype/layer/down/bias": ((4,), "new", False),
     "prototype/layer/mlp_norm/scale": ((4,), "new", True),

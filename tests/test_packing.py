@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vixml_jax.input.batches import TrainingQueries, draw_positives, in_batch_positives, make_batch, steps_per_epoch
 from vixml_jax.input.items import Items
-from vixml_jax.input.packing import PackedLayout, bucket, pack
+from vixml_jax.input.packing import PackedLayout, Phrase, bucket, pack, without_images
 from vixml_jax.input.validation import hold_out
+from vixml_jax.models import layers
 from vixml_jax.ragged import Ragged
 
 
@@ -124,10 +126,13 @@ def items_with_images(seed, count, longest, most):
   return Items(tokens, images)
 
 
-@pytest.mark.parametrize("order", ["before", "after", "apart"])
+TEMPLATES = {"before": ("images", "text"), "after": ("text", "images"), "apart": ("text",)}
+
+
+@pytest.mark.parametrize("order", TEMPLATES)
 @pytest.mark.parametrize("images", [1, 3, 5])
 def test_every_image_is_found_beside_its_text(order, images):
-  layout = PackedLayout(24, 4, images, order)
+  layout = PackedLayout(24, 4, images, TEMPLATES[order])
   items = items_with_images(images, 150, 12, images)
   packed = pack(items, layout)
   tokens, segments, positions = (
@@ -197,3 +202,147 @@ def test_modality_dropout_takes_all_images_of_an_item_and_is_a_pure_function_of_
   whole = make_batch(dataclasses.replace(data, modality_dropout=0.0), order, 200, layout, seed=0, epoch=0, step=0)
   images = items.images.take(order[:200])
   assert (whole.items.images.segments > 0).sum() >= len(images.values)
+
+
+FOR_TEXT, FOR_IMAGES, EOS = Phrase((900, 901, 902)), Phrase((910, 911), beside_images=True), Phrase((950,))
+FULL = (FOR_TEXT, "text", FOR_IMAGES, "images", EOS)
+# The rows of the paper's ablation, METHOD "Ablations: prompts".
+PROMPTS = [
+    ("text",), (FOR_TEXT, "text"), (FOR_TEXT, "text", EOS), ("images", "text", EOS), ("text", "images", EOS),
+    (FOR_IMAGES, "images", FOR_TEXT, "text", EOS), FULL]
+
+
+def image(row):
+  """How `laid_out` and `expected` write an image among tokens."""
+  return -1 - int(row)
+
+
+def expected(template, text, images):
+  """One item, part by part."""
+  parts = []
+  for part in template:
+    if part == "text":
+      parts += text.tolist()
+    elif part == "images":
+      parts += [image(row) for row in images]
+    elif len(images) or not part.beside_images:
+      parts += part.ids
+  return parts
+
+
+def laid_out(packed, layout):
+  """Every item as it stands in its row, its positions, and the images that it owns."""
+  tokens, segments, positions = (
+      x.reshape(-1, layout.row_length).copy() for x in (packed.tokens, packed.segments, packed.positions))
+  assert (tokens[segments == 0] == 0).all()
+  shape = (len(tokens), layout.image_places if layout.images else 0)
+  ids, owners, places = (np.zeros(shape, int),) * 3 if packed.images is None else (
+      x.reshape(shape) for x in (packed.images.rows, packed.images.segments, packed.images.positions))
+  for row, place in zip(*np.nonzero(owners), strict=True):
+    at = places[row, place]
+    if at < layout.row_length:
+      assert tokens[row, at] == 0 and segments[row, at] == owners[row, place]
+      tokens[row, at] = image(ids[row, place])
+  for slot in packed.slots:
+    row, place = divmod(int(slot), layout.slots)
+    where = np.flatnonzero(segments[row] == place + 1)
+    assert (np.diff(where) == 1).all()
+    yield tokens[row][where].tolist(), positions[row][where].tolist(), ids[row][owners[row] == place + 1].tolist()
+
+
+def random_template(rng):
+  """Any mix of parts, images and text among them or not."""
+  parts = [part for part in ("text", "images") if rng.random() < 0.8]
+  parts += [
+      Phrase(tuple(rng.integers(900, 999, rng.integers(1, 4)).tolist()), beside_images=rng.random() < 0.5)
+      for _ in range(rng.integers(0, 5))]
+  rng.shuffle(parts)
+  return tuple(parts)
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+@pytest.mark.parametrize("special_tokens", [0, 1, 2])
+@pytest.mark.parametrize("template", [*PROMPTS, *range(8)])
+def test_every_item_is_its_template_s_parts_in_order(template, special_tokens, most):
+  rng = np.random.default_rng(0 if isinstance(template, tuple) else template)
+  if isinstance(template, int):
+    template = random_template(rng)
+  layout = PackedLayout(36, 4, most, template, special_tokens)
+  texts = Ragged.from_rows(
+      [rng.integers(1, 900, special_tokens + max(rng.integers(-3, 9), 0)) for _ in range(150)])
+  images = Ragged.from_rows([rng.integers(0, 500, rng.integers(0, most + 1)) for _ in range(150)])
+  packed = pack(Items(texts, images), layout)
+  wanted = [expected(template, text, rows) for text, rows in zip(texts, images, strict=True)]
+  for (item, positions, owned), whole, rows in zip(laid_out(packed, layout), wanted, images, strict=True):
+    assert item == whole
+    assert positions == list(range(len(whole)))
+    assert owned == rows.tolist()
+  assert packed.num_tokens == sum(map(len, wanted))
+  assert max(map(len, wanted)) <= layout.longest(special_tokens + 8)
+  assert len(np.unique(packed.slots)) == 150
+
+
+def most_images_by_trying(layout):
+  """The most images of items that fit a row: some number with I images, then one with fewer; texts are empty."""
+  def length(images):
+    return len(expected(layout.template, np.zeros(layout.special_tokens), [0] * images))
+
+  counts = [0]
+  for full in range(layout.slots):
+    for rest in range(layout.images + 1):
+      if full * length(layout.images) + length(rest) <= layout.row_length:
+        counts.append(full * layout.images + rest)
+  return max(counts)
+
+
+@pytest.mark.parametrize("special_tokens", [0, 1, 2])
+@pytest.mark.parametrize("template", [("images", "text"), FULL, ("text", "images", EOS)])
+def test_rows_have_exactly_as_many_image_places_as_can_be_needed(template, special_tokens):
+  for row_length in range(3, 60):
+    layout = PackedLayout(row_length, 1, 3, template, special_tokens)
+    assert layout.image_places == most_images_by_trying(layout)
+
+
+def test_the_longest_item_has_the_longest_text_all_phrases_and_all_images():
+  assert PackedLayout(64, 1, 3, FULL, 0).longest(32) == 3 + 32 + 2 + 3 + 1
+  assert PackedLayout(64, 1, 0, FULL, 0).longest(32) == 3 + 32 + 1
+  assert PackedLayout(64, 1, 3, ("text",)).longest(32) == 32
+  assert PackedLayout(64, 1, 3).longest(32) == 35
+
+
+def test_rows_of_short_prompted_items_are_full_before_their_slots_are():
+  layout = PackedLayout(60, 1, 3, FULL, 0)
+  packed = pack(Items.of_texts(Ragged.from_rows([[7]] * 36)), layout, round_up=False)
+  assert layout.slots == 12
+  assert (packed.segments > 0).all() and len(packed.tokens) == 3
+
+
+def test_without_images_a_template_loses_them_and_what_introduces_them():
+  assert without_images(FULL) == (FOR_TEXT, "text", EOS)
+
+
+def test_an_item_of_no_token_has_a_slot_of_its_own_and_the_zero_vector():
+  layout = PackedLayout(8, 4, 2, ("text", "images"), 0)
+  rows = [[5, 6, 7], [], [8] * 8, [], [9]]
+  items = Items(Ragged.from_rows(rows), Ragged.from_rows([[], [], [], [3], []]))
+  packed = pack(items, layout)
+  hidden = np.random.default_rng(0).normal(size=(*packed.tokens.shape[1:], 4)).astype(np.float32) + 5
+  segments = packed.segments[0]
+  pooled = layers.pool_segments(jnp.asarray(hidden), jnp.asarray(segments), layout.slots)
+  pooled = np.asarray(pooled).reshape(-1, 4)[packed.slots]
+  assert len(np.unique(packed.slots)) == 5
+  assert (pooled[1] == 0).all() and (pooled[[0, 2, 3, 4]] > 1).all()
+  flat = hidden.reshape(-1, 4)[segments.reshape(-1) > 0]
+  np.testing.assert_allclose((pooled * np.array([[3], [0], [8], [1], [1]])).sum(0), flat.sum(0), rtol=1e-5)
+
+
+def test_a_text_without_its_special_tokens_cannot_have_images():
+  items = Items(Ragged.from_rows([[5]]), Ragged.from_rows([[1]]))
+  with pytest.raises(ValueError, match="fewer than the 2 special tokens"):
+    pack(items, PackedLayout(16, 1, 1))
+
+
+@pytest.mark.parametrize("template", ["before", ("text", "text"), ("text", "images", "images")])
+def test_a_template_of_unknown_or_repeated_parts_is_refused(template):
+  with pytest.raises(ValueError, match="a part is a Phrase"):
+    PackedLayout(16, 1, 1, template)

@@ -47,6 +47,17 @@ def test_a_dimension_that_does_not_divide_is_refused_by_name():
         sharding.make_mesh(data=2, fsdp=4), shapes(bank=(12, 3)), {"encoder": {"bank": ("query", "vector")}})
 
 
+def test_heads_of_keys_and_values_that_the_mesh_does_not_divide_are_whole_on_every_device():
+  axes = {"encoder": {"key": ("embed", "kv_heads", "head_dim"), "query": ("embed", "heads", "head_dim")}}
+  sizes = shapes(key=(8, 2, 4), query=(8, 4, 4))
+  found = sharding.tree_shardings(sharding.make_mesh(data=1, fsdp=2, tensor=4), sizes, axes)["encoder"]
+  assert found["key"].spec == PartitionSpec("fsdp", None, None) and found["query"].shard_shape((8, 4, 4)) == (4, 1, 4)
+  found = sharding.tree_shardings(sharding.make_mesh(data=2, fsdp=2, tensor=2), sizes, axes)["encoder"]
+  assert found["key"].shard_shape((8, 2, 4)) == (4, 1, 4)
+  with pytest.raises(InputError, match="encoder/query has heads=4, which does not divide by tensor = 8"):
+    sharding.tree_shardings(sharding.make_mesh(data=1, tensor=8), sizes, axes)
+
+
 @pytest.mark.parametrize("names", [("embed",), None, ("layers", "embed", "mlp")])
 def test_a_leaf_without_an_axis_for_each_dimension_is_refused_by_name(names):
   with pytest.raises(ValueError, match="encoder/up: shape"):

@@ -1,14 +1,10 @@
 """Training end to end on a miniature: outputs, learning, resuming, devices and processes."""
 
-import dataclasses
 import json
 import math
-import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import jax
@@ -18,11 +14,15 @@ import pytest
 from tests.training_checks import (
     assert_close,
     assert_same_bits,
+    assert_two_processes_train_like_one,
+    command,
     final_state,
     loss_and_gradients,
+    read_step,
     send_sigterm_at_batch,
+    two_processes,
 )
-from tests.workplace import ROOT, miniature_config
+from tests.workplace import miniature_config
 from vixml_jax import configuration, sharding
 from vixml_jax.errors import InputError, Preempted
 from vixml_jax.input.batches import make_batch
@@ -157,22 +157,6 @@ def test_choosing_on_held_out_queries_of_which_there_are_none_is_refused_before_
   assert not list(tmp_path.iterdir())
 
 
-def _command(config, workdir, devices=8):
-  """The command line that trains `config`, which must come from configs/custom.py, as a user would."""
-  given = configuration.flatten(config)
-  flags = [f"--config.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-           for key, value in given.items() if value != () and not key.startswith("baselines")]
-  environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-  command = [sys.executable, "-m", "vixml_jax.main", "--config=configs/custom.py", f"--workdir={workdir}", *flags]
-  return dict(args=command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def _read_step(workdir):
-  path = workdir / "metrics.jsonl"
-  lines = path.read_text().splitlines() if path.exists() else []
-  return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
-
-
 def test_free_vectors_from_the_number_of_labels_on_give_each_label_its_own(workplace, tmp_path):
   config = config_of(workplace)
   config.train.epochs, config.train.free_vectors = 1, 32
@@ -188,66 +172,38 @@ def test_killed_at_three_random_steps_a_run_ends_with_the_same_bits(workplace, t
   config = config_of(workplace)
   config.train.epochs = 20
   config.checkpoint.every_steps = 7
-  assert subprocess.run(**_command(config, tmp_path / "undisturbed")).returncode == 0
+  assert subprocess.run(**command(config, tmp_path / "undisturbed")).returncode == 0
   rng = np.random.default_rng()
   kill_at = sorted(rng.choice(np.arange(5, 75), 3, replace=False).tolist())
   for step in kill_at:
-    process = subprocess.Popen(**_command(config, tmp_path / "killed"))
-    while _read_step(tmp_path / "killed") < step and process.poll() is None:
+    process = subprocess.Popen(**command(config, tmp_path / "killed"))
+    while read_step(tmp_path / "killed") < step and process.poll() is None:
       pass
     assert process.poll() is None, f"ended before step {step}: {process.communicate()[0]}"
     process.kill()
     process.communicate()
-  done = subprocess.run(**_command(config, tmp_path / "killed"))
+  done = subprocess.run(**command(config, tmp_path / "killed"))
   assert done.returncode == 0, done.stdout
   assert_same_bits(final_state(config, tmp_path / "undisturbed"), final_state(config, tmp_path / "killed"))
-
-
-def _two_processes(config, workdir):
-  """Starts a run in two processes of two devices each."""
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    port = probe.getsockname()[1]
-  commands = [_command(config, workdir, devices=2) for _ in range(2)]
-  for number, command in enumerate(commands):
-    command["args"] += [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process={number}"]
-  return [subprocess.Popen(**command) for command in commands]
 
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_saves_and_stops_both_and_the_run_goes_on(workplace, tmp_path):
   config = config_of(workplace)
   config.train.epochs = 40
-  processes = _two_processes(config, tmp_path)
-  while _read_step(tmp_path) < 3 and all(process.poll() is None for process in processes):
+  processes = two_processes(config, tmp_path)
+  while read_step(tmp_path) < 3 and all(process.poll() is None for process in processes):
     time.sleep(0.05)
   processes[1].send_signal(signal.SIGTERM)
   outputs = [process.communicate(timeout=300)[0] for process in processes]
   saved = [re.search(r"saved step (\d+); start the same command again", output) for output in outputs]
   assert all(saved) and saved[0][1] == saved[1][1], "\n".join(outputs)
   assert 3 <= int(saved[0][1]) < 40 * 4
-  processes = _two_processes(config, tmp_path)
+  processes = two_processes(config, tmp_path)
   outputs = [process.communicate(timeout=300)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
   assert f"resuming at step {saved[0][1]} of 160" in outputs[0]
 
 
 def test_two_processes_train_like_one(workplace, tmp_path):
-  config = config_of(workplace)
-  config.train.epochs = 2
-  alone = subprocess.run(**_command(config, tmp_path / "one", devices=4))
-  assert alone.returncode == 0, alone.stdout
-  processes = _two_processes(config, tmp_path / "two")
-  outputs = [process.communicate(timeout=300)[0] for process in processes]
-  assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-
-  def losses(name):
-    lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-    return [line["values"]["loss"] for line in lines if line["split"] == "train"]
-
-  # Float tolerance grows over steps: sums are taken in another order.
-  np.testing.assert_allclose(losses("one"), losses("two"), rtol=2e-3)
-  one, two = (dataclasses.asdict(final_state(config, tmp_path / name)) for name in ("one", "two"))
-  np.testing.assert_allclose(one["bank"], two["bank"], atol=5e-3)
-  np.testing.assert_allclose(one["centroids"], two["centroids"], atol=5e-3)
-  np.testing.assert_array_equal(one["label_clusters"], two["label_clusters"])
+  assert_two_processes_train_like_one(config_of(workplace), tmp_path)

@@ -8,6 +8,7 @@ import peft
 import torch
 import transformers
 
+from configs.encoders import ENCODERS
 from tests import tiny_encoders, tiny_siglip
 from vixml_jax.models import layers
 from vixml_jax.models.decoder import Decoder
@@ -26,32 +27,29 @@ PROJECTIONS = {
 
 _ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
-_QWEN = dict(rope_theta=1e6, norm_eps=1e-6)
-_QWEN2 = _QWEN | dict(vocab_size=151936, qkv_bias=True)
-_QWEN3 = _QWEN | dict(vocab_size=151936, head_dim=128, num_kv_heads=8, qk_norm=True)
-_LLAMA = dict(
-    vocab_size=128256, num_kv_heads=8, mlp_dim=8192, rope_theta=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192), norm_eps=1e-5)
-# Arguments of ours, and the number of parameters without an output head of its own.
-PUBLISHED = {
-    "qwen2.5-0.5b": (_QWEN2 | dict(
-        num_layers=24, embed_dim=896, num_heads=14, num_kv_heads=2, head_dim=64, mlp_dim=4864), 494_032_768),
-    "qwen2.5-1.5b": (_QWEN2 | dict(
-        num_layers=28, embed_dim=1536, num_heads=12, num_kv_heads=2, head_dim=128, mlp_dim=8960), 1_543_714_304),
-    "qwen2.5-3b": (_QWEN2 | dict(
-        num_layers=36, embed_dim=2048, num_heads=16, num_kv_heads=2, head_dim=128, mlp_dim=11008), 3_085_938_688),
+# Number of parameters of the published models, without an output head of its own.
+PARAMETERS = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
     # The only one here with an output head of its own, 152,064 x 3584, which the published number includes.
-    "qwen2.5-7b": (_QWEN2 | dict(
-        vocab_size=152064, num_layers=28, embed_dim=3584, num_heads=28, num_kv_heads=4, head_dim=128, mlp_dim=18944),
-                   7_615_616_512 - 152064 * 3584),
+    "qwen2.5-7b": 7_615_616_512 - 152064 * 3584,
     # Their files repeat the word vectors as `lm_head.weight`: 751,632,384 and 2,031,739,904 with it.
-    "qwen3-0.6b": (_QWEN3 | dict(
-        num_layers=28, embed_dim=1024, num_heads=16, mlp_dim=3072), 751_632_384 - 151936 * 1024),
-    "qwen3-1.7b": (_QWEN3 | dict(
-        num_layers=28, embed_dim=2048, num_heads=16, mlp_dim=6144), 2_031_739_904 - 151936 * 2048),
-    "qwen3-4b": (_QWEN3 | dict(num_layers=36, embed_dim=2560, num_heads=32, mlp_dim=9728), 4_022_468_096),
-    "llama-3.2-1b": (_LLAMA | dict(num_layers=16, embed_dim=2048, num_heads=32, head_dim=64), 1_235_814_400),
-    "llama-3.2-3b": (_LLAMA | dict(num_layers=28, embed_dim=3072, num_heads=24, head_dim=128), 3_212_749_824),
+    "qwen3-0.6b": 751_632_384 - 151936 * 1024,
+    "qwen3-1.7b": 2_031_739_904 - 151936 * 2048,
+    "qwen3-4b": 4_022_468_096,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
 }
+_NOT_OF_THE_WEIGHTS = (
+    "architecture", "pretrained", "random_init", "pooling", "dtype", "param_dtype", "remat", "bidirectional",
+    "lora_rank", "lora_alpha", "adapter")
+
+
+def published(name):
+  """Arguments of our decoder for a published model, as far as its weights decide them."""
+  arguments = {key: value for key, value in ENCODERS[name].items() if key not in _NOT_OF_THE_WEIGHTS}
+  return arguments | {"rope_scaling": arguments["rope_scaling"] or None}
 
 
 def hf_config(kind):

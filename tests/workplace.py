@@ -13,7 +13,10 @@ import transformers
 from tests.miniature import write_raw_folder, write_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(vocab_size=160, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=48, max_position=64)
+_TINY = dict(vocab_size=160, num_layers=2, embed_dim=32, mlp_dim=48)
+TINY = _TINY | dict(num_heads=4, max_position=64)
+TINY_DECODER = _TINY | dict(
+    num_heads=8, num_kv_heads=2, head_dim=4, lora_rank=4, lora_alpha=4.0, param_dtype="bfloat16")
 
 
 def load_config(name: str, variant: str | None = None) -> ConfigDict:
@@ -26,32 +29,51 @@ def load_config(name: str, variant: str | None = None) -> ConfigDict:
   return module.get_config(variant)
 
 
-def write_encoder(folder: Path, kind: str = "bert") -> Path:
-  """A random BERT or DistilBERT of transformers with the miniature's tokenizer; no download."""
+def write_encoder(folder: Path, encoder: ConfigDict) -> Path:
+  """A random model of transformers that `config.encoder` fits, with the miniature's tokenizer; no download."""
   torch.manual_seed(0)
-  if kind == "bert":
-    config = transformers.BertConfig(
-        vocab_size=TINY["vocab_size"], num_hidden_layers=TINY["num_layers"], hidden_size=TINY["embed_dim"],
-        num_attention_heads=TINY["num_heads"], intermediate_size=TINY["mlp_dim"],
-        max_position_embeddings=TINY["max_position"])
-    model = transformers.BertModel(config, add_pooling_layer=False)
-  else:
-    config = transformers.DistilBertConfig(
-        vocab_size=TINY["vocab_size"], n_layers=TINY["num_layers"], dim=TINY["embed_dim"],
-        n_heads=TINY["num_heads"], hidden_dim=TINY["mlp_dim"], max_position_embeddings=TINY["max_position"])
-    model = transformers.DistilBertModel(config)
-  model.save_pretrained(folder)
+  make = _decoder if encoder.architecture == "decoder" else _bert
+  make(encoder).save_pretrained(folder)
   write_tokenizer(folder)
   return folder
 
 
-def shrink(config: ConfigDict, encoder_folder: Path, raw_dir: Path | str, data_dir: Path) -> ConfigDict:
-  """The same recipe on the miniature: same keys, small sizes."""
-  config.encoder.update(TINY)
-  config.encoder.pretrained = str(encoder_folder)
+def _bert(encoder: ConfigDict) -> transformers.PreTrainedModel:
+  if encoder.num_token_types == 0:
+    return transformers.DistilBertModel(transformers.DistilBertConfig(
+        vocab_size=encoder.vocab_size, n_layers=encoder.num_layers, dim=encoder.embed_dim, n_heads=encoder.num_heads,
+        hidden_dim=encoder.mlp_dim, max_position_embeddings=encoder.max_position))
+  return transformers.BertModel(transformers.BertConfig(
+      vocab_size=encoder.vocab_size, num_hidden_layers=encoder.num_layers, hidden_size=encoder.embed_dim,
+      num_attention_heads=encoder.num_heads, intermediate_size=encoder.mlp_dim,
+      max_position_embeddings=encoder.max_position), add_pooling_layer=False)
+
+
+def _decoder(encoder: ConfigDict) -> transformers.PreTrainedModel:
+  rope = {"rope_type": "default", "rope_theta": encoder.rope_theta}
+  if len(encoder.rope_scaling):
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    rope |= {"rope_type": "llama3"} | dict(zip(keys, encoder.rope_scaling, strict=True))
+  kind = "Qwen3" if encoder.qk_norm else "Qwen2" if encoder.qkv_bias else "Llama"
+  return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(
+      vocab_size=encoder.vocab_size, num_hidden_layers=encoder.num_layers, hidden_size=encoder.embed_dim,
+      num_attention_heads=encoder.num_heads, num_key_value_heads=encoder.num_kv_heads, head_dim=encoder.head_dim,
+      intermediate_size=encoder.mlp_dim, rms_norm_eps=encoder.norm_eps, rope_parameters=rope))
+
+
+def shrink(config: ConfigDict, folder: Path, raw_dir: Path | str) -> ConfigDict:
+  """The same recipe on the miniature: same keys, small sizes; encoder and data lie in `folder`."""
+  if config.encoder.architecture == "decoder":
+    config.encoder.update(TINY_DECODER)
+    config.prompt.eos = "[SEP]"  # The miniature's tokenizer knows few words; a phrase is three of its tokens.
+    config.prompt.phrases.update(dict(T="file", I="map"))
+  else:
+    config.encoder.update(TINY)
   config.encoder.dtype = "float32"
+  config.encoder.random_init = False
+  config.encoder.pretrained = str(write_encoder(folder / "encoder", config.encoder))
   config.dataset.raw_dir = str(raw_dir)
-  config.dataset.data_dir = str(data_dir)
+  config.dataset.data_dir = str(folder / "data")
   config.dataset.max_length = 16
   config.prototype.update(dict(num_heads=4, mlp_dim=32))
   config.train.update(dict(batch_size=16, free_vectors=8, row_length=32, chunk_rows=8, warmup_steps=2,
@@ -62,11 +84,9 @@ def shrink(config: ConfigDict, encoder_folder: Path, raw_dir: Path | str, data_d
   return config
 
 
-def miniature_config(folder: Path, **sizes) -> ConfigDict:
-  """configs/custom.py on a miniature written to `folder`."""
-  encoder = write_encoder(folder / "encoder")
-  raw = write_raw_folder(folder / "raw", **sizes)
-  config = shrink(load_config("custom"), encoder, raw, folder / "data")
+def miniature_config(folder: Path, encoder: str = "minilm-l6", **sizes) -> ConfigDict:
+  """configs/custom.py with an encoder on a miniature written to `folder`."""
+  config = shrink(load_config("custom", f"encoder={encoder}"), folder, write_raw_folder(folder / "raw", **sizes))
   config.train.epochs = 3
   return config
 

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vixml_jax.errors import InputError
+from vixml_jax.input.prompt import template_words
 
 _Check = tuple[Callable[[Any], bool], str]
 _POSITIVE: _Check = (lambda x: x > 0, "must be above 0")
@@ -41,22 +42,19 @@ _CHECKS: dict[str, _Check] = {
     "features.preprocessing": _one_of("big_vision", "huggingface", "huggingface_bilinear"),
     "fusion.method": _one_of("early", "late"),
     "fusion.adapter": _one_of("linear", "mlp", "gated"),
-    "fusion.order": _one_of("before", "after"),
     "fusion.residual": _NOT_NEGATIVE,
     "fusion.modality_dropout": _UNIT,
     "fusion.bank": _one_of("auto", "device", "host"),
+    "prompt.template": _NAME,
+    "prompt.eos": _NAME,
+    "encoder.architecture": _one_of("bert", "decoder"),
+    "encoder.pooling": _one_of("mean", "last"),
     "encoder.pretrained": _NAME,
     "encoder.vocab_size": _POSITIVE,
     "encoder.num_layers": _POSITIVE,
     "encoder.embed_dim": _POSITIVE,
     "encoder.num_heads": _POSITIVE,
     "encoder.mlp_dim": _POSITIVE,
-    "encoder.max_position": _POSITIVE,
-    "encoder.num_token_types": _NOT_NEGATIVE,
-    "encoder.dropout": _SHARE,
-    "encoder.attention_dropout": _SHARE,
-    "encoder.projection_dropout": _SHARE,
-    "encoder.layer_norm_eps": _POSITIVE,
     "encoder.dtype": _one_of("float32", "bfloat16", "float16"),
     "prototype.num_heads": _POSITIVE,
     "prototype.mlp_dim": _POSITIVE,
@@ -77,6 +75,7 @@ _CHECKS: dict[str, _Check] = {
     "train.adam_eps": _POSITIVE,
     "train.clip_norm": _NOT_NEGATIVE,
     "train.free_vectors": _POWER_OF_TWO_OR_0,
+    "train.free_vector_init": _one_of("xavier", "cluster_mean"),
     "train.positive_sampling": _one_of("propensity", "uniform"),
     "train.sampling_a": _POSITIVE,
     "train.sampling_b": _NOT_NEGATIVE,
@@ -103,9 +102,35 @@ _CHECKS: dict[str, _Check] = {
     "checkpoint.keep": _POSITIVE,
 }
 
+# Keys that only one architecture has.
+_ENCODER_CHECKS: dict[str, dict[str, _Check]] = {
+    "bert": {
+        "encoder.max_position": _POSITIVE,
+        "encoder.num_token_types": _NOT_NEGATIVE,
+        "encoder.dropout": _SHARE,
+        "encoder.attention_dropout": _SHARE,
+        "encoder.projection_dropout": _SHARE,
+        "encoder.layer_norm_eps": _POSITIVE,
+    },
+    "decoder": {
+        "encoder.num_kv_heads": _POSITIVE,
+        "encoder.head_dim": (lambda x: x > 0 and x % 2 == 0, "must be even: positions rotate pairs"),
+        "encoder.rope_theta": _POSITIVE,
+        "encoder.rope_scaling": (
+            lambda xs: len(xs) == 0 or (len(xs) == 4 and all(x > 0 for x in xs) and xs[1] < xs[2]),
+            "must be empty, or factor,low_freq_factor,high_freq_factor,original_max_position"),
+        "encoder.norm_eps": _POSITIVE,
+        "encoder.lora_rank": _NOT_NEGATIVE,
+        "encoder.lora_alpha": _POSITIVE,
+        "encoder.param_dtype": _one_of("float32", "bfloat16"),
+        "encoder.adapter": (lambda x: isinstance(x, str), "must be a folder, or empty"),
+    },
+}
+
 # What may change between a run's start and its going on: nothing here changes the parameters.
 _FREE_KEYS = (
     "mesh.", "eval.", "checkpoint.", "dataset.raw_dir", "dataset.data_dir", "features.checkpoint", "fusion.bank",
+    "encoder.pretrained",  # Another place: what lies there is checked by its hash, and tokens by theirs.
     "train.log_every_steps")
 
 
@@ -125,33 +150,16 @@ def check(config: ConfigDict) -> None:
     InputError: naming the key, its value and what it must be.
   """
   values = flatten(config)
-  for key, (accepts, rule) in _CHECKS.items():
-    if key not in values:
-      raise InputError(f"config.{key}: missing; start from configs/common.py")
-    try:
-      accepted = accepts(values[key])
-    except TypeError:  # Another type, such as a word among numbers.
-      accepted = False
-    if not accepted:
-      raise InputError(f"config.{key}={values[key]!r}: {rule}")
-  pairs = (
-      ("loss.margin_min", "loss.margin_max"),
-      ("dataset.max_length", "train.row_length"),
-      ("dataset.max_length", "encoder.max_position"),
-  )
-  for small, large in pairs:
+  _check_values(values, _CHECKS)
+  _check_values(values, _ENCODER_CHECKS[values["encoder.architecture"]])
+  for small, large in (("loss.margin_min", "loss.margin_max"), ("dataset.max_length", "train.row_length")):
     if values[small] > values[large]:
       raise InputError(f"config.{small}={values[small]}: must not exceed config.{large}={values[large]}")
-  longest = values["dataset.max_length"] + (values["images"] if values["fusion.method"] == "early" else 0)
-  for room in ("train.row_length", "encoder.max_position"):
-    if longest > values[room]:
-      raise InputError(f"config.images={values['images']}: with them and dataset.max_length="
-                       f"{values['dataset.max_length']} an item may have {longest} tokens, but config.{room}="
-                       f"{values[room]}; raise that")
-  for heads in ("encoder.num_heads", "prototype.num_heads"):
-    if values["encoder.embed_dim"] % values[heads]:
-      raise InputError(
-          f"config.{heads}={values[heads]}: must divide config.encoder.embed_dim={values['encoder.embed_dim']}")
+  _check_heads(values)
+  if values["encoder.architecture"] == "decoder":
+    _check_adapters(values)
+  phrases = [key.removeprefix("prompt.phrases.") for key in values if key.startswith("prompt.phrases.")]
+  template_words(values["prompt.template"], phrases, values["images"] > 0 and values["fusion.method"] == "early")
   if values["fusion.residual"] and values["fusion.method"] != "early":
     raise InputError(f"config.fusion.residual={values['fusion.residual']}: belongs to early fusion; set it to 0")
   if len(values["eval.test_images"]) and not values["images"]:
@@ -161,6 +169,42 @@ def check(config: ConfigDict) -> None:
                      ("eval.split", values["eval.split"] == "validation")):
     if wants and not held_out:
       raise InputError(f"config.{key}={values[key]}: needs held-out queries; set config.dataset.validation_fraction")
+
+
+def _check_values(values: dict[str, Any], checks: dict[str, _Check]) -> None:
+  """Each value by the rule of its key."""
+  for key, (accepts, rule) in checks.items():
+    if key not in values:
+      raise InputError(f"config.{key}: missing; start from configs/common.py")
+    try:
+      accepted = accepts(values[key])
+    except TypeError:  # Another type, such as a word among numbers.
+      accepted = False
+    if not accepted:
+      raise InputError(f"config.{key}={values[key]!r}: {rule}")
+
+
+def _check_heads(values: dict[str, Any]) -> None:
+  """Heads must divide what they share."""
+  split = [("prototype.num_heads", "encoder.embed_dim")]
+  if values["encoder.architecture"] == "decoder":
+    split.append(("encoder.num_kv_heads", "encoder.num_heads"))
+  # A decoder's heads may be of any width, but those of the layer of late fusion are not.
+  if values["encoder.architecture"] == "bert" or (values["images"] and values["fusion.method"] == "late"):
+    split.append(("encoder.num_heads", "encoder.embed_dim"))
+  for heads, whole in split:
+    if values[whole] % values[heads]:
+      raise InputError(f"config.{heads}={values[heads]}: must divide config.{whole}={values[whole]}")
+
+
+def _check_adapters(values: dict[str, Any]) -> None:
+  """Without adapters the base is trained, for which bfloat16 is too coarse: small updates would be lost."""
+  if not values["encoder.lora_rank"] and values["encoder.param_dtype"] != "float32":
+    raise InputError(f"config.encoder.param_dtype={values['encoder.param_dtype']!r}: must be float32 where "
+                     "config.encoder.lora_rank=0 trains all parameters")
+  if values["encoder.adapter"] and not values["encoder.lora_rank"]:
+    raise InputError(f"config.encoder.adapter={values['encoder.adapter']!r}: needs adapters to fill; set "
+                     "config.encoder.lora_rank to their rank")
 
 
 def write(config: ConfigDict, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Mesh, the one table from logical axes to mesh axes, its coverage check, and host <-> global array helpers."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -28,7 +29,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
     "mlp": ("tensor",),
     "heads": ("tensor",),
+    "kv_heads": ("tensor",),
     "head_dim": (),
+    "lora": (),
+    "lora_alone": ("fsdp",),  # The rank of an adapter's matrix that has no `embed` to divide.
     "feature": (),
     # State and batches: many rows, whole vectors.
     "free_vector": _ROWS,
@@ -40,6 +44,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "chunk": (),
     "vector": (),
 }
+
+# Axes that stay whole where the mesh does not divide them. Decoders share 2 to 8 heads of keys and values among all
+# heads of the queries: with more devices than that, each has them all, at little cost.
+WHOLE_IF_UNEVEN = frozenset({"kv_heads", "lora_alone"})
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -91,8 +99,25 @@ def named_sharding(mesh: Mesh, *axes: str) -> NamedSharding:
   return NamedSharding(mesh, spec(axes))
 
 
+def pin(x: jax.Array, *axes: str) -> jax.Array:
+  """The array laid out by its logical axes, within a program that is traced `over` a mesh; elsewhere as it is.
+
+  XLA carries shardings on from what it knows. Where parameters are divided over `fsdp` and activations are not pinned,
+  it divides the activations' width, sums every product over the mesh and computes every row on every device; pinned by
+  row, they make it gather each layer's parameters when it needs them.
+  """
+  return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def over(mesh: Mesh) -> contextlib.AbstractContextManager:
+  """Within it, also inside a traced function, `pin` knows the mesh."""
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
 def tree_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
   """Shardings for a tree of shapes and the matching tree of logical-axis tuples.
+
+  A dimension has to divide by the mesh axes that share it, unless its axis is one of `WHOLE_IF_UNEVEN`.
 
   Args:
     mesh: the mesh.
@@ -108,14 +133,16 @@ def tree_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     name = "/".join(str(key.key) for key in path)
     if not isinstance(names, tuple) or len(names) != len(shape.shape):
       raise ValueError(f"{name}: shape {shape.shape} needs one logical axis a dimension, got {names!r}")
-    partition = spec(names, name=name)
-    for size, axis in zip(shape.shape, names, strict=True):
+    partition = list(spec(names, name=name))
+    for i, (size, axis) in enumerate(zip(shape.shape, names, strict=True)):
       parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in RULES[axis])
-      if size % parts:
+      if size % parts and axis in WHOLE_IF_UNEVEN:
+        partition[i] = None
+      elif size % parts:
         raise InputError(
             f"mesh: {name} has {axis}={size}, which does not divide by {' x '.join(RULES[axis])} = {parts}; "
             "change the mesh")
-    return NamedSharding(mesh, partition)
+    return NamedSharding(mesh, PartitionSpec(*partition))
 
   return jax.tree_util.tree_map_with_path(
       leaf, shapes, axes, is_leaf=lambda node: hasattr(node, "shape"))
@@ -136,8 +163,8 @@ def to_global(host: np.ndarray, sharding: Sharding) -> jax.Array:
   return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
   """The whole array on every process."""
-  if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
+  if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
     return np.asarray(array)
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))

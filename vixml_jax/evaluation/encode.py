@@ -13,6 +13,7 @@ from vixml_jax import sharding
 from vixml_jax.input.feature_bank import FeatureBank
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedImages, PackedLayout, pack
+from vixml_jax.models import layers
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.models.fusion import image_tokens
 from vixml_jax.typing import Array, Tree
@@ -32,25 +33,29 @@ class ItemEncoder:
     layout: shape of packed rows.
     mesh: devices; rows are spread over them, parameters lie where they are.
     bank: features of the images, for a model that takes images.
+    frozen: the parameters that are not trained; those that its methods take are the others.
   """
 
   model: ModelDefinition
   layout: PackedLayout
   mesh: Mesh
   bank: FeatureBank | None = None
+  frozen: Tree = dataclasses.field(default_factory=dict, repr=False)
 
   @functools.cached_property
   def _pool(self):
-    def pool(params, tokens, segments, positions, images, bank):
+    def pool(params, frozen, tokens, segments, positions, images, bank):
       images = None if images is None else image_tokens(images, bank)
-      return self.model.bind(params).pool(tokens, segments, positions, self.layout.slots, images)
+      model = self.model.bind(layers.join_params(params, frozen))
+      with sharding.over(self.mesh):
+        return model.pool(tokens, segments, positions, self.layout.slots, images)
 
     return jax.jit(pool, out_shardings=sharding.named_sharding(self.mesh))
 
   @functools.cached_property
   def _prototypes(self):
-    def prototypes(params, pooled, clusters, centroids):
-      return self.model.bind(params).prototypes(pooled, clusters, centroids)
+    def prototypes(params, frozen, pooled, clusters, centroids):
+      return self.model.bind(layers.join_params(params, frozen)).prototypes(pooled, clusters, centroids)
 
     return jax.jit(prototypes, out_shardings=sharding.named_sharding(self.mesh))
 
@@ -58,7 +63,7 @@ class ItemEncoder:
     """Pooled encoder outputs before the norm.
 
     Args:
-      params: parameters of the model.
+      params: the parameters that are trained.
       items: texts and images.
       name: what the progress bar calls them.
 
@@ -90,7 +95,7 @@ class ItemEncoder:
         arrays = (sharding.to_global(x[chunk], where) for x in (packed.tokens, packed.segments, packed.positions))
         members = order[bounds[chunk]:bounds[chunk + 1]]
         images = self._images(packed.images, chunk)
-        pooled = self._pool(params, *arrays, images, self.bank and self.bank.on_devices)
+        pooled = self._pool(params, self.frozen, *arrays, images, self.bank and self.bank.on_devices)
         yield block[members], packed.slots[members] - chunk * per_chunk, pooled
 
   def _images(self, images: PackedImages | None, chunk: int) -> dict[str, Array] | None:
@@ -109,7 +114,7 @@ class ItemEncoder:
     """Unit-norm label prototypes, float32 [L, D].
 
     Args:
-      params: parameters of the model.
+      params: the parameters that are trained.
       items: texts and images of the labels.
       clusters: int32 [L], the free vector of each label.
       centroids: float32 [L, D].
@@ -122,7 +127,7 @@ class ItemEncoder:
       arrays = (
           sharding.to_global(_fill(x[part], min(_BLOCK, len(pooled))), replicated)
           for x in (pooled, clusters, centroids))
-      out[part] = np.asarray(self._prototypes(params, *arrays))[:len(pooled[part])]
+      out[part] = np.asarray(self._prototypes(params, self.frozen, *arrays))[:len(pooled[part])]
     return out
 
 

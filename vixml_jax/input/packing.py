@@ -2,17 +2,42 @@
 
 A row of T tokens holds several items ("slots" 1..S). Attention is block-diagonal over slots, positions
 restart in each, and pooling sums by slot; so a packed item gets the embedding that it would get alone.
+
+An item is a sequence of parts, the same for all: its text, its images, and phrases that every item shares. Phrases
+are constants of the layout, written into the rows here; no text is tokenised or stored with them.
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
 from vixml_jax.input.items import Items
 from vixml_jax.ragged import Ragged, spread
 
-_SHORTEST = 3  # Tokens of a text: two special ones around one.
-_SHORTEST_WITH_IMAGES = 2  # An empty title leaves the special ones.
+_SHORTEST = 3  # Tokens of an item, as slots reckon: shorter ones are too few to give every row more slots.
+
+
+@dataclasses.dataclass(frozen=True)
+class Phrase:
+  """Tokens that items share: a prefix of their texts or images, or what ends an item.
+
+  Attributes:
+    ids: token ids.
+    beside_images: whether it belongs to the images, and is left out of an item that has none.
+  """
+
+  ids: tuple[int, ...]
+  beside_images: bool = False
+
+
+Part = Literal["text", "images"] | Phrase
+
+
+def without_images(template: tuple[Part, ...]) -> tuple[Part, ...]:
+  """The parts of an item without images; of every item where images do not stand among the tokens."""
+  return tuple(
+      part for part in template if part != "images" and not (isinstance(part, Phrase) and part.beside_images))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,26 +48,48 @@ class PackedLayout:
     row_length: T, tokens in a row.
     chunk_rows: rows that are encoded at a time, over the whole mesh.
     images: I, the most images an item has; 0 for texts only.
-    image_order: where an item's images stand: "before" its text or "after" it, as tokens of the row, or
-      "apart" from the tokens, for late fusion.
+    template: the parts of an item in their order. "images" are tokens of the row; where the template lacks them,
+      they stand apart from the tokens, for late fusion.
+    special_tokens: that the tokenizer adds to every text: 2 for BERT, 1 for Llama, 0 for Qwen.
   """
 
   row_length: int
   chunk_rows: int
   images: int = 0
-  image_order: str = "before"
+  template: tuple[Part, ...] = ("images", "text")
+  special_tokens: int = 2
+
+  def __post_init__(self):
+    words = [part for part in self.template if not isinstance(part, Phrase)]
+    if set(words) - {"text", "images"} or len(set(words)) < len(words):
+      raise ValueError(f"template {self.template}: a part is a Phrase, or 'text' or 'images', which stand once at most")
 
   @property
   def slots(self) -> int:
-    """S, the most items a row may hold: texts of one token between two special ones fill it."""
-    return max(self.row_length // _SHORTEST, 1)
+    """S, the most items a row may hold: those of one token besides the shared ones, or of three tokens, fill it."""
+    return max(self.row_length // max(self._shared(images=False) + 1, _SHORTEST), 1)
 
   @property
   def image_places(self) -> int:
-    """J, the most images that fit a row: those of items with I images and the shortest text."""
-    if self.image_order == "apart":
-      return self.slots * self.images
-    return self.row_length * self.images // (self.images + _SHORTEST_WITH_IMAGES)
+    """J, the most images that fit a row: those of items with I images and an empty text, and of one with fewer."""
+    apart = self.slots * self.images
+    if "images" not in self.template or not self.images:
+      return apart
+    shared = self._shared(images=True)
+    full, left = divmod(self.row_length, self.images + shared)
+    return min(full * self.images + max(left - shared, 0), apart)
+
+  def longest(self, max_length: int) -> int:
+    """The most tokens of an item whose text has at most `max_length`, special ones included."""
+    text = max_length - self.special_tokens if "text" in self.template else 0
+    images = self.images if "images" in self.template else 0
+    return self._shared(images=self.images > 0) + text + images
+
+  def _shared(self, images: bool) -> int:
+    """Tokens of an item with or without images that are the same for all: phrases, and special ones of a text."""
+    parts = self.template if images else without_images(self.template)
+    phrases = sum(len(part.ids) for part in parts if isinstance(part, Phrase))
+    return phrases + (self.special_tokens if "text" in parts else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +115,8 @@ class PackedItems:
     tokens: int32 [chunks, R, T]; 0 for an image and where `segments` is 0.
     segments: int32 [chunks, R, T], slot 1..S of the token within its row; 0 for padding.
     positions: int32 [chunks, R, T], position of the token within its item, images counted.
-    slots: int32 [items], where each item's pooled vector lies in the flattened [chunks * R * S].
+    slots: int32 [items], where each item's pooled vector lies in the flattened [chunks * R * S]; an item of no token
+      at all has a slot too, whose vector is zero.
     images: where the images go; None for a layout of texts only.
   """
 
@@ -88,7 +136,7 @@ def assign_rows(lengths: np.ndarray, row_length: int, max_slots: int) -> tuple[n
   """Best-fit decreasing: the row and the slot (0-based) of every item.
 
   Args:
-    lengths: int [items], each at most `row_length`.
+    lengths: int [items], each 0 to `row_length`.
     row_length: T.
     max_slots: S.
 
@@ -128,39 +176,68 @@ def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedIte
   """Packs items into rows.
 
   Args:
-    items: texts of 1..T tokens, of 2 or more where there are images, with at most `layout.images` images; both
-      together fit a row.
-    layout: shape of the rows.
+    items: texts of any length, of `layout.special_tokens` or more where there are images, with at most
+      `layout.images` images; all parts of an item together fit a row.
+    layout: shape of the rows, and the parts of an item.
     round_up: fill up with empty chunks to the next bucket.
 
   Raises:
-    ValueError: if a text is too short, or an item is longer than a row or has too many images.
+    ValueError: if a text lacks its special tokens, or an item is longer than a row or has too many images.
   """
-  texts, images = items.tokens, items.images
-  if len(items) and images.lengths.max() > layout.images:
-    raise ValueError(f"items of up to {images.lengths.max()} images in a layout of {layout.images}")
-  in_row = np.zeros(len(items), np.int64) if layout.image_order == "apart" else images.lengths
-  lengths = texts.lengths + in_row
-  if len(items) and (texts.lengths.min() < 1 or lengths.max() > layout.row_length):
-    raise ValueError(f"items of {texts.lengths.min()}..{lengths.max()} tokens do not fit rows of {layout.row_length}")
-  if (texts.lengths[in_row > 0] < _SHORTEST_WITH_IMAGES).any():
-    raise ValueError(f"a text with images has fewer than {_SHORTEST_WITH_IMAGES} tokens")
+  sizes = [_sizes(part, items) for part in layout.template]
+  lengths = sum(sizes, np.zeros(len(items), np.int64))
+  _check(items, lengths, layout)
   rows, slots = assign_rows(lengths, layout.row_length, layout.slots)
   needed = -(-int(rows.max(initial=-1) + 1) // layout.chunk_rows)
   num_chunks = bucket(needed) if round_up else needed
   chunked = (num_chunks, layout.chunk_rows)
   starts = _starts(rows, slots, lengths, num_chunks * layout.chunk_rows)
-  before = in_row if layout.image_order == "before" else np.zeros_like(in_row)
   tokens, segments, positions = (np.zeros((*chunked, layout.row_length), np.int32) for _ in range(3))
-  flat = rows * layout.row_length + starts
-  tokens.reshape(-1)[spread(flat + before, texts.lengths)] = texts.values
-  places = spread(flat, lengths)
+  first = rows * layout.row_length + starts
+  places = spread(first, lengths)
   segments.reshape(-1)[places] = np.repeat(slots + 1, lengths)
-  positions.reshape(-1)[places] = places - np.repeat(flat, lengths)
-  first = starts if layout.image_order == "before" else starts + texts.lengths
+  positions.reshape(-1)[places] = places - np.repeat(first, lengths)
+  first_images = _write_tokens(tokens.reshape(-1), first, sizes, items.tokens, layout) - rows * layout.row_length
   return PackedItems(
       tokens, segments, positions, (rows * layout.slots + slots).astype(np.int32),
-      _pack_images(images, rows, slots, first, layout, chunked) if layout.images else None)
+      _pack_images(items.images, rows, slots, first_images, layout, chunked) if layout.images else None)
+
+
+def _sizes(part: Part, items: Items) -> np.ndarray:
+  """int64 [items], the tokens that a part takes in each item."""
+  if isinstance(part, Phrase):
+    return len(part.ids) * ((items.images.lengths > 0) | (not part.beside_images))
+  return items.tokens.lengths if part == "text" else items.images.lengths
+
+
+def _check(items: Items, lengths: np.ndarray, layout: PackedLayout) -> None:
+  """What the layout's bounds rest on."""
+  texts, images = items.tokens.lengths, items.images.lengths
+  if images.max(initial=0) > layout.images:
+    raise ValueError(f"items of up to {images.max()} images in a layout of {layout.images}")
+  if lengths.max(initial=0) > layout.row_length:
+    raise ValueError(f"items of {lengths.min()}..{lengths.max()} tokens do not fit rows of {layout.row_length}")
+  if set(layout.template) >= {"text", "images"} and (texts[images > 0] < layout.special_tokens).any():
+    raise ValueError(f"a text with images has fewer than the {layout.special_tokens} special tokens of every text")
+
+
+def _write_tokens(
+    tokens: np.ndarray, first: np.ndarray, sizes: list[np.ndarray], texts: Ragged, layout: PackedLayout) -> np.ndarray:
+  """Writes texts and phrases into the flat rows, from each item's place `first` on.
+
+  Returns:
+    int64 [items], the place of each item's first image; of no meaning where the images are apart.
+  """
+  first_images = first
+  for part, size in zip(layout.template, sizes, strict=True):
+    if isinstance(part, Phrase):
+      tokens[first[size > 0, None] + np.arange(len(part.ids))] = part.ids
+    elif part == "text":
+      tokens[spread(first, size)] = texts.values
+    else:
+      first_images = first
+    first = first + size
+  return first_images
 
 
 def _pack_images(
@@ -175,7 +252,7 @@ def _pack_images(
   places = spread(rows * layout.image_places + starts, images.lengths)
   ids.reshape(-1)[places] = images.values
   segments.reshape(-1)[places] = np.repeat(slots + 1, images.lengths)
-  if layout.image_order != "apart":
+  if "images" in layout.template:
     positions.reshape(-1)[places] = spread(first, images.lengths)
   return PackedImages(ids, segments, positions)
 

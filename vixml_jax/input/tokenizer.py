@@ -18,6 +18,7 @@ class Tokenizer:
   Attributes:
     vocab_size: number of token ids, added tokens included.
     max_length: most tokens of a text, special tokens included.
+    special_tokens: how many of them every text has.
     fingerprint: sha256 of everything that decides the ids of a text, in hex.
   """
 
@@ -33,10 +34,10 @@ class Tokenizer:
       InputError: there is no fast tokenizer, or `max_length` leaves no room for text.
     """
     tokenizer = _load(os.fspath(path))
-    special = tokenizer.num_special_tokens_to_add()
-    if max_length <= special:
+    self.special_tokens = tokenizer.num_special_tokens_to_add()
+    if max_length <= self.special_tokens:
       raise InputError(f"max_length {max_length} leaves no room for text: the tokenizer {path} "
-                       f"adds {special} special tokens")
+                       f"adds {self.special_tokens} special tokens")
     self.vocab_size = len(tokenizer)
     self.max_length = max_length
     self._backend = tokenizer.backend_tokenizer
@@ -49,6 +50,17 @@ class Tokenizer:
     ids = [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))]
     lengths = [len(row) for row in ids]
     return Ragged.of_lengths(np.fromiter(itertools.chain.from_iterable(ids), np.int32, sum(lengths)), lengths)
+
+  def uncut(self, text: str) -> tuple[int, ...]:
+    """Ids of one text however long it is, special tokens included."""
+    self._backend.no_truncation()
+    ids = self._backend.encode(text).ids
+    self._backend.enable_truncation(self.max_length, direction="right")
+    return tuple(ids)
+
+  def token_id(self, token: str) -> int | None:
+    """Id of the token of this name, such as `<|endoftext|>`; None if there is none."""
+    return self._backend.token_to_id(token)
 
 
 def _load(path: str):

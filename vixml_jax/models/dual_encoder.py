@@ -6,9 +6,13 @@ import jax.numpy as jnp
 
 from vixml_jax.models import layers
 from vixml_jax.models.bert import BertEncoder
+from vixml_jax.models.decoder import Decoder
 from vixml_jax.models.fusion import ImageFusion, ImageTokens
 from vixml_jax.models.prototype import PrototypeNetwork
 from vixml_jax.typing import Array, Float, Int
+
+ARCHITECTURES = {"bert": BertEncoder, "decoder": Decoder}
+POOLINGS = ("mean", "last")
 
 
 def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -21,16 +25,25 @@ class DualEncoder(nnx.Module):
   """One encoder shared by queries and labels, and what turns labels into prototypes.
 
   Args:
-    encoder: keyword arguments of `BertEncoder`.
+    encoder: keyword arguments of the encoder.
     prototype: keyword arguments of `PrototypeNetwork` besides `embed_dim`.
     num_free_vectors: C; labels of one cluster share a free vector.
-    fusion: keyword arguments of `ImageFusion` besides the encoder's sizes; None for texts only.
+    fusion: keyword arguments of `ImageFusion` besides the encoder's sizes; None for texts only. The layer of late
+      fusion has the encoder's number of heads and width of the feed-forward part, whichever encoder it is.
+    architecture: "bert" for a `BertEncoder`, "decoder" for a `Decoder`.
+    pooling: "mean" over all places of an item, images included; or "last", the item's last place alone, which is the
+      only one that has seen all of it where attention is causal.
     rngs: source of the initial values.
   """
 
   def __init__(
-      self, encoder: dict, prototype: dict, num_free_vectors: int, fusion: dict | None = None, *, rngs: nnx.Rngs):
-    self.encoder = BertEncoder(**encoder, rngs=rngs)
+      self, encoder: dict, prototype: dict, num_free_vectors: int, fusion: dict | None = None,
+      architecture: str = "bert", pooling: str = "mean", *, rngs: nnx.Rngs):
+    if architecture not in ARCHITECTURES or pooling not in POOLINGS:
+      raise ValueError(
+          f"architecture {architecture!r} and pooling {pooling!r}: known are {tuple(ARCHITECTURES)} and {POOLINGS}")
+    self.pooling = pooling
+    self.encoder = ARCHITECTURES[architecture](**encoder, rngs=rngs)
     embed_dim = self.encoder.embed_dim
     self.prototype = PrototypeNetwork(embed_dim, **prototype, rngs=rngs)
     xavier = jax.nn.initializers.xavier_uniform()
@@ -43,7 +56,7 @@ class DualEncoder(nnx.Module):
   def pool(
       self, tokens: Int[Array, "R T"], segments: Int[Array, "R T"], positions: Int[Array, "R T"],
       num_slots: int, images: ImageTokens | None = None, key: Array | None = None) -> Float[Array, "R S D"]:
-    """Mean-pooled encoder output of every item of packed rows, before the norm; zeros for empty slots.
+    """Pooled encoder output of every item of packed rows, before the norm; zeros for empty slots.
 
     Args:
       tokens: token ids; any id where early fusion puts an image.
@@ -59,7 +72,8 @@ class DualEncoder(nnx.Module):
     if self.fusion is not None and images is not None and self.fusion.method == "early":
       x = self.fusion.place(x, images)
     hidden = self.encoder.encode(x, segments, positions, key)
-    pooled = layers.pool_segments(hidden, segments, num_slots)
+    counted = layers.last_places(segments) if self.pooling == "last" else segments
+    pooled = layers.pool_segments(hidden, counted, num_slots)
     if self.fusion is None or images is None:
       return pooled
     if self.fusion.method == "late":

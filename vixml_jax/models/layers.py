@@ -11,12 +11,14 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from vixml_jax import sharding
 from vixml_jax.typing import Array, Float, Int, Key, Tree
 
 Initializer = Callable[..., jax.Array]
 normal_init = jax.nn.initializers.normal(0.02)
 # What torch gives a linear layer: uniform within 1 / sqrt(fan_in).
 fan_in_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_ADAPTERS = ("lora_a", "lora_b")
 
 
 def split_params(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
@@ -97,10 +99,11 @@ def scan_layers(
     The last layer's output, and all outputs stacked in front (None unless asked for).
   """
   graphdef, params, _ = split_params(stack)
+  pin = lambda rows: sharding.pin(rows, "row", "position", "vector")
 
   def step(carry, inputs):
     layer_params, key = inputs
-    y = apply(merge_params(graphdef, layer_params), carry, key)
+    y = pin(apply(merge_params(graphdef, layer_params), pin(carry), key))
     return y, (y if return_layers else None)
 
   if remat:
@@ -228,8 +231,9 @@ class Linear(nnx.Module):
       return
     self.lora_scale = lora_scale(lora_rank, lora_alpha)
     lora_a = fan_in_uniform(rngs.params(), (matrix[0], lora_rank), jnp.float32)
-    self.lora_a = nnx.Param(lora_a.reshape(*input_sizes, lora_rank), axes=(*inputs, "lora"))
-    self.lora_b = nnx.Param(jnp.zeros((lora_rank, *output_sizes)), axes=("lora", *outputs))
+    rank_a, rank_b = ("lora" if "embed" in sizes else "lora_alone" for sizes in (inputs, outputs))
+    self.lora_a = nnx.Param(lora_a.reshape(*input_sizes, lora_rank), axes=(*inputs, rank_a))
+    self.lora_b = nnx.Param(jnp.zeros((lora_rank, *output_sizes)), axes=(rank_b, *outputs))
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """[..., *inputs] -> [..., *outputs]."""
@@ -251,6 +255,31 @@ def lora_scale(rank: int, alpha: float) -> float:
   if rank <= 0 or alpha <= 0:
     raise ValueError(f"an adapter of rank {rank} with alpha {alpha}: both must be positive")
   return alpha / math.sqrt(rank)
+
+
+def split_lora(params: Tree) -> tuple[Tree, Tree]:
+  """Takes the adapters out of a model's parameters, or of any nested dict with their keys.
+
+  Returns:
+    `(base, adapters)`: nested dicts without, and with nothing but, `lora_a` and `lora_b`.
+  """
+  base, adapters = {}, {}
+  for name, value in params.items():
+    if not isinstance(value, dict):
+      (adapters if name in _ADAPTERS else base)[name] = value
+      continue
+    for tree, part in zip((base, adapters), split_lora(value), strict=True):
+      if part:
+        tree[name] = part
+  return base, adapters
+
+
+def join_params(left: Tree, right: Tree) -> Tree:
+  """Puts together two nested dicts that share no leaf, such as `split_lora` returns."""
+  joined = left | right
+  for name in left.keys() & right.keys():
+    joined[name] = join_params(left[name], right[name])
+  return joined
 
 
 def merge_lora(params: Tree, scale: float) -> Tree:
@@ -344,6 +373,19 @@ def pool_segments(
       "rst,rtd->rsd", members, hidden.astype(jnp.float32), precision=lax.Precision.HIGHEST
   )
   return sums / jnp.maximum(members.sum(-1, keepdims=True), 1.0)
+
+
+def last_places(segments: Int[Array, "R T"]) -> Int[Array, "R T"]:
+  """The segments' last places alone: `pool_segments` of these is last-token pooling.
+
+  Args:
+    segments: int32 [R, T], slots 1..S, each in one piece; 0 for padding.
+
+  Returns:
+    int32 [R, T], 0 in all other places.
+  """
+  following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
+  return jnp.where(segments != following, segments, 0)
 
 
 class Attention(nnx.Module):

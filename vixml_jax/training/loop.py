@@ -12,23 +12,19 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from vixml_jax import sharding
 from vixml_jax.errors import InputError, Preempted
 from vixml_jax.input.batches import make_batch
 from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.mining.kmeans import balanced_kmeans
 from vixml_jax.mining.order import cluster_size_at, epoch_order, is_cluster_update, num_query_clusters
-from vixml_jax.training.checkpoint import Checkpoint, Checkpointer, provenance
-from vixml_jax.training.image_residual import start_residual
+from vixml_jax.training.checkpoint import Checkpoint, Checkpointer
 from vixml_jax.training.metric_writer import MetricWriter
-from vixml_jax.training.pretrained import load_encoder
 from vixml_jax.training.setup import Run
-from vixml_jax.training.state import TrainState, create_state, init_params
+from vixml_jax.training.start import check_base, start
+from vixml_jax.training.state import TrainState, padded_like
 from vixml_jax.training.step import device_batch, make_train_step
-from vixml_jax.weights import source
 
 _log = logging.getLogger(__name__)
-_NORM_SAMPLE = 1024  # Queries that the length of pooled vectors is measured on.
 
 
 def train(run: Run, evaluate: Callable[[TrainState], dict[str, float]]) -> Checkpoint:
@@ -59,7 +55,7 @@ class _Trainer:
     self.run = run
     self.checkpointer = checkpointer
     self.evaluate = evaluate
-    checkpoint = self._restore() or self._start()
+    checkpoint = self._restore() or start(run)
     self.state = checkpoint.state
     self.query_clusters = checkpoint.query_clusters
     self.meta = checkpoint.meta
@@ -107,7 +103,7 @@ class _Trainer:
         batch = future.result()
         if step + 1 < run.steps_per_epoch:
           future = pool.submit(batch_of, step + 1)
-        self.state, metrics = self.step_fn(self.state, device_batch(batch, run.mesh, run.bank))
+        self.state, metrics = self.step_fn(self.state, run.frozen, device_batch(batch, run.mesh, run.bank))
         self.step += 1
         self.meta["tokens"] += batch.items.num_tokens
         self._fetch_pending()
@@ -137,7 +133,7 @@ class _Trainer:
       centroids = fresh_centroids(run, self.state)
     else:
       centroids = label_centroids(self.state.bank, run.queries.labels, run.corpus.num_labels, mesh=run.mesh)
-    self.state = dataclasses.replace(self.state, centroids=_padded(centroids, self.state.centroids))
+    self.state = dataclasses.replace(self.state, centroids=padded_like(centroids, self.state.centroids))
     loss = float(np.mean(self.epoch_losses)) if self.epoch_losses else math.nan
     self.epoch_losses = []
     values = {"mean_loss": loss, "train_seconds": self.meta["train_seconds"]}
@@ -194,50 +190,12 @@ class _Trainer:
     if checkpoint.meta["data_fingerprint"] != run.data_fingerprint:
       raise InputError(f"{run.workdir}: its checkpoint was trained on other data than {run.config.dataset.name} holds "
                        "now; use another --workdir")
+    check_base(run, checkpoint.meta)
     _log.info("resuming at step %d of %d", step, run.total_steps)
     return checkpoint
-
-  def _start(self) -> Checkpoint:
-    run = self.run
-    params = init_params(run.model, run.mesh, run.config.seed)
-    params = load_encoder(run.weights_folder, params, run.model, run.mesh)
-    if run.bank is not None and run.config.fusion.residual:
-      # As long as that share of a text's pooled vector.
-      sample = run.queries.items.take(np.arange(min(len(run.queries), _NORM_SAMPLE))).first_images(0)
-      norm = np.linalg.norm(run.encoder.pooled(params, sample, "texts"), axis=1).mean()
-      norm *= run.config.fusion.residual
-      params |= {"fusion": start_residual(params["fusion"], run.bank, norm, run.config.seed)}
-    state = create_state(run.abstract, params, run.optimizer)
-    state = dataclasses.replace(state, label_clusters=_label_clusters(run, state))
-    centroids = label_centroids(
-        run.encoder.queries(params, run.queries.items, "training queries"), run.queries.labels,
-        run.corpus.num_labels, mesh=run.mesh)
-    state = dataclasses.replace(state, centroids=_padded(centroids, state.centroids))
-    origin = provenance(run.data_fingerprint, source.weight_hashes(run.weights_folder))
-    meta = origin | {"config": run.config.to_dict(), "train_seconds": 0.0, "tokens": 0}
-    return Checkpoint(state, None, meta)
-
-
-def _label_clusters(run: Run, state: TrainState) -> jax.Array:
-  """Which free vector each label uses: its own where there are enough, else that of its balanced cluster.
-
-  Labels are clustered by the initial model's plain embeddings.
-  """
-  if run.config.train.free_vectors >= run.corpus.num_labels:
-    return _padded(np.arange(run.corpus.num_labels), state.label_clusters)
-  embeddings = run.encoder.queries(state.params, run.items["labels"], "labels")
-  clusters = balanced_kmeans(embeddings, run.config.train.free_vectors, seed=run.config.seed, mesh=run.mesh)
-  return _padded(clusters, state.label_clusters)
 
 
 def fresh_centroids(run: Run, state: TrainState) -> jax.Array:
   """float32 [L, D], label centroids from a fresh encoding of every training query, held-out ones too."""
   embeddings = run.encoder.queries(state.params, run.items["train"], "training queries")
   return label_centroids(embeddings, run.corpus.train_labels, run.corpus.num_labels, mesh=run.mesh)
-
-
-def _padded(rows, like: jax.Array) -> jax.Array:
-  """Rows in the place of a state array that has some more."""
-  host = np.zeros(like.shape, like.dtype)
-  host[:len(rows)] = sharding.to_host(rows)
-  return sharding.to_global(host, like.sharding)

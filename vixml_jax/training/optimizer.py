@@ -14,7 +14,7 @@ from vixml_jax.errors import InputError
 RULES: tuple[tuple[str, tuple[str, bool]], ...] = (
     (r"encoder/.*/bias", ("encoder", False)),
     (r"encoder/.*norm/scale", ("encoder", False)),
-    (r"encoder/.*(/kernel|_embedding)", ("encoder", True)),
+    (r"encoder/.*(/kernel|_embedding|/lora_[ab])", ("encoder", True)),
     (r"prototype/.*/bias", ("new", False)),
     (r"prototype/.*(/kernel|norm/scale)", ("new", True)),
     (r"free_vectors", ("free_vectors", False)),
@@ -74,15 +74,15 @@ def make_optimizer(
   """AdamW (METHOD "Recipe").
 
   Args:
-    params: tree of parameters or shapes; only its paths are used.
-    learning_rate: peak rate of the pretrained encoder.
+    params: tree of what is trained, parameters or shapes; only its paths are used.
+    learning_rate: peak rate of the pretrained encoder, or of its adapters.
     new_learning_rate: peak rate of what starts from scratch: image fusion and prototype network.
     free_vector_learning_rate: peak rate of the free vectors.
     warmup_steps: steps of linear warm-up.
     total_steps: steps of the whole run.
     weight_decay: decoupled; not on biases, the encoder's norm scales or free vectors.
     adam_eps: added to the root of the second moment.
-    clip_norm: global gradient norm; None for no clipping (encoders).
+    clip_norm: global gradient norm; None for no clipping.
   """
   groups = parameter_groups(params)
   is_group = lambda node: isinstance(node, tuple)

@@ -27,7 +27,9 @@ from vixml_jax.evaluation.report import metrics_table
 from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.training.checkpoint import Checkpointer
 from vixml_jax.training.loop import train
-from vixml_jax.training.setup import Run, set_up
+from vixml_jax.training.pretrained import check_adapter
+from vixml_jax.training.setup import Run, adapter_folder, model_of, set_up
+from vixml_jax.training.start import check_base
 from vixml_jax.training.state import TrainState
 from vixml_jax.typing import Tree
 
@@ -36,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-  """What evaluation needs of a checkpoint: parameters, centroids [L, D], and each label's free vector [L]."""
+  """What evaluation needs of a checkpoint: trained parameters, centroids [L, D], and each label's free vector [L]."""
 
   params: Tree
   centroids: np.ndarray
@@ -49,6 +51,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   Returns:
     What final_metrics.json holds.
   """
+  adapter = adapter_folder(config)
+  if adapter is not None and not (workdir / "checkpoints").is_dir():  # A run that goes on has its adapters.
+    check_adapter(model_of(config), adapter)
   run = _set_up_in(config, workdir)
   checkpoint = train(run, lambda state: _evaluate(run, _trained(run, state)).result.final_metrics())
   return _finish(run, _trained(run, checkpoint.state), checkpoint.meta)
@@ -63,8 +68,9 @@ def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       raise InputError(f"{workdir / 'checkpoints'}: holds no checkpoint; train first")
     if step < run.total_steps:
       _log.warning("step %d of %d: this run has not ended", step, run.total_steps)
-    restored = checkpointer.restore_model(step, run.abstract)
     meta = checkpointer.meta(step)
+    check_base(run, meta)
+    restored = checkpointer.restore_model(step, run.abstract)
   labels = run.corpus.num_labels
   model = TrainedModel(
       restored["params"], sharding.to_host(restored["centroids"])[:labels],

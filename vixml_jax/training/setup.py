@@ -1,6 +1,7 @@
 """Turns a config into what training and evaluation work with: data, images, model, optimizer, mesh."""
 
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 
@@ -21,11 +22,15 @@ from vixml_jax.input.corpus import Corpus, load_corpus
 from vixml_jax.input.feature_bank import FeatureBank, load_feature_bank
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout
+from vixml_jax.input.prompt import parse_template
+from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.input.validation import hold_out
 from vixml_jax.losses import LossConfig
 from vixml_jax.models.definition import ModelDefinition, define_model
 from vixml_jax.training.optimizer import make_optimizer
+from vixml_jax.training.pretrained import frozen_params
 from vixml_jax.training.state import TrainState, abstract_state
+from vixml_jax.typing import Tree
 from vixml_jax.weights import source
 
 _log = logging.getLogger(__name__)
@@ -39,7 +44,7 @@ class Run:
     config: the whole config.
     workdir: where outputs go.
     mesh: the devices.
-    weights_folder: local folder of the pretrained encoder and its tokenizer.
+    weights_folder: local folder of the pretrained encoder; None to draw its initial values.
     corpus: all splits, tokenised.
     bank: image features of all splits; None for texts only.
     items: texts and images of "train", "test" and "labels".
@@ -52,7 +57,7 @@ class Run:
   config: ConfigDict
   workdir: Path
   mesh: Mesh
-  weights_folder: Path
+  weights_folder: Path | None
   corpus: Corpus
   bank: FeatureBank | None
   items: dict[str, Items]
@@ -85,10 +90,15 @@ class Run:
     """What identifies the data that a checkpoint was trained on."""
     return self.corpus.fingerprint + (f"+{self.bank.fingerprint}" if self.bank else "")
 
-  @property
+  @functools.cached_property
+  def frozen(self) -> Tree:
+    """Parameters that are not trained, loaded when they are first asked for."""
+    return frozen_params(self.model, self.mesh, self.config.seed, self.weights_folder)
+
+  @functools.cached_property
   def encoder(self) -> ItemEncoder:
-    """What embeds queries and labels with a given set of parameters."""
-    return ItemEncoder(self.model, self.layout, self.mesh, self.bank)
+    """What embeds queries and labels with given values of the parameters that are trained."""
+    return ItemEncoder(self.model, self.layout, self.mesh, self.bank, self.frozen)
 
 
 def label_weights(config: ConfigDict, frequencies: np.ndarray, num_queries: int) -> np.ndarray:
@@ -101,26 +111,54 @@ def label_weights(config: ConfigDict, frequencies: np.ndarray, num_queries: int)
 def model_of(config: ConfigDict) -> ModelDefinition:
   """The model that a config describes, without values."""
   encoder = config.encoder.to_dict()
-  del encoder["pretrained"]
+  architecture, pooling, *_ = (encoder.pop(name) for name in ("architecture", "pooling", "pretrained", "random_init"))
+  if architecture == "decoder":
+    del encoder["adapter"]
+    encoder["rope_scaling"] = tuple(encoder["rope_scaling"]) or None
   fusion = None
   if config.images:
     fusion = dict(
         feature_dim=config.features.dim, method=config.fusion.method, adapter=config.fusion.adapter,
         residual=config.fusion.residual > 0)
-  return define_model(encoder, config.prototype.to_dict(), config.train.free_vectors, fusion)
+  return define_model(
+      encoder, config.prototype.to_dict(), config.train.free_vectors, fusion, architecture, pooling)
 
 
-def layout_of(config: ConfigDict) -> PackedLayout:
-  """The shape of the packed rows that a config describes."""
-  order = "apart" if config.fusion.method == "late" else config.fusion.order
-  return PackedLayout(config.train.row_length, config.train.chunk_rows, config.images, order)
+def adapter_folder(config: ConfigDict) -> Path | None:
+  """Folder of the adapters that a run begins with; None for fresh ones."""
+  adapter = config.encoder.get("adapter")
+  return Path(adapter).expanduser() if adapter else None
+
+
+def layout_of(config: ConfigDict, tokenizer: Tokenizer) -> PackedLayout:
+  """The shape of the packed rows that a config describes.
+
+  Args:
+    config: the whole config.
+    tokenizer: of the texts, for the phrases of the prompt.
+
+  Raises:
+    InputError: an item may be longer than a row, or than the encoder's positions.
+  """
+  prompt, train, length = config.prompt, config.train, config.dataset.max_length
+  images_are_tokens = config.images > 0 and config.fusion.method == "early"
+  template = parse_template(prompt.template, prompt.phrases.to_dict(), prompt.eos, tokenizer, images_are_tokens)
+  layout = PackedLayout(train.row_length, train.chunk_rows, config.images, template, tokenizer.special_tokens)
+  rooms = {"train.row_length": train.row_length}
+  if config.encoder.architecture == "bert":
+    rooms["encoder.max_position"] = config.encoder.max_position
+  for key, room in rooms.items():
+    if layout.longest(length) > room:
+      raise InputError(f"config.{key}={room}: an item may have {layout.longest(length)} tokens (dataset.max_length="
+                       f"{length}, images={config.images} and the phrases of prompt.template); raise it")
+  return layout
 
 
 def optimizer_of(config: ConfigDict, model: ModelDefinition, total_steps: int) -> optax.GradientTransformation:
   """The optimizer that a config describes."""
   train = config.train
   return make_optimizer(
-      model.shapes, learning_rate=train.learning_rate, new_learning_rate=train.new_learning_rate,
+      model.split(model.shapes)[0], learning_rate=train.learning_rate, new_learning_rate=train.new_learning_rate,
       free_vector_learning_rate=train.free_vector_learning_rate,
       warmup_steps=train.warmup_steps, total_steps=total_steps, weight_decay=train.weight_decay,
       adam_eps=train.adam_eps, clip_norm=train.clip_norm or None)
@@ -140,6 +178,7 @@ def set_up(config: ConfigDict, workdir: Path, extract: bool = True) -> Run:
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   folder = source.resolve(config.encoder.pretrained)
   data = config.dataset
+  layout = layout_of(config, Tokenizer(folder, data.max_length))
   builder = datasets.prepare(data.name, data.raw_dir, data.data_dir)
   bank = _open_bank(config, builder, mesh, extract)  # Before minutes go to tokens: features may be missing.
   corpus = load_corpus(builder, folder, data.max_length, tuple(data.text_fields), Path(data.data_dir) / "tokens")
@@ -165,7 +204,7 @@ def set_up(config: ConfigDict, workdir: Path, extract: bool = True) -> Run:
       config=config,
       workdir=workdir,
       mesh=mesh,
-      weights_folder=folder,
+      weights_folder=None if config.encoder.random_init else folder,
       corpus=corpus,
       bank=bank,
       items=items,
@@ -175,7 +214,7 @@ def set_up(config: ConfigDict, workdir: Path, extract: bool = True) -> Run:
       model=model,
       optimizer=optimizer,
       abstract=abstract_state(model, optimizer, len(queries), corpus.num_labels, config.train.bank_dtype, mesh),
-      layout=layout_of(config),
+      layout=layout,
       loss=LossConfig(**config.loss.to_dict()),
   )
 
@@ -225,6 +264,9 @@ def _check_sizes(config: ConfigDict, corpus: Corpus, mesh: Mesh) -> None:
   if free_vectors > one_each:
     raise InputError(f"train.free_vectors={free_vectors}: {one_each} give each of the {corpus.num_labels} labels its "
                      "own; use a power of two up to that")
+  if corpus.vocab_size > config.encoder.vocab_size:
+    raise InputError(f"encoder.vocab_size={config.encoder.vocab_size}: the tokenizer in {config.encoder.pretrained} "
+                     f"has {corpus.vocab_size} tokens; name weights that know them all")
   rows = mesh.shape["data"] * mesh.shape["fsdp"]
   for key in ("batch_size", "chunk_rows"):
     if config.train[key] % rows:

@@ -1,6 +1,5 @@
 """The jitted training step: encode the batch in chunks, PRIME loss over all of it, update, refresh the bank."""
 
-from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -15,9 +14,11 @@ from vixml_jax.input.batches import Batch
 from vixml_jax.input.feature_bank import FeatureBank
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.losses import LossConfig, prime_loss
+from vixml_jax.models import layers
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.models.dual_encoder import l2_normalize
 from vixml_jax.models.fusion import image_tokens
+from vixml_jax.training.chunks import map_chunks, map_chunks_recomputed
 from vixml_jax.training.state import TrainState, shardings_of
 from vixml_jax.typing import Array, Tree
 
@@ -52,34 +53,30 @@ def device_batch(batch: Batch, mesh: Mesh, bank: FeatureBank | None = None) -> d
 
 def encode_chunks(
     model: ModelDefinition, params: Tree, batch: dict[str, Any], layout: PackedLayout, key: Array | None,
-    remat: bool) -> Array:
+    remat: bool, mesh: Mesh) -> Array:
   """Pooled vectors of the batch's items, one chunk of rows at a time.
 
-  With `remat` a chunk's activations are recomputed in the backward pass, so that memory does not grow
-  with the batch (what GradCache does, in one program). Empty chunks cost nothing.
+  With `remat` a chunk's activations are recomputed in the backward pass, so that memory does not grow with the batch.
+  Empty chunks cost nothing.
 
   Returns:
     float32 [2 B, D], pooled encoder outputs before the norm.
   """
-  chunks, rows, _ = batch["tokens"].shape
-  shape = (rows, layout.slots, model.embed_dim)
+  trainable, frozen = model.split(params)
 
-  def encode(params, chunk):
-    tokens, segments, positions, images, index = chunk
-    chunk_key = None if key is None else jax.random.fold_in(key, index)
-    images = None if images is None else image_tokens(images, batch["image_bank"])
-    return model.bind(params).pool(tokens, segments, positions, layout.slots, images, chunk_key)
+  def encode(trainable, constants, chunk):
+    frozen, bank = constants
+    tokens, segments, positions, images, chunk_key = chunk
+    images = None if images is None else image_tokens(images, bank)
+    bound = model.bind(layers.join_params(trainable, frozen))
+    with sharding.over(mesh):
+      return bound.pool(tokens, segments, positions, layout.slots, images, chunk_key)
 
-  if remat:
-    encode = jax.checkpoint(encode, prevent_cse=False)
-
-  def body(carry, inputs):
-    filled, chunk = inputs
-    pooled = jax.lax.cond(filled, lambda c: encode(params, c), lambda _: jnp.zeros(shape, jnp.float32), chunk)
-    return carry, pooled
-
-  chunk = (batch["tokens"], batch["segments"], batch["positions"], batch["images"], jnp.arange(chunks))
-  _, pooled = jax.lax.scan(body, None, (batch["filled"], chunk))
+  indices = jnp.arange(len(batch["tokens"]))
+  keys = None if key is None else jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+  chunks = (batch["tokens"], batch["segments"], batch["positions"], batch["images"], keys)
+  over_chunks = map_chunks_recomputed if remat else map_chunks
+  pooled = over_chunks(encode, trainable, (frozen, batch["image_bank"]), chunks, batch["filled"])
   return pooled.reshape(-1, model.embed_dim)[batch["slots"]]
 
 
@@ -88,7 +85,7 @@ def batch_loss(
     loss_config: LossConfig, key: Array, remat: bool, mesh: Mesh) -> tuple[Array, tuple[dict[str, Array], Array]]:
   """Loss of a batch, its parts, and the query embeddings [B, D] for the bank."""
   dropout_key, prototype_key, loss_key = jax.random.split(key, 3)
-  pooled = encode_chunks(model, params, batch, layout, dropout_key, remat)
+  pooled = encode_chunks(model, params, batch, layout, dropout_key, remat, mesh)
   pooled = jax.lax.with_sharding_constraint(pooled, sharding.named_sharding(mesh, "batch", "vector"))
   query_pooled, label_pooled = jnp.split(pooled, 2)
   label_ids = batch["label_ids"]
@@ -101,12 +98,16 @@ def batch_loss(
 
 
 def train_step(
-    state: TrainState, batch: dict[str, Any], *, model: ModelDefinition,
+    state: TrainState, frozen: Tree, batch: dict[str, Any], *, model: ModelDefinition,
     optimizer: optax.GradientTransformation, layout: PackedLayout, loss_config: LossConfig, base_key: Array,
     remat: bool, mesh: Mesh) -> tuple[TrainState, dict[str, Array]]:
   """One optimizer step; see `make_train_step`."""
   key = jax.random.fold_in(base_key, state.step)
-  loss_of = lambda params: batch_loss(model, params, state, batch, layout, loss_config, key, remat, mesh)
+
+  def loss_of(trainable):  # What is frozen has no tangent, so no gradient of it is computed.
+    params = layers.join_params(trainable, frozen)
+    return batch_loss(model, params, state, batch, layout, loss_config, key, remat, mesh)
+
   gradients, (parts, queries) = jax.grad(loss_of, has_aux=True)(state.params)
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   # Padded places point past the end, where the scatter drops them.
@@ -126,8 +127,10 @@ def train_step(
 
 def make_train_step(
     abstract: TrainState, *, model: ModelDefinition, optimizer: optax.GradientTransformation, layout: PackedLayout,
-    loss_config: LossConfig, base_key: Array, remat: bool, mesh: Mesh) -> Callable:
-  """Compiles `(state, batch) -> (state, metrics)`; the state is donated and keeps its shardings.
+    loss_config: LossConfig, base_key: Array, remat: bool, mesh: Mesh) -> jax.stages.Wrapped:
+  """Compiles `(state, frozen, batch) -> (state, metrics)`.
+
+  The state is donated and keeps its shardings; `frozen` are the parameters that are not trained, read only.
 
   Args:
     abstract: the state's shapes and shardings.

@@ -17,7 +17,6 @@ from vixml_jax.weights.tables import Rule, Table
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model"
-_ADAPTERS = ("lora_a", "lora_b")
 _PREFIX = "base_model.model."  # What PEFT puts before the names of an AutoModel.
 
 # Our projection -> theirs, and the layouts of A (theirs is r x inputs) and B (outputs x r).
@@ -60,18 +59,6 @@ _IMMATERIAL = frozenset((
 _OURS = ("r", "lora_alpha", "use_rslora", "target_modules")
 
 
-def split_adapters(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Takes the adapters out of an encoder's parameters (or of any tree with their keys).
-
-  Returns:
-    `(base, adapters)`: nested dicts without, and with nothing but, `lora_a` and `lora_b`.
-  """
-  flat = engine.flatten(params)
-  adapters = {path: leaf for path, leaf in flat.items() if path.rpartition("/")[2] in _ADAPTERS}
-  base = {path: leaf for path, leaf in flat.items() if path not in adapters}
-  return engine.unflatten(base), engine.unflatten(adapters)
-
-
 def load_adapter(
     folder: str | os.PathLike[str],
     abstract: Mapping[str, Any],
@@ -84,7 +71,7 @@ def load_adapter(
 
   Args:
     folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-    abstract: nested dict of arrays or ShapeDtypeStructs: the encoder's adapters, as `split_adapters` returns them.
+    abstract: nested dict of arrays or ShapeDtypeStructs: the encoder's adapters, as `layers.split_lora` returns them.
     alpha: the encoder's `lora_alpha`; adapters are scaled by alpha / sqrt(rank).
     shardings: nested dict with the keys of `abstract`, a NamedSharding at each leaf; see `placement.place`.
 
@@ -95,23 +82,32 @@ def load_adapter(
     InputError: no such files, a damaged one, a config that asks for anything but rank-stabilised LoRA of this rank
       and alpha on these projections, or tensors that do not fit exactly.
   """
-  folder = pathlib.Path(folder)
+  source = _open(pathlib.Path(folder), abstract, alpha)
+  if shardings is None:
+    return engine.apply(TABLE, source, abstract)
+  return place(TABLE, source, abstract, shardings)
+
+
+def check_adapter(folder: str | os.PathLike[str], abstract: Mapping[str, Any], alpha: float) -> None:
+  """Raises what `load_adapter` would raise, and reads no tensor."""
+  engine.match(TABLE, _open(pathlib.Path(folder), abstract, alpha), abstract)
+
+
+def _open(folder: pathlib.Path, abstract: Mapping[str, Any], alpha: float) -> SafetensorsFolder:
+  """The folder's tensors, once its config is found to describe these adapters."""
   _check_config(folder / _CONFIG, abstract, alpha)
   if not (folder / f"{_WEIGHTS}.safetensors").is_file():
     raise InputError(
         f"{folder}: has no {_WEIGHTS}.safetensors; save the adapter again with PEFT's save_pretrained, which writes it"
         " unless told safe_serialization=False")
-  source = SafetensorsFolder(folder, _WEIGHTS)
-  if shardings is None:
-    return engine.apply(TABLE, source, abstract)
-  return place(TABLE, source, abstract, shardings)
+  return SafetensorsFolder(folder, _WEIGHTS)
 
 
 def save_adapter(params: Mapping[str, Any], folder: str | os.PathLike[str], base: str, alpha: float) -> None:
   """Writes a folder that `peft.PeftModel.from_pretrained` puts onto the base's AutoModel.
 
   Args:
-    params: nested dict of arrays, the encoder's adapters, as `split_adapters` returns them.
+    params: nested dict of arrays, the encoder's adapters, as `layers.split_lora` returns them.
     folder: made if it does not exist.
     base: path of the base model, or its name on the hub.
     alpha: the encoder's `lora_alpha`.
