@@ -13,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STARTED := $(shell date +%s)
 PYTEST_ARGS ?=
+# Each takes up to 4 GB.
+TEST_PROCESSES ?= 2
 QUICKSTART_ARGS ?=
 
 # Runs pip without a word; shows what it said only when it fails.
@@ -29,7 +31,8 @@ help:
 	@echo "make types        static types"
 	@echo "make clean        remove .venv and caches; runs/ and data/ stay"
 	@echo
-	@echo "PYTHON=...  interpreter for a new .venv (3.11 or newer); PYTEST_ARGS=...  further arguments of pytest"
+	@echo "PYTHON=...  interpreter for a new .venv (3.11 or newer); PYTEST_ARGS=...  further arguments of pytest;"
+	@echo "TEST_PROCESSES=2  how many run tests at a time"
 
 quickstart: $(VENV)/.installed $(VENV)/.installed-quickstart
 	@$(BIN)/python -m vixml_jax.main --config=configs/quickstart.py:images=3 --workdir=runs/quickstart $(QUICKSTART_ARGS)
@@ -37,7 +40,7 @@ quickstart: $(VENV)/.installed $(VENV)/.installed-quickstart
 		echo "quickstart took $$((elapsed / 60)) min $$((elapsed % 60)) s, installing included"
 
 test: $(VENV)/.installed-test $(VENV)/.installed-quickstart
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-quickstart
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)

@@ -21,6 +21,8 @@ os.environ.update({
     # Programs are kept between runs and shared with the processes that tests start.
     "JAX_COMPILATION_CACHE_DIR": str(_ROOT / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    # Most of the tests' time is compilation; their programs are too small to gain by the last of it.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     # What tests load is on disk; asking a hub is an error.
     "HF_HUB_OFFLINE": "1",
     # The threads of tokenizers would outlive a fork and are not worth it for a few rows.
