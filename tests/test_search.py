@@ -80,7 +80,7 @@ def test_exact_search_compiles_once_for_all_chunks_and_indexes():
     for count in (1, 4, 10):
       index.search(_integers(count, 1), 3)
   assert programs.cache_info().misses == 1
-  assert programs(_mesh(), 50, 3)._cache_size() == 1
+  assert programs(_mesh(), 50, 3, False)._cache_size() == 1
 
 
 def test_exact_search_of_no_queries_is_empty():

@@ -18,10 +18,10 @@ import tensorflow_datasets as tfds
 from vixml_jax.datasets import features, image_sources
 from vixml_jax.datasets.feature_parts import FeatureParts, MergedParts
 from vixml_jax.datasets.features import FeatureSet
-from vixml_jax.datasets.folders import fingerprint_of, locked
 from vixml_jax.datasets.image_sources import ImageSource
 from vixml_jax.datasets.preprocess import PREPROCESSING
 from vixml_jax.errors import InputError
+from vixml_jax.folders import fingerprint_of, locked
 from vixml_jax.image_encoder import ImageEncoder
 from vixml_jax.weights import siglip
 

@@ -7,8 +7,8 @@ import pathlib
 import tensorflow_datasets as tfds
 
 from vixml_jax.datasets import builders, building, raw
-from vixml_jax.datasets.folders import locked
 from vixml_jax.errors import InputError
+from vixml_jax.folders import locked
 
 _LOGGER = logging.getLogger(__name__)
 _EMBEDDED = {"mm_icons_9k": pathlib.Path(__file__).parent / "mm_icons_9k"}

@@ -16,9 +16,9 @@ import tensorflow_datasets as tfds
 
 from vixml_jax.datasets import features
 from vixml_jax.datasets.features import FeatureSet
-from vixml_jax.datasets.folders import locked
 from vixml_jax.datasets.pickled_lists import read_lists
 from vixml_jax.errors import InputError
+from vixml_jax.folders import locked
 from vixml_jax.ragged import Ragged
 
 _FILES = {

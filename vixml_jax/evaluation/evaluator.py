@@ -11,6 +11,7 @@ from vixml_jax.evaluation import metrics, retrieval_augmented
 from vixml_jax.evaluation.bootstrap import bootstrap_intervals
 from vixml_jax.ragged import Ragged
 from vixml_jax.search.index import Index, make_index, search_excluding
+from vixml_jax.search.membership import overlap
 from vixml_jax.search.scann_index import scann_available
 
 
@@ -119,6 +120,7 @@ class Evaluation:
     intervals: 95% bootstrap intervals of each, under "plain" and "augmented".
     deciles: of each, metrics by label frequency.
     scann_recall: share of the exact top hits that ScaNN finds, by k; empty where it is not installed.
+    per_query: the metrics of every query, of each.
     ids: int32 [Q, K] of each.
     scores: float32 [Q, K] of each.
   """
@@ -128,13 +130,29 @@ class Evaluation:
   intervals: dict[str, dict[str, tuple[float, float]]]
   deciles: dict[str, list[dict[str, Any]]]
   scann_recall: dict[str, float]
+  per_query: dict[str, metrics.QueryMetrics]
   ids: dict[str, np.ndarray]
   scores: dict[str, np.ndarray]
 
   def final_metrics(self) -> dict[str, Any]:
     """Flat keys of final_metrics.json: the plain row, and the second row under `RA/`."""
-    return self.plain | {f"RA/{name}": value for name, value in self.augmented.items()} | {
+    return _flat(self.plain, self.augmented) | {
         f"ScaNN/{name}": value for name, value in self.scann_recall.items()}
+
+  def of_queries(self, rows: np.ndarray, bootstrap_samples: int) -> dict[str, Any]:
+    """The same for some of the queries, as evaluation.json holds it.
+
+    Args:
+      rows: int [R], which queries, at least one.
+      bootstrap_samples: resamples behind their intervals; 0 for none.
+
+    Returns:
+      `queries`, how many; `metrics`, flat; `intervals_95` of each row.
+    """
+    some = {name: values.take(rows) for name, values in self.per_query.items()}
+    means = {name: values.mean() for name, values in some.items()}
+    return {"queries": len(rows), "metrics": _flat(means["plain"], means.get("augmented", {})),
+            "intervals_95": _intervals(some, bootstrap_samples)}
 
 
 def find_neighbours(indexed: IndexedMemory, queries: Queries, config: EvaluationConfig):
@@ -180,19 +198,27 @@ def evaluate(indexed: IndexedMemory, queries: Queries, config: EvaluationConfig)
   return Evaluation(
       plain=per_query["plain"].mean(),
       augmented=per_query["augmented"].mean() if config.retrieval_augmented else {},
-      intervals={
-          name: bootstrap_intervals(values, resamples=config.bootstrap_samples) if config.bootstrap_samples else {}
-          for name, values in per_query.items()
-      },
+      intervals=_intervals(per_query, config.bootstrap_samples),
       deciles={
           name: metrics.metrics_by_frequency(
               ids, queries.labels, frequencies, precision_ks=config.ks, recall_ks=config.recall_ks)
           for name, ids in all_ids.items()
       },
       scann_recall=_scann_recall(indexed, queries, config, all_ids["plain"]),
+      per_query=per_query,
       ids=all_ids,
       scores={name: scores for name, (scores, _) in found.items()},
   )
+
+
+def _flat(plain: dict[str, float], augmented: dict[str, float]) -> dict[str, float]:
+  return plain | {f"RA/{name}": value for name, value in augmented.items()}
+
+
+def _intervals(
+    per_query: dict[str, metrics.QueryMetrics], resamples: int) -> dict[str, dict[str, tuple[float, float]]]:
+  return {name: bootstrap_intervals(values, resamples=resamples) if resamples else {}
+          for name, values in per_query.items()}
 
 
 def _scann_recall(
@@ -202,9 +228,3 @@ def _scann_recall(
     return {}
   _, found = search_excluding(indexed.scann, queries.embeddings, config.depth, queries.exclude)
   return {f"recall@{k}": 100 * overlap(found[:, :k], ids[:, :k]) for k in config.recall_ks}
-
-
-def overlap(found: np.ndarray, wanted: np.ndarray) -> float:
-  """Mean share of the wanted ids [Q, K] that are among the found ones [Q, K], of those that exist."""
-  hits = [np.isin(row, got, assume_unique=False) & (row >= 0) for row, got in zip(wanted, found, strict=True)]
-  return float(np.sum(hits) / max(np.sum(wanted >= 0), 1))

@@ -21,8 +21,10 @@ import tqdm
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation.metrics import evaluate
 from vixml_jax.ragged import Ragged, offsets_of
+from vixml_jax.search.filters import Filters
 from vixml_jax.search.index import Index, search_excluding
 from vixml_jax.search.membership import drop_members
+from vixml_jax.search.on_host import greatest
 
 HITS = 100
 LAMBDAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -88,6 +90,7 @@ def combine(
   temperature: float,
   k: int,
   exclude: Ragged | None = None,
+  filters: Filters | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Turns the neighbours into a ranking of labels.
 
@@ -104,6 +107,8 @@ def combine(
     temperature: divides the scores before the softmax, above 0.
     k: how many labels.
     exclude: for each query the labels to leave out, Q rows.
+    filters: which labels each query may have. Where the label search kept to them as well (`LabelIndex.search` does),
+      a query finds up to K of the labels that it may have, however few these are.
 
   Returns:
     scores float32 [Q, K] in descending order and ids int32 [Q, K], the lower id first where
@@ -112,7 +117,7 @@ def combine(
   Raises:
     InputError: if lambda_ or temperature is out of range.
   """
-  _check(lambda_, temperature)
+  check_setting(lambda_, temperature)
   num_queries = len(neighbours.label_ids)
   scores = np.empty((num_queries, k), np.float32)
   ids = np.empty((num_queries, k), np.int32)
@@ -133,7 +138,8 @@ def combine(
         num_labels,
       )
       excluded = None if exclude is None else exclude.take(np.arange(rows.start, rows.stop))
-      scores[rows], ids[rows] = _rank(mass, k, excluded)
+      permitted = None if filters is None else filters.take(np.arange(rows.start, rows.stop))
+      scores[rows], ids[rows] = _rank(mass, k, excluded, permitted)
       progress.update(rows.stop - rows.start)
   return scores, ids
 
@@ -207,7 +213,8 @@ def pick(settings: Sequence[Setting], metric: str, num_queries: int) -> Setting:
   return max((s for s in settings if s.metrics[metric] >= floor), key=lambda setting: setting.metrics["R@100"])
 
 
-def _check(lambda_: float, temperature: float) -> None:
+def check_setting(lambda_: float, temperature: float) -> None:
+  """Refuses a weight or a temperature out of range."""
   if not 0 <= lambda_ <= 1:
     raise InputError(
       f"lambda of retrieval-augmented inference is {lambda_}: it must lie between 0 and 1"
@@ -264,9 +271,9 @@ def _distinct_hits(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rank(
-  mass: scipy.sparse.csr_array, k: int, exclude: Ragged | None
+  mass: scipy.sparse.csr_array, k: int, exclude: Ragged | None, filters: Filters | None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The k greatest of each sparse row that are not excluded."""
+  """The k greatest of each sparse row that are not excluded, and that the filters permit."""
   mass.sort_indices()
   lengths = np.diff(mass.indptr)
   # As many more as can be excluded, so that k are left: see search_excluding.
@@ -275,23 +282,11 @@ def _rank(
   ids = np.full(places.shape, -1, np.int32)
   scores = np.full(places.shape, -np.inf)
   ids[places], scores[places] = mass.indices, mass.data
-  kept = _greatest(scores, wanted)
+  if filters is not None:
+    permitted = filters.permits(ids)
+    ids, scores = np.where(permitted, ids, -1), np.where(permitted, scores, -np.inf)
+  kept = greatest(scores, wanted)
   scores, ids = np.take_along_axis(scores, kept, axis=1), np.take_along_axis(ids, kept, axis=1)
   if exclude is not None:
     scores, ids = drop_members(scores, ids, exclude, k)
   return scores.astype(np.float32), ids
-
-
-def _greatest(scores: np.ndarray, k: int) -> np.ndarray:
-  """Positions [Q, k] of the k greatest values in descending order, the first ones where values are equal.
-
-  Equal masses are common (all labels of one neighbour), so a partition alone would choose
-  among them at random; and a stable sort of whole rows takes several times as long.
-  """
-  threshold = np.partition(scores, scores.shape[1] - k, axis=1)[:, [scores.shape[1] - k]]
-  above = scores > threshold
-  level = scores == threshold
-  level &= level.cumsum(axis=1) <= k - above.sum(axis=1, keepdims=True)
-  positions = np.nonzero(above | level)[1].reshape(len(scores), k)
-  order = np.argsort(-np.take_along_axis(scores, positions, axis=1), axis=1, kind="stable")
-  return np.take_along_axis(positions, order, axis=1)

@@ -14,9 +14,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from vixml_jax.datasets.folders import fingerprint_of, locked, new_folder
 from vixml_jax.datasets.records import Record, Records
 from vixml_jax.errors import InputError
+from vixml_jax.folders import fingerprint_of, locked, new_folder
 from vixml_jax.input.array_file import ArrayFile
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.ragged import Ragged, offsets_of

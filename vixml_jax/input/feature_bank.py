@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from vixml_jax import sharding
 from vixml_jax.datasets.features import FeatureSet
-from vixml_jax.datasets.folders import fingerprint_of, locked, new_folder
 from vixml_jax.errors import InputError
+from vixml_jax.folders import fingerprint_of, locked, new_folder
 from vixml_jax.input.array_file import ArrayFile
 from vixml_jax.input.packing import PackedImages
 from vixml_jax.ragged import Ragged, offsets_of

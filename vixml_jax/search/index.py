@@ -9,7 +9,7 @@ import tqdm
 
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged
-from vixml_jax.search.exact import ExactIndex
+from vixml_jax.search.exact import ExactIndex, power_of_two
 from vixml_jax.search.membership import drop_members
 from vixml_jax.search.scann_index import ScannIndex
 
@@ -19,7 +19,9 @@ KINDS = ("exact", "scann")
 class Index(Protocol):
   """Maximum inner product search over L label embeddings."""
 
-  num_labels: int
+  @property
+  def num_labels(self) -> int:
+    """How many labels are searched."""
 
   def search(self, queries: np.ndarray | jax.Array, k: int) -> tuple[np.ndarray, np.ndarray]:
     """[Q, D] -> scores float32 [Q, K], descending, and ids int32 [Q, K].
@@ -28,21 +30,24 @@ class Index(Protocol):
     """
 
 
-def make_index(kind: str, embeddings: np.ndarray | jax.Array, mesh: Mesh | None = None) -> Index:
+def make_index(
+  kind: str, embeddings: np.ndarray | jax.Array, mesh: Mesh | None = None, rows: np.ndarray | None = None
+) -> Index:
   """An index of the label embeddings.
 
   Args:
     kind: "exact" (on the accelerator, sharded over the mesh) or "scann" (on CPU, approximate).
     embeddings: [L, D].
     mesh: devices of the exact index; None takes all of them.
+    rows: ascending ids of the labels to search, of embeddings that are a NumPy array; None takes all of them.
 
   Raises:
     InputError: if there is no such kind, or ScaNN cannot run here.
   """
   if kind == "exact":
-    return ExactIndex(embeddings, mesh)
+    return ExactIndex(embeddings, mesh, rows=rows)
   if kind == "scann":
-    return ScannIndex(embeddings)
+    return ScannIndex(embeddings, rows=rows)
   raise InputError(f"search={kind!r} is not known: use one of {', '.join(KINDS)}")
 
 
@@ -96,5 +101,5 @@ def _search_chunk(index: Index, queries, k: int, exclude: Ragged | None):
   if exclude is None or not len(exclude.values):
     return index.search(queries, k)
   most = int(exclude.lengths.max())
-  width = max(k, min(k + 2 ** (most - 1).bit_length(), index.num_labels))
+  width = max(k, min(k + power_of_two(most), index.num_labels))
   return drop_members(*index.search(queries, width), exclude, k)

@@ -1,4 +1,4 @@
-"""Folders that are built once, by one process at a time, and appear whole or not at all."""
+"""Folders and files that appear whole or not at all; folders are built once, by one process at a time."""
 
 from collections.abc import Iterator
 import contextlib
@@ -55,3 +55,15 @@ def new_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
     work.rename(target)
   finally:
     shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(target: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Gives the path of a file to write, which replaces `target` when the block ends without an exception."""
+  target = pathlib.Path(target)
+  work = target.with_name(f"{target.name}.incomplete")
+  try:
+    yield work
+    work.replace(target)
+  finally:
+    work.unlink(missing_ok=True)

@@ -1,0 +1,83 @@
+"""A million texts in two arrays, found by number and by text."""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+
+import numpy as np
+
+from vixml_jax.ragged import Ragged, spread
+
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # Odd, and its bits look random: 2**64 over the golden ratio.
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTable:
+  """Texts by row.
+
+  Attributes:
+    rows: uint8, the UTF-8 of each text; may be memory-mapped.
+  """
+
+  rows: Ragged
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  @classmethod
+  def of(cls, texts: Sequence[str]) -> "TextTable":
+    """From texts."""
+    encoded = [text.encode() for text in texts]
+    return cls(Ragged.of_lengths(np.frombuffer(b"".join(encoded), np.uint8), [len(text) for text in encoded]))
+
+  def take(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+    """The texts of the given rows.
+
+    Raises:
+      IndexError: there is no such row.
+    """
+    rows = np.asarray(rows, np.int64)
+    if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
+      raise IndexError(f"rows go from 0 to {len(self) - 1}, not {rows.min()} to {rows.max()}")
+    taken = self.rows.take(rows)
+    content = taken.values.tobytes()
+    return [content[start:stop].decode() for start, stop in zip(taken.offsets[:-1], taken.offsets[1:], strict=True)]
+
+  def find(self, texts: Sequence[str]) -> np.ndarray:
+    """int32, the last row that holds each text; -1 for a text that no row holds."""
+    hashes, order = self._sorted_hashes
+    wanted = _hashes(TextTable.of(texts).rows)
+    first, last = (np.searchsorted(hashes, wanted, side=side) for side in ("left", "right"))
+    found = np.full(len(texts), -1, np.int32)
+    for place, text in enumerate(texts):
+      candidates = order[first[place]:last[place]]
+      for row, candidate in zip(candidates[::-1], reversed(self.take(candidates)), strict=True):
+        if candidate == text:
+          found[place] = row
+          break
+    return found
+
+  def repeated(self) -> str | None:
+    """A text that two rows hold; None where all are distinct."""
+    hashes, order = self._sorted_hashes
+    for place in np.flatnonzero(hashes[1:] == hashes[:-1]):
+      alike = self.take(order[hashes == hashes[place]])
+      if len(set(alike)) < len(alike):
+        return next(text for text in alike if alike.count(text) > 1)
+    return None
+
+  @functools.cached_property
+  def _sorted_hashes(self) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes in ascending order, and the row of each; rows of equal hashes ascend."""
+    hashes = _hashes(self.rows)
+    order = np.argsort(hashes, kind="stable")
+    return hashes[order], order
+
+
+def _hashes(rows: Ragged) -> np.ndarray:
+  """uint64, for each row the polynomial of its bytes, modulo 2**64."""
+  lengths = rows.lengths
+  powers = np.full(int(lengths.max(initial=0)), _FACTOR).cumprod()
+  terms = (np.asarray(rows.values, np.uint64) + np.uint64(1)) * powers[spread(0, lengths)]
+  sums = np.concatenate([np.zeros(1, np.uint64), terms.cumsum()])
+  return sums[rows.offsets[1:]] - sums[rows.offsets[:-1]]
