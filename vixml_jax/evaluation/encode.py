@@ -59,13 +59,15 @@ class ItemEncoder:
 
     return jax.jit(prototypes, out_shardings=sharding.named_sharding(self.mesh))
 
-  def pooled(self, params: Tree, items: Items, name: str = "items") -> np.ndarray:
+  def pooled(
+      self, params: Tree, items: Items, name: str = "items", bank: FeatureBank | None = None) -> np.ndarray:
     """Pooled encoder outputs before the norm.
 
     Args:
       params: the parameters that are trained.
       items: texts and images.
       name: what the progress bar calls them.
+      bank: where their images are; by default the encoder's. Every bank that lies on the host runs the same program.
 
     Returns:
       float32 [items, D] on the host, whole on every process.
@@ -73,7 +75,7 @@ class ItemEncoder:
     out = np.empty((len(items), self.model.embed_dim), np.float32)
     pending = []
     with tqdm(total=len(items), desc=f"encode {name}", unit="item", disable=None, leave=False) as progress:
-      for rows, slots, pooled in self._chunks(params, items):
+      for rows, slots, pooled in self._chunks(params, items, bank or self.bank):
         pending.append((rows, slots, pooled))
         if len(pending) > _IN_FLIGHT:
           progress.update(_collect(out, *pending.pop(0)))
@@ -81,7 +83,8 @@ class ItemEncoder:
         progress.update(_collect(out, *chunk))
     return out
 
-  def _chunks(self, params: Tree, items: Items) -> Iterator[tuple[np.ndarray, np.ndarray, Array]]:
+  def _chunks(
+      self, params: Tree, items: Items, bank: FeatureBank | None) -> Iterator[tuple[np.ndarray, np.ndarray, Array]]:
     """For every chunk: which items it holds, their slots in it, and the pooled vectors [R, S, D]."""
     where = sharding.named_sharding(self.mesh, "row", "vector")
     per_chunk = self.layout.chunk_rows * self.layout.slots
@@ -94,20 +97,22 @@ class ItemEncoder:
       for chunk in range(len(packed.tokens)):
         arrays = (sharding.to_global(x[chunk], where) for x in (packed.tokens, packed.segments, packed.positions))
         members = order[bounds[chunk]:bounds[chunk + 1]]
-        images = self._images(packed.images, chunk)
-        pooled = self._pool(params, self.frozen, *arrays, images, self.bank and self.bank.on_devices)
+        images = self._images(packed.images, chunk, bank)
+        pooled = self._pool(params, self.frozen, *arrays, images, bank and bank.on_devices)
         yield block[members], packed.slots[members] - chunk * per_chunk, pooled
 
-  def _images(self, images: PackedImages | None, chunk: int) -> dict[str, Array] | None:
+  def _images(
+      self, images: PackedImages | None, chunk: int, bank: FeatureBank | None) -> dict[str, Array] | None:
     """One chunk's images on the mesh."""
-    if self.bank is None or images is None:
+    if bank is None or images is None:
       return None
     part = PackedImages(images.rows[chunk], images.segments[chunk], images.positions[chunk])
-    return self.bank.on_mesh(part, self.mesh)
+    return bank.on_mesh(part, self.mesh)
 
-  def queries(self, params: Tree, items: Items, name: str = "queries") -> np.ndarray:
-    """Unit-norm plain embeddings, float32 [items, D]."""
-    return _normalize(self.pooled(params, items, name))
+  def queries(
+      self, params: Tree, items: Items, name: str = "queries", bank: FeatureBank | None = None) -> np.ndarray:
+    """Unit-norm plain embeddings, float32 [items, D]; arguments as for `pooled`."""
+    return normalize(self.pooled(params, items, name, bank))
 
   def prototypes(
       self, params: Tree, items: Items, clusters: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -119,7 +124,11 @@ class ItemEncoder:
       clusters: int32 [L], the free vector of each label.
       centroids: float32 [L, D].
     """
-    pooled = self.pooled(params, items, "labels")
+    return self.prototypes_of(params, self.pooled(params, items, "labels"), clusters, centroids)
+
+  def prototypes_of(
+      self, params: Tree, pooled: np.ndarray, clusters: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """`prototypes` of labels whose pooled encoder outputs, float32 [L, D], are known."""
     out = np.empty_like(pooled)
     replicated = sharding.named_sharding(self.mesh)
     for start in range(0, len(pooled), _BLOCK):
@@ -141,7 +150,7 @@ def _collect(out: np.ndarray, rows: np.ndarray, slots: np.ndarray, pooled: Array
   return len(rows)
 
 
-def _normalize(pooled: np.ndarray) -> np.ndarray:
+def normalize(pooled: np.ndarray) -> np.ndarray:
   """Unit norm in place, on the host where the vectors are; a zero vector stays zero."""
   pooled /= np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
   return pooled

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Tokenizer:
     Raises:
       InputError: there is no fast tokenizer, or `max_length` leaves no room for text.
     """
-    tokenizer = _load(os.fspath(path))
+    tokenizer = load_fast(os.fspath(path))
     self.special_tokens = tokenizer.num_special_tokens_to_add()
     if max_length <= self.special_tokens:
       raise InputError(f"max_length {max_length} leaves no room for text: the tokenizer {path} "
@@ -63,7 +64,8 @@ class Tokenizer:
     return self._backend.token_to_id(token)
 
 
-def _load(path: str):
+def load_fast(path: str) -> Any:
+  """The tokenizer of transformers that lies in a folder, or on the hub; arguments and errors as of `Tokenizer`."""
   local = os.path.isdir(path)
   if local and not os.path.isfile(os.path.join(path, "tokenizer.json")):
     raise InputError(f"{path}: no tokenizer.json in this folder; set encoder.pretrained to a "

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 import dataclasses
+import hashlib
 import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 import vixml_jax
 from vixml_jax.errors import InputError
 from vixml_jax.training.state import TrainState
+from vixml_jax.typing import Tree
+from vixml_jax.weights.source import sha256
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
@@ -106,6 +110,56 @@ class Checkpointer:
     """Parameters, centroids and label clusters only: no optimizer state is read."""
     return _restoring(self._manager.directory, lambda: self._manager.restore(
         step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_model_part(abstract))))["model"])
+
+
+def newest_checkpoint(directory: Path) -> tuple[int, dict[str, Any]]:
+  """Step and JSON part of the newest checkpoint that was written whole; writes nothing.
+
+  Raises:
+    InputError: if there is none, or it is damaged.
+  """
+  options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+  with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise InputError(f"{directory}: holds no checkpoint; train first")
+    meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return step, _restoring(directory, lambda: manager.restore(step, args=meta)["meta"])
+
+
+def restore_params(directory: Path, step: int, abstract: Tree) -> Tree:
+  """The parameters alone, for whoever knows the model but not the data; centroids are not read.
+
+  Args:
+    directory: of all checkpoints.
+    step: which one.
+    abstract: `jax.ShapeDtypeStruct`s with the shardings to restore into; the mesh may be any.
+
+  Raises:
+    InputError: if the checkpoint is of another model, or damaged.
+  """
+  wanted = {"params": abstract}
+  how = ocp.args.PyTreeRestore(
+      wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
+
+  def read() -> Tree:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      params = checkpointer.restore(directory.absolute() / str(step) / "model", args=how)["params"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+      if not isinstance(leaf, jax.Array):  # Orbax leaves what it does not find as it was asked for.
+        raise KeyError(f"it has no parameter {jax.tree_util.keystr(path)}")
+    return params
+
+  return _restoring(directory, read)
+
+
+def checkpoint_id(directory: Path, step: int) -> dict[str, Any]:
+  """What tells one checkpoint's model from another's: its step, and a sha256 of the names and bytes of its files."""
+  folder = directory / str(step) / "model"
+  digest = hashlib.sha256()
+  for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    digest.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
+  return {"step": step, "sha256": digest.hexdigest()}
 
 
 def _restoring(directory: Any, read: Callable[[], Any]) -> Any:

@@ -190,7 +190,7 @@ class _Trainer:
     if checkpoint.meta["data_fingerprint"] != run.data_fingerprint:
       raise InputError(f"{run.workdir}: its checkpoint was trained on other data than {run.config.dataset.name} holds "
                        "now; use another --workdir")
-    check_base(run, checkpoint.meta)
+    check_base(run.model, run.weights_folder, run.workdir, checkpoint.meta)
     _log.info("resuming at step %d of %d", step, run.total_steps)
     return checkpoint
 

@@ -1,9 +1,7 @@
 """Trains and evaluates a config: what `main` and `evaluate` call."""
 
 import dataclasses
-import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 
 from vixml_jax import configuration, sharding
 from vixml_jax.errors import InputError
+from vixml_jax.evaluation.encode import normalize
 from vixml_jax.evaluation.evaluator import (
     Evaluation,
     EvaluationConfig,
@@ -26,11 +25,14 @@ from vixml_jax.evaluation.metrics import inverse_propensity
 from vixml_jax.evaluation.report import metrics_table
 from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.training.checkpoint import Checkpointer
+from vixml_jax.training.inference_files import write_inference_files
 from vixml_jax.training.loop import train
 from vixml_jax.training.pretrained import check_adapter
+from vixml_jax.training.report_files import describe, write_report_files
 from vixml_jax.training.setup import Run, adapter_folder, model_of, set_up
-from vixml_jax.training.start import check_base
+from vixml_jax.training.start import check_base, cluster_means
 from vixml_jax.training.state import TrainState
+from vixml_jax.training.workdir import CHECKPOINTS, EMBEDDINGS, write_json
 from vixml_jax.typing import Tree
 
 _log = logging.getLogger(__name__)
@@ -52,30 +54,30 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     What final_metrics.json holds.
   """
   adapter = adapter_folder(config)
-  if adapter is not None and not (workdir / "checkpoints").is_dir():  # A run that goes on has its adapters.
+  if adapter is not None and not (workdir / CHECKPOINTS).is_dir():  # A run that goes on has its adapters.
     check_adapter(model_of(config), adapter)
   run = _set_up_in(config, workdir)
   checkpoint = train(run, lambda state: _evaluate(run, _trained(run, state)).result.final_metrics())
-  return _finish(run, _trained(run, checkpoint.state), checkpoint.meta)
+  return _finish(run, _trained(run, checkpoint.state), run.total_steps, checkpoint.meta)
 
 
 def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """Evaluates the newest checkpoint of a workdir again, without training."""
   run = _set_up_in(config, workdir, extract=False)
-  with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpointer:
+  with Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep) as checkpointer:
     step = checkpointer.latest_step()
     if step is None:
-      raise InputError(f"{workdir / 'checkpoints'}: holds no checkpoint; train first")
+      raise InputError(f"{workdir / CHECKPOINTS}: holds no checkpoint; train first")
     if step < run.total_steps:
       _log.warning("step %d of %d: this run has not ended", step, run.total_steps)
     meta = checkpointer.meta(step)
-    check_base(run, meta)
+    check_base(run.model, run.weights_folder, run.workdir, meta)
     restored = checkpointer.restore_model(step, run.abstract)
   labels = run.corpus.num_labels
   model = TrainedModel(
       restored["params"], sharding.to_host(restored["centroids"])[:labels],
       sharding.to_host(restored["label_clusters"])[:labels])
-  return _finish(run, model, meta)
+  return _finish(run, model, step, meta)
 
 
 def _set_up_in(config: ConfigDict, workdir: Path, extract: bool = True) -> Run:
@@ -109,12 +111,17 @@ def _trained(run: Run, state: TrainState) -> TrainedModel:
 
 @dataclasses.dataclass(frozen=True)
 class _Evaluated:
-  """A result with how it was reached, and what was searched for what."""
+  """A result with how it was reached, what was searched for what, and embeddings of which more is made.
+
+  `pooled_labels` [L, D] are encoder outputs before the norm; `train_queries` [N, D] are those of all training queries.
+  """
 
   result: Evaluation
   config: EvaluationConfig
   indexed: IndexedMemory
   queries: Queries
+  pooled_labels: np.ndarray
+  train_queries: np.ndarray
 
 
 def _evaluate(run: Run, model: TrainedModel) -> _Evaluated:
@@ -125,18 +132,19 @@ def _evaluate(run: Run, model: TrainedModel) -> _Evaluated:
       retrieval_augmented=config.retrieval_augmented, retrieval_hits=config.retrieval_hits,
       retrieval_lambda=config.retrieval_lambda, retrieval_temperature=config.retrieval_temperature)
   train_embeddings = encoder.queries(model.params, run.items["train"], "training queries")
+  pooled = encoder.pooled(model.params, run.items["labels"], "labels")
   choose = config.retrieval_augmented and config.retrieval_choose
   if choose or config.split == "validation":
-    indexed, queries = _held_out(run, model, train_embeddings)
+    indexed, queries = _held_out(run, model, train_embeddings, pooled)
   if choose:
     evaluation = _with_chosen_setting(run, indexed, queries, evaluation)
   if config.split == "test":
-    prototypes = encoder.prototypes(model.params, run.items["labels"], model.label_clusters, model.centroids)
+    prototypes = encoder.prototypes_of(model.params, pooled, model.label_clusters, model.centroids)
     memory = Memory(prototypes, train_embeddings, corpus.train_labels, _propensity(run))
     indexed = IndexedMemory(memory, config.search, run.mesh)
     queries = Queries(
         encoder.queries(model.params, run.items["test"], "test queries"), corpus.test_labels, corpus.test_filter)
-  return _Evaluated(evaluate(indexed, queries, evaluation), evaluation, indexed, queries)
+  return _Evaluated(evaluate(indexed, queries, evaluation), evaluation, indexed, queries, pooled, train_embeddings)
 
 
 def _with_fewer_images(run: Run, model: TrainedModel, evaluated: _Evaluated) -> dict[int, Evaluation]:
@@ -150,12 +158,13 @@ def _with_fewer_images(run: Run, model: TrainedModel, evaluated: _Evaluated) -> 
   return results
 
 
-def _held_out(run: Run, model: TrainedModel, train_embeddings: np.ndarray) -> tuple[IndexedMemory, Queries]:
+def _held_out(
+    run: Run, model: TrainedModel, train_embeddings: np.ndarray, pooled: np.ndarray) -> tuple[IndexedMemory, Queries]:
   """The held-out queries, and a memory and centroids that do not know them."""
   corpus, rows = run.corpus, run.validation_rows
   known = train_embeddings[run.query_rows]
   centroids = sharding.to_host(label_centroids(known, run.queries.labels, corpus.num_labels, mesh=run.mesh))
-  prototypes = run.encoder.prototypes(model.params, run.items["labels"], model.label_clusters, centroids)
+  prototypes = run.encoder.prototypes_of(model.params, pooled, model.label_clusters, centroids)
   memory = Memory(prototypes, known, run.queries.labels, _propensity(run))
   indexed = IndexedMemory(memory, run.config.eval.search, run.mesh)
   return indexed, Queries(train_embeddings[rows], corpus.train_labels.take(rows), corpus.train_filter.take(rows))
@@ -166,14 +175,14 @@ def _with_chosen_setting(
   """Chooses lambda and temperature on the held-out queries."""
   best, settings = choose_setting(indexed, held_out, evaluation)
   if jax.process_index() == 0:
-    _write_json(run.workdir / "retrieval_settings.json", [dataclasses.asdict(setting) for setting in settings])
+    write_json(run.workdir / "retrieval_settings.json", [dataclasses.asdict(setting) for setting in settings])
     _log.info("retrieval augmentation: lambda %g and temperature %g, best of %d on %d held-out queries",
               best.lambda_, best.temperature, len(settings), len(held_out.labels))
   return dataclasses.replace(
       evaluation, retrieval_lambda=best.lambda_, retrieval_temperature=best.temperature)
 
 
-def _finish(run: Run, model: TrainedModel, meta: dict[str, Any]) -> dict[str, Any]:
+def _finish(run: Run, model: TrainedModel, step: int, meta: dict[str, Any]) -> dict[str, Any]:
   """Evaluates, writes and prints."""
   evaluated = _evaluate(run, model)
   fewer = _with_fewer_images(run, model, evaluated)
@@ -188,8 +197,24 @@ def _finish(run: Run, model: TrainedModel, meta: dict[str, Any]) -> dict[str, An
   }
   if jax.process_index() == 0:
     _write(run, final, evaluated, fewer)
+    write_report_files(run, evaluated.result, evaluated.queries)
     print(_table(run, evaluated, fewer), flush=True)
+  _write_for_inference(run, model, step, evaluated)
   return final
+
+
+def _write_for_inference(run: Run, model: TrainedModel, step: int, evaluated: _Evaluated) -> None:
+  """The tokenizer and the label index, which knows all training queries whatever was evaluated."""
+  config, pooled = evaluated.config, evaluated.pooled_labels
+  prototypes = evaluated.indexed.memory.prototypes
+  if run.config.eval.split != "test":
+    prototypes = run.encoder.prototypes_of(model.params, pooled, model.label_clusters, model.centroids)
+  means = cluster_means(normalize(pooled), model.label_clusters, run.config.train.free_vectors, run.mesh)
+  retrieval = {"lambda": config.retrieval_lambda, "temperature": config.retrieval_temperature,
+               "hits": config.retrieval_hits}
+  write_inference_files(
+      run, step, retrieval if config.retrieval_augmented else None, prototypes, model.label_clusters,
+      sharding.to_host(means), evaluated.train_queries)
 
 
 def _propensity(run: Run) -> np.ndarray:
@@ -200,24 +225,17 @@ def _propensity(run: Run) -> np.ndarray:
 
 
 def _write(run: Run, final: dict[str, Any], evaluated: _Evaluated, fewer: dict[int, Evaluation]) -> None:
-  folder, memory, result = run.workdir / "embeddings", evaluated.indexed.memory, evaluated.result
+  folder, memory, result = run.workdir / EMBEDDINGS, evaluated.indexed.memory, evaluated.result
   folder.mkdir(exist_ok=True)
   embeddings = {"labels": memory.prototypes, "train_queries": memory.queries,
                 f"{run.config.eval.split}_queries": evaluated.queries.embeddings}
   for name, values in embeddings.items():
     np.save(folder / f"{name}.npy", values)
-  _write_json(run.workdir / "evaluation.json", {
+  write_json(run.workdir / "evaluation.json", describe(run, result) | {
       "intervals_95": result.intervals, "by_label_frequency": result.deciles, "scann_recall": result.scann_recall,
       "by_test_images": {count: {"metrics": other.final_metrics(), "intervals_95": other.intervals}
                          for count, other in fewer.items()}})
-  _write_json(run.workdir / "final_metrics.json", final)
-
-
-def _write_json(path: Path, value: Any) -> None:
-  """Whole or not at all."""
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-  os.replace(partial, path)
+  write_json(run.workdir / "final_metrics.json", final)
 
 
 def _table(run: Run, evaluated: _Evaluated, fewer: dict[int, Evaluation]) -> str:

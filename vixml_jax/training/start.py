@@ -1,14 +1,17 @@
 """What a run begins with: parameters, the free vector of each label, label centroids, and where all of it came from."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 import numpy as np
 
 from vixml_jax.errors import InputError
 from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.mining.kmeans import balanced_kmeans
+from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.ragged import Ragged
 from vixml_jax.training.checkpoint import Checkpoint, provenance
 from vixml_jax.training.image_residual import start_residual
@@ -37,34 +40,49 @@ def start(run: Run) -> Checkpoint:
   state = dataclasses.replace(
       state, label_clusters=padded_like(clusters, state.label_clusters),
       centroids=padded_like(centroids, state.centroids))
-  meta = provenance(run.data_fingerprint, _weight_hashes(run)) | {
+  meta = provenance(run.data_fingerprint, _weight_hashes(run.weights_folder)) | {
       "adapter_sha256": source.weight_hashes(adapter) if adapter else {},
       "config": run.config.to_dict(), "train_seconds": 0.0, "tokens": 0}
   return Checkpoint(state, None, meta)
 
 
-def check_base(run: Run, meta: dict[str, Any]) -> None:
+def check_base(model: ModelDefinition, weights_folder: Path | None, workdir: Path, meta: dict[str, Any]) -> None:
   """Refuses a frozen encoder that is not the one on which a checkpoint was trained.
 
   Args:
-    run: what is about to be restored.
+    model: what is about to be restored.
+    weights_folder: of the pretrained encoder; None where it is drawn.
+    workdir: that holds the checkpoint.
     meta: of the checkpoint.
 
   Raises:
     InputError: naming both.
   """
-  if not run.model.freezes_encoder:
+  if not model.freezes_encoder:
     return
-  wanted, found = meta["weights_sha256"], _weight_hashes(run)
+  wanted, found = meta["weights_sha256"], _weight_hashes(weights_folder)
   for name in sorted(wanted.keys() | found.keys()):
     if found.get(name) != wanted.get(name):
       raise InputError(
-          f"{run.weights_folder}: {name} has sha256 {found.get(name)}, but what is in {run.workdir} was trained on "
+          f"{weights_folder}: {name} has sha256 {found.get(name)}, but what is in {workdir} was trained on "
           f"{meta['config']['encoder']['pretrained']} with {wanted.get(name)}; set config.encoder.pretrained to that")
 
 
-def _weight_hashes(run: Run) -> dict[str, str]:
-  return {} if run.weights_folder is None else source.weight_hashes(run.weights_folder)
+def cluster_means(embeddings: np.ndarray, clusters: np.ndarray, num_vectors: int, mesh: Mesh) -> jax.Array:
+  """Mean embedding of the labels that share each free vector, float32 [C, D]; zeros where none does.
+
+  Args:
+    embeddings: plain ones of the labels, [L, D].
+    clusters: int32 [L], the free vector of each label.
+    num_vectors: C.
+    mesh: the devices.
+  """
+  cluster_of = Ragged.of_lengths(clusters, np.ones(len(clusters), np.int64))
+  return label_centroids(embeddings, cluster_of, num_vectors, mesh=mesh)
+
+
+def _weight_hashes(folder: Path | None) -> dict[str, str]:
+  return {} if folder is None else source.weight_hashes(folder)
 
 
 def _residual_norm(run: Run, params: Tree) -> float:
@@ -90,5 +108,4 @@ def _label_clusters(run: Run, params: Tree) -> tuple[np.ndarray, jax.Array | Non
     clusters = balanced_kmeans(embeddings, num_vectors, seed=run.config.seed, mesh=run.mesh)
   if not from_embeddings:
     return clusters, None
-  cluster_of = Ragged.of_lengths(clusters, np.ones(num_labels, np.int64))
-  return clusters, label_centroids(embeddings, cluster_of, num_vectors, mesh=run.mesh)
+  return clusters, cluster_means(embeddings, clusters, num_vectors, run.mesh)

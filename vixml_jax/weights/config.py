@@ -1,4 +1,4 @@
-"""Reads the `config.json` of Hugging Face into the arguments of our encoders."""
+"""The `config.json` of Hugging Face: read into the arguments of our encoders, and written from them."""
 
 from collections.abc import Mapping
 import json
@@ -136,6 +136,51 @@ def check_arguments(folder: str | os.PathLike[str], arguments: Mapping[str, Any]
           f"{path}: the weights have {argument}={theirs[argument]}, but encoder.{argument} is"
           f" {value}; set it to {theirs[argument]} or choose other weights"
       )
+
+
+def config_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+  """Contents of a `config.json` that says what the arguments of an encoder say; `encoder_arguments` reads it back.
+
+  Of architectures that the arguments do not tell apart it takes the one that needs no more than they say: an encoder
+  without token types is a DistilBERT, a decoder with neither biases nor norms of heads is a Llama. Keys that our
+  encoders know nothing of, such as a tokenizer's ids, are left to the defaults of transformers.
+
+  Args:
+    arguments: of `models.bert.BertEncoder` or `models.decoder.Decoder`; those of dtypes, `remat` and adapters are
+      passed over. Of a bidirectional decoder the config says `is_causal` false, which transformers knows from 5.2 on.
+
+  Raises:
+    InputError: no architecture of transformers has all that they ask for.
+  """
+  kind = _kind_of(arguments)
+  config: dict[str, Any] = {"model_type": kind} | _REQUIRED[kind]
+  for argument, key in _ARGUMENTS[kind].items():
+    if isinstance(key, str):
+      config[key] = arguments[argument]
+    elif not argument.endswith("dropout") and arguments[argument] != key:
+      raise InputError(f"encoder.{argument} is {arguments[argument]}, but a {kind} model has {key}: it cannot be"
+                       " written as one of transformers")
+  if kind in _DECODERS:
+    config |= {"num_key_value_heads": arguments["num_kv_heads"], "head_dim": arguments["head_dim"],
+               "rope_theta": arguments["rope_theta"], "tie_word_embeddings": True}
+    if arguments["rope_scaling"]:
+      config["rope_scaling"] = {"rope_type": "llama3"} | dict(
+          zip(_LLAMA3_KEYS, arguments["rope_scaling"], strict=True))
+    if arguments.get("bidirectional"):
+      config["is_causal"] = False
+  return config
+
+
+def _kind_of(arguments: Mapping[str, Any]) -> str:
+  """The `model_type` of an encoder."""
+  if "num_token_types" in arguments:
+    return "bert" if arguments["num_token_types"] else "distilbert"
+  switches = arguments["qkv_bias"], arguments["qk_norm"]
+  for kind in _DECODERS:
+    if switches == (_ARGUMENTS[kind]["qkv_bias"], _ARGUMENTS[kind]["qk_norm"]):
+      return kind
+  raise InputError("encoder.qkv_bias and encoder.qk_norm are both True, which no model of transformers that is known"
+                   " here has: it cannot be written as one")
 
 
 def _derived_arguments(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:

@@ -89,29 +89,60 @@ def apply(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> di
   return unflatten(filled)
 
 
+class Inverse:
+  """Our parameters, to be read like a checkpoint: one tensor at a time, by its name there.
+
+  Args:
+    table: of the checkpoint's architecture.
+    params: nested dict of arrays, or of anything else that has a `shape` and gives an array for `[layer]` and `[...]`.
+
+  Attributes:
+    name: of the whole, for messages.
+
+  Raises:
+    InputError: the table and the parameters do not cover each other.
+  """
+
+  def __init__(self, table: Table, params: Mapping[str, Any]):
+    self.name = f"parameters for a {table.name} checkpoint"
+    ours = flatten(params)
+    ruled = [rule.ours for rule in table.rules]
+    _raise_any(self.name, [
+        _listed("unmapped", "+", set(ours) - set(ruled)),
+        _listed("unfilled", "-", set(ruled) - set(ours)),
+        _listed("duplicate", "", {name for name in ruled if ruled.count(name) > 1}),
+    ])
+    self._parts: dict[str, list[Any]] = {}
+    for rule in table.rules:
+      number, count = rule.part
+      leaf = ours[rule.ours]
+      for name, layer, layout in targets(rule, leaf.shape):
+        self._parts.setdefault(name, [None] * count)[number] = leaf, layer, layout
+
+  def names(self) -> Sequence[str]:
+    """Names of all tensors."""
+    return list(self._parts)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """Shape of a tensor, without reading it."""
+    return self._parts[name][0][2].theirs
+
+  def read(self, name: str) -> np.ndarray:
+    """The tensor; contiguous, since safetensors writes an array's memory whatever its strides."""
+    found = [
+        layout.to_theirs(np.asarray(leaf[... if layer is None else layer]))
+        for leaf, layer, layout in self._parts[name]]
+    return np.ascontiguousarray(np.concatenate(found) if len(found) > 1 else found[0])
+
+
 def invert(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """From our parameters to the tensors of a checkpoint, by name; the inverse of `apply`.
 
   Raises:
     InputError: the table and the parameters do not cover each other.
   """
-  ours = flatten(params)
-  ruled = [rule.ours for rule in table.rules]
-  problems = [
-      _listed("unmapped", "+", set(ours) - set(ruled)),
-      _listed("unfilled", "-", set(ruled) - set(ours)),
-      _listed("duplicate", "", {name for name in ruled if ruled.count(name) > 1}),
-  ]
-  _raise_any(f"parameters for a {table.name} checkpoint", problems)
-  parts: dict[str, list[Any]] = {}
-  for rule in table.rules:
-    array = np.asarray(ours[rule.ours])
-    number, count = rule.part
-    for name, layer, layout in targets(rule, array.shape):
-      parts.setdefault(name, [None] * count)[number] = layout.to_theirs(array if layer is None else array[layer])
-  # Contiguous: safetensors writes an array's memory, whatever its strides.
-  return {name: np.ascontiguousarray(np.concatenate(found) if len(found) > 1 else found[0])
-          for name, found in parts.items()}
+  inverse = Inverse(table, params)
+  return {name: inverse.read(name) for name in inverse.names()}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

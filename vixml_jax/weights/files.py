@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -95,16 +96,21 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     config: Mapping[str, Any],
     table: Table,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-  """Writes `config.json` and `model.safetensors`, which `transformers.AutoModel` loads.
+  """Writes `config.json` and the weights as safetensors, which `transformers.AutoModel` loads.
 
-  Tensors that the table ignores (BERT's pooler) are not written.
+  Weights of more than `max_shard_bytes` become several files with an index; no more than one file's worth is held
+  in memory. Tensors that the table ignores (BERT's pooler) are not written.
 
   Args:
-    params: nested dict of arrays, as `load_pretrained` returns it.
+    params: nested dict of arrays, as `load_pretrained` returns it, or of what `engine.Inverse` takes.
     folder: made if it does not exist.
     config: contents of `config.json`.
     table: of the architecture that `config` names.
+    dtype: of all tensors in the files; None for their own.
+    max_shard_bytes: most bytes in a file, unless one tensor has more.
 
   Raises:
     InputError: `config` is of another architecture, or parameters do not fit the table.
@@ -114,11 +120,39 @@ def save_pretrained(
         f"model_type is {config.get('model_type')!r} in the config to write to {folder}, but the"
         f" weights are those of a {table.name} model"
     )
-  tensors = engine.invert(table, params)
+  source = engine.Inverse(table, params)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  save_file(tensors, folder / f"{_MODEL}{_ENDING}", metadata={"format": "pt"})  # transformers asks for this.
+  _write_shards(source, folder, dtype, max_shard_bytes)
   (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shards(source: engine.Inverse, folder: pathlib.Path, dtype: str | None, max_bytes: int) -> None:
+  """One file, or several and their index, in the layout of Hugging Face."""
+  size = np.dtype(dtype or np.float32).itemsize  # Without `dtype` no tensor is wider than f32.
+  shards: list[list[str]] = []
+  free = 0
+  for name in source.names():
+    needed = math.prod(source.shape(name)) * size
+    if needed > free:
+      shards.append([])
+      free = max_bytes
+    shards[-1].append(name)
+    free -= needed
+  files = [f"{_MODEL}{_ENDING}"] if len(shards) == 1 else [
+      f"{_MODEL}-{number:05}-of-{len(shards):05}{_ENDING}" for number in range(1, len(shards) + 1)]
+  total = 0
+  for file, names in zip(files, shards, strict=True):
+    tensors = {name: source.read(name) for name in names}
+    if dtype is not None:
+      tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+    total += sum(tensor.nbytes for tensor in tensors.values())
+    save_file(tensors, folder / file, metadata={"format": "pt"})  # transformers asks for this.
+  if len(files) > 1:
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names}}
+    (folder / f"{_MODEL}{_INDEX_ENDING}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _weight_files(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:

@@ -103,7 +103,13 @@ def _open(folder: pathlib.Path, abstract: Mapping[str, Any], alpha: float) -> Sa
   return SafetensorsFolder(folder, _WEIGHTS)
 
 
-def save_adapter(params: Mapping[str, Any], folder: str | os.PathLike[str], base: str, alpha: float) -> None:
+def save_adapter(
+    params: Mapping[str, Any],
+    folder: str | os.PathLike[str],
+    base: str,
+    alpha: float,
+    revision: str | None = None,
+) -> None:
   """Writes a folder that `peft.PeftModel.from_pretrained` puts onto the base's AutoModel.
 
   Args:
@@ -111,6 +117,7 @@ def save_adapter(params: Mapping[str, Any], folder: str | os.PathLike[str], base
     folder: made if it does not exist.
     base: path of the base model, or its name on the hub.
     alpha: the encoder's `lora_alpha`.
+    revision: of the base on the hub; None for the newest.
 
   Raises:
     InputError: the parameters are not the adapters of all seven projections.
@@ -120,6 +127,7 @@ def save_adapter(params: Mapping[str, Any], folder: str | os.PathLike[str], base
       "peft_type": "LORA",
       "task_type": "FEATURE_EXTRACTION",
       "base_model_name_or_path": base,
+      "revision": revision,
       "r": _rank(params),
       "lora_alpha": _short(alpha),
       "use_rslora": True,

@@ -1,0 +1,239 @@
+"""Files of queries, read a block at a time: JSON lines, CSV, parquet.
+
+Every reader gives the queries in the order of the file, and names file and line (parquet: row) of what is wrong.
+"""
+
+from collections.abc import Callable, Iterator
+import csv
+import itertools
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vixml_jax.errors import InputError
+from vixml_jax.inference.queries import LISTS, Query, QueryFormat
+
+_MAX_CELL = 2**26  # Characters of a CSV cell: vectors are long, and a quote that is not closed must end somewhere.
+_SEPARATOR = ";"
+
+
+class QueryFile(Protocol):
+  """Queries in a file."""
+
+  def check(self, look: Callable[[Query], None]) -> int:
+    """Reads the whole file but for pictures, refuses what it or `look` finds wrong, and counts its queries."""
+
+  def blocks(self, size: int) -> Iterator[list[Query]]:
+    """All queries, `size` at a time."""
+
+
+def open_queries(path: Path, wanted: QueryFormat) -> QueryFile:
+  """A file of queries, by the ending of its name.
+
+  Args:
+    path: `.jsonl`, an object a line; `.csv` with a head, whose lists are JSON or stand between semicolons; or
+      `.parquet`. Keys and columns are `queries.KEYS`; paths of images start from the file's folder.
+    wanted: what the model takes.
+
+  Raises:
+    InputError: no such file, another ending, or columns that are unknown or missing.
+  """
+  readers: dict[str, type] = {".jsonl": _JsonLines, ".csv": _Csv, ".parquet": _Parquet}
+  if path.suffix not in readers:
+    raise InputError(f"{path}: files of queries end in {', '.join(readers)}; convert or rename it")
+  if not path.is_file():
+    raise InputError(f"{path}: no such file; --queries must name one")
+  return readers[path.suffix](path, wanted)
+
+
+def _in_blocks(queries: Iterator[Query], size: int) -> Iterator[list[Query]]:
+  while block := list(itertools.islice(queries, size)):
+    yield block
+
+
+def _counted(path: Path, queries: Iterator[Query], look: Callable[[Query], None]) -> int:
+  count = 0
+  for query in queries:
+    look(query)
+    count += 1
+  if not count:
+    raise InputError(f"{path}: holds no query")
+  return count
+
+
+class _JsonLines:
+  """An object a line; blank lines are passed over."""
+
+  def __init__(self, path: Path, wanted: QueryFormat):
+    self._path, self._wanted = path, wanted
+
+  def check(self, look: Callable[[Query], None]) -> int:
+    return _counted(self._path, self._queries(), look)
+
+  def blocks(self, size: int) -> Iterator[list[Query]]:
+    return _in_blocks(self._queries(), size)
+
+  def _queries(self) -> Iterator[Query]:
+    with _opened(self._path, lambda: self._path.open("rb")) as file:
+      for number, line in enumerate(file, 1):
+        if line.strip():
+          where = f"{self._path}:{number}"
+          yield self._wanted.parse(_json(line, where, "is the file cut off?"), where, self._path.parent)
+
+
+class _Csv:
+  """A head, then a query a line; an empty cell is no value."""
+
+  def __init__(self, path: Path, wanted: QueryFormat):
+    self._path, self._wanted = path, wanted
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
+    with _opened(path, lambda: path.open(newline="", encoding="utf-8-sig")) as file:
+      columns = self._next(csv.reader(file, strict=True))
+    if columns is None:
+      raise InputError(f"{path}: is empty; its first line must name the columns")
+    repeated = {name for name in columns if columns.count(name) > 1}
+    if repeated:
+      raise InputError(f"{path}:1: the column {min(repeated)!r} stands there twice")
+    wanted.check_keys(columns, f"{path}:1")
+    self._columns = columns
+
+  def check(self, look: Callable[[Query], None]) -> int:
+    return _counted(self._path, self._queries(), look)
+
+  def blocks(self, size: int) -> Iterator[list[Query]]:
+    return _in_blocks(self._queries(), size)
+
+  def _queries(self) -> Iterator[Query]:
+    with _opened(self._path, lambda: self._path.open(newline="", encoding="utf-8-sig")) as file:
+      reader = csv.reader(file, strict=True)
+      self._next(reader)
+      while (cells := self._next(reader)) is not None:
+        if not cells:
+          continue
+        where = f"{self._path}:{reader.line_num}"
+        if len(cells) != len(self._columns):
+          raise InputError(f"{where}: has {len(cells)} cells for {len(self._columns)} columns; is the file cut off, or "
+                           "a comma not in quotes?")
+        yield self._wanted.parse(self._record(cells, where), where, self._path.parent)
+
+  def _next(self, reader) -> list[str] | None:
+    try:
+      return next(reader, None)
+    except (csv.Error, UnicodeDecodeError) as error:
+      raise InputError(f"{self._path}:{reader.line_num}: not valid CSV in UTF-8 ({error}); is the file cut off?"
+                       ) from error
+
+  def _record(self, cells: list[str], where: str) -> dict[str, Any]:
+    record: dict[str, Any] = {self._wanted.required: ""}
+    for name, cell in zip(self._columns, cells, strict=True):
+      if cell:
+        record[name] = _cell_list(cell, f"{where}: {name!r}") if name in LISTS else cell
+    return record
+
+
+class _Parquet:
+  """A query a row. Images are lists of binary, of paths, or of vectors of floats."""
+
+  def __init__(self, path: Path, wanted: QueryFormat):
+    self._path, self._wanted = path, wanted
+    with self._file() as file:
+      schema, self._rows = file.schema_arrow, file.metadata.num_rows
+    wanted.check_keys(schema.names, str(path))
+    for name in schema.names:
+      if not _fits(name, schema.field(name).type):
+        raise InputError(f"{path}: column {name!r} is {schema.field(name).type}; it must be "
+                         f"{_TYPES.get(name, 'string')}")
+    self._names = schema.names
+    if not self._rows:
+      raise InputError(f"{path}: holds no query")
+
+  def check(self, look: Callable[[Query], None]) -> int:
+    # Pictures may be gigabytes, and the schema has told their type.
+    names = [name for name in self._names if name != "images"]
+    return _counted(self._path, self._queries(4096, names), look)
+
+  def blocks(self, size: int) -> Iterator[list[Query]]:
+    # A batch of pyarrow may end where a row group does: blocks are cut here.
+    return _in_blocks(self._queries(size, self._names), size)
+
+  def _queries(self, size: int, names: list[str]) -> Iterator[Query]:
+    row = 0
+    with self._file() as file:
+      batches = file.iter_batches(batch_size=size, columns=names)
+      while (batch := self._reading(lambda: next(batches, None))) is not None:
+        columns = {name: _values(batch.column(name)) for name in names}
+        for i in range(batch.num_rows):
+          record = {name: values[i] for name, values in columns.items()}
+          yield self._wanted.parse(record, f"{self._path}: row {row}", self._path.parent)
+          row += 1
+
+  def _file(self) -> pq.ParquetFile:
+    return self._reading(lambda: pq.ParquetFile(self._path))
+
+  def _reading(self, read: Callable[[], Any]) -> Any:
+    try:
+      return read()
+    except (OSError, pa.ArrowException) as error:
+      raise InputError(f"{self._path}: cannot be read as parquet ({str(error).splitlines()[0]}); is the file cut off?"
+                       ) from error
+
+
+_TYPES = {"images": "a list of binary, string or lists of floats", "allow": "a list of strings",
+          "deny": "a list of strings", "categories": "a list of strings", "uid": "string or a whole number"}
+
+
+def _fits(name: str, found: pa.DataType) -> bool:
+  """Whether a column's type can hold what its name says."""
+  if name in LISTS:
+    if not _is_list(found):
+      return False
+    inner = found.value_type
+    vectors = _is_list(inner) and pa.types.is_floating(inner.value_type)
+    return _is_text(inner) or (name == "images" and (_is_binary(inner) or vectors))
+  return _is_text(found) or (name == "uid" and pa.types.is_integer(found))
+
+
+def _is_list(found: pa.DataType) -> bool:
+  return pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
+
+
+def _is_text(found: pa.DataType) -> bool:
+  return pa.types.is_string(found) or pa.types.is_large_string(found)
+
+
+def _is_binary(found: pa.DataType) -> bool:
+  return pa.types.is_binary(found) or pa.types.is_large_binary(found)
+
+
+def _values(column: pa.Array) -> list[Any]:
+  """Python values of a column, but vectors as arrays: a list of a million floats would be a million objects."""
+  if not (_is_list(column.type) and _is_list(column.type.value_type)):
+    return column.to_pylist()
+  return [None if images is None else [
+      vector.values.to_numpy(zero_copy_only=False) if vector.is_valid else None for vector in images]
+          for images in (scalar.values if scalar.is_valid else None for scalar in column)]
+
+
+def _cell_list(cell: str, where: str) -> list[Any]:
+  """A list in a CSV cell: JSON, or values between semicolons."""
+  if not cell.lstrip().startswith("["):
+    return [part.strip() for part in cell.split(_SEPARATOR)]
+  return _json(cell.encode(), where, "put other values than a JSON list between semicolons")
+
+
+def _json(line: bytes, where: str, advice: str) -> Any:
+  try:
+    return json.loads(line.decode("utf-8-sig"))
+  except (ValueError, RecursionError) as error:
+    reason = str(error) if isinstance(error, ValueError) else "nested too deep"
+    raise InputError(f"{where}: not valid JSON in UTF-8 ({reason}); {advice}") from error
+
+
+def _opened(path: Path, open_file: Callable[[], Any]) -> Any:
+  try:
+    return open_file()
+  except OSError as error:
+    raise InputError(f"{path}: cannot be read ({error.strerror}); name another file of queries") from error
