@@ -1,0 +1,44 @@
+"""Exports a trained workdir for other libraries.
+
+  python -m vixml_jax.export --workdir=runs/NAME --format=hf|peft|sentence-transformers|embeddings --output=DIR
+      [--dtype=float32|bfloat16|float16] [--max_shard_size=5GB]
+
+hf: the encoder, adapters merged, for transformers. peft: the adapters alone. sentence-transformers: texts to the
+embeddings that evaluation has. embeddings: the label prototypes as labels.npy and labels.parquet. Needs no training
+data.
+"""
+
+from pathlib import Path
+import re
+
+from absl import flags
+
+from vixml_jax import cli
+from vixml_jax.errors import InputError
+from vixml_jax.inference.exporting import FORMATS, export
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "A folder that vixml_jax.main wrote.")
+_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What to write.")
+_OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"],
+    "Of the weights; merged adapters lose what is too small for the others.")
+_MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "Most bytes in one file of weights, as 500MB or 5GB.")
+
+
+def main() -> None:
+  """Exports what the flags name."""
+  workdir, kind, output = (cli.required(flag) for flag in (_WORKDIR, _FORMAT, _OUTPUT))
+  export(Path(workdir), kind, Path(output), _DTYPE.value, _bytes(_MAX_SHARD_SIZE.value))
+  print(f"{kind} in {output}")
+
+
+def _bytes(size: str) -> int:
+  number = re.fullmatch(r"(\d+) ?([KMG])B", size)
+  if not number or not int(number[1]):
+    raise InputError(f"--max_shard_size={size}: must be a whole number of KB, MB or GB, such as 5GB")
+  return int(number[1]) * 1000 ** ("KMG".index(number[2]) + 1)
+
+
+if __name__ == "__main__":
+  cli.run(main)
