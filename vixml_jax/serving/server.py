@@ -1,0 +1,120 @@
+"""Runs the application until SIGTERM: loads meanwhile, watches the label index, and finishes what is in flight."""
+
+from collections.abc import Callable
+import contextlib
+import logging
+import signal
+import socket
+import threading
+
+import uvicorn
+
+from vixml_jax.errors import InputError
+from vixml_jax.inference.predictor import Prediction, Predictor
+from vixml_jax.serving.app import make_app
+from vixml_jax.serving.batching import Batcher
+from vixml_jax.serving.engine import Asked, Engine
+from vixml_jax.serving.limits import Limits
+from vixml_jax.serving.metrics import Metrics
+
+_STOP_SECONDS = 30
+
+_log = logging.getLogger(__name__)
+
+
+class Server:
+  """One model on one address. `run` returns after SIGTERM, SIGINT or `stop`.
+
+  Args:
+    load: makes the predictor; called when the address is taken, so that /healthz can say that it is starting.
+    host: an address or a name of this machine.
+    port: 0 takes a free one.
+    limits: what is refused.
+    reload_seconds: between looks for a new generation of the label index; None looks only when told to (`reload`).
+
+  Attributes:
+    url: where it listens.
+
+  Raises:
+    InputError: the address cannot be taken.
+  """
+
+  def __init__(self, load: Callable[[], Predictor], host: str = "127.0.0.1", port: int = 0,
+               limits: Limits | None = None, reload_seconds: float | None = None):
+    limits, metrics = limits or Limits(), Metrics()
+    self._engine = Engine(load, limits, metrics)
+    self._batcher: Batcher[Asked, list[Prediction]] = Batcher(
+        self._engine.answer, max_batch=limits.batch, max_wait=limits.wait_seconds, max_queue=limits.queue)
+    app = make_app(self._engine, self._batcher, limits, metrics)
+    # What requests do is in /metrics; of each a line in a log would cost more than its answer.
+    self._http = uvicorn.Server(uvicorn.Config(
+        app, lifespan="off", access_log=False, log_config=None, server_header=False,
+        timeout_graceful_shutdown=_STOP_SECONDS))
+    self._reload_seconds = reload_seconds
+    self._told, self._stopping = threading.Event(), False
+    self._failure: Exception | None = None
+    self._socket = _listen(host, port)
+    self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._socket.getsockname()[1]}"
+
+  def run(self) -> None:
+    """Serves, and returns when every request that had come is answered.
+
+    Raises:
+      InputError: what `load` raised.
+    """
+    work = threading.Thread(target=self._work, name="index", daemon=True)
+    work.start()
+    _log.info("listening on %s", self.url)
+    with _signals(self.reload):
+      self._http.run(sockets=[self._socket])
+    self.stop()
+    work.join()
+    self._batcher.close()
+    if self._failure:
+      raise self._failure
+    _log.info("stopped")
+
+  def stop(self) -> None:
+    """Ends `run`; from any thread."""
+    self._stopping = self._http.should_exit = True
+    self._told.set()
+
+  def reload(self) -> None:
+    """Looks for a new generation of the label index soon; from any thread or signal handler."""
+    self._told.set()
+
+  def _work(self) -> None:
+    try:
+      self._engine.start()
+      while not self._stopping:
+        self._told.wait(self._reload_seconds)
+        self._told.clear()
+        if not self._stopping:
+          self._engine.reload_index()
+    except Exception as error:
+      self._failure = error
+      self.stop()
+
+
+@contextlib.contextmanager
+def _signals(reload: Callable[[], None]):
+  """SIGHUP reloads. SIGTERM, which uvicorn raises again when it has stopped, is then no reason to die of it."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  former = {signal.SIGHUP: signal.signal(signal.SIGHUP, lambda *_: reload()),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None)}
+  try:
+    yield
+  finally:
+    for number, handler in former.items():
+      signal.signal(number, handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+  try:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((host, port), family=family, backlog=1024)
+  except (OSError, OverflowError) as error:
+    reason = getattr(error, "strerror", None) or error
+    raise InputError(f"--host={host} --port={port}: cannot be listened on ({reason}); name another") from error
