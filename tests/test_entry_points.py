@@ -32,6 +32,17 @@ _CASES = {
          "--config.dataset.data_dir={folder}/data"), "{folder}/no_raw"),
     "workdir without config": (("evaluate", "--workdir={folder}"), "{folder}/config.json"),
     "no workdir": (("evaluate",), "--workdir"),
+    "no workdir to predict with": (("predict",), "--workdir"),
+    "no label to predict": (("predict", "--workdir={folder}", "--k=0"), "--k=0"),
+    "workdir without config to predict with": (
+        ("predict", "--workdir={folder}", "--queries=q.jsonl", "--output={folder}/o.jsonl"), "{folder}/config.json"),
+    "no workdir to add labels to": (("add_labels",), "--workdir"),
+    "nothing to add": (("add_labels", "--workdir={folder}"), "--labels"),
+    "no workdir to export": (("export",), "--workdir"),
+    "unknown format": (("export", "--workdir={folder}", "--format=onnx", "--output=x"), "--format=onnx"),
+    "no workdir to serve": (("serve",), "--workdir"),
+    "no such port": (("serve", "--workdir={folder}", "--port=70000"), "--port=70000"),
+    "workdir without config to compare": (("evaluate", "--workdir={folder}", "--compare={folder}/b"), "{folder}"),
     "unknown search": (("evaluate", "--workdir={folder}", "--search=faiss"), "--search=faiss"),
 }
 
