@@ -48,7 +48,8 @@ restore() {
 # Copies what has changed since the last time; `find` does not follow the link to the checkpoints.
 publish() {
   touch "$published.next"
-  (cd "$workdir" && find . -type f -newer "$published" ! -name '*.partial' ! -name '.published*' \
+  (cd "$workdir" && find . -type f -newer "$published" ! -name '*.partial' ! -path '*.incomplete*' \
+    ! -name '.published*' \
     -exec cp --parents -t "$store" {} +) || echo "$name: could not copy $workdir to $store; next try later" >&2
   mv "$published.next" "$published"
 }

@@ -452,13 +452,16 @@ def test_a_worker_keeps_a_copy_in_the_store_and_starts_from_it_elsewhere(machine
     echo 1 > config.json; echo a > metrics.jsonl; echo big > embeddings/labels.npy
     for _ in {{1..500}}; do test -e {store}/metrics.jsonl && break; sleep 0.02; done
     test -e {store}/metrics.jsonl || echo 'not copied while at work'
-    echo half > final_metrics.json.partial; echo b >> metrics.jsonl; exit 134"""
+    echo half > final_metrics.json.partial; mkdir -p index/000001.incomplete
+    echo half > report.html.incomplete; echo half > index/000001.incomplete/labels.npy
+    echo b >> metrics.jsonl; exit 134"""
   result = _worker(machine, f"--workdir={machine.folder}/one", f"--store={store}", script=first,
                    VIXML_PUBLISH_SECONDS="0.1")
   assert result.returncode == 42 and result.stdout == "", result.stdout + result.stderr
   assert (store / "metrics.jsonl").read_text() == "a\nb\n"
   assert (store / "checkpoints/7").is_dir() and (store / "logs/w.log").exists()
   assert not (store / "final_metrics.json.partial").exists()
+  assert not list(store.rglob("*.incomplete*")), "an evaluation writes so what is not whole"
   assert (store / "state/w").read_text() == "again\n"
   # Another machine: the small files are there, checkpoints are those of the store.
   second = f"cd {machine.folder}/two; cat metrics.jsonl; ls checkpoints; test ! -e embeddings; echo c >> metrics.jsonl"
