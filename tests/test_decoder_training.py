@@ -11,16 +11,16 @@ from safetensors.numpy import load_file, save_file
 
 from tests.image_features import write_random_features
 from tests.training_checks import (
-    assert_close,
-    assert_same_bits,
-    assert_two_processes_train_like_one,
-    final_state,
-    loss_and_gradients,
-    send_sigterm_at_batch,
+  assert_close,
+  assert_same_bits,
+  assert_stopped_and_started_again_ends_with_the_same_bits,
+  assert_two_processes_train_like_one,
+  final_state,
+  loss_and_gradients,
 )
 from tests.workplace import TINY_DECODER, load_config, miniature_config
 from vixml_jax import configuration, datasets, sharding
-from vixml_jax.errors import InputError, Preempted
+from vixml_jax.errors import InputError
 from vixml_jax.input.batches import TrainingQueries, make_batch
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, Phrase
@@ -109,13 +109,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(config, tmp_path, mo
   if images:
     use_images(config)
   config.train.epochs = 2
-  train_and_evaluate(config, tmp_path / "undisturbed")
-  send_sigterm_at_batch(5, monkeypatch)
-  with pytest.raises(Preempted, match="saved step"):
-    train_and_evaluate(config, tmp_path / "stopped")
-  monkeypatch.undo()
-  train_and_evaluate(config, tmp_path / "stopped")
-  assert_same_bits(final_state(config, tmp_path / "undisturbed"), final_state(config, tmp_path / "stopped"))
+  assert_stopped_and_started_again_ends_with_the_same_bits(config, tmp_path, monkeypatch)
 
 
 def test_another_base_is_refused_by_its_hash_and_the_same_one_may_lie_elsewhere(config, tmp_path):

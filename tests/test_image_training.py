@@ -8,15 +8,13 @@ import pytest
 
 from tests.image_features import write_random_features
 from tests.training_checks import (
-    assert_close,
-    assert_same_bits,
-    final_state,
-    loss_and_gradients,
-    send_sigterm_at_batch,
+  assert_close,
+  assert_stopped_and_started_again_ends_with_the_same_bits,
+  loss_and_gradients,
 )
 from tests.workplace import miniature_config
 from vixml_jax import configuration, datasets, sharding
-from vixml_jax.errors import InputError, Preempted
+from vixml_jax.errors import InputError
 from vixml_jax.training.run import evaluate_workdir, train_and_evaluate
 from vixml_jax.training.setup import set_up
 
@@ -96,14 +94,7 @@ def test_every_kind_of_fusion_trains_and_evaluates(config, tmp_path, template, f
 @pytest.mark.slow
 def test_stopped_and_started_again_a_run_with_images_ends_with_the_same_bits(config, tmp_path, monkeypatch):
   config.train.epochs = 2
-
-  train_and_evaluate(config, tmp_path / "undisturbed")
-  send_sigterm_at_batch(5, monkeypatch)
-  with pytest.raises(Preempted, match="saved step"):
-    train_and_evaluate(config, tmp_path / "stopped")
-  monkeypatch.undo()
-  train_and_evaluate(config, tmp_path / "stopped")
-  assert_same_bits(final_state(config, tmp_path / "undisturbed"), final_state(config, tmp_path / "stopped"))
+  assert_stopped_and_started_again_ends_with_the_same_bits(config, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("change,message", [

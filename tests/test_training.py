@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 
 from tests.training_checks import (
-    assert_close,
-    assert_same_bits,
-    assert_two_processes_train_like_one,
-    command,
-    final_state,
-    loss_and_gradients,
-    read_step,
-    send_sigterm_at_batch,
-    two_processes,
+  assert_close,
+  assert_same_bits,
+  assert_stopped_and_started_again_ends_with_the_same_bits,
+  assert_two_processes_train_like_one,
+  command,
+  final_state,
+  loss_and_gradients,
+  read_step,
+  two_processes,
 )
 from tests.workplace import miniature_config
 from vixml_jax import configuration, sharding
-from vixml_jax.errors import InputError, Preempted
+from vixml_jax.errors import InputError
 from vixml_jax.input.batches import make_batch
 from vixml_jax.training import loop
 from vixml_jax.training.run import evaluate_workdir, train_and_evaluate
@@ -78,13 +78,7 @@ def test_evaluating_a_workdir_again_gives_the_same_numbers(workplace, tmp_path):
 
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(workplace, tmp_path, monkeypatch):
   config = config_of(workplace)
-  train_and_evaluate(config, tmp_path / "undisturbed")
-  send_sigterm_at_batch(5, monkeypatch)
-  with pytest.raises(Preempted, match="saved step"):
-    train_and_evaluate(config, tmp_path / "stopped")
-  monkeypatch.undo()
-  train_and_evaluate(config, tmp_path / "stopped")
-  assert_same_bits(final_state(config, tmp_path / "undisturbed"), final_state(config, tmp_path / "stopped"))
+  assert_stopped_and_started_again_ends_with_the_same_bits(config, tmp_path, monkeypatch)
   steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
            if json.loads(line)["split"] == "train"]
   assert steps == sorted(set(steps)), "a resumed run must not repeat lines"

@@ -10,12 +10,15 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from tests.workplace import ROOT
 from vixml_jax import configuration
+from vixml_jax.errors import Preempted
 from vixml_jax.input.batches import make_batch
 from vixml_jax.models import layers
 from vixml_jax.training import loop
+from vixml_jax.training.run import train_and_evaluate
 from vixml_jax.training.setup import set_up
 from vixml_jax.training.state import abstract_state, create_state, init_params
 from vixml_jax.training.step import batch_loss, device_batch
@@ -56,6 +59,17 @@ def final_state(config, workdir):
   run = set_up(config, workdir)
   with loop.Checkpointer(workdir / "checkpoints", 2) as checkpointer:
     return jax.device_get(checkpointer.restore(run.total_steps, run.abstract, len(run.queries)).state)
+
+
+def assert_stopped_and_started_again_ends_with_the_same_bits(config, folder, monkeypatch):
+  """Trains once undisturbed, and once with SIGTERM in between, in the folders `undisturbed` and `stopped`."""
+  train_and_evaluate(config, folder / "undisturbed")
+  send_sigterm_at_batch(5, monkeypatch)
+  with pytest.raises(Preempted, match="saved step"):
+    train_and_evaluate(config, folder / "stopped")
+  monkeypatch.undo()
+  train_and_evaluate(config, folder / "stopped")
+  assert_same_bits(final_state(config, folder / "undisturbed"), final_state(config, folder / "stopped"))
 
 
 def send_sigterm_at_batch(number, monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 import jax
 
-from vixml_jax import cli, configuration, sharding
+from vixml_jax import cli, configuration
 from vixml_jax.errors import InputError
 from vixml_jax.inference.new_labels import (
     LabelFormat,
@@ -85,8 +85,8 @@ def _open_index(workdir: Path) -> LabelIndex:
 
 
 def _load(workdir: Path) -> Predictor:
-  mesh = sharding.make_mesh(*cli.numbers(_MESH, 3)) if _MESH.value else None
-  return load(workdir, image_checkpoint=_TOWER.value, image_batch_size=_IMAGE_BATCH_SIZE.value, mesh=mesh)
+  return load(
+      workdir, image_checkpoint=_TOWER.value, image_batch_size=_IMAGE_BATCH_SIZE.value, mesh=cli.mesh(_MESH))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from typing import NoReturn
 
 from absl import app, flags
 import jax
+from jax.sharding import Mesh
 
+from vixml_jax import sharding
 from vixml_jax.errors import InputError, Preempted
 
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -126,6 +128,15 @@ def required(flag: flags.FlagHolder):
   except OSError as error:
     raise InputError(_unreadable(flag.name, error)) from error
   return flag.value
+
+
+def mesh(flag: flags.FlagHolder) -> Mesh | None:
+  """The mesh of a flag such as 4,1,2; None where it is not given.
+
+  Raises:
+    InputError: naming the flag, or the axis at fault.
+  """
+  return sharding.make_mesh(*numbers(flag, 3)) if flag.value else None
 
 
 def numbers(flag: flags.FlagHolder, count: int | None = None) -> list[int]:

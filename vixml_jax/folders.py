@@ -67,3 +67,9 @@ def new_file(target: str | os.PathLike) -> Iterator[pathlib.Path]:
     work.replace(target)
   finally:
     work.unlink(missing_ok=True)
+
+
+def write_json(target: str | os.PathLike, value: Any) -> None:
+  """Writes a JSON file, indented, whole or not at all."""
+  with new_file(target) as work:
+    work.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 import jax
 
-from vixml_jax import cli, configuration, sharding
+from vixml_jax import cli, configuration
 from vixml_jax.errors import InputError
 from vixml_jax.inference.answering import answer_file, prepare_output
 from vixml_jax.inference.predictor import load, query_format
@@ -48,11 +48,10 @@ def main() -> None:
   config = configuration.read(workdir / "config.json")
   prepare_output(output, path)
   queries = open_queries(path, query_format(config))
-  mesh = _MESH.value and sharding.make_mesh(*cli.numbers(_MESH, 3))
   predictor = load(
       workdir, search=_SEARCH.value, retrieval_augmented=_AUGMENTED.value, retrieval_lambda=_LAMBDA.value,
       retrieval_temperature=_TEMPERATURE.value, image_checkpoint=_TOWER.value,
-      image_batch_size=_IMAGE_BATCH_SIZE.value, mesh=mesh or None)
+      image_batch_size=_IMAGE_BATCH_SIZE.value, mesh=cli.mesh(_MESH))
   _print(answer_file(predictor, queries, path, output, k=_K.value, batch_size=_BATCH_SIZE.value), output)
 
 

@@ -16,7 +16,7 @@ import sys
 from absl import flags
 import jax
 
-from vixml_jax import cli, sharding
+from vixml_jax import cli
 from vixml_jax.errors import InputError
 from vixml_jax.inference.predictor import Predictor, load
 
@@ -66,7 +66,7 @@ def main() -> None:
     raise InputError(f"serving needs the package {error.name}: pip install vixml_jax[serve]") from error
   if _MAX_QUERIES.value > _MAX_QUEUE.value:
     raise InputError(f"--max_queries={_MAX_QUERIES.value}: must be no more than --max_queue={_MAX_QUEUE.value}")
-  mesh = _MESH.value and sharding.make_mesh(*cli.numbers(_MESH, 3))
+  mesh = cli.mesh(_MESH)
   limits = Limits(
       body_bytes=int(_MAX_BODY.value * 10**6), queries=_MAX_QUERIES.value, k=_MAX_K.value, text_chars=_MAX_TEXT.value,
       images=_MAX_IMAGES.value, names=_MAX_NAMES.value, batch=_MAX_BATCH.value, wait_seconds=_MAX_WAIT.value / 1000,
@@ -76,7 +76,7 @@ def main() -> None:
     predictor = load(
         workdir, search=_SEARCH.value, retrieval_augmented=_AUGMENTED.value, retrieval_lambda=_LAMBDA.value,
         retrieval_temperature=_TEMPERATURE.value, image_checkpoint=_TOWER.value,
-        image_batch_size=_IMAGE_BATCH_SIZE.value, mesh=mesh or None)
+        image_batch_size=_IMAGE_BATCH_SIZE.value, mesh=mesh)
     gc.freeze()  # A collection that goes through the libraries' million objects stops every request for a second.
     return predictor
 

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterable
 import dataclasses
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from vixml_jax.ahead_of_time.programs import Plan, Workload, item_lengths, sprea
 from vixml_jax.ahead_of_time.roofline import Roofline, model_flops
 from vixml_jax.ahead_of_time.sizes import DataSize
 from vixml_jax.errors import InputError
+from vixml_jax.folders import write_json
 
 _MOST_COLLECTIVES = 12
 
@@ -255,10 +254,7 @@ def _estimate_numbers(estimate: Estimate) -> dict[str, Any]:
 
 
 def _write(path: Path, value: Any) -> None:
-  """Whole or not at all."""
-  partial = path.with_name(f"{path.name}.partial")
   try:
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, value)
   except OSError as error:
     raise InputError(f"{path}: cannot be written ({error.strerror}); give another --json") from error

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from vixml_jax.evaluation.metrics import QueryMetrics
 from vixml_jax.evaluation.pages import write_page
 from vixml_jax.evaluation.per_query import FILE, PerQuery
 from vixml_jax.evaluation.report import COLUMNS
-from vixml_jax.folders import new_file
+from vixml_jax.folders import write_json
 
 _log = logging.getLogger(__name__)
 
@@ -145,9 +144,8 @@ def _short(value: Any) -> str:
 def _write(workdir: Path, first: PerQuery, comparisons: Sequence[Comparison], resamples: int) -> None:
   queries = len(first.rows["plain"])
   shared = {"workdir": str(workdir), "of": dict(first.of), "queries": queries, "resamples": resamples}
-  with new_file(workdir / "compare.json") as partial:
-    found = shared | {"comparisons": [dataclasses.asdict(comparison) for comparison in comparisons]}
-    partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+  write_json(workdir / "compare.json", shared | {
+      "comparisons": [dataclasses.asdict(comparison) for comparison in comparisons]})
   write_page(
       workdir / "compare.html", "compare.html", rankings=ROWS,
       comparisons=[dataclasses.asdict(comparison) | {"chart": interval_chart(

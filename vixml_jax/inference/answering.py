@@ -15,12 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from vixml_jax.errors import InputError
-from vixml_jax.folders import locked
+from vixml_jax.folders import locked, write_json
 from vixml_jax.inference.predictor import BadPicture, Predictor
 from vixml_jax.inference.queries import Query
 from vixml_jax.inference.query_files import QueryFile
 from vixml_jax.inference.result_files import ResultFormat, result_format
-from vixml_jax.training.workdir import write_json
 from vixml_jax.weights.source import sha256
 
 _FORMAT = 1

@@ -13,11 +13,11 @@ import numpy as np
 from vixml_jax import sharding
 from vixml_jax.datasets.features import open_features
 from vixml_jax.datasets.records import Records
-from vixml_jax.folders import new_folder
+from vixml_jax.folders import new_folder, write_json
 from vixml_jax.search.label_index import IndexContents, is_edited, write_index
 from vixml_jax.training.checkpoint import checkpoint_id
 from vixml_jax.training.setup import Run
-from vixml_jax.training.workdir import CHECKPOINTS, FACTS, INDEX, TOKENIZER, write_json
+from vixml_jax.training.workdir import CHECKPOINTS, FACTS, INDEX, TOKENIZER
 from vixml_jax.weights import source
 
 _log = logging.getLogger(__name__)

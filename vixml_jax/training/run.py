@@ -23,6 +23,7 @@ from vixml_jax.evaluation.evaluator import (
 )
 from vixml_jax.evaluation.metrics import inverse_propensity
 from vixml_jax.evaluation.report import metrics_table
+from vixml_jax.folders import write_json
 from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.training.checkpoint import Checkpointer
 from vixml_jax.training.inference_files import write_inference_files
@@ -32,7 +33,7 @@ from vixml_jax.training.report_files import describe, write_report_files
 from vixml_jax.training.setup import Run, adapter_folder, model_of, set_up
 from vixml_jax.training.start import check_base, cluster_means
 from vixml_jax.training.state import TrainState
-from vixml_jax.training.workdir import CHECKPOINTS, EMBEDDINGS, write_json
+from vixml_jax.training.workdir import CHECKPOINTS, EMBEDDINGS
 from vixml_jax.typing import Tree
 
 _log = logging.getLogger(__name__)

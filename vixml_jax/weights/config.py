@@ -76,15 +76,20 @@ _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   """The contents of `config.json` in a folder."""
   path = pathlib.Path(folder) / "config.json"
+  return read_json_object(path, absent="name a model's folder", damaged="fetch it again")
+
+
+def read_json_object(path: pathlib.Path, absent: str, damaged: str) -> dict[str, Any]:
+  """The object that a JSON file holds; `absent` and `damaged` say what to do about a file that is so."""
   try:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
-    raise InputError(f"{path}: cannot be read ({error.strerror}); name a model's folder") from error
+    raise InputError(f"{path}: cannot be read ({error.strerror}); {absent}") from error
   except ValueError as error:
-    raise InputError(f"{path}: is not JSON ({error}); fetch it again") from error
-  if not isinstance(config, dict):
-    raise InputError(f"{path}: is not a JSON object; fetch it again")
-  return config
+    raise InputError(f"{path}: is not JSON ({error}); {damaged}") from error
+  if not isinstance(value, dict):
+    raise InputError(f"{path}: is not a JSON object; {damaged}")
+  return value
 
 
 def encoder_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:

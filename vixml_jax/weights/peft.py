@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from vixml_jax.errors import InputError
 from vixml_jax.weights import engine
+from vixml_jax.weights.config import read_json_object
 from vixml_jax.weights.files import SafetensorsFolder
 from vixml_jax.weights.placement import place
 from vixml_jax.weights.tables import Rule, Table
@@ -154,7 +155,7 @@ def _short(number: float) -> float:
 
 def _check_config(path: pathlib.Path, abstract: Mapping[str, Any], alpha: float) -> None:
   """Refuses a config of other adapters than those that `abstract` and `alpha` describe."""
-  config = _read_json(path)
+  config = read_json_object(path, absent="name a folder that PEFT saved", damaged="save it again")
   for key, wanted in _REQUIRED.items():
     if config.get(key, wanted[0]) not in wanted:
       raise InputError(f"{path}: {key} is {config[key]!r}; only {_either(wanted)} is read")
@@ -186,18 +187,6 @@ def _check_scale(path: pathlib.Path, config: Mapping[str, Any], rank: int, alpha
         f" encoder.lora_alpha to {stable}")
   if theirs != alpha:
     raise InputError(f"{path}: lora_alpha is {theirs}, but encoder.lora_alpha is {_short(alpha)}; set it to {theirs}")
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise InputError(f"{path}: cannot be read ({error.strerror}); name a folder that PEFT saved") from error
-  except ValueError as error:
-    raise InputError(f"{path}: is not JSON ({error}); save it again") from error
-  if not isinstance(config, dict):
-    raise InputError(f"{path}: is not a JSON object; save it again")
-  return config
 
 
 def _either(values: tuple[Any, ...]) -> str:
