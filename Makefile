@@ -47,6 +47,7 @@ test-slow: $(VENV)/.installed-test $(VENV)/.installed-quickstart
 
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check --quiet || { echo "run: $(BIN)/ruff format" >&2; exit 1; }
 	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
 
 types: $(VENV)/.installed-types

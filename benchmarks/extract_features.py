@@ -84,8 +84,9 @@ class TransformersSide:
 
   def __init__(self, folder: Path, arguments: dict, batch_size: int, dtype: str):
     self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    self.model = transformers.SiglipVisionModel.from_pretrained(
-        folder, dtype=getattr(torch, dtype)).to(self.device).eval()
+    self.model = (
+      transformers.SiglipVisionModel.from_pretrained(folder, dtype=getattr(torch, dtype)).to(self.device).eval()
+    )
     size = {"height": arguments["image_size"], "width": arguments["image_size"]}
     self.processor = transformers.SiglipImageProcessor(size=size, resample=Image.Resampling.BILINEAR)
     self.batch_size = batch_size
@@ -96,7 +97,7 @@ class TransformersSide:
     outputs = []
     with torch.inference_mode():
       for start in range(0, len(blobs), self.batch_size):
-        images = [Image.open(io.BytesIO(blob)).convert("RGB") for blob in blobs[start:start + self.batch_size]]
+        images = [Image.open(io.BytesIO(blob)).convert("RGB") for blob in blobs[start : start + self.batch_size]]
         pixels = self.processor(images, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
         outputs.append(self.model(pixels).pooler_output.float().cpu().numpy())
     return np.concatenate(outputs)
@@ -120,11 +121,14 @@ def main() -> None:
     arguments = write_tower(options.variant, Path(folder))
     _, shapes, _ = define_siglip(arguments)
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    print(f"{options.variant}: {count / 1e6:.1f} M parameters, {flops_per_image(arguments) / 1e9:.1f} GFLOP an image; "
-          f"{options.images} JPEGs of {options.side} x {options.side}; {options.dtype}; {jax.devices()[0].device_kind}")
+    print(
+      f"{options.variant}: {count / 1e6:.1f} M parameters, {flops_per_image(arguments) / 1e9:.1f} GFLOP an image; "
+      f"{options.images} JPEGs of {options.side} x {options.side}; {options.dtype}; {jax.devices()[0].device_kind}"
+    )
     encoder = ImageEncoder(folder, None, "huggingface_bilinear", options.batch_size, options.dtype)
-    theirs = None if options.no_transformers else TransformersSide(
-        Path(folder), arguments, options.batch_size, options.dtype)
+    theirs = (
+      None if options.no_transformers else TransformersSide(Path(folder), arguments, options.batch_size, options.dtype)
+    )
 
   def ours() -> np.ndarray:
     ((_, part),) = encoder.encode_parts(Blobs(blobs), [0], "benchmark")

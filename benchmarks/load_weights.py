@@ -32,7 +32,8 @@ from vixml_jax.weights.placement import place
 from vixml_jax.weights.tables import QWEN2
 
 WIDTHS: dict[str, Any] = dict(
-    embed_dim=2048, num_heads=16, num_kv_heads=2, head_dim=128, mlp_dim=11008, rope_theta=1e6, qkv_bias=True)
+  embed_dim=2048, num_heads=16, num_kv_heads=2, head_dim=128, mlp_dim=11008, rope_theta=1e6, qkv_bias=True
+)
 MIB = 2**20
 
 
@@ -58,16 +59,19 @@ def abstract(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]
 def write_checkpoint(folder: Path, shapes: dict[str, Any], num_files: int) -> None:
   """Random tensors for every rule, spread over the files, with their index."""
   flat = engine.flatten(shapes)
-  tensors = [(name, layout.theirs) for rule in QWEN2.rules
-             for name, _, layout in engine.targets(rule, flat[rule.ours].shape)]
+  tensors = [
+    (name, layout.theirs) for rule in QWEN2.rules for name, _, layout in engine.targets(rule, flat[rule.ours].shape)
+  ]
   generator = np.random.default_rng(0)
   place_of = {}
   for number in range(num_files):
     file = f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
     mine = tensors[number::num_files]
     place_of |= {name: file for name, _ in mine}
-    save_file({name: generator.integers(2**16, size=shape, dtype=np.uint16).view(ml_dtypes.bfloat16)
-               for name, shape in mine}, folder / file)
+    save_file(
+      {name: generator.integers(2**16, size=shape, dtype=np.uint16).view(ml_dtypes.bfloat16) for name, shape in mine},
+      folder / file,
+    )
   (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place_of}))
 
 
@@ -99,12 +103,20 @@ def main() -> None:
     print(json.dumps(load(flags)))
     return
   environment = os.environ | {
-      "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={flags.devices}"}
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={flags.devices}",
+  }
   shapes, _ = abstract(flags)
-  sizes = [2 * np.prod(layout.theirs, dtype=np.int64) for rule in QWEN2.rules for _, _, layout in engine.targets(
-      rule, engine.flatten(shapes)[rule.ours].shape)]
-  print(f"{sum(sizes) / MIB:.0f} MiB in {flags.files} files; largest tensors "
-        + ", ".join(f"{size / MIB:.0f}" for size in sorted(set(sizes))[-2:]) + f" MiB; {flags.devices} devices")
+  sizes = [
+    2 * np.prod(layout.theirs, dtype=np.int64)
+    for rule in QWEN2.rules
+    for _, _, layout in engine.targets(rule, engine.flatten(shapes)[rule.ours].shape)
+  ]
+  print(
+    f"{sum(sizes) / MIB:.0f} MiB in {flags.files} files; largest tensors "
+    + ", ".join(f"{size / MIB:.0f}" for size in sorted(set(sizes))[-2:])
+    + f" MiB; {flags.devices} devices"
+  )
   print("way       arrays MiB   peak MiB   above the arrays MiB   seconds")
   with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
     write_checkpoint(Path(folder), shapes, flags.files)

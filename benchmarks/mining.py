@@ -115,18 +115,24 @@ def main() -> None:
   ours, our_seconds = _timed("k-means, ours", lambda: balanced_kmeans(on_device, count, seed=1))
   _timed("label centroids, ours, first call (compiles)", lambda: label_centroids(on_device, labels, flags.labels))
   centroids, our_centroid_seconds = _timed(
-      "label centroids, ours", lambda: label_centroids(on_device, labels, flags.labels))
+    "label centroids, ours", lambda: label_centroids(on_device, labels, flags.labels)
+  )
   _timed("order of an epoch", lambda: epoch_order(0, 0, flags.rows, ours))
   if flags.reference:
     published, seconds = _timed(
-        f"k-means, pyxclib's manner, {flags.threads} threads",
-        lambda: reference_kmeans(rows, count, flags.threads))
+      f"k-means, pyxclib's manner, {flags.threads} threads", lambda: reference_kmeans(rows, count, flags.threads)
+    )
     expected, centroid_seconds = _timed(
-        "label centroids, scipy.sparse", lambda: reference_centroids(rows, labels, flags.labels))
-    print(f"k-means: {seconds / our_seconds:.2f} times as fast, objective {objective(rows, ours):.4f} "
-          f"against {objective(rows, published):.4f}")
-    print(f"label centroids: {centroid_seconds / our_centroid_seconds:.2f} times as fast, "
-          f"largest difference {np.max(np.abs(centroids - expected)):.1e}")
+      "label centroids, scipy.sparse", lambda: reference_centroids(rows, labels, flags.labels)
+    )
+    print(
+      f"k-means: {seconds / our_seconds:.2f} times as fast, objective {objective(rows, ours):.4f} "
+      f"against {objective(rows, published):.4f}"
+    )
+    print(
+      f"label centroids: {centroid_seconds / our_centroid_seconds:.2f} times as fast, "
+      f"largest difference {np.max(np.abs(centroids - expected)):.1e}"
+    )
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   print(f"peak resident memory {peak:.2f} GiB, of which embeddings twice {2 * rows.nbytes / 2**30:.2f} GiB")
 

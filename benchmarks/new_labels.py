@@ -45,8 +45,16 @@ from vixml_jax.training.run import train_and_evaluate
 from vixml_jax.training.workdir import EMBEDDINGS, INDEX
 
 _DEPTH = 100
-_SHOWN = [("new", "P@1"), ("new", "R@10"), ("new", "R@100"), ("old", "P@1"), ("old", "R@10"), ("old", "R@100"),
-          ("all", "P@1"), ("all", "R@100")]
+_SHOWN = [
+  ("new", "P@1"),
+  ("new", "R@10"),
+  ("new", "R@100"),
+  ("old", "P@1"),
+  ("old", "R@10"),
+  ("old", "R@100"),
+  ("all", "P@1"),
+  ("all", "R@100"),
+]
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe; variants stand after a colon.")
 _FOLDER = flags.DEFINE_string("folder", None, "Where data, workdirs and results go.")
@@ -84,7 +92,7 @@ def write_without(source: Path, target: Path, held_out: np.ndarray) -> None:
 
 
 def score(
-    search: Callable[[Ragged], np.ndarray], to_id: np.ndarray, is_new: np.ndarray, truth: Ragged, excluded: Ragged
+  search: Callable[[Ragged], np.ndarray], to_id: np.ndarray, is_new: np.ndarray, truth: Ragged, excluded: Ragged
 ) -> dict[str, dict[str, float]]:
   """Scores of new, old and all labels; only labels in the index count.
 
@@ -107,8 +115,9 @@ def score(
     positives = _of_labels(truth, counted, to_id)
     rows = np.flatnonzero(positives.lengths)
     ids = search(_joined(filtered, _of_labels(truth, there & ~counted, to_id)))
-    found = evaluate(ids[rows], positives.take(rows), np.ones(int(to_id.max()) + 1), precision_ks=(1,),
-                     recall_ks=(10, _DEPTH))
+    found = evaluate(
+      ids[rows], positives.take(rows), np.ones(int(to_id.max()) + 1), precision_ks=(1,), recall_ks=(10, _DEPTH)
+    )
     scores[name] = {"queries": len(rows)} | {metric: found[metric] for metric in ("P@1", "R@10", f"R@{_DEPTH}")}
   return scores
 
@@ -132,8 +141,12 @@ class _Data:
         if images and pictures:
           record["images"] = pictures[:images]
     return cls(
-        records["labels"], records["train"], Ragged.from_rows([record["target_ind"] for record in records["test"]]),
-        raw.read_filter(folder / raw.SPLITS["test"].filter, len(records["test"]), len(records["labels"])), is_new)
+      records["labels"],
+      records["train"],
+      Ragged.from_rows([record["target_ind"] for record in records["test"]]),
+      raw.read_filter(folder / raw.SPLITS["test"].filter, len(records["test"]), len(records["labels"])),
+      is_new,
+    )
 
   def new_labels(self, most: int, seed: int) -> list[dict]:
     """The held-out labels with at most so many of their training queries as positives."""
@@ -155,14 +168,22 @@ def evaluated(index: LabelIndex, workdir: Path, data: _Data) -> dict[str, Any]:
   there = [number for number, label in enumerate(data.labels) if label["uid"] in live]
   to_id[there] = index.ids_of([data.labels[number]["uid"] for number in there])
   searches: dict[str, Callable[[Ragged], np.ndarray]] = {
-      "plain": lambda exclude: search_excluding(index.label_index, queries, _DEPTH, exclude)[1]}
+    "plain": lambda exclude: search_excluding(index.label_index, queries, _DEPTH, exclude)[1]
+  }
   how = index.retrieval
   if how is not None:
     neighbours = retrieval_augmented.search_both(
-        index.label_index, index.query_index, queries, label_hits=how["hits"], query_hits=how["hits"])
+      index.label_index, index.query_index, queries, label_hits=how["hits"], query_hits=how["hits"]
+    )
     searches["retrieval"] = lambda exclude: retrieval_augmented.combine(
-        neighbours, index.query_labels, num_labels=index.num_labels, lambda_=how["lambda"],
-        temperature=how["temperature"], k=_DEPTH, exclude=exclude)[1]
+      neighbours,
+      index.query_labels,
+      num_labels=index.num_labels,
+      lambda_=how["lambda"],
+      temperature=how["temperature"],
+      k=_DEPTH,
+      exclude=exclude,
+    )[1]
   return {name: score(search, to_id, data.is_new, data.truth, data.excluded) for name, search in searches.items()}
 
 
@@ -187,7 +208,8 @@ def compare(config: ConfigDict, folder: Path, fraction: float, seed: int, positi
     index, seconds = _added(predictor, data.new_labels(most, seed), folder / f"index-{most}")
     results[name] = evaluated(index, workdirs["held out"], data) | {"seconds": seconds}
   results["trained with all labels"] = evaluated(vixml_jax.load(workdirs["all"]).index, workdirs["all"], data) | {
-      "seconds": json.loads((workdirs["all"] / "final_metrics.json").read_text())["train_seconds"]}
+    "seconds": json.loads((workdirs["all"] / "final_metrics.json").read_text())["train_seconds"]
+  }
   return {"new_labels": int(is_new.sum()), "labels": num_labels, "seed": seed, "rows": results}
 
 
@@ -200,8 +222,13 @@ def table(rows: dict[str, Any]) -> str:
       if kind in row:
         cells = [row[kind].get(group, {}).get(metric) for group, metric in _SHOWN]
         seconds = f"{row['seconds']:.0f}" if kind == "plain" and "seconds" in row else ""
-        lines.append([name if kind == "plain" else f"{name} + retrieval",
-                      *("" if cell is None else f"{cell:.2f}" for cell in cells), seconds])
+        lines.append(
+          [
+            name if kind == "plain" else f"{name} + retrieval",
+            *("" if cell is None else f"{cell:.2f}" for cell in cells),
+            seconds,
+          ]
+        )
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

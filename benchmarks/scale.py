@@ -74,7 +74,7 @@ def _embeddings(rows: int, seed: int) -> np.ndarray:
   rng = np.random.default_rng(seed)
   out = np.empty((rows, _DIM.value), np.float32)
   for start in range(0, rows, 65_536):
-    part = out[start:start + 65_536]
+    part = out[start : start + 65_536]
     part[:] = centres[rng.integers(0, len(centres), len(part))]
     part += rng.standard_normal(part.shape, np.float32)
     part /= np.linalg.norm(part, axis=1, keepdims=True)
@@ -83,10 +83,14 @@ def _embeddings(rows: int, seed: int) -> np.ndarray:
 
 def _batches(corpus: Corpus, order: np.ndarray, count: int) -> int:
   data = TrainingQueries(
-      Items.of_texts(corpus.train_tokens), corpus.train_labels, Items.of_texts(corpus.label_tokens),
-      np.ones(corpus.num_labels))
+    Items.of_texts(corpus.train_tokens),
+    corpus.train_labels,
+    Items.of_texts(corpus.label_tokens),
+    np.ones(corpus.num_labels),
+  )
   return sum(
-      make_batch(data, order, _BATCH, _LAYOUT, seed=0, epoch=0, step=step).items.num_tokens for step in range(count))
+    make_batch(data, order, _BATCH, _LAYOUT, seed=0, epoch=0, step=step).items.num_tokens for step in range(count)
+  )
 
 
 def _pack_all(corpus: Corpus) -> tuple[int, int]:
@@ -104,9 +108,13 @@ def main(argv):
   chosen = _CHOSEN.value
   builder = _stage("prepare", lambda: datasets.prepare(_DATASET.value, _RAW_DIR.value, _DATA_DIR.value))
   corpus = _stage(
-      "tokenise", lambda: load_corpus(builder, _TOKENIZER.value, 32, None, Path(_DATA_DIR.value) / "tokens"),
-      lambda c: f"{len(c.train_tokens):,} + {len(c.test_tokens):,} queries, {c.num_labels:,} labels, "
-                f"{len(c.train_labels.values):,} pairs")
+    "tokenise",
+    lambda: load_corpus(builder, _TOKENIZER.value, 32, None, Path(_DATA_DIR.value) / "tokens"),
+    lambda c: (
+      f"{len(c.train_tokens):,} + {len(c.test_tokens):,} queries, {c.num_labels:,} labels, "
+      f"{len(c.train_labels.values):,} pairs"
+    ),
+  )
   queries, labels = len(corpus.train_tokens), corpus.num_labels
   order = np.arange(queries)
   if "order" in chosen:
@@ -114,14 +122,20 @@ def main(argv):
   if "batches" in chosen:
     _stage("batches", lambda: _batches(corpus, order, 50), lambda tokens: f"50 batches of {_BATCH}, {tokens:,} tokens")
   if "pack" in chosen:
-    _stage("pack", lambda: _pack_all(corpus), lambda found: (
-        f"{found[0]:,} rows of {_LAYOUT.row_length}, {100 * found[1] / found[0] / _LAYOUT.row_length:.1f} % filled"))
+    _stage(
+      "pack",
+      lambda: _pack_all(corpus),
+      lambda found: (
+        f"{found[0]:,} rows of {_LAYOUT.row_length}, {100 * found[1] / found[0] / _LAYOUT.row_length:.1f} % filled"
+      ),
+    )
   if {"mine", "centroids"} & set(chosen):
     bank = _stage("(bank)", lambda: _embeddings(queries, 1))
     if "mine" in chosen:
       count = num_query_clusters(queries, 16)
       clusters = _stage(
-          "mine", lambda: balanced_kmeans(bank, count, seed=0), lambda _: f"{count:,} clusters of about 16")
+        "mine", lambda: balanced_kmeans(bank, count, seed=0), lambda _: f"{count:,} clusters of about 16"
+      )
       _stage("order", lambda: epoch_order(0, 11, queries, clusters), lambda _: "by clusters")
     if "centroids" in chosen:
       _stage("centroids", lambda: np.asarray(label_centroids(bank, corpus.train_labels, labels)))

@@ -36,7 +36,7 @@ def embeddings(rows: int, dim: int, groups: int, seed: int) -> np.ndarray:
   rng = np.random.default_rng(seed)
   out = np.empty((rows, dim), np.float32)
   for start in range(0, rows, 65_536):
-    part = out[start:start + 65_536]
+    part = out[start : start + 65_536]
     part[:] = centres[rng.integers(0, groups, len(part))]
     part += rng.standard_normal(part.shape, np.float32)
     part /= np.linalg.norm(part, axis=1, keepdims=True)
@@ -74,8 +74,10 @@ def exact(labels: np.ndarray, queries: np.ndarray, k: int, repeats: int) -> None
   _, faiss_ids = flat.search(queries, k)
   for name, seconds in (("vixml_jax exact", own_seconds), ("faiss IndexFlatIP", faiss_seconds)):
     print(f"{name:<18} {len(queries) / seconds:10.1f} queries/s   {1e3 * seconds / len(queries):8.3f} ms a query")
-  print(f"ours / faiss: {faiss_seconds / own_seconds:.2f} times as fast; "
-        f"{100 * overlap(own_ids, faiss_ids):.3f} % of the top {k} are the same")
+  print(
+    f"ours / faiss: {faiss_seconds / own_seconds:.2f} times as fast; "
+    f"{100 * overlap(own_ids, faiss_ids):.3f} % of the top {k} are the same"
+  )
 
 
 def approximate(labels: np.ndarray, queries: np.ndarray, k: int, repeats: int, links: int, effort: int) -> None:
@@ -105,8 +107,9 @@ def approximate(labels: np.ndarray, queries: np.ndarray, k: int, repeats: int, l
     measure("faiss HNSW", f"efSearch {breadth}", lambda: hnsw.search(queries, k)[1])
   print(f"\nfastest setting that reaches a recall@{k}:")
   for target in _TARGETS:
-    best = {kind: max((rate for recall, rate, _ in found if recall >= target), default=None)
-            for kind, found in runs.items()}
+    best = {
+      kind: max((rate for recall, rate, _ in found if recall >= target), default=None) for kind, found in runs.items()
+    }
     rates = [f"{kind} {rate:.0f} queries/s" if rate else f"{kind} never" for kind, rate in best.items()]
     ours, theirs = best.values()
     print(f"  {target:.2f}: " + ", ".join(rates) + (f", ratio {ours / theirs:.2f}" if ours and theirs else ""))
@@ -127,8 +130,10 @@ def main() -> None:
   flags = parser.parse_args()
   cpus = len(os.sched_getaffinity(0))
   faiss.omp_set_num_threads(cpus)
-  print(f"{flags.labels:,} labels x {flags.dim}, {flags.queries:,} queries, {cpus} CPUs, jax {jax.__version__} on "
-        f"{jax.devices()[0].device_kind}, faiss {faiss.__version__}")
+  print(
+    f"{flags.labels:,} labels x {flags.dim}, {flags.queries:,} queries, {cpus} CPUs, jax {jax.__version__} on "
+    f"{jax.devices()[0].device_kind}, faiss {faiss.__version__}"
+  )
   labels = embeddings(flags.labels, flags.dim, flags.groups, seed=1)
   queries = embeddings(flags.queries, flags.dim, flags.groups, seed=2)
   if flags.part == "exact":

@@ -37,9 +37,17 @@ def bad_bodies() -> list[bytes]:
   query = {"title": "cloud"}
   broken = base64.b64encode(b"\x89PNG\r\n\x1a\n and no more").decode()
   bodies = [
-      {}, [], {"queries": []}, {"queries": "cloud"}, {"queries": [query], "k": 10**6}, {"queries": [query], "top": 1},
-      {"queries": [{"title": 3}]}, {"queries": [query | {"images": [broken]}]}, {"queries": [query] * 10_000},
-      {"queries": [query | {"deny": ["no such label"]}]}]
+    {},
+    [],
+    {"queries": []},
+    {"queries": "cloud"},
+    {"queries": [query], "k": 10**6},
+    {"queries": [query], "top": 1},
+    {"queries": [{"title": 3}]},
+    {"queries": [query | {"images": [broken]}]},
+    {"queries": [query] * 10_000},
+    {"queries": [query | {"deny": ["no such label"]}]},
+  ]
   return [b"{", b"\xff", b"[" * 100_000, *(json.dumps(body).encode() for body in bodies)]
 
 
@@ -85,14 +93,17 @@ def main() -> None:
     seconds = min(arguments.seconds, _LONGEST_SECONDS)
     until = time.perf_counter() + seconds
     with ThreadPoolExecutor(number) as pool:
-      futures = [pool.submit(client, url.netloc, seed, until, arguments.bad, arguments.pictures)
-                 for seed in range(number)]
+      futures = [
+        pool.submit(client, url.netloc, seed, until, arguments.bad, arguments.pictures) for seed in range(number)
+      ]
       taken = [each for future in futures for each in future.result()]
     cells = [str(number)]
     for wanted in (True, False):
       times = 1000 * np.array([spent for good, spent in taken if good == wanted])
-      cells += [f"{len(times) / seconds:,.0f}", *(
-          f"{np.percentile(times, share):.1f}" if len(times) else "" for share in (50, 99))]
+      cells += [
+        f"{len(times) / seconds:,.0f}",
+        *(f"{np.percentile(times, share):.1f}" if len(times) else "" for share in (50, 99)),
+      ]
     print(f"| {' | '.join(cells)} |", flush=True)
 
 

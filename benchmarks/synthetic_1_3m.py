@@ -46,8 +46,11 @@ def write(folder: pathlib.Path, scale: float, seed: int) -> None:
     with path.open("wb") as file, gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
       for row in tqdm(range(0, rows[split], _ROWS_A_DRAW), desc=f"write {split}", disable=None):
         count = min(_ROWS_A_DRAW, rows[split] - row)
-        lines = _labels(titles, rng, row, count) if split == "labels" else _queries(
-          titles, rng, split, row, count, rows["labels"])
+        lines = (
+          _labels(titles, rng, row, count)
+          if split == "labels"
+          else _queries(titles, rng, split, row, count, rows["labels"])
+        )
         packed.write("".join(json.dumps(line) + "\n" for line in lines).encode())
     if raw.SPLITS[split].filter:
       _write_filter(rng, folder / raw.SPLITS[split].filter, rows[split], rows["labels"])
@@ -81,26 +84,31 @@ class Titles:
 def _labels(titles: Titles, rng: np.random.Generator, start: int, count: int) -> list[dict]:
   ids = np.arange(start, start + count)
   texts = titles.draw(rng, ids % titles.num_topics)
-  return [{"uid": f"L{i}", "title": text, "content": ""}
-          for i, text in zip(ids.tolist(), texts, strict=True)]
+  return [{"uid": f"L{i}", "title": text, "content": ""} for i, text in zip(ids.tolist(), texts, strict=True)]
 
 
-def _queries(titles: Titles, rng: np.random.Generator, split: str, start: int, count: int,
-             num_labels: int) -> list[dict]:
+def _queries(
+  titles: Titles, rng: np.random.Generator, split: str, start: int, count: int, num_labels: int
+) -> list[dict]:
   topics = rng.integers(0, titles.num_topics, count)
   texts = titles.draw(rng, topics)
   sizes = 1 + rng.geometric(1 / (_DRAWS_A_QUERY - 1), count)
   rows = []
-  for i, (topic, text, size) in enumerate(
-      zip(topics.tolist(), texts, sizes.tolist(), strict=True)):
+  for i, (topic, text, size) in enumerate(zip(topics.tolist(), texts, sizes.tolist(), strict=True)):
     targets = _targets(rng, titles.num_topics, topic, min(size, num_labels), num_labels)
-    rows.append({"uid": f"{split}/{start + i}", "title": text, "content": "",
-                 "target_ind": targets, "target_rel": [1.0] * len(targets)})
+    rows.append(
+      {
+        "uid": f"{split}/{start + i}",
+        "title": text,
+        "content": "",
+        "target_ind": targets,
+        "target_rel": [1.0] * len(targets),
+      }
+    )
   return rows
 
 
-def _targets(rng: np.random.Generator, num_topics: int, topic: int, size: int,
-             num_labels: int) -> list[int]:
+def _targets(rng: np.random.Generator, num_topics: int, topic: int, size: int, num_labels: int) -> list[int]:
   """Half of a query's labels are of its topic, half of all labels, early ones more often."""
   members = num_labels // num_topics + 1
   of_topic = topic + num_topics * (members * rng.random(size // 2) ** 2).astype(np.int64)
@@ -109,8 +117,7 @@ def _targets(rng: np.random.Generator, num_topics: int, topic: int, size: int,
   return np.unique(targets).tolist()
 
 
-def _write_filter(rng: np.random.Generator, path: pathlib.Path, num_rows: int,
-                  num_labels: int) -> None:
+def _write_filter(rng: np.random.Generator, path: pathlib.Path, num_rows: int, num_labels: int) -> None:
   with path.open("w") as file:
     for start in range(0, num_rows, _ROWS_A_DRAW):
       rows = np.arange(start, min(start + _ROWS_A_DRAW, num_rows))

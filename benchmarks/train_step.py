@@ -81,10 +81,10 @@ def load_data(max_length: int) -> TrainingQueries:
 
   queries, labels = rows("trn.json.gz"), rows("lbl.json.gz")
   return TrainingQueries(
-      items=Items.of_texts(tokens(queries)),
-      labels=Ragged.from_rows([item["target_ind"] for item in queries]),
-      label_items=Items.of_texts(tokens(labels)),
-      label_weights=np.ones(len(labels)),
+    items=Items.of_texts(tokens(queries)),
+    labels=Ragged.from_rows([item["target_ind"] for item in queries]),
+    label_items=Items.of_texts(tokens(labels)),
+    label_weights=np.ones(len(labels)),
   )
 
 
@@ -92,8 +92,8 @@ def make_batches(data: TrainingQueries, arguments: argparse.Namespace, layout: P
   """One batch a step, the first for warming up; random order."""
   order = np.random.default_rng(arguments.seed).permutation(len(data))
   return [
-      make_batch(data, order, arguments.batch_size, layout, seed=arguments.seed, epoch=0, step=step)
-      for step in range(arguments.steps + 1)
+    make_batch(data, order, arguments.batch_size, layout, seed=arguments.seed, epoch=0, step=step)
+    for step in range(arguments.steps + 1)
   ]
 
 
@@ -106,30 +106,42 @@ class JaxSide:
   def __init__(self, config: BertConfig, data: TrainingQueries, arguments: argparse.Namespace, layout: PackedLayout):
     self.mesh = sharding.make_mesh()
     encoder = {
-        "vocab_size": config.vocab_size,
-        "num_layers": config.num_hidden_layers,
-        "embed_dim": config.hidden_size,
-        "num_heads": config.num_attention_heads,
-        "mlp_dim": config.intermediate_size,
-        "max_position": config.max_position_embeddings,
-        "num_token_types": config.type_vocab_size,
-        "dropout": config.hidden_dropout_prob,
-        "attention_dropout": config.attention_probs_dropout_prob,
-        "projection_dropout": config.hidden_dropout_prob,
-        "layer_norm_eps": config.layer_norm_eps,
-        "dtype": arguments.dtype,
+      "vocab_size": config.vocab_size,
+      "num_layers": config.num_hidden_layers,
+      "embed_dim": config.hidden_size,
+      "num_heads": config.num_attention_heads,
+      "mlp_dim": config.intermediate_size,
+      "max_position": config.max_position_embeddings,
+      "num_token_types": config.type_vocab_size,
+      "dropout": config.hidden_dropout_prob,
+      "attention_dropout": config.attention_probs_dropout_prob,
+      "projection_dropout": config.hidden_dropout_prob,
+      "layer_norm_eps": config.layer_norm_eps,
+      "dtype": arguments.dtype,
     }
     model = define_model(encoder, {}, arguments.free_vectors)
     optimizer = make_optimizer(
-        model.shapes, learning_rate=arguments.learning_rate, new_learning_rate=arguments.learning_rate,
-        free_vector_learning_rate=arguments.learning_rate,
-        warmup_steps=0, total_steps=1000, weight_decay=WEIGHT_DECAY, adam_eps=ADAM_EPS)
-    abstract = abstract_state(
-        model, optimizer, len(data.items), len(data.label_items), "float32", self.mesh)
+      model.shapes,
+      learning_rate=arguments.learning_rate,
+      new_learning_rate=arguments.learning_rate,
+      free_vector_learning_rate=arguments.learning_rate,
+      warmup_steps=0,
+      total_steps=1000,
+      weight_decay=WEIGHT_DECAY,
+      adam_eps=ADAM_EPS,
+    )
+    abstract = abstract_state(model, optimizer, len(data.items), len(data.label_items), "float32", self.mesh)
     self.state = create_state(abstract, init_params(model, self.mesh, arguments.seed), optimizer)
     self.train_step = make_train_step(
-        abstract, model=model, optimizer=optimizer, layout=layout, loss_config=LOSS,
-        base_key=jax.random.key(arguments.seed), remat=arguments.remat, mesh=self.mesh)
+      abstract,
+      model=model,
+      optimizer=optimizer,
+      layout=layout,
+      loss_config=LOSS,
+      base_key=jax.random.key(arguments.seed),
+      remat=arguments.remat,
+      mesh=self.mesh,
+    )
 
   def step(self, batch: Batch) -> float:
     """One step; returns its loss, which waits for all of it."""
@@ -169,8 +181,7 @@ def torch_triplet(sim: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
   return (hinge * weights).sum(dim=1).mean()
 
 
-def torch_regulariser(
-    label_sim: torch.Tensor, prototype_sim: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+def torch_regulariser(label_sim: torch.Tensor, prototype_sim: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
   """The prototype must beat the plain label."""
   drawn = torch.multinomial(positives.float(), 1)
   hardest = prototype_sim.detach().masked_fill(positives, -torch.inf).topk(LOSS.num_negatives, dim=1).indices
@@ -190,7 +201,8 @@ class TorchModel(torch.nn.Module):
     self.free_vectors = torch.nn.Parameter(torch.empty(num_free_vectors, config.hidden_size))
     torch.nn.init.xavier_uniform_(self.free_vectors)
     self.prototype = torch.nn.TransformerEncoderLayer(
-        config.hidden_size, nhead=8, dim_feedforward=1024, dropout=0.1, activation="gelu", batch_first=True)
+      config.hidden_size, nhead=8, dim_feedforward=1024, dropout=0.1, activation="gelu", batch_first=True
+    )
 
   def pool(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the unmasked positions."""
@@ -216,15 +228,13 @@ class TorchSide:
     self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     self.model = TorchModel(config, arguments.free_vectors).to(self.device).train()
     self.centroids = torch.zeros(len(data.label_items), config.hidden_size, device=self.device)
-    decayed = [
-        value for name, value in self.model.named_parameters()
-        if value.ndim > 1 and name != "free_vectors"]
-    undecayed = [
-        value for name, value in self.model.named_parameters()
-        if value.ndim == 1 or name == "free_vectors"]
+    decayed = [value for name, value in self.model.named_parameters() if value.ndim > 1 and name != "free_vectors"]
+    undecayed = [value for name, value in self.model.named_parameters() if value.ndim == 1 or name == "free_vectors"]
     self.optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": undecayed, "weight_decay": 0.0}],
-        lr=arguments.learning_rate, eps=ADAM_EPS)
+      [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": undecayed, "weight_decay": 0.0}],
+      lr=arguments.learning_rate,
+      eps=ADAM_EPS,
+    )
 
   def padded(self, batch: Batch) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Queries and labels of the batch, each as (ids, mask)."""
@@ -242,9 +252,11 @@ class TorchSide:
     query, label, prototype = outputs
     label_sim, prototype_sim = query @ label.T, query @ prototype.T
     loss = (
-        torch_triplet(label_sim, positives) + torch_triplet(prototype_sim, positives)
-        + torch_triplet(label_sim.T, positives.T)
-        + LOSS.regulariser_weight * torch_regulariser(label_sim, prototype_sim, positives))
+      torch_triplet(label_sim, positives)
+      + torch_triplet(prototype_sim, positives)
+      + torch_triplet(label_sim.T, positives.T)
+      + LOSS.regulariser_weight * torch_regulariser(label_sim, prototype_sim, positives)
+    )
     self.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     self.optimizer.step()
@@ -271,8 +283,8 @@ def main() -> None:
   torch_side = TorchSide(config, data, arguments)
   sides = {"PyTorch, padded": torch_side.step, "vixml_jax, packed": JaxSide(config, data, arguments, layout).step}
   places = {
-      "PyTorch, padded": [sum(ids.numel() for ids, _ in torch_side.padded(batch)) for batch in batches],
-      "vixml_jax, packed": [packed_places(batch) for batch in batches],
+    "PyTorch, padded": [sum(ids.numel() for ids, _ in torch_side.padded(batch)) for batch in batches],
+    "vixml_jax, packed": [packed_places(batch) for batch in batches],
   }
   warm_up = {name: timed(step, batches[0])[0] for name, step in sides.items()}
   results = {name: [] for name in sides}
@@ -281,9 +293,11 @@ def main() -> None:
       results[name].append(timed(step, batch))
   tokens = [batch.items.num_tokens for batch in batches[1:]]
   texts = 2 * arguments.batch_size
-  print(f"{jax.devices()[0].device_kind} x {jax.device_count()}; torch on {torch_side.device}, "
-        f"{torch.get_num_threads()} threads; {arguments.dtype}; batch {arguments.batch_size}; "
-        f"{statistics.mean(tokens) / texts:.1f} of {arguments.max_length} tokens a text")
+  print(
+    f"{jax.devices()[0].device_kind} x {jax.device_count()}; torch on {torch_side.device}, "
+    f"{torch.get_num_threads()} threads; {arguments.dtype}; batch {arguments.batch_size}; "
+    f"{statistics.mean(tokens) / texts:.1f} of {arguments.max_length} tokens a text"
+  )
   print(f"{'':20}{'s/step':>9}{'tokens/s':>11}{'padding':>10}{'first step':>12}{'loss':>9}")
   rates = {}
   for name, steps in results.items():

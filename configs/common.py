@@ -11,7 +11,8 @@ def base_config() -> ConfigDict:
   config.name = ""  # Names the default workdir, runs/NAME.
   config.seed = 0
 
-  config.dataset = ConfigDict(dict(
+  config.dataset = ConfigDict(
+    dict(
       name="",  # A builder of vixml_jax.datasets.
       raw_dir="",  # Folder with trn.json.gz ...; needed until the set is prepared.
       data_dir="data",  # Prepared sets and cached tokens.
@@ -20,36 +21,46 @@ def base_config() -> ConfigDict:
       validation_fraction=0.0,  # Of the training queries, held out to choose settings.
       propensity_a=0.6,  # Constants of the propensity in PSP.
       propensity_b=2.6,
-  ))
+    )
+  )
   config.images = 0  # Most images of an item, 0 to 5; 0 for texts only.
-  config.features = ConfigDict(dict(
+  config.features = ConfigDict(
+    dict(
       name="siglip2_so400m14_384",  # A set that extract_features made in data_dir, and its width.
       dim=1152,
       checkpoint="",  # An .npz or a folder: main then extracts what is missing.
       variant="",  # "" for what the checkpoint's shapes say.
       preprocessing="big_vision",  # Or "huggingface", "huggingface_bilinear".
-  ))
-  config.fusion = ConfigDict(dict(
+    )
+  )
+  config.fusion = ConfigDict(
+    dict(
       method="early",  # Images are tokens of the encoder; or "late": they meet the pooled text in a layer of their own.
       adapter="linear",  # Or "mlp", "gated": from the features to the token width.
       residual=0.0,  # Early fusion: length of a map of the images that is added to the pooled text, in lengths of that.
       modality_dropout=0.0,  # Probability with which an item of a training batch loses its images.
       bank="auto",  # Features on the "device", on the "host" memory-mapped, or on the device if they fit.
-  ))
-  config.prompt = ConfigDict(dict(
+    )
+  )
+  config.prompt = ConfigDict(
+    dict(
       # The parts of an item: E its text, V its images (early fusion), phrases by name, and eos. The phrase before V is
       # left out, like V, where there are no images.
       template="V E",
       phrases=dict(T="This product text", I="and its image", T2="and its text"),
       eos="<|endoftext|>",  # Name of a token.
-  ))
+    )
+  )
   # The keys are those of the encoder; `use_encoder` sets them all.
   config.encoder = ConfigDict(ENCODERS["distilbert"])
   config.prototype = ConfigDict(dict(num_heads=8, mlp_dim=1024, dropout=0.1))
-  config.loss = ConfigDict(dict(
-      num_negatives=10, margin_min=0.1, margin_max=0.3, temperature=0.1, regulariser_weight=0.1,
-      regulariser_margin=0.1))
-  config.train = ConfigDict(dict(
+  config.loss = ConfigDict(
+    dict(
+      num_negatives=10, margin_min=0.1, margin_max=0.3, temperature=0.1, regulariser_weight=0.1, regulariser_margin=0.1
+    )
+  )
+  config.train = ConfigDict(
+    dict(
       epochs=300,
       batch_size=2048,  # Of the whole mesh.
       learning_rate=2e-4,
@@ -71,15 +82,14 @@ def base_config() -> ConfigDict:
       bank_dtype="float32",
       rng_impl="threefry2x32",  # Or "unsafe_rbg": faster dropout, other numbers on another mesh.
       log_every_steps=50,
-  ))
-  config.mining = ConfigDict(dict(
-      cluster_size=16,
-      start_epoch=10,
-      update_epochs=5,
-      doubling_epochs=(20, 40, 60, 80, 100, 120),
-  ))
+    )
+  )
+  config.mining = ConfigDict(
+    dict(cluster_size=16, start_epoch=10, update_epochs=5, doubling_epochs=(20, 40, 60, 80, 100, 120))
+  )
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
-  config.eval = ConfigDict(dict(
+  config.eval = ConfigDict(
+    dict(
       search="exact",  # Or "scann".
       split="test",  # Or "validation": the held-out training queries.
       every_epochs=0,  # Besides the end; 0 for the end only.
@@ -92,11 +102,14 @@ def base_config() -> ConfigDict:
       retrieval_temperature=0.05,
       retrieval_choose=False,  # Choose both on the validation queries.
       test_images=(),  # Also evaluate with no more than each of these numbers of images a test query.
-  ))
-  config.checkpoint = ConfigDict(dict(
+    )
+  )
+  config.checkpoint = ConfigDict(
+    dict(
       every_steps=1000,  # Besides the end.
       keep=2,
-  ))
+    )
+  )
   config.baselines = ConfigDict()  # Rows to print below the results: name -> metrics in percent.
   return config
 

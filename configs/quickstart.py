@@ -26,23 +26,60 @@ _TOWER = Path(vixml_jax.__file__).parent / "datasets" / "mm_icons_9k" / "icon_to
 
 # What training has to beat on this split with text only, in percent.
 _BASELINES = {
-    "TF-IDF labels + neighbours": {
-        "P@1": 62.33, "P@3": 53.12, "P@5": 47.64, "PSP@1": 27.74, "PSP@3": 32.06, "PSP@5": 35.41, "R@100": 69.80},
-    "MiniLM-L6 untrained": {"P@1": 41.11, "PSP@1": 30.86, "R@100": 43.70},
-    "MiniLM-L6 untrained + retrieval": {"P@1": 67.59, "PSP@1": 26.77, "R@100": 80.34},
+  "TF-IDF labels + neighbours": {
+    "P@1": 62.33,
+    "P@3": 53.12,
+    "P@5": 47.64,
+    "PSP@1": 27.74,
+    "PSP@3": 32.06,
+    "PSP@5": 35.41,
+    "R@100": 69.80,
+  },
+  "MiniLM-L6 untrained": {"P@1": 41.11, "PSP@1": 30.86, "R@100": 43.70},
+  "MiniLM-L6 untrained + retrieval": {"P@1": 67.59, "PSP@1": 26.77, "R@100": 80.34},
 }
 # What images add to, beside the runs with them: the same recipe on texts (docs/results.md).
 _TEXTS_ONLY = {
-    "": {
-        "trained on texts only": {
-            "P@1": 49.75, "P@3": 39.13, "P@5": 33.02, "PSP@1": 35.55, "PSP@3": 34.75, "PSP@5": 34.19, "R@100": 70.66},
-        "trained on texts only + retrieval": {
-            "P@1": 71.32, "P@3": 59.52, "P@5": 52.59, "PSP@1": 31.09, "PSP@3": 35.32, "PSP@5": 39.02, "R@100": 82.71}},
-    "full": {
-        "trained on texts only": {
-            "P@1": 67.88, "P@3": 55.89, "P@5": 48.83, "PSP@1": 32.62, "PSP@3": 36.82, "PSP@5": 39.84, "R@100": 78.76},
-        "trained on texts only + retrieval": {
-            "P@1": 70.98, "P@3": 59.12, "P@5": 52.43, "PSP@1": 27.94, "PSP@3": 32.77, "PSP@5": 36.91, "R@100": 81.89}},
+  "": {
+    "trained on texts only": {
+      "P@1": 49.75,
+      "P@3": 39.13,
+      "P@5": 33.02,
+      "PSP@1": 35.55,
+      "PSP@3": 34.75,
+      "PSP@5": 34.19,
+      "R@100": 70.66,
+    },
+    "trained on texts only + retrieval": {
+      "P@1": 71.32,
+      "P@3": 59.52,
+      "P@5": 52.59,
+      "PSP@1": 31.09,
+      "PSP@3": 35.32,
+      "PSP@5": 39.02,
+      "R@100": 82.71,
+    },
+  },
+  "full": {
+    "trained on texts only": {
+      "P@1": 67.88,
+      "P@3": 55.89,
+      "P@5": 48.83,
+      "PSP@1": 32.62,
+      "PSP@3": 36.82,
+      "PSP@5": 39.84,
+      "R@100": 78.76,
+    },
+    "trained on texts only + retrieval": {
+      "P@1": 70.98,
+      "P@3": 59.12,
+      "P@5": 52.43,
+      "PSP@1": 27.94,
+      "PSP@3": 32.77,
+      "PSP@5": 36.91,
+      "R@100": 81.89,
+    },
+  },
 }
 
 
@@ -92,9 +129,16 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # A free vector for each label, at a high rate, and positives drawn almost as they come: so prototypes learn which
     # labels are frequent beside which words. (A rare label that shares the vector of a frequent one, or learns at 5e-3,
     # can top the ranking of queries that have nothing to do with it.)
-    config.train.update(dict(
-        epochs=10, sampling_a=0.25, sampling_b=1.5, new_learning_rate=1e-3, free_vector_learning_rate=2e-3,
-        free_vectors=16384))
+    config.train.update(
+      dict(
+        epochs=10,
+        sampling_a=0.25,
+        sampling_b=1.5,
+        new_learning_rate=1e-3,
+        free_vector_learning_rate=2e-3,
+        free_vectors=16384,
+      )
+    )
     config.mining.update(dict(start_epoch=1, doubling_epochs=(3, 5, 7)))
   else:
     raise ValueError(f"variant {chosen!r}: not one of reference, full")

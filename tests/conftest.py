@@ -9,15 +9,18 @@ import pytest
 
 _ROOT = Path(__file__).resolve().parent.parent
 
-os.environ.update({
+os.environ.update(
+  {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": " ".join([
+    "XLA_FLAGS": " ".join(
+      [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         # Eight devices share the cores: on a loaded machine one may wait for another longer than XLA's 40 s.
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-    ]).strip(),
+      ]
+    ).strip(),
     # Programs are kept between runs and shared with the processes that tests start.
     "JAX_COMPILATION_CACHE_DIR": str(_ROOT / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
@@ -29,7 +32,8 @@ os.environ.update({
     "TOKENIZERS_PARALLELISM": "false",
     # torch's idle threads sleep rather than spin: they share two cores with XLA's.
     "OMP_WAIT_POLICY": "passive",
-})
+  }
+)
 
 _connect, _connect_ex, _getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
 _attempts: list[str] = []
@@ -59,6 +63,7 @@ def _guarded(connect):
     if self.family in (socket.AF_INET, socket.AF_INET6):
       _check_local(address[0])
     return connect(self, address)
+
   return guarded
 
 

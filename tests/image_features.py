@@ -15,7 +15,12 @@ def write_random_features(builder, data_dir, name: str, dim: int, most: int = 3,
   def rows(split, start, stop):
     for row in range(start, stop):
       count, end = counts[split][row], ends[split][row]
-      yield np.arange(count, dtype=np.int32), vectors[split][end - count:end]
+      yield np.arange(count, dtype=np.int32), vectors[split][end - count : end]
 
-  return write_features(builder, data_dir, name, {
-      "dim": dim, "variant": "random", "checkpoint_sha256": {}, "preprocessing": "big_vision"}, rows)
+  return write_features(
+    builder,
+    data_dir,
+    name,
+    {"dim": dim, "variant": "random", "checkpoint_sha256": {}, "preprocessing": "big_vision"},
+    rows,
+  )

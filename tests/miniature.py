@@ -16,18 +16,76 @@ from transformers import BertTokenizerFast
 from vixml_jax.datasets import builders
 
 WORDS = [
-  "arrow", "left", "right", "up", "down", "circle", "square", "cloud", "sun", "rain", "snow",
-  "user", "group", "file", "folder", "lock", "open", "close", "plus", "minus", "star", "heart",
-  "book", "pen", "map", "pin", "home", "car", "bus", "train", "plane", "ship", "phone", "mail",
-  "chat", "call", "clock", "alarm", "bell", "flag", "tag", "cart", "bag", "gift", "cake", "cup",
-  "tree", "leaf", "flower", "fish", "bird", "cat", "dog", "horse", "code", "data", "disk", "chip",
+  "arrow",
+  "left",
+  "right",
+  "up",
+  "down",
+  "circle",
+  "square",
+  "cloud",
+  "sun",
+  "rain",
+  "snow",
+  "user",
+  "group",
+  "file",
+  "folder",
+  "lock",
+  "open",
+  "close",
+  "plus",
+  "minus",
+  "star",
+  "heart",
+  "book",
+  "pen",
+  "map",
+  "pin",
+  "home",
+  "car",
+  "bus",
+  "train",
+  "plane",
+  "ship",
+  "phone",
+  "mail",
+  "chat",
+  "call",
+  "clock",
+  "alarm",
+  "bell",
+  "flag",
+  "tag",
+  "cart",
+  "bag",
+  "gift",
+  "cake",
+  "cup",
+  "tree",
+  "leaf",
+  "flower",
+  "fish",
+  "bird",
+  "cat",
+  "dog",
+  "horse",
+  "code",
+  "data",
+  "disk",
+  "chip",
 ]
 SPLIT_NAMES = {"train": "trn", "test": "tst", "labels": "lbl"}
 
 
 def write_raw_folder(
-    folder: str | os.PathLike, *, num_train: int = 64, num_test: int = 16, num_labels: int = 24,
-    images: bool = False, seed: int = 0,
+  folder: str | os.PathLike,
+  *,
+  num_train: int = 64,
+  num_test: int = 16,
+  num_labels: int = 24,
+  images: bool = False,
+  seed: int = 0,
 ) -> pathlib.Path:
   """Writes a folder in which a query's words tell its labels, with both filter files.
 
@@ -38,8 +96,7 @@ def write_raw_folder(
   folder.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng(seed)
   titles = [f"{WORDS[i % len(WORDS)]} {WORDS[(i * 7 + 3) % len(WORDS)]}" for i in range(num_labels)]
-  labels = [{"uid": f"label/{i}", "title": title, "content": f"about {title}"}
-            for i, title in enumerate(titles)]
+  labels = [{"uid": f"label/{i}", "title": title, "content": f"about {title}"} for i, title in enumerate(titles)]
   write_lines(folder / "lbl.json.gz", labels)
   for split, rows in (("train", num_train), ("test", num_test)):
     write_lines(folder / f"{SPLIT_NAMES[split]}.json.gz", _queries(rng, split, rows, titles))
@@ -47,8 +104,7 @@ def write_raw_folder(
     (folder / f"filter_labels_{split}.txt").write_text("".join(f"{pair}\n" for pair in pairs))
   if images:
     for split, rows in (("train", num_train), ("test", num_test), ("labels", num_labels)):
-      _write_images(folder / f"{SPLIT_NAMES[split]}_images.parquet", rng, rows,
-                    1 if split == "labels" else 3)
+      _write_images(folder / f"{SPLIT_NAMES[split]}_images.parquet", rng, rows, 1 if split == "labels" else 3)
   return folder
 
 
@@ -65,8 +121,7 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 
 def expect_miniature(monkeypatch, name: str, folder: pathlib.Path) -> None:
   """Makes the builder `name` expect the rows of the miniature in `folder`, not the published."""
-  counts = {split: len(read_lines(folder / f"{file}.json.gz"))
-            for split, file in SPLIT_NAMES.items()}
+  counts = {split: len(read_lines(folder / f"{file}.json.gz")) for split, file in SPLIT_NAMES.items()}
   monkeypatch.setitem(builders.EXPECTED_COUNTS, name, counts)
 
 
@@ -81,8 +136,10 @@ def write_tokenizer(folder: str | os.PathLike) -> pathlib.Path:
   tokenizer.normalizer = normalizers.BertNormalizer()
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   tokenizer.post_processor = processors.TemplateProcessing(
-    single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-    special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])])
+    single="[CLS] $A [SEP]",
+    pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+    special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+  )
   BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
   return folder
 
@@ -94,11 +151,15 @@ def _queries(rng: np.random.Generator, split: str, rows: int, titles: list[str])
     targets = [row % len(titles), *rng.permutation(len(titles))[:count].tolist()]
     targets = list(dict.fromkeys(targets))
     words = rng.choice(WORDS, size=int(rng.integers(1, 4))).tolist()
-    queries.append({
-      "uid": f"{split}/{row}", "title": " ".join([titles[targets[0]], *words]),
-      "content": " ".join(rng.choice(WORDS, size=12)), "target_ind": targets,
-      "target_rel": [1.0] * len(targets),
-    })
+    queries.append(
+      {
+        "uid": f"{split}/{row}",
+        "title": " ".join([titles[targets[0]], *words]),
+        "content": " ".join(rng.choice(WORDS, size=12)),
+        "target_ind": targets,
+        "target_rel": [1.0] * len(targets),
+      }
+    )
   return queries
 
 

@@ -104,9 +104,13 @@ def test_collectives_are_counted_by_kind_size_and_group():
 
   def exchange(x):
     def turn(c, _):
-      parts = (jax.lax.psum(x * c, "b"), jax.lax.all_gather(x * c, "a", tiled=True),
-               jax.lax.psum_scatter(x + c, "b", tiled=True), jax.lax.ppermute(x - c, "b", ring),
-               jax.lax.all_to_all(x / c, "b", 0, 0, tiled=True))
+      parts = (
+        jax.lax.psum(x * c, "b"),
+        jax.lax.all_gather(x * c, "a", tiled=True),
+        jax.lax.psum_scatter(x + c, "b", tiled=True),
+        jax.lax.ppermute(x - c, "b", ring),
+        jax.lax.all_to_all(x / c, "b", 0, 0, tiled=True),
+      )
       return c + sum(part.sum() for part in parts), None
 
     return jax.lax.scan(turn, jnp.float32(1), None, length=3)[0][None]
@@ -116,9 +120,12 @@ def test_collectives_are_counted_by_kind_size_and_group():
   text, _ = optimised(mapped, jax.ShapeDtypeStruct((256, 128), jnp.float32, sharding=NamedSharding(mesh, spec)))
   part = 64 * 128 * 4
   assert program_cost(text).collectives == {
-      Collective("all-reduce", part, 4): 3, Collective("all-gather", 2 * part, 2): 3,
-      Collective("reduce-scatter", part, 4): 3, Collective("collective-permute", part, 4): 3,
-      Collective("all-to-all", part, 4): 3}
+    Collective("all-reduce", part, 4): 3,
+    Collective("all-gather", 2 * part, 2): 3,
+    Collective("reduce-scatter", part, 4): 3,
+    Collective("collective-permute", part, 4): 3,
+    Collective("all-to-all", part, 4): 3,
+  }
 
 
 def test_what_a_ring_moves():
@@ -164,8 +171,9 @@ def described(tree):
 
 def test_a_plan_is_what_training_runs(run, plan):
   assert described(plan.state) == described(run.abstract)
-  batch = device_batch(make_batch(run.queries, np.arange(len(run.queries)), 16, run.layout, seed=0, epoch=0, step=0),
-                       run.mesh)
+  batch = device_batch(
+    make_batch(run.queries, np.arange(len(run.queries)), 16, run.layout, seed=0, epoch=0, step=0), run.mesh
+  )
   assert plan.batch.keys() == batch.keys()
   for name, real in batch.items():
     if real is None:
@@ -263,12 +271,15 @@ def test_published_sizes_need_no_data():
   assert (given.train, given.labels, given.tokens) == (1000, 1_305_265, 20.0)
 
 
-@pytest.mark.parametrize("arguments,message", [
+@pytest.mark.parametrize(
+  "arguments,message",
+  [
     (dict(), "custom: its size is not known.*--num_queries and --num_labels"),
     (dict(num_queries=0, num_labels=5), "--num_queries=0: must be at least 1"),
     (dict(num_queries=5, num_labels=5, tokens=64.0), "--tokens_per_item=64: must lie between 3 and .*max_length=32"),
     (dict(num_queries=5, num_labels=5, images=1.0), "--images_per_item=1: .*config.images=0"),
-])
+  ],
+)
 def test_a_size_that_is_unknown_or_impossible_is_refused(arguments, message, tmp_path):
   config = load_config("custom")
   config.dataset.data_dir = str(tmp_path)
@@ -345,17 +356,17 @@ def test_a_report_says_whether_it_fits_and_what_would(tmp_path, capsys):
 
 def test_the_compiler_s_refusal_says_how_much_was_needed():
   messages = (
-      "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.00G) exceeds "
-      "available HBM (15.75G).",
-      "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.00G of 15.75G hbm. Exceeded by 1.25G.")
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.00G) exceeds "
+    "available HBM (15.75G).",
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.00G of 15.75G hbm. Exceeded by 1.25G.",
+  )
   assert [compiling._needed(message) for message in messages] == [17 * GIB] * 2
   assert compiling._needed("INTERNAL: something else (17.00G)") is None
 
 
-@pytest.mark.parametrize("mesh,message", [
-    (dict(data=3), "does not make 8 devices"),
-    (dict(data=8, tensor=2), "does not make 8 devices"),
-])
+@pytest.mark.parametrize(
+  "mesh,message", [(dict(data=3), "does not make 8 devices"), (dict(data=8, tensor=2), "does not make 8 devices")]
+)
 def test_a_mesh_that_does_not_make_the_slice_is_refused(mesh, message):
   config = load_config("custom")
   config.mesh.update(mesh)
@@ -387,12 +398,15 @@ def test_without_libtpu_it_says_how_to_install_it(monkeypatch):
 
 def test_the_command_helps_and_refuses(tmp_path):
   config = "--config=configs/lf_amazon_1.3m.py"
-  results = run_commands({
+  results = run_commands(
+    {
       "help": ["aot_compile", "--help"],
       "no topology": ["aot_compile", config],
       "unknown topology": ["aot_compile", config, "--topology=v5e:x"],
       "bad size": ["aot_compile", config, "--topology=v5e:2x2", "--tokens_per_item=99"],
-  }, tmp_path)
+    },
+    tmp_path,
+  )
   status, stdout, _ = results.pop("help")
   assert status == 0 and "v5e:4x4" in stdout
   for name, (status, stdout, stderr) in results.items():

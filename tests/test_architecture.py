@@ -19,8 +19,9 @@ PACKAGE = ROOT / "vixml_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ENTRY_POINTS = sorted(path.stem for path in PACKAGE.glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8"))
 MODULES = sorted(
-    {module.name for module in pkgutil.walk_packages(vixml_jax.__path__, prefix="vixml_jax.")}
-    - {f"vixml_jax.{name}" for name in ENTRY_POINTS})
+  {module.name for module in pkgutil.walk_packages(vixml_jax.__path__, prefix="vixml_jax.")}
+  - {f"vixml_jax.{name}" for name in ENTRY_POINTS}
+)
 
 # Imports every module where torch, TensorFlow and ScaNN are not installed, and prints which of what must not be
 # imported is there. transformers and tensorboardX import torch by themselves where they find it, so hiding it is the
@@ -59,7 +60,8 @@ def test_imports_go_one_way():
 
 # Entry points one by one: each defines the flags of its own process.
 @pytest.mark.parametrize(
-    "modules", [MODULES] + [[f"vixml_jax.{name}"] for name in ENTRY_POINTS], ids=["library", *ENTRY_POINTS])
+  "modules", [MODULES] + [[f"vixml_jax.{name}"] for name in ENTRY_POINTS], ids=["library", *ENTRY_POINTS]
+)
 def test_every_module_imports_where_torch_tensorflow_and_scann_are_absent(modules):
   result = _run(sys.executable, "-W", "error", "-c", IMPORT_ALL, *modules)
   assert result.returncode == 0, result.stderr
@@ -90,8 +92,10 @@ def test_every_module_says_what_it_does():
 def test_no_file_names_a_path_of_somebodys_machine():
   machine = re.compile(r"(?<![\w.~])/(?:home|root|Users|work|farm)/\w")
   found = [
-      f"{name}:{number}: {line.strip()}" for name, text in _text_files()
-      for number, line in enumerate(text.splitlines(), 1) if machine.search(line)
+    f"{name}:{number}: {line.strip()}"
+    for name, text in _text_files()
+    for number, line in enumerate(text.splitlines(), 1)
+    if machine.search(line)
   ]
   assert not found
 
@@ -116,17 +120,28 @@ def test_wheel_carries_the_package_and_its_data_and_nothing_else(tmp_path):
     shutil.copy(ROOT / name, source)
   shutil.copytree(PACKAGE, source / "vixml_jax", ignore=shutil.ignore_patterns("__pycache__"))
   result = _run(
-      sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
-      "--disable-pip-version-check", "-w", tmp_path, ".", cwd=source)
+    sys.executable,
+    "-m",
+    "pip",
+    "wheel",
+    "--quiet",
+    "--no-deps",
+    "--no-build-isolation",
+    "--no-index",
+    "--disable-pip-version-check",
+    "-w",
+    tmp_path,
+    ".",
+    cwd=source,
+  )
   assert result.returncode == 0, result.stderr
   (wheel,) = tmp_path.glob("*.whl")
   shipped = set(zipfile.ZipFile(wheel).namelist())
-  expected = {
-      path.relative_to(source).as_posix() for path in (source / "vixml_jax").rglob("*") if path.is_file()
-  }
+  expected = {path.relative_to(source).as_posix() for path in (source / "vixml_jax").rglob("*") if path.is_file()}
   assert {name for name in shipped if ".dist-info/" not in name} == expected
   assert {"trn.json.gz", "tst.json.gz", "lbl.json.gz"} <= {
-      Path(name).name for name in shipped if "mm_icons_9k/" in name}
+    Path(name).name for name in shipped if "mm_icons_9k/" in name
+  }
 
 
 def test_network_is_blocked(network_attempts):

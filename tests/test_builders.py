@@ -174,8 +174,7 @@ def test_oddities_are_warned_of_once_a_kind(raw_dir, tmp_path, caplog):
   miniature.write_lines(raw_dir / "trn.json.gz", lines)
   datasets.prepare("custom", raw_dir, tmp_path / "data")
   warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-  assert warnings == [
-    f"{raw_dir / 'trn.json.gz'}: 5 rows with an empty title, first at line 5"]
+  assert warnings == [f"{raw_dir / 'trn.json.gz'}: 5 rows with an empty title, first at line 5"]
 
 
 KILLED = """
@@ -197,8 +196,7 @@ datasets.prepare("custom", sys.argv[1], sys.argv[2])
 
 
 def test_killed_preparation_starts_cleanly_again(raw_dir, tmp_path):
-  process = subprocess.Popen(
-    [sys.executable, "-c", KILLED, raw_dir, tmp_path / "data", ROOT], stderr=subprocess.PIPE)
+  process = subprocess.Popen([sys.executable, "-c", KILLED, raw_dir, tmp_path / "data", ROOT], stderr=subprocess.PIPE)
   with process:
     line = process.stderr.readline()
     process.send_signal(signal.SIGKILL)
@@ -212,10 +210,7 @@ def test_killed_preparation_starts_cleanly_again(raw_dir, tmp_path):
 
 def test_two_processes_prepare_one_set(raw_dir, tmp_path):
   code = "import sys; from vixml_jax import datasets; datasets.prepare('custom', *sys.argv[1:])"
-  processes = [
-    subprocess.Popen([sys.executable, "-c", code, raw_dir, tmp_path / "data"], cwd=ROOT)
-    for _ in range(2)
-  ]
+  processes = [subprocess.Popen([sys.executable, "-c", code, raw_dir, tmp_path / "data"], cwd=ROOT) for _ in range(2)]
   assert [process.wait() for process in processes] == [0, 0]
   assert len(datasets.open_dataset("custom", tmp_path / "data").as_data_source("train")) == 64
 
@@ -248,8 +243,7 @@ def test_embedded_set_opens_without_a_raw_folder(tmp_path):
   assert row["title"] == b"f1 race"
   assert row["target_ind"].tolist() == [3074, 3431, 6680, 6682, 7841, 7874]
   assert row["images"][0][:4] == b"RIFF"
-  images = sum(len(record.images()) for batch in Records(builder, "test").batches()
-               for record in batch)
+  images = sum(len(record.images()) for batch in Records(builder, "test").batches() for record in batch)
   assert images == 8765
 
 

@@ -20,16 +20,17 @@ def _problem(num_queries=500, num_labels=96, dim=12, seed=0):
   propensity = 1 / np.arange(1, num_labels + 1)
   propensity[5] = 0
   rows = [
-      generator.choice(num_labels, generator.integers(0, 7), replace=False, p=propensity / propensity.sum())
-      for _ in range(num_queries)
+    generator.choice(num_labels, generator.integers(0, 7), replace=False, p=propensity / propensity.sum())
+    for _ in range(num_queries)
   ]
   return embeddings, Ragged.from_rows(rows)
 
 
 def _expected(embeddings, labels_of_queries, num_labels):
   matrix = scipy.sparse.csr_matrix(
-      (np.ones(len(labels_of_queries.values)), labels_of_queries.values, labels_of_queries.offsets),
-      shape=(len(labels_of_queries), num_labels))
+    (np.ones(len(labels_of_queries.values)), labels_of_queries.values, labels_of_queries.offsets),
+    shape=(len(labels_of_queries), num_labels),
+  )
   counts = np.asarray(matrix.sum(axis=0)).reshape(-1, 1)
   return matrix.T @ embeddings.astype(np.float64) / np.maximum(counts, 1)
 
@@ -54,7 +55,8 @@ def test_centroids_are_the_means_of_the_queries_of_each_label():
 def test_blocks_of_pairs_and_labels_do_not_show(small_blocks, num_labels):
   embeddings, labels = _problem()
   np.testing.assert_allclose(
-      label_centroids(embeddings, labels, num_labels), _expected(embeddings, labels, num_labels), atol=3e-7)
+    label_centroids(embeddings, labels, num_labels), _expected(embeddings, labels, num_labels), atol=3e-7
+  )
 
 
 @pytest.mark.parametrize("num_labels", [96, 101])
@@ -70,8 +72,7 @@ def test_eight_devices_give_the_bits_of_one(small_blocks, shape, num_labels):
 
 def test_the_transposed_form_gives_the_same(small_blocks):
   embeddings, labels = _problem()
-  np.testing.assert_array_equal(
-      mean_of_rows(embeddings, labels.transpose(96)), label_centroids(embeddings, labels, 96))
+  np.testing.assert_array_equal(mean_of_rows(embeddings, labels.transpose(96)), label_centroids(embeddings, labels, 96))
 
 
 def test_a_label_of_every_query_among_large_embeddings_does_not_overflow():

@@ -22,8 +22,9 @@ def abstract():
   """Shapes of a tiny run, spread over all eight devices in three ways."""
   encoder = dict(vocab_size=11, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=12, max_position=6, num_token_types=0)
   model = define_model(encoder, dict(num_heads=2, mlp_dim=4), num_free_vectors=4)
-  optimizer = make_optimizer(model.shapes, learning_rate=1.0, new_learning_rate=1.0,
-                             free_vector_learning_rate=1.0, warmup_steps=1, total_steps=9)
+  optimizer = make_optimizer(
+    model.shapes, learning_rate=1.0, new_learning_rate=1.0, free_vector_learning_rate=1.0, warmup_steps=1, total_steps=9
+  )
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   return abstract_state(model, optimizer, NUM_QUERIES, num_labels=20, bank_dtype="bfloat16", mesh=mesh)
 
@@ -32,7 +33,8 @@ def abstract():
 def state(abstract):
   rng = np.random.default_rng(0)
   return jax.tree.map(
-      lambda leaf: jax.device_put(rng.normal(0, 9, leaf.shape).astype(leaf.dtype), leaf.sharding), abstract)
+    lambda leaf: jax.device_put(rng.normal(0, 9, leaf.shape).astype(leaf.dtype), leaf.sharding), abstract
+  )
 
 
 def assert_same(found: TrainState | dict, wanted: TrainState | dict):
@@ -72,8 +74,7 @@ def test_a_model_is_restored_without_its_optimizer(tmp_path, abstract, state):
   shutil.rmtree(save(tmp_path, state, 3) / "3" / "training")
   with Checkpointer(tmp_path, 2) as checkpointer:
     restored = checkpointer.restore_model(3, abstract)
-  assert_same(restored, {
-      "params": state.params, "centroids": state.centroids, "label_clusters": state.label_clusters})
+  assert_same(restored, {"params": state.params, "centroids": state.centroids, "label_clusters": state.label_clusters})
 
 
 def _cut(path):
@@ -86,10 +87,17 @@ def _cut_arrays(item):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax abandons its other reads.
-@pytest.mark.parametrize("damage", [
-    lambda step: shutil.rmtree(step / "training"), lambda step: _cut(step / "model" / "_METADATA"),
-    lambda step: _cut_arrays(step / "model"), lambda step: (step / "model" / "manifest.ocdbt").unlink(),
-    lambda step: _cut(step / "meta" / "metadata")], ids=["training", "metadata", "arrays", "manifest", "meta"])
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda step: shutil.rmtree(step / "training"),
+    lambda step: _cut(step / "model" / "_METADATA"),
+    lambda step: _cut_arrays(step / "model"),
+    lambda step: (step / "model" / "manifest.ocdbt").unlink(),
+    lambda step: _cut(step / "meta" / "metadata"),
+  ],
+  ids=["training", "metadata", "arrays", "manifest", "meta"],
+)
 def test_a_damaged_checkpoint_is_refused_by_folder(tmp_path, abstract, state, damage):
   damage(save(tmp_path, state, 3) / "3")
   with Checkpointer(tmp_path, 2) as checkpointer, pytest.raises(InputError, match="damaged") as error:
@@ -102,6 +110,7 @@ def test_a_damaged_checkpoint_is_refused_by_folder(tmp_path, abstract, state, da
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, abstract, state):
   save(tmp_path, state, 3)
   other = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype, sharding=leaf.sharding), abstract)
+    lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype, sharding=leaf.sharding), abstract
+  )
   with Checkpointer(tmp_path, 2) as checkpointer, pytest.raises(InputError, match="does not fit this config"):
     checkpointer.restore_model(3, other)

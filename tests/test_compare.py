@@ -26,7 +26,7 @@ def results(rng, num_queries, quality, truth=None):
   ids = np.stack([rng.permutation(LABELS)[:DEPTH] for _ in range(num_queries)])
   for query in np.flatnonzero(rng.random(num_queries) < quality):
     hit = truth[query][0]
-    ids[query] = [hit, *ids[query][ids[query] != hit][:DEPTH - 1]]
+    ids[query] = [hit, *ids[query][ids[query] != hit][: DEPTH - 1]]
   return query_metrics(ids, truth, np.linspace(1, 8, LABELS), **KS), truth
 
 
@@ -49,14 +49,20 @@ def test_intervals_and_p_values_are_those_of_scipy(pair):
       return 100 * (b.sum(axis) - a.sum(axis)) / divisor.sum(axis)
 
     expected = scipy.stats.bootstrap(
-        (one, two, below), statistic, paired=True, vectorized=True, n_resamples=2000, method="percentile", rng=1)
+      (one, two, below), statistic, paired=True, vectorized=True, n_resamples=2000, method="percentile", rng=1
+    )
     low, high = expected.confidence_interval
     tolerance = 0.08 * float(high - low)
     assert found[name].difference == pytest.approx(float(statistic(one, two, below)), abs=1e-4)
     assert (found[name].low, found[name].high) == pytest.approx((float(low), float(high)), abs=tolerance), name
     swapped = scipy.stats.permutation_test(
-        (one, two), lambda a, b, axis=-1: (b - a).mean(axis), vectorized=True, n_resamples=2000,
-        permutation_type="samples", rng=2)
+      (one, two),
+      lambda a, b, axis=-1: (b - a).mean(axis),
+      vectorized=True,
+      n_resamples=2000,
+      permutation_type="samples",
+      rng=2,
+    )
     assert found[name].p == pytest.approx(float(swapped.pvalue), abs=0.02), name
 
 
@@ -124,17 +130,19 @@ def _other_labels(pair):
 
 def _fewer_metrics(pair):
   metrics = pair[0]
-  return PerQuery(OF, {"plain": dataclasses.replace(
-      metrics, names=(*metrics.names[:-1], "Hit@7"))})
+  return PerQuery(OF, {"plain": dataclasses.replace(metrics, names=(*metrics.names[:-1], "Hit@7"))})
 
 
-@pytest.mark.parametrize("change,message", [
+@pytest.mark.parametrize(
+  "change,message",
+  [
     ({"raw files": "cd" * 32}, "b: was evaluated on raw files cdcdcdcdcdcd, but .*a on abababababab"),
     ({"split": "validation"}, "b: was evaluated on split validation, but .*a on test"),
     ({"propensity": [0.6, 2.6]}, r"b: was evaluated on propensity \[0.6, 2.6\], but .*a on \[0.55, 1.5\]"),
     (_other_labels, "b: its queries have other labels than those of .*a"),
     (_fewer_metrics, r"b: has other metrics than .*a \(Hit@10, Hit@7\); set the same config.eval.ks"),
-])
+  ],
+)
 def test_workdirs_on_other_data_are_refused_by_name(workdirs, pair, change, message):
   one, two = workdirs
   other = change(pair) if callable(change) else PerQuery(OF | change, {"plain": pair[1]})
@@ -151,7 +159,7 @@ def test_a_damaged_or_missing_file_says_how_to_make_it_again(workdirs, damage):
   whole = bytearray(path.read_bytes())
   path.unlink()
   if damage == "short":
-    path.write_bytes(whole[:len(whole) // 2])
+    path.write_bytes(whole[: len(whole) // 2])
   elif damage == "flipped":
     whole[len(whole) // 3] ^= 255
     path.write_bytes(whole)
@@ -163,8 +171,9 @@ def test_a_damaged_or_missing_file_says_how_to_make_it_again(workdirs, damage):
     compare_workdirs(one, [two])
 
 
-@pytest.mark.parametrize("others,message", [
-    (["a"], "a is named twice"), (["b", "b"], "b is named twice"), ([], "names no workdir")])
+@pytest.mark.parametrize(
+  "others,message", [(["a"], "a is named twice"), (["b", "b"], "b is named twice"), ([], "names no workdir")]
+)
 def test_a_workdir_is_not_compared_with_itself_and_not_with_nothing(workdirs, others, message):
   with pytest.raises(InputError, match=message):
     compare_workdirs(workdirs[0], [workdirs[0].parent / name for name in others])
@@ -172,10 +181,14 @@ def test_a_workdir_is_not_compared_with_itself_and_not_with_nothing(workdirs, ot
 
 def test_the_command_compares_and_refuses_flags_of_evaluation(workdirs, tmp_path):
   one, two = map(str, workdirs)
-  done = run_commands({
+  done = run_commands(
+    {
       "compare": ["evaluate", f"--workdir={one}", f"--compare={two}"],
       "with a flag": ["evaluate", f"--workdir={one}", f"--compare={two}", "--search=exact"],
-      "of nothing": ["evaluate", f"--workdir={one}", "--compare="]}, tmp_path)
+      "of nothing": ["evaluate", f"--workdir={one}", "--compare="],
+    },
+    tmp_path,
+  )
   status, printed, stderr = done["compare"]
   assert status == 0, stderr
   assert "P@1" in printed and two in printed

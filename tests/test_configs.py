@@ -21,16 +21,16 @@ from vixml_jax.training.state import abstract_state
 ENCODERS = ("minilm-l3", "minilm-l6", "distilbert", "bert")
 # The decoders that the paper reports.
 DECODERS = {
-    "lf_amazon_titles_131k": ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b"),
-    "lf_amazon_131k": ("qwen2.5-0.5b", "qwen2.5-3b"),
-    "mm_amazon_titles_300k": ("qwen2.5-0.5b", "qwen2.5-3b"),
-    "lf_amazon_1.3m": ("qwen2.5-0.5b", "qwen2.5-3b"),
+  "lf_amazon_titles_131k": ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b"),
+  "lf_amazon_131k": ("qwen2.5-0.5b", "qwen2.5-3b"),
+  "mm_amazon_titles_300k": ("qwen2.5-0.5b", "qwen2.5-3b"),
+  "lf_amazon_1.3m": ("qwen2.5-0.5b", "qwen2.5-3b"),
 }
 PUBLISHED = {
-    "lf_amazon_titles_131k": (294_805, 131_073),
-    "lf_amazon_131k": (294_805, 131_073),
-    "mm_amazon_titles_300k": (586_781, 303_296),
-    "lf_amazon_1.3m": (2_248_619, 1_305_265),
+  "lf_amazon_titles_131k": (294_805, 131_073),
+  "lf_amazon_131k": (294_805, 131_073),
+  "mm_amazon_titles_300k": (586_781, 303_296),
+  "lf_amazon_1.3m": (2_248_619, 1_305_265),
 }
 ALL = [(name, f"encoder={encoder}") for name in (*PUBLISHED, "custom") for encoder in ENCODERS]
 ALL += [("quickstart", variant) for variant in (None, "reference", "full")]
@@ -42,8 +42,12 @@ WITH_IMAGES += [("quickstart", "images=3"), ("quickstart", "full,images=3")]
 DECODERS_WITH_IMAGES = [(name, f"{variant},images=3") for name, variant in OF_DECODERS]
 # Encoder parameters without heads, as transformers counts them for the published checkpoints.
 ENCODER_PARAMETERS = {
-    "minilm-l3": 17_389_824 - 147_840, "minilm-l6": 22_713_216 - 147_840, "distilbert": 66_362_880,
-    "bert": 109_482_240 - 590_592, "qwen2.5-tiny": 10_963_712} | tiny_decoders.PARAMETERS
+  "minilm-l3": 17_389_824 - 147_840,
+  "minilm-l6": 22_713_216 - 147_840,
+  "distilbert": 66_362_880,
+  "bert": 109_482_240 - 590_592,
+  "qwen2.5-tiny": 10_963_712,
+} | tiny_decoders.PARAMETERS
 
 
 @pytest.mark.parametrize("name,variant", ALL + WITH_IMAGES + OF_DECODERS + DECODERS_WITH_IMAGES)
@@ -65,7 +69,8 @@ def test_full_size_state_is_built_abstractly(name, variant):
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(base)) == ENCODER_PARAMETERS[encoder]
   if encoder in tiny_decoders.PARAMETERS:
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state.params["encoder"]) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), adapters), "of the encoder, adapters alone are trained"
+      lambda leaf: (leaf.shape, leaf.dtype), adapters
+    ), "of the encoder, adapters alone are trained"
     assert {leaf.dtype.name for leaf in jax.tree.leaves(base)} == {"bfloat16"}
     assert adapters["layers"]["up"]["lora_a"].shape[-1] == 256
   fusion = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params.get("fusion", {})))
@@ -75,10 +80,19 @@ def test_full_size_state_is_built_abstractly(name, variant):
 
 
 # With images every config once, each with another encoder; the quickstart's with the tower that it ships.
-@pytest.mark.parametrize("name,variant", ALL + WITH_IMAGES[::5] + WITH_IMAGES[-1:] + [
-    ("lf_amazon_1.3m", "encoder=qwen2.5-3b,images=3"), ("lf_amazon_131k", "encoder=qwen2.5-0.5b"),
-    ("custom", "encoder=qwen3-0.6b"), ("custom", "encoder=llama-3.2-1b,images=3"),
-    ("quickstart", "encoder=qwen2.5-tiny,images=3")])
+@pytest.mark.parametrize(
+  "name,variant",
+  ALL
+  + WITH_IMAGES[::5]
+  + WITH_IMAGES[-1:]
+  + [
+    ("lf_amazon_1.3m", "encoder=qwen2.5-3b,images=3"),
+    ("lf_amazon_131k", "encoder=qwen2.5-0.5b"),
+    ("custom", "encoder=qwen3-0.6b"),
+    ("custom", "encoder=llama-3.2-1b,images=3"),
+    ("quickstart", "encoder=qwen2.5-tiny,images=3"),
+  ],
+)
 def test_two_steps_run_on_a_miniature(name, variant, tmp_path, monkeypatch):
   config = load_config(name, variant)
   raw = write_raw_folder(tmp_path / "raw", num_train=32, images=bool(config.features.checkpoint))
@@ -109,10 +123,16 @@ def test_configs_hold_the_paper_s_recipe():
   assert long_texts.dataset.max_length == 128 and tuple(long_texts.dataset.text_fields) == ("title", "content")
 
 
-@pytest.mark.parametrize("name,encoder,epochs,batch_size,learning_rate", [
-    ("lf_amazon_titles_131k", "qwen2.5-3b", 30, 2048, 5e-5), ("lf_amazon_titles_131k", "qwen2.5-7b", 30, 1024, 5e-5),
-    ("mm_amazon_titles_300k", "qwen2.5-0.5b", 30, 2048, 5e-5), ("lf_amazon_1.3m", "qwen2.5-3b", 40, 2048, 5e-5),
-    ("lf_amazon_131k", "qwen2.5-3b", 30, 512, 2e-5)])
+@pytest.mark.parametrize(
+  "name,encoder,epochs,batch_size,learning_rate",
+  [
+    ("lf_amazon_titles_131k", "qwen2.5-3b", 30, 2048, 5e-5),
+    ("lf_amazon_titles_131k", "qwen2.5-7b", 30, 1024, 5e-5),
+    ("mm_amazon_titles_300k", "qwen2.5-0.5b", 30, 2048, 5e-5),
+    ("lf_amazon_1.3m", "qwen2.5-3b", 40, 2048, 5e-5),
+    ("lf_amazon_131k", "qwen2.5-3b", 30, 512, 2e-5),
+  ],
+)
 def test_configs_hold_the_paper_s_recipe_of_decoders(name, encoder, epochs, batch_size, learning_rate):
   config = load_config(name, f"encoder={encoder},images=3")
   train, mining = config.train, config.mining
@@ -122,8 +142,10 @@ def test_configs_hold_the_paper_s_recipe_of_decoders(name, encoder, epochs, batc
   assert mining.doubling_epochs == (8, 12, 16, 20, 24) and train.free_vector_init == "cluster_mean"
   assert (config.encoder.lora_rank, config.encoder.lora_alpha, config.encoder.pooling) == (256, 256.0, "mean")
   assert not config.encoder.bidirectional and config.prompt.template == "T E I V eos"
-  assert config.prompt.phrases.to_dict() == {
-      "T": "This product text", "I": "and its image", "T2": "and its text"} and config.prompt.eos == "<|endoftext|>"
+  assert (
+    config.prompt.phrases.to_dict() == {"T": "This product text", "I": "and its image", "T2": "and its text"}
+    and config.prompt.eos == "<|endoftext|>"
+  )
 
 
 @pytest.mark.parametrize("name,variant", [("custom", "encoder=gpt"), ("quickstart", "fast"), ("custom", "images=6")])
@@ -132,7 +154,9 @@ def test_an_unknown_variant_is_refused_by_name(name, variant):
     load_config(name, variant)
 
 
-@pytest.mark.parametrize("key,value,message", [
+@pytest.mark.parametrize(
+  "key,value,message",
+  [
     ("train.epochs", 0, "must be above 0"),
     ("train.free_vectors", 1000, "power of two"),
     ("train.positive_sampling", "random", "propensity, uniform"),
@@ -145,7 +169,8 @@ def test_an_unknown_variant_is_refused_by_name(name, variant):
     ("eval.split", "validation", "held-out"),
     ("eval.retrieval_lambda", 1.5, "between 0 and 1"),
     ("dataset.text_fields", (), "title and content"),
-])
+  ],
+)
 def test_a_bad_value_is_refused_by_key(key, value, message):
   config = load_config("custom")
   section, name = key.split(".")
@@ -155,7 +180,9 @@ def test_a_bad_value_is_refused_by_key(key, value, message):
   assert key in str(error.value)
 
 
-@pytest.mark.parametrize("change,message", [
+@pytest.mark.parametrize(
+  "change,message",
+  [
     ({"lora_rank": 0}, "config.encoder.param_dtype='bfloat16': must be float32 where config.encoder.lora_rank=0"),
     ({"lora_rank": -1}, "config.encoder.lora_rank=-1: must not be negative"),
     ({"lora_alpha": 0.0}, "config.encoder.lora_alpha=0.0: must be above 0"),
@@ -167,7 +194,8 @@ def test_a_bad_value_is_refused_by_key(key, value, message):
     ({"pooling": "first"}, "config.encoder.pooling='first': must be one of mean, last"),
     ({"architecture": "gpt"}, "config.encoder.architecture='gpt': must be one of bert, decoder"),
     ({"architecture": "bert"}, "config.encoder.max_position: missing"),
-])
+  ],
+)
 def test_bad_settings_of_a_decoder_are_refused_by_key(change, message):
   config = load_config("custom", "encoder=qwen2.5-0.5b")
   config.encoder.update(change)

@@ -43,8 +43,7 @@ def _load(builder, place, cache, max_length=6, fields=("title",)):
 
 
 @pytest.mark.parametrize("fields", [("title",), ("title", "content"), ("content",)])
-def test_tokens_are_those_of_transformers_cut_on_the_right(builder, place, tmp_path, fields,
-                                                           monkeypatch):
+def test_tokens_are_those_of_transformers_cut_on_the_right(builder, place, tmp_path, fields, monkeypatch):
   monkeypatch.setattr(records, "_ROWS_A_READ", 10)
   corpus = _load(builder, place, tmp_path, fields=fields)
   reference = AutoTokenizer.from_pretrained(place / "tokenizer", local_files_only=True)
@@ -117,8 +116,7 @@ def test_fields_default_to_those_that_the_set_is_published_with(place, tmp_path,
   assert corpus.text_fields == ("title", "content")
 
 
-def test_interrupted_build_leaves_no_cache_and_the_next_succeeds(builder, place, tmp_path,
-                                                                 monkeypatch):
+def test_interrupted_build_leaves_no_cache_and_the_next_succeeds(builder, place, tmp_path, monkeypatch):
   def stop(*arguments):
     raise KeyboardInterrupt
 

@@ -62,8 +62,9 @@ def test_texts_packed_into_rows_equal_padded_texts_of_transformers(pair, side):
     wanted = tiny_decoders.run_theirs(theirs, tokens, mask).last_hidden_state.numpy()
   packed = tiny_encoders.packed(rows, 20)
   hidden = _run(graphdef)(params, *packed)
-  found = np.concatenate([
-      hidden[row][packed[1][row] == slot] for row in range(3) for slot in range(1, len(rows[row]) + 1)])
+  found = np.concatenate(
+    [hidden[row][packed[1][row] == slot] for row in range(3) for slot in range(1, len(rows[row]) + 1)]
+  )
   np.testing.assert_allclose(found, wanted[mask > 0], atol=1e-4, rtol=0)
   assert np.isfinite(hidden).all()
 
@@ -73,9 +74,14 @@ def test_bidirectional_is_transformers_with_a_full_mask(pair):
   lengths = [7, 11]
   texts = tiny_encoders.texts(lengths)
   with torch.no_grad():
-    wanted = np.concatenate([
-        theirs(torch.tensor(text[None]), attention_mask=torch.zeros(1, 1, len(text), len(text)),
-               use_cache=False).last_hidden_state[0] for text in texts])
+    wanted = np.concatenate(
+      [
+        theirs(
+          torch.tensor(text[None]), attention_mask=torch.zeros(1, 1, len(text), len(text)), use_cache=False
+        ).last_hidden_state[0]
+        for text in texts
+      ]
+    )
   graphdef = tiny_decoders.abstract(**config.encoder_arguments(folder), bidirectional=True)[0]
   packed = tiny_encoders.packed([texts], sum(lengths))
   np.testing.assert_allclose(_run(graphdef)(params, *packed)[0], wanted, atol=1e-4, rtol=0)
@@ -110,8 +116,8 @@ def test_grouped_causal_attention_is_that_of_torch_for_each_segment():
   for row, slot in [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)]:
     members = segments[row] == slot
     wanted = torch.nn.functional.scaled_dot_product_attention(
-        *(torch.tensor(x[row, members]).transpose(0, 1) for x in (query, key, value)),
-        is_causal=True, enable_gqa=True).transpose(0, 1)
+      *(torch.tensor(x[row, members]).transpose(0, 1) for x in (query, key, value)), is_causal=True, enable_gqa=True
+    ).transpose(0, 1)
     np.testing.assert_allclose(ours[row, members], wanted, atol=1e-6)
   assert np.isfinite(ours).all()
 
@@ -151,7 +157,8 @@ def test_there_and_back_is_the_identity_and_transformers_computes_the_same(pair,
   assert set(before) == set(after)
   jax.tree.map(np.testing.assert_array_equal, before, after)
   again, report = transformers.AutoModel.from_pretrained(
-      tmp_path, output_loading_info=True, attn_implementation="eager")
+    tmp_path, output_loading_info=True, attn_implementation="eager"
+  )
   assert not report["missing_keys"] and not report["unexpected_keys"]
   tokens = torch.arange(20).reshape(2, 10)
   with torch.no_grad():
@@ -184,25 +191,76 @@ def test_full_size_decoders_have_as_many_parameters_as_published(name):
 
 
 _OLD_QWEN2 = {  # As published with Qwen2.5-0.5B-Instruct.
-    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
-    "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
-    "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14,
-    "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
-    "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
-    "use_sliding_window": False, "vocab_size": 151936}
+  "architectures": ["Qwen2ForCausalLM"],
+  "attention_dropout": 0.0,
+  "bos_token_id": 151643,
+  "eos_token_id": 151645,
+  "hidden_act": "silu",
+  "hidden_size": 896,
+  "initializer_range": 0.02,
+  "intermediate_size": 4864,
+  "max_position_embeddings": 32768,
+  "max_window_layers": 21,
+  "model_type": "qwen2",
+  "num_attention_heads": 14,
+  "num_hidden_layers": 24,
+  "num_key_value_heads": 2,
+  "rms_norm_eps": 1e-06,
+  "rope_theta": 1000000.0,
+  "sliding_window": 32768,
+  "tie_word_embeddings": True,
+  "torch_dtype": "bfloat16",
+  "use_cache": True,
+  "use_sliding_window": False,
+  "vocab_size": 151936,
+}
 _OLD_QWEN3 = {  # As published with Qwen3-0.6B.
-    "attention_bias": False, "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
-    "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
-    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
-    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
-    "use_sliding_window": False, "vocab_size": 151936}
+  "attention_bias": False,
+  "attention_dropout": 0.0,
+  "head_dim": 128,
+  "hidden_act": "silu",
+  "hidden_size": 1024,
+  "intermediate_size": 3072,
+  "max_position_embeddings": 40960,
+  "max_window_layers": 28,
+  "model_type": "qwen3",
+  "num_attention_heads": 16,
+  "num_hidden_layers": 28,
+  "num_key_value_heads": 8,
+  "rms_norm_eps": 1e-06,
+  "rope_scaling": None,
+  "rope_theta": 1000000,
+  "sliding_window": None,
+  "tie_word_embeddings": True,
+  "use_sliding_window": False,
+  "vocab_size": 151936,
+}
 _OLD_LLAMA = {  # As published with Llama-3.2-1B.
-    "attention_bias": False, "attention_dropout": 0.0, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
-    "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
-    "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True, "vocab_size": 128256,
-    "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-                     "original_max_position_embeddings": 8192, "rope_type": "llama3"}}
+  "attention_bias": False,
+  "attention_dropout": 0.0,
+  "head_dim": 64,
+  "hidden_act": "silu",
+  "hidden_size": 2048,
+  "intermediate_size": 8192,
+  "max_position_embeddings": 131072,
+  "mlp_bias": False,
+  "model_type": "llama",
+  "num_attention_heads": 32,
+  "num_hidden_layers": 16,
+  "num_key_value_heads": 8,
+  "pretraining_tp": 1,
+  "rms_norm_eps": 1e-05,
+  "rope_theta": 500000.0,
+  "tie_word_embeddings": True,
+  "vocab_size": 128256,
+  "rope_scaling": {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+  },
+}
 _OLD = {"qwen2.5-0.5b": _OLD_QWEN2, "qwen3-0.6b": _OLD_QWEN3, "llama-3.2-1b": _OLD_LLAMA}
 _ABSENT = object()
 
@@ -222,20 +280,38 @@ def test_configs_that_transformers_5_writes_are_understood(pair):
   kind, folder, theirs, _, _ = pair
   assert "rope_theta" in config.read_config(folder)["rope_parameters"]
   assert config.encoder_arguments(folder) == {
-      "vocab_size": 50, "num_layers": 3, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2,
-      "head_dim": 12 if kind == "qwen3" else 8, "mlp_dim": 48, "rope_theta": 10000.0,
-      "rope_scaling": tiny_decoders.ROPE_SCALING if kind == "llama" else None,
-      "norm_eps": theirs.config.rms_norm_eps, "qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}
+    "vocab_size": 50,
+    "num_layers": 3,
+    "embed_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 12 if kind == "qwen3" else 8,
+    "mlp_dim": 48,
+    "rope_theta": 10000.0,
+    "rope_scaling": tiny_decoders.ROPE_SCALING if kind == "llama" else None,
+    "norm_eps": theirs.config.rms_norm_eps,
+    "qkv_bias": kind == "qwen2",
+    "qk_norm": kind == "qwen3",
+  }
 
 
 def test_what_a_config_leaves_out_follows_from_the_rest(tmp_path):
-  found = _arguments(tmp_path, _OLD_LLAMA, head_dim=_ABSENT, num_key_value_heads=_ABSENT, mlp_bias=_ABSENT,
-                     attention_bias=_ABSENT, rope_scaling=_ABSENT)
+  found = _arguments(
+    tmp_path,
+    _OLD_LLAMA,
+    head_dim=_ABSENT,
+    num_key_value_heads=_ABSENT,
+    mlp_bias=_ABSENT,
+    attention_bias=_ABSENT,
+    rope_scaling=_ABSENT,
+  )
   assert (found["head_dim"], found["num_kv_heads"], found["rope_scaling"]) == (64, 32, None)
   assert _arguments(tmp_path, _OLD_QWEN2, use_sliding_window=_ABSENT)["head_dim"] == 64
 
 
-@pytest.mark.parametrize("settings, changes, message", [
+@pytest.mark.parametrize(
+  "settings, changes, message",
+  [
     (_OLD_QWEN2, {"use_sliding_window": True}, "use_sliding_window is True; the encoder only does False"),
     (_OLD_QWEN3, {"use_sliding_window": True}, "use_sliding_window is True"),
     (_OLD_QWEN3, {"attention_bias": True}, "attention_bias is True"),
@@ -244,16 +320,23 @@ def test_what_a_config_leaves_out_follows_from_the_rest(tmp_path):
     (_OLD_LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu'; the encoder only does 'silu'"),
     (_OLD_QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
     (_OLD_QWEN2, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is of type 'yarn'"),
-    (_OLD_QWEN3, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-     "rope_parameters is of type 'linear'"),
+    (
+      _OLD_QWEN3,
+      {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+      "rope_parameters is of type 'linear'",
+    ),
     (_OLD_LLAMA, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-    (_OLD_LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
-     "rope_scaling has no high_freq_factor, original_max_position_embeddings"),
+    (
+      _OLD_LLAMA,
+      {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
+      "rope_scaling has no high_freq_factor, original_max_position_embeddings",
+    ),
     (_OLD_LLAMA, {"rope_theta": _ABSENT}, "has no key rope_theta"),
     (_OLD_QWEN3, {"head_dim": _ABSENT}, "has no key head_dim"),
     (_OLD_LLAMA, {"head_dim": _ABSENT, "num_attention_heads": 31}, "2048 does not divide by num_attention_heads 31"),
     (_OLD_LLAMA, {"model_type": "gemma3_text"}, "model_type is 'gemma3_text'; known are bert, .*, llama"),
-])
+  ],
+)
 def test_configs_of_other_models_are_refused_by_key(settings, changes, message, tmp_path):
   with pytest.raises(InputError, match=message) as error:
     _arguments(tmp_path, settings, **changes)

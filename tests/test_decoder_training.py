@@ -72,8 +72,9 @@ def test_adapters_learn_around_a_frozen_base_that_no_checkpoint_holds(config, tm
   config.train.epochs = 12
   config.train.learning_rate = 1e-2
   final = train_and_evaluate(config, tmp_path)
-  epochs = [line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-            if line["split"] == "epoch"]
+  epochs = [
+    line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if line["split"] == "epoch"
+  ]
   assert epochs[-1]["values"]["mean_loss"] < 0.9 * epochs[0]["values"]["mean_loss"]
   assert final["P@1"] > 40  # By chance 1 in 24.
   for name in ("config.json", "evaluation.json", "embeddings/labels.npy", "checkpoints", "tensorboard"):
@@ -90,10 +91,16 @@ def test_adapters_learn_around_a_frozen_base_that_no_checkpoint_holds(config, tm
   np.testing.assert_array_equal(run.frozen["encoder"]["layers"]["up"]["kernel"][1], stored.T.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("change", [
-    {}, {"encoder.pooling": "last", "prompt.template": "E V eos"}, {"fusion.method": "late"},
-    {"encoder.lora_rank": 0, "encoder.param_dtype": "float32", "encoder.bidirectional": True, "encoder.remat": True}],
-    ids=lambda change: ",".join(change))
+@pytest.mark.parametrize(
+  "change",
+  [
+    {},
+    {"encoder.pooling": "last", "prompt.template": "E V eos"},
+    {"fusion.method": "late"},
+    {"encoder.lora_rank": 0, "encoder.param_dtype": "float32", "encoder.bidirectional": True, "encoder.remat": True},
+  ],
+  ids=lambda change: ",".join(change),
+)
 def test_images_train_in_every_variant_and_evaluation_again_gives_the_same_numbers(config, tmp_path, change):
   use_images(config).update_from_flattened_dict(change)
   config.train.epochs = 1
@@ -174,14 +181,17 @@ def test_free_vectors_begin_as_the_mean_embedding_of_their_labels(config, tmp_pa
     np.testing.assert_allclose(found, members.mean(0) if len(members) else np.zeros(32), atol=1e-5)
 
 
-@pytest.mark.parametrize("images,mesh", [
-    (False, dict(data=8)), (False, dict(fsdp=8)), (False, dict(tensor=8)), (True, dict(data=2, fsdp=2, tensor=2))])
+@pytest.mark.parametrize(
+  "images,mesh",
+  [(False, dict(data=8)), (False, dict(fsdp=8)), (False, dict(tensor=8)), (True, dict(data=2, fsdp=2, tensor=2))],
+)
 def test_eight_devices_give_the_loss_gradients_and_embeddings_of_one(config, tmp_path, images, mesh):
   config.prototype.num_heads = 8
   run = set_up(use_images(config) if images else config, tmp_path)
   results = [
-      loss_and_gradients(run, on, run.bank and run.bank.placed(on, "device"))
-      for on in (sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh(**(dict(data=1) | mesh)))]
+    loss_and_gradients(run, on, run.bank and run.bank.placed(on, "device"))
+    for on in (sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh(**(dict(data=1) | mesh)))
+  ]
   assert_close(*results)
   for name, gradient in engine.flatten(results[0][2]["encoder"]).items():
     assert np.abs(gradient).max() > 0 and "lora_" in name, name
@@ -236,11 +246,22 @@ def test_memory_of_the_step_is_flat_in_the_batch_at_a_fixed_chunk():
   def peak(batch_size):
     batch = make_batch(data, np.arange(4096), batch_size, layout, seed=0, epoch=0, step=0)
     step = make_train_step(
-        state, model=model, optimizer=optimizer, layout=layout, loss_config=LossConfig(),
-        base_key=jax.random.key(0), remat=config.train.remat, mesh=mesh)
+      state,
+      model=model,
+      optimizer=optimizer,
+      layout=layout,
+      loss_config=LossConfig(),
+      base_key=jax.random.key(0),
+      remat=config.train.remat,
+      mesh=mesh,
+    )
     memory = step.lower(state, frozen, device_batch(batch, mesh)).compile().memory_analysis()
-    return (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes)
+    return (
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes
+    )
 
   small, large = peak(256), peak(4096)
   assert small <= large < 1.1 * small

@@ -37,7 +37,7 @@ from vixml_jax.weights import engine, source, tables
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 # Of many lengths, one of them cut, one of letters that no word is made of, one empty.
-TEXTS = [" ".join(WORDS[i % 50:i % 50 + 1 + i % 7]) for i in range(20)] + ["cloud sun rain " * 30, "zebra, Äx 7!", ""]
+TEXTS = [" ".join(WORDS[i % 50 : i % 50 + 1 + i % 7]) for i in range(20)] + ["cloud sun rain " * 30, "zebra, Äx 7!", ""]
 TOKENS = [5, 17, 2, 9, 33, 8]
 ADAPTED = "qwen2.5-0.5b"  # Frozen in bfloat16, with adapters; a template of two phrases and eos.
 KINDS = ("minilm-l6", "distilbert", ADAPTED, "qwen3-0.6b", "llama-3.2-1b")
@@ -97,7 +97,8 @@ def encoders(tmp_path_factory):
   def encoder(name):
     folder = tmp_path_factory.mktemp("made")
     return load_encoder(
-        write_workdir(folder / "run", tiny_config(folder, name)), sharding.make_mesh(devices=jax.devices()[:1]))
+      write_workdir(folder / "run", tiny_config(folder, name)), sharding.make_mesh(devices=jax.devices()[:1])
+    )
 
   return encoder
 
@@ -238,15 +239,26 @@ def test_the_base_of_adapters_is_named_as_peft_looks_for_it(tmp_path, monkeypatc
   assert exporting._base_name("base") == (str(tmp_path / "base"), None)
 
 
-@pytest.mark.parametrize("kind,encoder,values,message", [
+@pytest.mark.parametrize(
+  "kind,encoder,values,message",
+  [
     ("peft", "minilm-l6", dict(), r"trained its whole encoder, without adapters \(.*use --format=hf"),
     ("peft", "qwen2.5-tiny", dict(), r"trained its whole encoder, without adapters \(.*use --format=hf"),
     ("peft", ADAPTED, dict(encoder=dict(random_init=True)), r"base that was drawn at random .*use --format=hf"),
-    ("sentence-transformers", "minilm-l6,images=2", dict(fusion=dict(method="late")),
-     r"a layer after the pooling .*\(fusion\.method=late\).*use --format=hf for the encoder alone"),
-    ("sentence-transformers", ADAPTED, dict(images=2, prompt=dict(template="I V eos")),
-     r"its items have no text \(prompt\.template='I V eos' lacks E\)"),
-])
+    (
+      "sentence-transformers",
+      "minilm-l6,images=2",
+      dict(fusion=dict(method="late")),
+      r"a layer after the pooling .*\(fusion\.method=late\).*use --format=hf for the encoder alone",
+    ),
+    (
+      "sentence-transformers",
+      ADAPTED,
+      dict(images=2, prompt=dict(template="I V eos")),
+      r"its items have no text \(prompt\.template='I V eos' lacks E\)",
+    ),
+  ],
+)
 def test_what_a_format_cannot_say_is_refused_and_leaves_nothing(kind, encoder, values, message, tmp_path):
   config = load_config("custom", f"encoder={encoder}")
   config.update(values)
@@ -280,8 +292,7 @@ def test_embeddings_are_the_labels_that_the_index_has(encoders, tmp_path, monkey
 
 def test_a_trained_encoder_embeds_elsewhere_as_evaluation_did(tmp_path_factory, tmp_path):
   trained = trained_workdirs.texts_only(tmp_path_factory)
-  model = SentenceTransformer(
-      str(exported(trained.workdir, "sentence-transformers", tmp_path / "out")), device="cpu")
+  model = SentenceTransformer(str(exported(trained.workdir, "sentence-transformers", tmp_path / "out")), device="cpu")
   found = model.encode([query["title"] for query in trained.queries])
   np.testing.assert_allclose(found, trained.embeddings("test_queries"), atol=2e-5)
 
@@ -299,16 +310,22 @@ def test_output_that_cannot_be_is_refused(encoders, tmp_path):
 def test_the_command_exports_and_names_what_is_wrong(encoders, tmp_path):
   workdir = f"--workdir={encoders('minilm-l6').workdir}"
   hf = ["export", workdir, "--format=hf"]
-  found = run_commands({
+  found = run_commands(
+    {
       "good": [*hf, f"--output={tmp_path}/good", "--max_shard_size=20KB", "--dtype=float16"],
       "size": [*hf, f"--output={tmp_path}/size", "--max_shard_size=5"],
       "format": ["export", workdir, f"--output={tmp_path}/format"],
       "workdir": ["export", f"--workdir={tmp_path}", "--format=hf", f"--output={tmp_path}/workdir"],
-  }, tmp_path)
+    },
+    tmp_path,
+  )
   assert found["good"][:2] == [0, f"hf in {tmp_path}/good\n"], found["good"][2]
   assert (tmp_path / "good/model.safetensors.index.json").is_file()
-  messages = {"size": "--max_shard_size=5: must be", "format": "--format: must be given",
-              "workdir": f"{tmp_path}/config.json: not found"}
+  messages = {
+    "size": "--max_shard_size=5: must be",
+    "format": "--format: must be given",
+    "workdir": f"{tmp_path}/config.json: not found",
+  }
   for name, message in messages.items():
     status, _, stderr = found[name]
     assert status == 1 and stderr.startswith(f"error: {message}") and stderr.count("\n") == 1, stderr

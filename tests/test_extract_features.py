@@ -54,10 +54,13 @@ def shared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(shared):
   """split -> (lengths, vectors), by a plain forward pass over what Pillow decodes."""
-  blobs = {split: [[blob for _, blob in record.images()] for batch in Records(shared[0], split).batches()
-                   for record in batch] for split in image_sources.PREFIXES}
-  pixels = [np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))
-            for rows in blobs.values() for row in rows for blob in row]
+  blobs = {
+    split: [[blob for _, blob in record.images()] for batch in Records(shared[0], split).batches() for record in batch]
+    for split in image_sources.PREFIXES
+  }
+  pixels = [
+    np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")) for rows in blobs.values() for row in rows for blob in row
+  ]
   forward = jax.jit(layers.merge_params(define_siglip(TOWER)[0], _params()))
   vectors = np.asarray(forward(jnp.asarray(np.stack(pixels) / 127.5 - 1, jnp.float32)))
   lengths = {split: np.array([len(row) for row in rows]) for split, rows in blobs.items()}
@@ -78,8 +81,7 @@ def _check(features, expected):
 
 
 @pytest.mark.parametrize("part_rows, batch_size", [(1024, 64), (7, 8), (7, 3)])
-def test_features_are_those_of_a_plain_forward_pass(
-    shared, expected, tmp_path, monkeypatch, part_rows, batch_size):
+def test_features_are_those_of_a_plain_forward_pass(shared, expected, tmp_path, monkeypatch, part_rows, batch_size):
   monkeypatch.setattr(image_sources, "PART_ROWS", part_rows)
   features = prepare_features(shared[0], tmp_path, shared[1], batch_size=batch_size)
   _check(features, expected)
@@ -108,8 +110,9 @@ def _records(builder, split):
 def _write_parquet(path, records, blob_column="png", schema=None, **options):
   path.parent.mkdir(parents=True, exist_ok=True)
   rows, slots, blobs = zip(*records, strict=True) if records else ((), (), ())
-  table = pa.table({"row": pa.array(rows, pa.int32()), "slot": pa.array(slots, pa.int64()),
-                    blob_column: pa.array(blobs, pa.binary())})
+  table = pa.table(
+    {"row": pa.array(rows, pa.int32()), "slot": pa.array(slots, pa.int64()), blob_column: pa.array(blobs, pa.binary())}
+  )
   pq.write_table(table, path, **options)
 
 
@@ -147,17 +150,23 @@ def _write_img2dataset(folder, builder):
     for number in range(2):
       rows, slots, blobs = zip(*records[number::2], strict=True)
       count = len(rows)
-      table = pa.table({
-          "row": pa.array(rows, pa.int64()), "slot": pa.array(map(str, slots), pa.string()), "url": ["http"] * count,
-          "key": [f"{i:09d}" for i in range(count)], "status": ["success"] * count,
-          "error_message": pa.array([None] * count, pa.string()), "jpg": pa.array(blobs, pa.binary())})
+      table = pa.table(
+        {
+          "row": pa.array(rows, pa.int64()),
+          "slot": pa.array(map(str, slots), pa.string()),
+          "url": ["http"] * count,
+          "key": [f"{i:09d}" for i in range(count)],
+          "status": ["success"] * count,
+          "error_message": pa.array([None] * count, pa.string()),
+          "jpg": pa.array(blobs, pa.binary()),
+        }
+      )
       pq.write_table(table, folder / prefix / f"{number:05d}.parquet")
       (folder / prefix / f"{number:05d}_stats.json").write_text("{}")
   return str(folder)
 
 
-@pytest.mark.parametrize(
-    "write", [_write_files, _write_single_parquets, _write_shuffled_parquets, _write_img2dataset])
+@pytest.mark.parametrize("write", [_write_files, _write_single_parquets, _write_shuffled_parquets, _write_img2dataset])
 def test_every_source_gives_the_same_features(shared, expected, tmp_path, monkeypatch, write):
   monkeypatch.setattr(image_sources, "PART_IMAGES", 5)
   monkeypatch.setattr(image_sources, "_CHUNK", 4)
@@ -180,26 +189,31 @@ def test_parts_of_parquet_are_read_alone_or_together(shared, tmp_path, monkeypat
   alone = [piece for part in parts for piece in _sources_of_part(shared[0], source, [part])]
   assert alone == together and len({part for part, _ in together}) == len(parts) > 5
   assert sorted(image for _, piece in together for image in piece) == [
-      image[:2] for image in _records(shared[0], "train")]
+    image[:2] for image in _records(shared[0], "train")
+  ]
 
 
 def test_bad_images_are_left_out_counted_and_listed(shared, expected, tmp_path, caplog):
   records = _records(shared[0], "train")
   reasons = {1: images.DAMAGED, 4: images.NOT_AN_IMAGE, 5: images.EMPTY, 6: images.MISSING}
   broken = {1: records[1][2][:60], 4: b"404", 5: b"", 6: None}
-  _write_parquet(tmp_path / "images" / "trn_images.parquet",
-                 [(row, slot, broken.get(i, blob)) for i, (row, slot, blob) in enumerate(records)])
+  _write_parquet(
+    tmp_path / "images" / "trn_images.parquet",
+    [(row, slot, broken.get(i, blob)) for i, (row, slot, blob) in enumerate(records)],
+  )
   with caplog.at_level(logging.INFO, "vixml_jax"):
-    features = prepare_features(
-        shared[0], tmp_path / "data", shared[1], images=str(tmp_path / "images"), batch_size=8)
+    features = prepare_features(shared[0], tmp_path / "data", shared[1], images=str(tmp_path / "images"), batch_size=8)
   path = tmp_path / "data" / "custom_features" / "tiny" / "bad_images.jsonl"
   assert [json.loads(line) for line in path.read_text().splitlines()] == [
-      {"split": "train", "row": records[i][0], "slot": records[i][1], "reason": reason}
-      for i, reason in reasons.items()]
-  (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"
-                and record.name.startswith("vixml_jax")]
-  assert warning == (f"4 of {len(records)} images have no features (1 missing, 1 no bytes, 1 {images.NOT_AN_IMAGE}, "
-                     f"1 {images.DAMAGED}); {path} lists them")
+    {"split": "train", "row": records[i][0], "slot": records[i][1], "reason": reason} for i, reason in reasons.items()
+  ]
+  (warning,) = [
+    record.message for record in caplog.records if record.levelname == "WARNING" and record.name.startswith("vixml_jax")
+  ]
+  assert warning == (
+    f"4 of {len(records)} images have no features (1 missing, 1 no bytes, 1 {images.NOT_AN_IMAGE}, "
+    f"1 {images.DAMAGED}); {path} lists them"
+  )
   assert features.metadata["num_bad_images"] == {"train": 4, "test": 0, "labels": 0}
   good = [i for i in range(len(records)) if i not in reasons]
   lengths, found = _all(features, "train")
@@ -262,8 +276,10 @@ prepare_features(builder, sys.argv[3], sys.argv[4], batch_size=8)
 def test_killed_extraction_keeps_what_it_finished(shared, expected, tmp_path, monkeypatch, caplog):
   builder, tower = shared
   process = subprocess.Popen(
-      [sys.executable, "-c", KILLED, ROOT, Path(builder.data_dir).parent.parent, tmp_path, tower],
-      stderr=subprocess.PIPE, text=True)
+    [sys.executable, "-c", KILLED, ROOT, Path(builder.data_dir).parent.parent, tmp_path, tower],
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   with process:
     assert any(line == "halfway\n" for line in process.stderr)
     process.send_signal(signal.SIGKILL)
@@ -282,12 +298,21 @@ def test_killed_extraction_keeps_what_it_finished(shared, expected, tmp_path, mo
   _check(features, expected)
   assert "3 parts were finished by an earlier run and are kept" in caplog.text
   assert [part[:2] for part in encoded] == [
-      ("train", 3), ("train", 4), ("test", 0), ("test", 1), ("labels", 0), ("labels", 1), ("labels", 2)]
+    ("train", 3),
+    ("train", 4),
+    ("test", 0),
+    ("test", 1),
+    ("labels", 0),
+    ("labels", 1),
+    ("labels", 2),
+  ]
   total = sum(lengths.sum() for lengths, _ in expected.values())
   assert sum(count for *_, count in encoded) == total - expected["train"][0][:24].sum()
 
 
-@pytest.mark.parametrize("case, line", [
+@pytest.mark.parametrize(
+  "case, line",
+  [
     ("image twice", "train images: row 3, slot 0 is there twice; give each image of a row a slot of its own"),
     ("row out of range", "trn_images.parquet: record 1: row 40, slot 0 is out of range, the split has rows 0 to 39"),
     ("slot below 0", "record 1: row 3, slot -1 is out of range"),
@@ -300,7 +325,8 @@ def test_killed_extraction_keeps_what_it_finished(shared, expected, tmp_path, mo
     ("empty folder", "no images there; name a folder with trn, tst or lbl"),
     ("name of a file", "1-2.png: image files must be called ROW_SLOT.EXT or ROW.EXT"),
     ("row of a file", "40_0.png: row 40, slot 0 is out of range, the split has rows 0 to 39"),
-])
+  ],
+)
 def test_images_that_are_not_as_they_must_be(shared, tmp_path, case, line):
   folder = tmp_path / "images"
   folder.mkdir()
@@ -330,17 +356,17 @@ def test_images_that_are_not_as_they_must_be(shared, tmp_path, case, line):
 
 # The command itself. Name -> arguments after those that name the data, and what its one line must name.
 _COMMAND_LINES = {
-    "no checkpoint": ([], "--checkpoint"),
-    "no such checkpoint": (["--checkpoint={folder}/none.npz"], "{folder}/none.npz"),
-    "no npz": (["--checkpoint={folder}/text.npz"], "{folder}/text.npz"),
-    "another variant": (["--checkpoint={folder}/tiny.npz", "--variant=siglip2_b32_256"], "siglip2_b32_256"),
-    "unknown variant": (["--checkpoint={folder}/tiny.npz", "--variant=siglip9"], "siglip9"),
-    "unknown pre-processing": (["--checkpoint={folder}/tiny.npz", "--preprocessing=crop"], "--preprocessing=crop"),
-    "no such images": (["--checkpoint={folder}/tiny.npz", "--images={folder}/nothing"], "{folder}/nothing"),
-    "batch of none": (["--checkpoint={folder}/tiny.npz", "--batch_size=0"], "batch_size 0"),
-    "name with a slash": (["--checkpoint={folder}/tiny.npz", "--name=a/b"], "a/b"),
-    "nothing published": (["--published={folder}"], "trn_embs_imgs_3_1152_siglip2.npy"),
-    "published and checkpoint": (["--published={folder}", "--checkpoint=x.npz"], "--published and --checkpoint"),
+  "no checkpoint": ([], "--checkpoint"),
+  "no such checkpoint": (["--checkpoint={folder}/none.npz"], "{folder}/none.npz"),
+  "no npz": (["--checkpoint={folder}/text.npz"], "{folder}/text.npz"),
+  "another variant": (["--checkpoint={folder}/tiny.npz", "--variant=siglip2_b32_256"], "siglip2_b32_256"),
+  "unknown variant": (["--checkpoint={folder}/tiny.npz", "--variant=siglip9"], "siglip9"),
+  "unknown pre-processing": (["--checkpoint={folder}/tiny.npz", "--preprocessing=crop"], "--preprocessing=crop"),
+  "no such images": (["--checkpoint={folder}/tiny.npz", "--images={folder}/nothing"], "{folder}/nothing"),
+  "batch of none": (["--checkpoint={folder}/tiny.npz", "--batch_size=0"], "batch_size 0"),
+  "name with a slash": (["--checkpoint={folder}/tiny.npz", "--name=a/b"], "a/b"),
+  "nothing published": (["--published={folder}"], "trn_embs_imgs_3_1152_siglip2.npy"),
+  "published and checkpoint": (["--published={folder}", "--checkpoint=x.npz"], "--published and --checkpoint"),
 }
 _GOOD = ["--checkpoint={folder}/tiny.npz", "--batch_size=16", "--name=mine"]
 
@@ -358,11 +384,16 @@ def command_folder(tmp_path_factory):
 def results(command_folder):
   """Name -> exit status, stdout and stderr; each is started as `python -m` does."""
   datasets.prepare("custom", command_folder / "raw", command_folder / "data")
-  data = ["--config=configs/custom.py", "--config.dataset.raw_dir={folder}/raw",
-          "--config.dataset.data_dir={folder}/data"]
+  data = [
+    "--config=configs/custom.py",
+    "--config.dataset.raw_dir={folder}/raw",
+    "--config.dataset.data_dir={folder}/data",
+  ]
   lines = {"good": _GOOD, "again": _GOOD} | {name: arguments for name, (arguments, _) in _COMMAND_LINES.items()}
-  commands = {name: ["extract_features", *(part.format(folder=command_folder) for part in data + arguments)]
-              for name, arguments in lines.items()}
+  commands = {
+    name: ["extract_features", *(part.format(folder=command_folder) for part in data + arguments)]
+    for name, arguments in lines.items()
+  }
   return run_commands(commands, command_folder)
 
 

@@ -35,7 +35,7 @@ def test_an_item_s_rows_are_its_first_images(features, images):
     starts = np.cumsum(lengths) - lengths
     assert len(bank.images[split]) == len(lengths)
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-      kept = values[start:start + min(length, images)]
+      kept = values[start : start + min(length, images)]
       np.testing.assert_array_equal(bank.values[bank.images[split][row]], kept)
   assert len(bank.values) == sum(len(rows.values) for rows in bank.images.values())
 
@@ -58,8 +58,11 @@ def test_device_and_host_give_the_same_features_in_the_same_places(features, mes
   rows = np.random.default_rng(0).integers(0, len(bank.values), (2, 8, 5)).astype(np.int32)
   packed = PackedImages(rows, np.ones_like(rows), np.zeros_like(rows))
   found = [
-      jax.jit(lambda images, vectors: image_tokens(jax.tree.map(lambda x: x[1], images), vectors).features)(
-          placed.on_mesh(packed, mesh), placed.on_devices) for placed in (on_devices, on_host)]
+    jax.jit(lambda images, vectors: image_tokens(jax.tree.map(lambda x: x[1], images), vectors).features)(
+      placed.on_mesh(packed, mesh), placed.on_devices
+    )
+    for placed in (on_devices, on_host)
+  ]
   for features_found in found:
     np.testing.assert_array_equal(features_found, bank.values[rows[1]])
 
@@ -77,8 +80,13 @@ def test_memory_per_device_is_what_a_sharded_bank_takes(features):
 def test_a_set_without_a_single_image_is_refused(features):
   _, folder = features
   builder = datasets.open_dataset("custom", folder / "data")
-  empty = write_features(builder, folder / "data", "none", {"dim": DIM}, lambda split, start, stop: (
-      (np.zeros(0, np.int32), np.zeros((0, DIM), np.float16)) for _ in range(start, stop)))
+  empty = write_features(
+    builder,
+    folder / "data",
+    "none",
+    {"dim": DIM},
+    lambda split, start, stop: ((np.zeros(0, np.int32), np.zeros((0, DIM), np.float16)) for _ in range(start, stop)),
+  )
   with pytest.raises(InputError, match="none of its items has an image"):
     load_feature_bank(empty, 3, folder / "banks")
 

@@ -67,7 +67,7 @@ def test_tfds_itself_reads_the_set(builder, tmp_path):
   found = write_features(builder, tmp_path / "data", "tiny", {"dim": DIM}, _rows)
   for row, example in enumerate(found.builder.as_data_source("train")):
     np.testing.assert_array_equal(example["features"], _vectors("train", row))
-    assert example["slots"].tolist() == [0, 2, 4][:row % 4]
+    assert example["slots"].tolist() == [0, 2, 4][: row % 4]
 
 
 def test_features_of_other_raw_files_are_refused(builder, tmp_path):
@@ -105,6 +105,7 @@ def test_killed_writing_leaves_nothing_that_opens(builder, tmp_path):
 
 # Published files.
 
+
 def _objects(rows):
   array = np.empty(len(rows), object)
   array[:] = rows
@@ -123,7 +124,7 @@ def _publish(folder, maps=None, dim=DIM, images=40):
     rng = np.random.default_rng(count)
     vectors[split] = rng.normal(size=(images, dim)).astype(np.float32)
     np.save(folder / f"{miniature.SPLIT_NAMES[split]}_embs_imgs_3_1152_siglip2.npy", vectors[split])
-    rows = [rng.integers(-1, images, 3).tolist()[:1 + row % 3] for row in range(count)]
+    rows = [rng.integers(-1, images, 3).tolist()[: 1 + row % 3] for row in range(count)]
     _save_map(folder / f"{split}_imgs_384_3_map.npy", (maps or {}).get(split, _objects(rows)))
   return vectors
 
@@ -157,7 +158,9 @@ def test_published_features_are_imported_once(builder, tmp_path):
     import_published(builder, tmp_path / "data", tmp_path / "published")
 
 
-@pytest.mark.parametrize("maps, line", [
+@pytest.mark.parametrize(
+  "maps, line",
+  [
     ({"train": _objects([[0]] * 22)}, "train_imgs_384_3_map.npy: 22 rows, but the train split has 23"),
     ({"labels": _objects([[0]] * 8 + [[3, 40]])}, "labels_imgs_384_3_map.npy: row 8 names image 40, but .* 0 to 39"),
     ({"test": _objects([[0]] * 4 + [[-2]])}, "test_imgs_384_3_map.npy: row 4 names image -2"),
@@ -168,7 +171,8 @@ def test_published_features_are_imported_once(builder, tmp_path):
     ({"test": _objects([[0]] * 4 + [{}])}, "test_imgs_384_3_map.npy: it has the instruction EMPTY_DICT"),
     ({"test": np.zeros(5)}, "test_imgs_384_3_map.npy: it holds what is no whole number"),
     ({"test": np.zeros((5, 1, 1), int)}, "test_imgs_384_3_map.npy: its array of shape"),
-])
+  ],
+)
 def test_map_that_does_not_fit_is_refused(builder, tmp_path, maps, line):
   _publish(tmp_path / "published", maps)
   with pytest.raises(InputError, match=line):
@@ -182,10 +186,10 @@ def test_published_file_that_is_missing_or_damaged_is_named(builder, tmp_path):
   vectors = folder / "trn_embs_imgs_3_1152_siglip2.npy"
   whole = vectors.read_bytes()
   for content, line in (
-      (whole[:200], "trn_embs.*: not a readable .npy file of numbers"),
-      (_npy(np.full((40, DIM), 1e6)), "trn_embs.*: among rows .* are values that float16 cannot hold"),
-      (_npy(np.full((40, DIM + 1), 1.0)), "features of the splits have different sizes"),
-      (_npy(np.full((40, DIM), 1)), "has shape .* and type int64"),
+    (whole[:200], "trn_embs.*: not a readable .npy file of numbers"),
+    (_npy(np.full((40, DIM), 1e6)), "trn_embs.*: among rows .* are values that float16 cannot hold"),
+    (_npy(np.full((40, DIM + 1), 1.0)), "features of the splits have different sizes"),
+    (_npy(np.full((40, DIM), 1)), "has shape .* and type int64"),
   ):
     vectors.write_bytes(content)
     with pytest.raises(InputError, match=line):
@@ -203,17 +207,17 @@ def _npy(array):
 
 # Maps as numpy may have written them.
 MAPS = {
-    "lists": _objects([[1, 2, 300], [-1], [], [70_000, 2**40]]),
-    "bare numbers": _objects([5, -1, [2, 3]]),
-    "tuples": _objects([(1, 2), (3,), ()]),
-    "numpy numbers": _objects([[np.int64(4), np.int32(-1)], [np.uint8(200)]]),
-    "arrays": _objects([np.array([1, 2], np.int16), np.array([-1]), np.array([3], ">i4")]),
-    "equal counts": np.array([[1, 2], [3, -1], [4, 5]], object),
-    "equal counts, plain": np.array([[1, 2], [3, -1], [4, 5]]),
-    "a plain column": np.array([1, -1, 2]),
-    "the same list twice": _objects([[1, 2]] * 3),
-    "many": _objects([list(range(i, i + i % 4)) for i in range(3000)]),
-    "none": _objects([]),
+  "lists": _objects([[1, 2, 300], [-1], [], [70_000, 2**40]]),
+  "bare numbers": _objects([5, -1, [2, 3]]),
+  "tuples": _objects([(1, 2), (3,), ()]),
+  "numpy numbers": _objects([[np.int64(4), np.int32(-1)], [np.uint8(200)]]),
+  "arrays": _objects([np.array([1, 2], np.int16), np.array([-1]), np.array([3], ">i4")]),
+  "equal counts": np.array([[1, 2], [3, -1], [4, 5]], object),
+  "equal counts, plain": np.array([[1, 2], [3, -1], [4, 5]]),
+  "a plain column": np.array([1, -1, 2]),
+  "the same list twice": _objects([[1, 2]] * 3),
+  "many": _objects([list(range(i, i + i % 4)) for i in range(3000)]),
+  "none": _objects([]),
 }
 
 
@@ -228,8 +232,9 @@ def test_lists_are_read_as_numpy_reads_them(tmp_path, name, protocol):
       pickle.dump(array, file, protocol=protocol)
     else:
       np.save(file, array)
-  expected = [[int(image) for image in np.atleast_1d(np.asarray(row, object))]
-              for row in np.load(path, allow_pickle=True)]
+  expected = [
+    [int(image) for image in np.atleast_1d(np.asarray(row, object))] for row in np.load(path, allow_pickle=True)
+  ]
   rows = read_lists(path)
   assert rows.values.dtype == np.int64
   assert [row.tolist() for row in rows] == expected
@@ -242,7 +247,7 @@ def test_pickles_of_old_numpy_are_read(tmp_path):
   # numpy 1 wrote protocol 3 and called its modules otherwise.
   text = pickle.dumps(MAPS["lists"], 3).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
   assert b"numpy.core.multiarray" in text
-  path.write_bytes(content[:content.index(b"\n") + 1] + text)
+  path.write_bytes(content[: content.index(b"\n") + 1] + text)
   assert [row.tolist() for row in read_lists(path)] == MAPS["lists"].tolist()
 
 
@@ -261,8 +266,13 @@ class _Calls:
 
 def _raw(name, module, *arguments):
   """Protocol 0 to 2 text that calls module.name."""
-  return b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"(" + b"".join(
-      b"X" + len(a).to_bytes(4, "little") + a.encode() for a in arguments) + b"tR."
+  return (
+    b"\x80\x02c"
+    + f"{module}\n{name}\n".encode()
+    + b"("
+    + b"".join(b"X" + len(a).to_bytes(4, "little") + a.encode() for a in arguments)
+    + b"tR."
+  )
 
 
 def _attacks(marker):
@@ -270,42 +280,42 @@ def _attacks(marker):
   shell, python = f"touch {marker}", f"__import__('pathlib').Path({str(marker)!r}).touch()"
   getter = _Calls(getattr, _Calls(__import__, "os"), "system")
   return {
-      "os.system": pickle.dumps(_Calls(os.system, shell)),
-      "os.system, protocol 2": _raw("system", "os", shell),
-      "posix.system within a list": pickle.dumps(_objects([[1], [_Calls(os.system, shell)]])),
-      "builtins.eval": pickle.dumps(_Calls(eval, python)),
-      "builtins.exec": pickle.dumps(_Calls(exec, python)),
-      "builtins.open": pickle.dumps(_Calls(open, str(marker), "w")),
-      "getattr": pickle.dumps(getter),
-      "a chain of calls": pickle.dumps(_Calls(getter, shell)),
-      "numpy.load": pickle.dumps(_Calls(np.load, str(marker))),
-      "numpy.fromfile": pickle.dumps(_Calls(np.fromfile, str(marker))),
-      "numpy.save": pickle.dumps(_Calls(np.save, str(marker), 0)),
-      "numpy.memmap": pickle.dumps(_Calls(np.memmap, str(marker), "u1", "w+", 0, (4,))),
-      "a module of numpy": _raw("exec_command", "numpy.distutils.exec_command", shell),
-      "numpy's own eval": _raw("safe_eval", "numpy.lib.utils", shell),
-      "dotted name": b"\x80\x04\x8c\x05numpy\x8c\x0fndarray.__dict__\x93.",
-      "dotted module": b"\x80\x04\x8c\x0dnumpy.ndarray\x8c\x05dtype\x93.",
-      "instance": b"(X\x02\x00\x00\x00idios\nsystem\n.",
-      "object": b"\x80\x02(cos\nsystem\nX\x02\x00\x00\x00ido.",
-      "new object": b"\x80\x02cnumpy\nndarray\n)\x81.",
-      "calls ndarray": b"\x80\x02cnumpy\nndarray\nK\x01\x85R.",
-      "calls a list": b"\x80\x04](K\x01tR.",
-      "builds upon a list": b"\x80\x04]}b.",
-      "persistent id": b"\x80\x04Pname\n.",
-      "extension": b"\x80\x02\x82\x01.",
-      "out-of-band buffer": b"\x80\x05\x97.",
-      "empty stack": b"\x80\x04.",
-      "no such memory": b"\x80\x04h\x05.",
-      "append to a number": b"\x80\x04K\x01K\x02a.",
-      "no end": pickle.dumps(MAPS["lists"])[:-1],
-      "cut short": pickle.dumps(MAPS["lists"])[:60],
-      "list of itself": b"\x80\x04]\x94h\x00a.",
-      "a number of 4 GB": b"\x80\x04\x8b\xff\xff\xff\x7f.",
-      "stored by columns": pickle.dumps(np.asfortranarray(MAPS["equal counts"])),
-      "wrong state": pickle.dumps(MAPS["lists"]).replace(b"\x89]", b"\x88]", 1),
-      "nothing": b"",
-      "a set of types": pickle.dumps(types.SimpleNamespace(a=1)),
+    "os.system": pickle.dumps(_Calls(os.system, shell)),
+    "os.system, protocol 2": _raw("system", "os", shell),
+    "posix.system within a list": pickle.dumps(_objects([[1], [_Calls(os.system, shell)]])),
+    "builtins.eval": pickle.dumps(_Calls(eval, python)),
+    "builtins.exec": pickle.dumps(_Calls(exec, python)),
+    "builtins.open": pickle.dumps(_Calls(open, str(marker), "w")),
+    "getattr": pickle.dumps(getter),
+    "a chain of calls": pickle.dumps(_Calls(getter, shell)),
+    "numpy.load": pickle.dumps(_Calls(np.load, str(marker))),
+    "numpy.fromfile": pickle.dumps(_Calls(np.fromfile, str(marker))),
+    "numpy.save": pickle.dumps(_Calls(np.save, str(marker), 0)),
+    "numpy.memmap": pickle.dumps(_Calls(np.memmap, str(marker), "u1", "w+", 0, (4,))),
+    "a module of numpy": _raw("exec_command", "numpy.distutils.exec_command", shell),
+    "numpy's own eval": _raw("safe_eval", "numpy.lib.utils", shell),
+    "dotted name": b"\x80\x04\x8c\x05numpy\x8c\x0fndarray.__dict__\x93.",
+    "dotted module": b"\x80\x04\x8c\x0dnumpy.ndarray\x8c\x05dtype\x93.",
+    "instance": b"(X\x02\x00\x00\x00idios\nsystem\n.",
+    "object": b"\x80\x02(cos\nsystem\nX\x02\x00\x00\x00ido.",
+    "new object": b"\x80\x02cnumpy\nndarray\n)\x81.",
+    "calls ndarray": b"\x80\x02cnumpy\nndarray\nK\x01\x85R.",
+    "calls a list": b"\x80\x04](K\x01tR.",
+    "builds upon a list": b"\x80\x04]}b.",
+    "persistent id": b"\x80\x04Pname\n.",
+    "extension": b"\x80\x02\x82\x01.",
+    "out-of-band buffer": b"\x80\x05\x97.",
+    "empty stack": b"\x80\x04.",
+    "no such memory": b"\x80\x04h\x05.",
+    "append to a number": b"\x80\x04K\x01K\x02a.",
+    "no end": pickle.dumps(MAPS["lists"])[:-1],
+    "cut short": pickle.dumps(MAPS["lists"])[:60],
+    "list of itself": b"\x80\x04]\x94h\x00a.",
+    "a number of 4 GB": b"\x80\x04\x8b\xff\xff\xff\x7f.",
+    "stored by columns": pickle.dumps(np.asfortranarray(MAPS["equal counts"])),
+    "wrong state": pickle.dumps(MAPS["lists"]).replace(b"\x89]", b"\x88]", 1),
+    "nothing": b"",
+    "a set of types": pickle.dumps(types.SimpleNamespace(a=1)),
   }
 
 
@@ -322,8 +332,14 @@ def test_malicious_or_broken_pickle_is_refused(tmp_path, name):
 
 def test_the_attacks_are_attacks(tmp_path):
   attacks = _attacks(tmp_path / "marker")
-  for name in ("os.system", "os.system, protocol 2", "posix.system within a list", "a chain of calls", "builtins.eval",
-               "numpy.save"):
+  for name in (
+    "os.system",
+    "os.system, protocol 2",
+    "posix.system within a list",
+    "a chain of calls",
+    "builtins.eval",
+    "numpy.save",
+  ):
     pickle.loads(attacks[name])
     made = [path for path in tmp_path.iterdir() if path.name.startswith("marker")]
     assert made, name

@@ -57,8 +57,9 @@ def _random_filters(seed):
 def _expected(labels, live, queries, allow, deny, k):
   all_ids = set(np.flatnonzero(live).tolist())
   rows = [
-      _brute_force(labels, query, (all_ids if allowed is None else all_ids & {*allowed}) - {*(denied or ())}, k)
-      for query, allowed, denied in zip(queries, allow, deny, strict=True)]
+    _brute_force(labels, query, (all_ids if allowed is None else all_ids & {*allowed}) - {*(denied or ())}, k)
+    for query, allowed, denied in zip(queries, allow, deny, strict=True)
+  ]
   return np.asarray([scores for scores, _ in rows]), np.asarray([ids for _, ids in rows])
 
 
@@ -144,8 +145,7 @@ def test_ids_that_are_no_label_s_are_named(wrong):
   labels = _integers(NUM_LABELS, 0)
   sets = IdSets(Ragged.from_rows([[3, wrong]]), np.zeros(1, np.int32))
   with pytest.raises(InputError, match=rf"deny.*no label {wrong}; ids go from 0 to {NUM_LABELS - 1}"):
-    search_filtered(
-        ExactIndex(labels, _mesh()), labels, np.ones(NUM_LABELS, bool), labels[:1], 3, Filters(deny=sets))
+    search_filtered(ExactIndex(labels, _mesh()), labels, np.ones(NUM_LABELS, bool), labels[:1], 3, Filters(deny=sets))
 
 
 def test_sets_are_sorted_and_distinct_and_shared_ones_are_held_once():
@@ -162,8 +162,9 @@ def test_permits_equals_sets():
   allow, deny = _random_filters(1)
   ids = rng.integers(-1, NUM_LABELS, (NUM_QUERIES, 9))
   expected = [
-      [i >= 0 and (allowed is None or i in allowed) and i not in (denied or ()) for i in row]
-      for row, allowed, denied in zip(ids.tolist(), allow, deny, strict=True)]
+    [i >= 0 and (allowed is None or i in allowed) and i not in (denied or ()) for i in row]
+    for row, allowed, denied in zip(ids.tolist(), allow, deny, strict=True)
+  ]
   given = Filters(IdSets.from_rows(allow), IdSets.from_rows(deny))
   np.testing.assert_array_equal(given.permits(ids), expected)
 

@@ -42,7 +42,8 @@ def model_of(encoders, **fusion):
   fresh = layers.split_params(DualEncoder(**definition.arguments, rngs=nnx.Rngs(1)))[1]
   noise = np.random.default_rng(2)
   fresh["fusion"] = jax.tree.map(
-      lambda x: jnp.asarray(x + 0.1 * noise.normal(size=x.shape), jnp.float32), fresh["fusion"])
+    lambda x: jnp.asarray(x + 0.1 * noise.normal(size=x.shape), jnp.float32), fresh["fusion"]
+  )
   return definition.bind(fresh | {"encoder": params})
 
 
@@ -62,15 +63,18 @@ def compiled(model, slots):
 
 def pooled(model, packed_items, bank, layout):
   """Pooled vectors of all items, in their order."""
+
   def merged(x):
     return jnp.asarray(x.reshape(-1, x.shape[-1]))
 
   images = packed_items.images
   tokens = image_tokens(
-      {"segments": merged(images.segments), "positions": merged(images.positions), "rows": merged(images.rows)},
-      jnp.asarray(bank))
+    {"segments": merged(images.segments), "positions": merged(images.positions), "rows": merged(images.rows)},
+    jnp.asarray(bank),
+  )
   out = compiled(model, layout.slots)(
-      merged(packed_items.tokens), merged(packed_items.segments), merged(packed_items.positions), tokens)
+    merged(packed_items.tokens), merged(packed_items.segments), merged(packed_items.positions), tokens
+  )
   return np.asarray(out).reshape(-1, out.shape[-1])[packed_items.slots]
 
 
@@ -86,7 +90,8 @@ def test_early_fusion_is_transformers_with_projected_images_among_its_input_embe
   def linear(name, x):
     module = getattr(model.fusion, name)
     return torch.nn.functional.linear(
-        x, torch.tensor(np.asarray(module.kernel[...]).T), torch.tensor(np.asarray(module.bias[...])))
+      x, torch.tensor(np.asarray(module.kernel[...]).T), torch.tensor(np.asarray(module.bias[...]))
+    )
 
   words = theirs.get_input_embeddings()
   for i in range(len(queries)):
@@ -111,25 +116,37 @@ def test_late_fusion_is_the_mean_of_torch_s_layer_over_text_and_images(encoders)
   ours = pooled(model, pack(queries, layout), bank, layout)
   dim, heads = arguments["embed_dim"], arguments["num_heads"]
   theirs = torch.nn.TransformerEncoderLayer(
-      dim, heads, arguments["mlp_dim"], activation="gelu", batch_first=True, layer_norm_eps=1e-12).eval()
+    dim, heads, arguments["mlp_dim"], activation="gelu", batch_first=True, layer_norm_eps=1e-12
+  ).eval()
   mixer, value = model.fusion.mixer, lambda param: torch.tensor(np.asarray(param[...]))
   parts = [getattr(mixer.attention, name) for name in ("query", "key", "value")]
-  theirs.load_state_dict({
+  theirs.load_state_dict(
+    {
       "self_attn.in_proj_weight": torch.cat([value(part.kernel).reshape(dim, dim).T for part in parts]),
       "self_attn.in_proj_bias": torch.cat([value(part.bias).reshape(dim) for part in parts]),
       "self_attn.out_proj.weight": value(mixer.attention.output.kernel).reshape(dim, dim).T,
       "self_attn.out_proj.bias": value(mixer.attention.output.bias),
-      "linear1.weight": value(mixer.up.kernel).T, "linear1.bias": value(mixer.up.bias),
-      "linear2.weight": value(mixer.down.kernel).T, "linear2.bias": value(mixer.down.bias),
-      "norm1.weight": value(mixer.attention_norm.scale), "norm1.bias": value(mixer.attention_norm.bias),
-      "norm2.weight": value(mixer.mlp_norm.scale), "norm2.bias": value(mixer.mlp_norm.bias)})
-  texts = pooled(model_of(encoders), pack(Items.of_texts(queries.tokens), PackedLayout(16, 4, IMAGES)), bank,
-                 PackedLayout(16, 4, IMAGES))
+      "linear1.weight": value(mixer.up.kernel).T,
+      "linear1.bias": value(mixer.up.bias),
+      "linear2.weight": value(mixer.down.kernel).T,
+      "linear2.bias": value(mixer.down.bias),
+      "norm1.weight": value(mixer.attention_norm.scale),
+      "norm1.bias": value(mixer.attention_norm.bias),
+      "norm2.weight": value(mixer.mlp_norm.scale),
+      "norm2.bias": value(mixer.mlp_norm.bias),
+    }
+  )
+  texts = pooled(
+    model_of(encoders),
+    pack(Items.of_texts(queries.tokens), PackedLayout(16, 4, IMAGES)),
+    bank,
+    PackedLayout(16, 4, IMAGES),
+  )
   for i in range(len(queries)):
     features = bank[queries.images[i]].astype(np.float32).reshape(-1, FEATURES)
     tokens = features @ np.asarray(model.fusion.project.kernel[...]) + np.asarray(model.fusion.project.bias[...])
     with torch.no_grad():
-      wanted = theirs(torch.tensor(np.concatenate([texts[i:i + 1], tokens]))[None])[0].mean(0)
+      wanted = theirs(torch.tensor(np.concatenate([texts[i : i + 1], tokens]))[None])[0].mean(0)
     np.testing.assert_allclose(ours[i], wanted.numpy(), atol=2e-5)
 
 
@@ -160,7 +177,8 @@ def test_an_item_without_images_gets_the_text_only_model_s_vector(encoders):
   text_layout = PackedLayout(16, 4)
   rows = pack(texts, text_layout)
   out = definition.bind(fresh | {"encoder": params}).pool(
-      *(jnp.asarray(x.reshape(-1, 16)) for x in (rows.tokens, rows.segments, rows.positions)), text_layout.slots)
+    *(jnp.asarray(x.reshape(-1, 16)) for x in (rows.tokens, rows.segments, rows.positions)), text_layout.slots
+  )
   np.testing.assert_allclose(with_slots, np.asarray(out).reshape(-1, out.shape[-1])[rows.slots], atol=1e-6)
 
 
@@ -178,6 +196,7 @@ def test_what_shares_a_row_changes_nothing_and_empty_places_get_no_gradient(enco
   def total(features):
     def merged(x):
       return jnp.asarray(x.reshape(-1, x.shape[-1]))
+
     images = ImageTokens(features, merged(packed.images.segments), merged(packed.images.positions))
     out = model.pool(merged(packed.tokens), merged(packed.segments), merged(packed.positions), layout.slots, images)
     return (out.reshape(-1, out.shape[-1])[packed.slots] ** 2).sum()

@@ -24,7 +24,7 @@ from vixml_jax.ragged import Ragged
 from vixml_jax.training.run import train_and_evaluate
 
 VOID = {"meta", "img"}
-HOSTILE = '</title><script>alert(1)</script><img src=x onerror=alert(2)> "\'&amp; שלום \u202e'
+HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)> \"'&amp; שלום \u202e"
 
 
 class Page(HTMLParser):
@@ -71,8 +71,11 @@ def assert_holds_all_that_it_needs(page):
       assert attributes.get(name, "data:").startswith("data:"), attributes
   styles = [text for text in page.texts if "{" in text]
   assert not any("url(" in text or "@import" in text for text in styles)
-  policy = next(attributes["content"] for tag, attributes in page.elements
-                if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy")
+  policy = next(
+    attributes["content"]
+    for tag, attributes in page.elements
+    if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
+  )
   assert policy.startswith("default-src 'none'") and "script-src" not in policy
 
 
@@ -101,8 +104,9 @@ def test_every_number_is_that_of_the_workdir(trained):
   names = [name for name in final if "@" in name and "/" not in name]
   assert len(names) > 20
   for name in names:
-    assert page.values(name) == [[
-        final[name], *intervals["plain"][name], final[f"RA/{name}"], *intervals["augmented"][name]]]
+    assert page.values(name) == [
+      [final[name], *intervals["plain"][name], final[f"RA/{name}"], *intervals["augmented"][name]]
+    ]
   columns = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5", "nDCG@5", "R@10", "R@100")
   assert page.values(json.loads((trained / "config.json").read_text())["name"]) == [[final[name] for name in columns]]
   assert page.values("beaten") == [[12.5]]
@@ -113,7 +117,8 @@ def test_every_number_is_that_of_the_workdir(trained):
     assert page.values(f"{group['queries']:,} queries {name}") == [[group["metrics"][column] for column in columns]]
   for decile, plain, augmented in zip(range(1, 11), *evaluation["by_label_frequency"].values(), strict=True):
     assert page.values(str(decile)) == [
-        [value for key, value in row.items() if "@" in key and value is not None] for row in (plain, augmented)]
+      [value for key, value in row.items() if "@" in key and value is not None] for row in (plain, augmented)
+    ]
   titles = [text for text in page.texts if text.startswith(("loss", "learning rate", "gradient norm", "P@1 by lambda"))]
   assert len(titles) == 5, titles
 
@@ -135,16 +140,27 @@ def test_the_metrics_of_each_query_add_up_to_those_of_the_run_and_of_its_groups(
 def test_evaluations_between_epochs_and_any_value_that_training_logged_become_curves(trained, tmp_path):
   for name in ("config", "final_metrics", "evaluation"):
     (tmp_path / f"{name}.json").write_text((trained / f"{name}.json").read_text())
-  lines = [(10, "train", {"loss": 0.5, "entropy": 2.0}), (20, "train", {"loss": float("nan"), "entropy": 1.0}),
-           (20, "epoch", {"mean_loss": 0.5, "train_seconds": 7.0}),
-           (20, "test", {"P@1": 10.0, "RA/P@1": 20.0, "Hit@3": 1.0})]
-  (tmp_path / "metrics.jsonl").write_text("".join(
-      json.dumps({"step": step, "epoch": 0, "split": split, "values": values}) + "\n" for step, split, values in lines))
+  lines = [
+    (10, "train", {"loss": 0.5, "entropy": 2.0}),
+    (20, "train", {"loss": float("nan"), "entropy": 1.0}),
+    (20, "epoch", {"mean_loss": 0.5, "train_seconds": 7.0}),
+    (20, "test", {"P@1": 10.0, "RA/P@1": 20.0, "Hit@3": 1.0}),
+  ]
+  (tmp_path / "metrics.jsonl").write_text(
+    "".join(
+      json.dumps({"step": step, "epoch": 0, "split": split, "values": values}) + "\n" for step, split, values in lines
+    )
+  )
   write_report(tmp_path, [], {"a": [(0, 0.0), (20, 1e-3)], "b": [(0, 0.0), (20, 1e-3)], "c": [(0, 0.0), (20, 2e-3)]})
   raw = (tmp_path / "report.html").read_text()
   assert re.findall("<figcaption>(.*?)</figcaption>", raw)[2:] == [
-      "loss, and its mean over each epoch", "learning rate of a, b", "learning rate of c", "entropy",
-      "seconds of each epoch", "P@1 on test queries"]
+    "loss, and its mean over each epoch",
+    "learning rate of a, b",
+    "learning rate of c",
+    "entropy",
+    "seconds of each epoch",
+    "P@1 on test queries",
+  ]
   assert "nan" not in re.sub("<style>.*?</style>", "", raw, flags=re.DOTALL)
 
 
@@ -155,7 +171,9 @@ def test_texts_of_any_kind_are_shown_and_do_nothing(trained, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(config | {"name": HOSTILE, "baselines": {HOSTILE: {"P@1": 1.0}}}))
   label = TrueLabel(f"true {HOSTILE}", {"plain": 17, "augmented": None})
   predictions = {
-      "plain": [Prediction(f"hit {HOSTILE}", 0.25, True)], "augmented": [Prediction("\x00\ud800", 0.5, False)]}
+    "plain": [Prediction(f"hit {HOSTILE}", 0.25, True)],
+    "augmented": [Prediction("\x00\ud800", 0.5, False)],
+  }
   write_report(tmp_path, [Example(f"query {HOSTILE}", [], predictions, [label], 4)], {})
   page = Page(tmp_path / "report.html")
   assert_holds_all_that_it_needs(page)
@@ -193,10 +211,13 @@ def test_examples_are_the_queries_with_their_labels_ranks_and_pictures(corpus):
     assert example.text == queries[query]["title"]
     for name, found in ids.items():
       assert example.predictions[name] == [
-          Prediction(labels[label], pytest.approx(score), label in queries[query]["target_ind"])
-          for label, score in list(zip(found[query], scores[name][query], strict=True))[:5] if label >= 0]
+        Prediction(labels[label], pytest.approx(score), label in queries[query]["target_ind"])
+        for label, score in list(zip(found[query], scores[name][query], strict=True))[:5]
+        if label >= 0
+      ]
     assert sorted(label.text for label in example.truth) == sorted(
-        labels[label] for label in queries[query]["target_ind"])
+      labels[label] for label in queries[query]["target_ind"]
+    )
     for label in example.truth:
       for name, found in ids.items():
         ranked = [labels[other] if other >= 0 else None for other in found[query]]
@@ -212,9 +233,20 @@ def test_examples_are_the_queries_with_their_labels_ranks_and_pictures(corpus):
 def test_the_same_few_queries_are_drawn_for_every_model(corpus):
   truth = Ragged.from_rows([[row] for row in range(16)])
   drawn = [
-      [example.text for example in collect_examples(
-          corpus[1], "test", np.arange(16), truth, {"plain": np.full((16, 10), label, np.int32)},
-          {"plain": np.ones((16, 10), np.float32)}, number=4)] for label in (3, 5)]
+    [
+      example.text
+      for example in collect_examples(
+        corpus[1],
+        "test",
+        np.arange(16),
+        truth,
+        {"plain": np.full((16, 10), label, np.int32)},
+        {"plain": np.ones((16, 10), np.float32)},
+        number=4,
+      )
+    ]
+    for label in (3, 5)
+  ]
   assert len(drawn[0]) == 4 and drawn[0] == drawn[1]
 
 
@@ -252,4 +284,7 @@ def test_bars_and_intervals_are_to_scale_and_coloured_by_what_they_say():
   assert heights == pytest.approx([heights[1] / 2, heights[1], heights[1] / 4], abs=0.2)
   intervals = str(interval_chart("t", [("up", 2.0, 1.0, 3.0), ("down", -2.0, -3.0, -1.0), ("level", 0.5, -1.0, 2.0)]))
   assert re.findall(r'<g class="(\w+)"><title>(\w+)', intervals) == [
-      ("first", "up"), ("second", "down"), ("other", "level")]
+    ("first", "up"),
+    ("second", "down"),
+    ("other", "level"),
+  ]

@@ -36,10 +36,16 @@ def make_icons(count=60, seed=0):
   pixels = np.full((2 * count, 16, 16, 3), 255, np.uint8)
   for picture in range(2 * count):
     row, column = divmod(kinds[picture // 2], 2)
-    pixels[picture, 8 * row:8 * row + 8, 8 * column:8 * column + 8] = rng.integers(0, 128, (8, 8, 1))
+    pixels[picture, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = rng.integers(0, 128, (8, 8, 1))
   none = Ragged.from_rows([[]] * count)
-  return tool.Icons([f"icon {row}" for row in range(count)], ["one", "two"] * (count // 2),
-                    Ragged.from_rows(kinds[:, None]), none, pixels, np.arange(2 * count) // 2)
+  return tool.Icons(
+    [f"icon {row}" for row in range(count)],
+    ["one", "two"] * (count // 2),
+    Ragged.from_rows(kinds[:, None]),
+    none,
+    pixels,
+    np.arange(2 * count) // 2,
+  )
 
 
 def unit_rows(count, dim, seed):
@@ -77,8 +83,12 @@ def test_the_loss_is_binary_cross_entropy_over_all_pairs_divided_by_the_images()
   targets = np.random.default_rng(2).random((5, 7)) < 0.3
   found = tool.sigmoid_loss(images, texts, targets, 9.0, -3.0)
   logits = torch.tensor(images @ texts.T * 9 - 3)
-  wanted = torch.nn.functional.binary_cross_entropy_with_logits(
-      logits, torch.tensor(targets, dtype=torch.float32), reduction="sum") / 5
+  wanted = (
+    torch.nn.functional.binary_cross_entropy_with_logits(
+      logits, torch.tensor(targets, dtype=torch.float32), reduction="sum"
+    )
+    / 5
+  )
   np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
@@ -90,7 +100,8 @@ def test_pictures_are_warped_as_scipy_does_it():
     offset = 4 + shift[:, image] - 4 * scale[:, image]
     for channel in range(3):
       wanted = scipy.ndimage.affine_transform(
-          pixels[image, :, :, channel], scale[:, image], offset, order=1, mode="grid-constant")
+        pixels[image, :, :, channel], scale[:, image], offset, order=1, mode="grid-constant"
+      )
       np.testing.assert_allclose(found[image, :, :, channel], wanted, atol=1e-5)
 
 

@@ -48,8 +48,7 @@ def test_a_constant_feature_does_no_harm():
 def test_vectors_that_are_added_have_the_length_asked_for(norm):
   values = features().astype(np.float16)
   bank = FeatureBank(values, {}, "")
-  fusion = {"project": {"kernel": jnp.ones((6, 16))},
-            "residual": {"kernel": jnp.ones((6, 16)), "bias": jnp.zeros(16)}}
+  fusion = {"project": {"kernel": jnp.ones((6, 16))}, "residual": {"kernel": jnp.ones((6, 16)), "bias": jnp.zeros(16)}}
   started = start_residual(fusion, bank, norm, seed=0)
   assert started["project"] is fusion["project"]
   residual = started["residual"]

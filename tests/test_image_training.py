@@ -66,22 +66,29 @@ def test_evaluating_again_can_drop_images_and_gives_the_same_numbers(config, tmp
   assert list(json.loads((tmp_path / "evaluation.json").read_text())["by_test_images"]) == ["0"]
 
 
-@pytest.mark.parametrize("method,adapter,mesh,where", [
-    ("early", "gated", dict(data=2, fsdp=2, tensor=2), "device"), ("late", "mlp", dict(data=8), "host")])
+@pytest.mark.parametrize(
+  "method,adapter,mesh,where",
+  [("early", "gated", dict(data=2, fsdp=2, tensor=2), "device"), ("late", "mlp", dict(data=8), "host")],
+)
 def test_eight_devices_and_either_place_of_the_bank_give_the_loss_and_gradients_of_one(
-    config, tmp_path, method, adapter, mesh, where):
+  config, tmp_path, method, adapter, mesh, where
+):
   config.fusion.update(dict(method=method, adapter=adapter, bank="host"))
   run = set_up(config, tmp_path)
   results = [
-      loss_and_gradients(run, on, run.bank.placed(on, place)) for on, place in (
-          (sharding.make_mesh(devices=jax.devices()[:1]), "host"),
-          (sharding.make_mesh(**(dict(data=1) | mesh)), where))]
+    loss_and_gradients(run, on, run.bank.placed(on, place))
+    for on, place in (
+      (sharding.make_mesh(devices=jax.devices()[:1]), "host"),
+      (sharding.make_mesh(**(dict(data=1) | mesh)), where),
+    )
+  ]
   assert_close(*results)
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(results[0][2]["fusion"]["project"]))
 
 
-@pytest.mark.parametrize("template,fusion", [
-    ("E V", dict(adapter="mlp", residual=0.3)), ("V E", dict(method="late", adapter="gated"))])
+@pytest.mark.parametrize(
+  "template,fusion", [("E V", dict(adapter="mlp", residual=0.3)), ("V E", dict(method="late", adapter="gated"))]
+)
 def test_every_kind_of_fusion_trains_and_evaluates(config, tmp_path, template, fusion):
   config.prompt.template = template
   config.fusion.update(fusion)
@@ -97,7 +104,9 @@ def test_stopped_and_started_again_a_run_with_images_ends_with_the_same_bits(con
   assert_stopped_and_started_again_ends_with_the_same_bits(config, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("change,message", [
+@pytest.mark.parametrize(
+  "change,message",
+  [
     ({"images": 6}, "config.images=6: must be 0 to 5"),
     ({"images": 0, "eval.test_images": (0, 1)}, "this model takes no images"),
     ({"eval.test_images": (-1,)}, "numbers of images, 0 or more"),
@@ -107,7 +116,8 @@ def test_stopped_and_started_again_a_run_with_images_ends_with_the_same_bits(con
     ({"prompt.template": "E"}, "no place for the images"),
     ({"fusion.bank": "disk"}, "must be one of auto, device, host"),
     ({"fusion.modality_dropout": 1.5}, "between 0 and 1"),
-])
+  ],
+)
 def test_bad_image_settings_are_refused_by_key(config, change, message):
   config.update_from_flattened_dict(change)
   with pytest.raises(InputError, match=message):

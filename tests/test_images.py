@@ -23,8 +23,10 @@ def encoded(image, kind="PNG", **options):
 
 def png_header(width, height):
   """A PNG whose header says so; there is no picture behind it."""
+
   def chunk(name, data):
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
   header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
   return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
@@ -51,7 +53,8 @@ def test_transparent_colour_of_a_palette_becomes_white():
   image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
   np.testing.assert_array_equal(decode(encoded(image))[0], [[10, 20, 30], [40, 50, 60], [70, 80, 90]])
   np.testing.assert_array_equal(
-      decode(encoded(image, transparency=1))[0], [[10, 20, 30], [255, 255, 255], [70, 80, 90]])
+    decode(encoded(image, transparency=1))[0], [[10, 20, 30], [255, 255, 255], [70, 80, 90]]
+  )
 
 
 def test_transparent_colour_of_rgb_becomes_white():
@@ -122,7 +125,9 @@ def test_largest_image_is_decoded_and_one_row_more_is_not(monkeypatch):
     decode(encoded(Image.new("RGB", (7, 6))))
 
 
-@pytest.mark.parametrize("blob, reason", [
+@pytest.mark.parametrize(
+  "blob, reason",
+  [
     (b"", images.EMPTY),
     (b"<html>404 Not Found</html>", images.NOT_AN_IMAGE),
     (b"\x89PNG\r\n\x1a\n", images.NOT_AN_IMAGE),
@@ -130,7 +135,9 @@ def test_largest_image_is_decoded_and_one_row_more_is_not(monkeypatch):
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", images.NOT_AN_IMAGE),
     (b"P6 1 1 255\n\x01\x02\x03", images.NOT_AN_IMAGE),
     (png_header(4, 4), images.DAMAGED),
-], ids=["no bytes", "html", "signature alone", "postscript", "netpbm", "no pixels"])
+  ],
+  ids=["no bytes", "html", "signature alone", "postscript", "netpbm", "no pixels"],
+)
 def test_what_is_no_image_has_a_reason(blob, reason):
   with pytest.raises(BadImage) as caught:
     decode(blob)

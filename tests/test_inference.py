@@ -68,8 +68,9 @@ def test_the_test_split_gives_the_metrics_that_training_printed(trained, augment
     assert predictor.retrieval.temperature == trained.final["RA/temperature"]
   found = predictor.predict(trained.queries, k=3)
   assert precision_at_1(trained, found) == pytest.approx(trained.final[f"{prefix}P@1"])
-  hits = [len({label.id for label in row} & set(positives)) for row, positives in zip(
-      found, trained.positives, strict=True)]
+  hits = [
+    len({label.id for label in row} & set(positives)) for row, positives in zip(found, trained.positives, strict=True)
+  ]
   assert 100 * np.mean(hits) / 3 == pytest.approx(trained.final[f"{prefix}P@3"])
 
 
@@ -94,8 +95,10 @@ def test_an_evaluation_of_held_out_queries_leaves_an_index_that_knows_all(traine
   config.eval.split = "validation"
   shutil.rmtree(copy / "index")
   evaluate_workdir(config, copy)
-  first, second = (vixml_jax.load(folder, retrieval_augmented=True).predict(["arrow up", "cloud"], 24)
-                   for folder in (trained.workdir, copy))
+  first, second = (
+    vixml_jax.load(folder, retrieval_augmented=True).predict(["arrow up", "cloud"], 24)
+    for folder in (trained.workdir, copy)
+  )
   for row, other in zip(first, second, strict=True):
     assert [label.id for label in row] == [label.id for label in other]
     np.testing.assert_allclose([label.score for label in row], [label.score for label in other], atol=1e-6)
@@ -114,7 +117,7 @@ def test_few_and_many_queries_get_the_same_embeddings(trained, predictor):
   one_by_one = np.concatenate([predictor.encode([title]) for title in titles[:3]])
   whole = predictor.encode(titles * 40, whole_chunks=True)
   np.testing.assert_allclose(one_by_one, whole[:3], atol=2e-6)
-  np.testing.assert_allclose(whole[-len(titles):], whole[:len(titles)], atol=2e-6)
+  np.testing.assert_allclose(whole[-len(titles) :], whole[: len(titles)], atol=2e-6)
   assert predictor.predict([]) == []
 
 
@@ -176,8 +179,11 @@ def test_pictures_need_the_tower_that_made_the_features(illustrated, tmp_path):
 def test_filters_leave_the_best_of_what_they_allow(trained, predictor):
   uids = [label["uid"] for label in trained.labels]
   queries = [
-      {"title": "arrow up", "allow": uids[3:9]}, {"title": "arrow up", "deny": uids[:20]}, {"title": "arrow up"},
-      {"title": "arrow up", "allow": uids[3:9], "deny": uids[4:]}]
+    {"title": "arrow up", "allow": uids[3:9]},
+    {"title": "arrow up", "deny": uids[:20]},
+    {"title": "arrow up"},
+    {"title": "arrow up", "allow": uids[3:9], "deny": uids[4:]},
+  ]
   scores = (predictor.encode(["arrow up"]) @ trained.embeddings("labels").T)[0]
   for ids, found in zip((range(3, 9), range(20, 24), range(24), [3]), predictor.predict(queries, k=4), strict=True):
     assert [label.id for label in found] == sorted(ids, key=lambda i: -scores[i])[:4]
@@ -192,8 +198,9 @@ def test_adapters_need_their_frozen_base_and_no_other(tmp_path_factory, tmp_path
   place = trained.encoder.parent.with_name("place")
   shutil.copytree(trained.encoder, place / "encoder")
   predictor = vixml_jax.load(trained.workdir, retrieval_augmented=True)
-  np.testing.assert_allclose(predictor.encode(
-      [query["title"] for query in trained.queries]), trained.embeddings("test_queries"), atol=1e-5)
+  np.testing.assert_allclose(
+    predictor.encode([query["title"] for query in trained.queries]), trained.embeddings("test_queries"), atol=1e-5
+  )
   assert precision_at_1(trained, predictor.predict(trained.queries)) == pytest.approx(trained.final["RA/P@1"])
   weights = place / "encoder" / "model.safetensors"
   whole = weights.read_bytes()
@@ -222,6 +229,7 @@ def _without(*names):
     for name in names:
       path = run / name
       shutil.rmtree(path) if path.is_dir() else path.unlink()
+
   return damage
 
 
@@ -234,7 +242,9 @@ def _of_another_checkpoint(run):
   path.with_name("more").write_bytes(b"x")
 
 
-@pytest.mark.parametrize("damage,message", [
+@pytest.mark.parametrize(
+  "damage,message",
+  [
     (_without("inference.json", "index", "tokenizer"), "no inference.json.*python -m vixml_jax.evaluate --workdir="),
     (_without("index"), "index.*evaluate"),
     (_without("checkpoints"), "checkpoints: holds no checkpoint; train first"),
@@ -243,7 +253,9 @@ def _of_another_checkpoint(run):
     (_truncated("tokenizer/tokenizer.json"), "tokenizer.json: sha256 is .*damaged"),
     (_truncated("inference.json"), "inference.json: damaged"),
     (_of_another_checkpoint, "index.*checkpoint"),
-], ids=["not finished", "index", "checkpoints", "config", "tokenizer", "cut tokenizer", "cut facts", "another"])
+  ],
+  ids=["not finished", "index", "checkpoints", "config", "tokenizer", "cut tokenizer", "cut facts", "another"],
+)
 def test_what_is_missing_or_damaged_is_named(copy, damage, message):
   damage(copy)
   with pytest.raises(InputError, match=message) as error:
@@ -251,7 +263,9 @@ def test_what_is_missing_or_damaged_is_named(copy, damage, message):
   assert str(copy) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("query,message", [
+@pytest.mark.parametrize(
+  "query,message",
+  [
     (3, "query 1: must be a text or an object"),
     ({"titel": "x"}, "query 1: unknown 'titel'; known are uid, title"),
     ({"content": "x"}, "query 1: has no 'title'"),
@@ -264,7 +278,8 @@ def test_what_is_missing_or_damaged_is_named(copy, damage, message):
     ({"title": "x", "images": [[1.0] * 7]}, "query 1: a feature vector of an image must be 8 numbers"),
     ({"title": "x", "images": [[float("nan")] * 8]}, "query 1: .* not finite"),
     ({"title": "x", "images": ["data:image/png;base64,%"]}, "query 1: an image given as data: must be base64"),
-])
+  ],
+)
 def test_a_bad_query_is_named_by_its_place(viewer, query, message):
   with pytest.raises(InputError, match=message):
     viewer.predict(["sun", query])

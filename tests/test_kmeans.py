@@ -60,9 +60,10 @@ def _objective(rows, clusters):
   return np.sum(rows * _normalise(sums)[clusters]) / len(rows)
 
 
-@pytest.mark.parametrize("num_rows, num_clusters", [
-    (1, 1), (2, 2), (3, 2), (7, 4), (64, 64), (65, 64), (127, 64), (1000, 1), (1001, 64), (1023, 128),
-])
+@pytest.mark.parametrize(
+  "num_rows, num_clusters",
+  [(1, 1), (2, 2), (3, 2), (7, 4), (64, 64), (65, 64), (127, 64), (1000, 1), (1001, 64), (1023, 128)],
+)
 def test_sizes_differ_by_at_most_one_for_awkward_numbers_of_rows(num_rows, num_clusters):
   clusters = balanced_kmeans(_random_rows(num_rows, 5), num_clusters, seed=3)
   sizes = np.bincount(clusters, minlength=num_clusters)
@@ -71,10 +72,10 @@ def test_sizes_differ_by_at_most_one_for_awkward_numbers_of_rows(num_rows, num_c
 
 
 @pytest.mark.parametrize("group_rows", [16384, 64])
-@pytest.mark.parametrize("rows", [
-    pytest.param(_clustered_rows(2500, 24, 70)[0], id="clustered"),
-    pytest.param(_random_rows(2500, 24), id="random"),
-])
+@pytest.mark.parametrize(
+  "rows",
+  [pytest.param(_clustered_rows(2500, 24, 70)[0], id="clustered"), pytest.param(_random_rows(2500, 24), id="random")],
+)
 def test_objective_is_within_one_percent_of_the_published_recursion(rows, group_rows, monkeypatch):
   monkeypatch.setattr(kmeans, "GROUP_ROWS", group_rows)
   seeds = range(3)
@@ -111,8 +112,7 @@ def test_planted_clusters_are_recovered():
 
 def test_siblings_are_halves_of_one_parent():
   rows = _clustered_rows(500, 8, 10)[0]
-  np.testing.assert_array_equal(
-      balanced_kmeans(rows, 32, seed=1) // 4, balanced_kmeans(rows, 8, seed=1))
+  np.testing.assert_array_equal(balanced_kmeans(rows, 32, seed=1) // 4, balanced_kmeans(rows, 8, seed=1))
 
 
 def test_same_seed_same_clusters_other_seed_other_clusters():
@@ -133,15 +133,13 @@ def test_eight_devices_give_the_clusters_of_one(group_rows, num_rows, shape, mon
   padded = np.pad(rows, ((0, -num_rows % 8), (0, 0)), constant_values=7)
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
   sharded = to_global(padded, sharding)
-  np.testing.assert_array_equal(
-      balanced_kmeans(sharded, 256, seed=2, num_rows=num_rows), expected)
+  np.testing.assert_array_equal(balanced_kmeans(sharded, 256, seed=2, num_rows=num_rows), expected)
 
 
 def test_rows_beyond_num_rows_do_not_count():
   rows = _random_rows(300, 8)
   padded = np.concatenate([rows, 100 * np.ones((40, 8), np.float32)])
-  np.testing.assert_array_equal(
-      balanced_kmeans(padded, 16, seed=0, num_rows=300), balanced_kmeans(rows, 16, seed=0))
+  np.testing.assert_array_equal(balanced_kmeans(padded, 16, seed=0, num_rows=300), balanced_kmeans(rows, 16, seed=0))
 
 
 def test_rows_never_seen_are_shared_out_and_do_not_move_the_others_centres():
@@ -155,8 +153,7 @@ def test_rows_never_seen_are_shared_out_and_do_not_move_the_others_centres():
 def test_the_length_of_rows_does_not_matter():
   rows = _random_rows(500, 8)
   lengths = 2.0 ** np.random.default_rng(1).integers(-3, 6, (500, 1))
-  np.testing.assert_array_equal(
-      balanced_kmeans(rows * lengths, 32, seed=4), balanced_kmeans(rows, 32, seed=4))
+  np.testing.assert_array_equal(balanced_kmeans(rows * lengths, 32, seed=4), balanced_kmeans(rows, 32, seed=4))
 
 
 def test_bfloat16_rows_cluster_about_as_well():
@@ -165,9 +162,10 @@ def test_bfloat16_rows_cluster_about_as_well():
   assert _objective(rows, clusters) > 0.98 * _objective(rows, balanced_kmeans(rows, 64, seed=0))
 
 
-@pytest.mark.parametrize("num_clusters, message", [
-    (0, "power of two"), (12, "power of two"), (-4, "power of two"), (16, "16 clusters need as many rows, got 10"),
-])
+@pytest.mark.parametrize(
+  "num_clusters, message",
+  [(0, "power of two"), (12, "power of two"), (-4, "power of two"), (16, "16 clusters need as many rows, got 10")],
+)
 def test_impossible_numbers_of_clusters_are_refused(num_clusters, message):
   with pytest.raises(ValueError, match=message):
     balanced_kmeans(_random_rows(10, 4), num_clusters, seed=0)

@@ -42,16 +42,30 @@ def _mesh():
 
 def _contents(num_labels=NUM_LABELS, **changes):
   ids = range(num_labels)
-  return IndexContents(**dict(
-      embeddings=_unit(num_labels, 0), texts=[f"label {i} é ü" for i in ids], uids=[f"u/{i}" for i in ids],
-      label_clusters=np.arange(num_labels, dtype=np.int32) % 4, clusters=_unit(4, 1), queries=_unit(NUM_TRAIN, 2),
+  return IndexContents(
+    **dict(
+      embeddings=_unit(num_labels, 0),
+      texts=[f"label {i} é ü" for i in ids],
+      uids=[f"u/{i}" for i in ids],
+      label_clusters=np.arange(num_labels, dtype=np.int32) % 4,
+      clusters=_unit(4, 1),
+      queries=_unit(NUM_TRAIN, 2),
       query_labels=Ragged.from_rows([[i % num_labels, (7 * i + 1) % num_labels] for i in range(NUM_TRAIN)]),
-      categories=[["even" if i % 2 == 0 else "odd", *(["third"] if i % 3 == 0 else [])] for i in ids]) | changes)
+      categories=[["even" if i % 2 == 0 else "odd", *(["third"] if i % 3 == 0 else [])] for i in ids],
+    )
+    | changes
+  )
 
 
 def _write(folder, search="exact", **changes):
-  write_index(folder, _contents(**changes), checkpoint=CHECKPOINT, search=search, mesh=_mesh(),
-              retrieval={"lambda": 0.9, "temperature": 0.05, "hits": 10})
+  write_index(
+    folder,
+    _contents(**changes),
+    checkpoint=CHECKPOINT,
+    search=search,
+    mesh=_mesh(),
+    retrieval={"lambda": 0.9, "temperature": 0.05, "hits": 10},
+  )
   return folder
 
 
@@ -82,7 +96,8 @@ def test_what_is_written_is_read_back_wherever_the_folder_is_moved(tmp_path, sea
   np.testing.assert_array_equal(ids, _best(_unit(NUM_LABELS, 0), range(NUM_LABELS), queries, 6))
   np.testing.assert_allclose(scores, np.sort(queries @ _unit(NUM_LABELS, 0).T)[:, ::-1][:, :6], rtol=1e-5)
   np.testing.assert_array_equal(
-      index.query_index.search(queries, 4)[1], _best(_unit(NUM_TRAIN, 2), range(NUM_TRAIN), queries, 4))
+    index.query_index.search(queries, 4)[1], _best(_unit(NUM_TRAIN, 2), range(NUM_TRAIN), queries, 4)
+  )
 
 
 @needs_scann
@@ -101,7 +116,8 @@ def test_either_search_may_be_asked_for_whatever_the_index_was_written_for(tmp_p
     assert index.search_kind == asked
     queries = _unit(5, 3)
     np.testing.assert_array_equal(
-        index.search(queries, 6)[1], _best(_unit(NUM_LABELS, 0), range(NUM_LABELS), queries, 6))
+      index.search(queries, 6)[1], _best(_unit(NUM_LABELS, 0), range(NUM_LABELS), queries, 6)
+    )
 
 
 def test_scann_asked_for_without_the_package_says_what_to_install(tmp_path, monkeypatch):
@@ -148,9 +164,18 @@ def _damage(folder, how):
   return "labels.npy"
 
 
-@pytest.mark.parametrize("how", [
-    "truncated", "flipped byte", "missing file", "missing CURRENT", "empty CURRENT", "missing index.json",
-    "changed index.json"])
+@pytest.mark.parametrize(
+  "how",
+  [
+    "truncated",
+    "flipped byte",
+    "missing file",
+    "missing CURRENT",
+    "empty CURRENT",
+    "missing index.json",
+    "changed index.json",
+  ],
+)
 def test_damage_is_named_with_what_to_do(tmp_path, how):
   folder = _write(tmp_path / "run" / "index")
   name = _damage(folder, how)
@@ -232,9 +257,10 @@ def test_rows_that_are_none_are_refused():
 def test_filters_by_uid_and_category_equal_brute_force(tmp_path, search):
   index, queries = _open(_write(tmp_path / "index", search)).delete([4, 6]), _unit(5, 3)
   given = index.filters(
-      allow=[None, ["u/3", "u/4", "u/9"], None, [], ["u/2", "u/3", "u/8", "u/9"]],
-      deny=[("u/0", "u/4"), None, ["u/1"], None, ["u/9"]],
-      categories=[None, None, ["third"], None, ["even", "third"]])
+    allow=[None, ["u/3", "u/4", "u/9"], None, [], ["u/2", "u/3", "u/8", "u/9"]],
+    deny=[("u/0", "u/4"), None, ["u/1"], None, ["u/9"]],
+    categories=[None, None, ["third"], None, ["even", "third"]],
+  )
   _, ids = index.search(queries, 5, given)
   live = set(range(NUM_LABELS)) - {4, 6}
   may_have = [live - {0}, {3, 9}, {i for i in live if i % 3 == 0}, set(), {2, 3, 8}]
@@ -255,9 +281,14 @@ def test_queries_of_one_category_share_its_set(tmp_path):
   assert len(given.allow.sets) == 2 and given.allow.of_query.tolist() == [0, -1, 0, 1]
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    (dict(allow=[["u/1"], ["u/77"]]), "'u/77' is not in"), (dict(deny=[["nobody"]]), "'nobody' is not in"),
-    (dict(categories=[["blue"]]), "'blue' is not in .*which has 3: even, odd, third")])
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    (dict(allow=[["u/1"], ["u/77"]]), "'u/77' is not in"),
+    (dict(deny=[["nobody"]]), "'nobody' is not in"),
+    (dict(categories=[["blue"]]), "'blue' is not in .*which has 3: even, odd, third"),
+  ],
+)
 def test_unknown_names_in_filters_are_named(tmp_path, given, message):
   with pytest.raises(InputError, match=message):
     _open(_write(tmp_path / "index")).filters(**given)
@@ -287,8 +318,9 @@ def test_deleted_and_filtered_labels_get_no_share_from_training_queries(tmp_path
   assert index.query_labels.values.min() == 10 and len(index.query_labels) == NUM_TRAIN
   given = index.filters(allow=[None, None, ["u/11", "u/12"], [], None], deny=[None, ["u/20"], None, None, None])
   neighbours = Neighbours(*index.search(queries, 20, given), *index.query_index.search(queries, 20))
-  _, ids = combine(neighbours, index.query_labels, num_labels=NUM_LABELS, lambda_=0.5, temperature=0.1, k=30,
-                   filters=given)
+  _, ids = combine(
+    neighbours, index.query_labels, num_labels=NUM_LABELS, lambda_=0.5, temperature=0.1, k=30, filters=given
+  )
   assert np.all((ids < 0) | (ids >= 10)) and 20 not in ids[1] and 20 in ids
   assert sorted(ids[2].tolist())[-3:] == [-1, 11, 12] and np.all(ids[3] == -1)
 
@@ -309,8 +341,7 @@ def test_added_and_deleted_labels_are_searched_as_in_an_index_built_anew(tmp_pat
   all_labels = _unit(NUM_LABELS + 8, 5)
   all_labels[:NUM_LABELS] = _unit(NUM_LABELS, 0)
   names = [f"new {i}" for i in range(8)]
-  edited = index.add(
-      all_labels[NUM_LABELS:], names, names, np.arange(8), categories=[["even"]] * 7 + [["brand new"]])
+  edited = index.add(all_labels[NUM_LABELS:], names, names, np.arange(8), categories=[["even"]] * 7 + [["brand new"]])
   edited = edited.delete([0, 1, NUM_LABELS + 2])
   edited = edited.add(all_labels[:1], ["back"], ["u/0"], [3])
   live = [*range(2, NUM_LABELS + 2), *range(NUM_LABELS + 3, NUM_LABELS + 9)]
@@ -319,8 +350,12 @@ def test_added_and_deleted_labels_are_searched_as_in_an_index_built_anew(tmp_pat
   np.testing.assert_array_equal(ids, _best(table, live, queries, 12))
   np.testing.assert_allclose(scores, np.take_along_axis(queries @ table.T, ids, axis=1), rtol=1e-4, atol=1e-6)
   fresh = LabelIndex.open(
-      _write(tmp_path / "fresh", search, num_labels=len(table), embeddings=table,
-             deleted=~np.isin(np.arange(len(table)), live)), checkpoint=None, mesh=_mesh())
+    _write(
+      tmp_path / "fresh", search, num_labels=len(table), embeddings=table, deleted=~np.isin(np.arange(len(table)), live)
+    ),
+    checkpoint=None,
+    mesh=_mesh(),
+  )
   np.testing.assert_array_equal(fresh.search(queries, 12)[1], ids)
   # What stands beside the embeddings moved along, and the former handle is as it was.
   assert (edited.num_labels, edited.num_live, edited.info["edits"]) == (NUM_LABELS + 9, len(live), 3)
@@ -331,7 +366,8 @@ def test_added_and_deleted_labels_are_searched_as_in_an_index_built_anew(tmp_pat
   assert {NUM_LABELS, 2} < set(category.allow.sets[0].tolist()) and category.allow.sets[1].tolist() == [NUM_LABELS + 7]
   np.testing.assert_array_equal(index.search(queries, 5)[1], _best(all_labels, range(NUM_LABELS), queries, 5))
   np.testing.assert_array_equal(
-      edited.query_index.search(queries, 4)[1], _best(_unit(NUM_TRAIN, 2), range(NUM_TRAIN), queries, 4))
+    edited.query_index.search(queries, 4)[1], _best(_unit(NUM_TRAIN, 2), range(NUM_TRAIN), queries, 4)
+  )
 
 
 @kinds
@@ -339,13 +375,22 @@ def test_queries_of_new_labels_join_the_training_queries_and_labels_are_replaced
   index = _open(_write(tmp_path / "index", search))
   new, queries = _unit(2, 11), _unit(3, 12)
   edited = index.add(
-      new, ["new", "again"], ["new", "u/7"], [1, 2], queries=queries, query_labels=Ragged.from_rows([[0], [0, 1], [1]]),
-      delete=[7])
+    new,
+    ["new", "again"],
+    ["new", "u/7"],
+    [1, 2],
+    queries=queries,
+    query_labels=Ragged.from_rows([[0], [0, 1], [1]]),
+    delete=[7],
+  )
   assert edited.info["edits"] == 1 and edited.ids_of(["u/7"]).tolist() == [NUM_LABELS + 1]
   found = edited.query_index.search(queries, 1)[1][:, 0]
   assert found.tolist() == [NUM_TRAIN, NUM_TRAIN + 1, NUM_TRAIN + 2]
   assert [edited.query_labels[row].tolist() for row in found] == [
-      [NUM_LABELS], [NUM_LABELS, NUM_LABELS + 1], [NUM_LABELS + 1]]
+    [NUM_LABELS],
+    [NUM_LABELS, NUM_LABELS + 1],
+    [NUM_LABELS + 1],
+  ]
   assert not np.isin(7, edited.search(queries, NUM_LABELS)[1])
   LabelIndex.open(tmp_path / "index", checkpoint=None, mesh=_mesh(), verify=True)
 
@@ -363,7 +408,9 @@ def test_categories_of_labels_are_replaced(tmp_path, search, before):
   found = index.search(_unit(3, 9), 5)
   edited = index.categorise([4, 2], [["new", "other"], []])
   assert {name: edited._labels_of_categories[name].tolist() for name in edited.categories} == {
-      "new": [4], "other": [4]} | ({"old": [i for i in range(NUM_LABELS) if i not in (2, 4)]} if before else {})
+    "new": [4],
+    "other": [4],
+  } | ({"old": [i for i in range(NUM_LABELS) if i not in (2, 4)]} if before else {})
   for one, other in zip(found, edited.search(_unit(3, 9), 5), strict=True):
     np.testing.assert_array_equal(one, other)
   assert edited.filters(categories=[["new"]]).allow.sets[0].tolist() == [4]
@@ -388,12 +435,16 @@ def test_a_second_process_adds_to_what_the_first_one_wrote(tmp_path):
   assert both.ids_of(["a", "b"]).tolist() == [NUM_LABELS, NUM_LABELS + 1]
 
 
-@pytest.mark.parametrize(("edit", "message"), [
+@pytest.mark.parametrize(
+  ("edit", "message"),
+  [
     (lambda index: index.add(_unit(2, 8), ["a", "b"], ["a", "u/7"], [0, 0]), "'u/7' is in .* already; delete it first"),
     (lambda index: index.add(_unit(2, 8), ["a", "b"], ["a", "a"], [0, 0]), "'a' stands for two new labels"),
     (lambda index: index.delete([3, NUM_LABELS]), f"no label {NUM_LABELS}; ids go from 0 to {NUM_LABELS - 1}"),
     (lambda index: index.delete([-1]), "no label -1"),
-    (lambda index: index.delete(range(NUM_LABELS)), "no label would be left")])
+    (lambda index: index.delete(range(NUM_LABELS)), "no label would be left"),
+  ],
+)
 def test_edits_that_cannot_be_are_refused_and_change_nothing(tmp_path, edit, message):
   index = _open(_write(tmp_path / "index"))
   before = _files(tmp_path / "index")
@@ -416,16 +467,22 @@ def test_an_edited_index_is_known_as_such_for_its_checkpoint(tmp_path):
 
 def _stop_at(monkeypatch, where):
   """Makes writing fail at one place."""
+
   def fail(*_, **__):
     raise KeyboardInterrupt(where)
 
-  owner, name = {"while files are written": (generations, "_describe"), "before the rename": (Path, "rename"),
-                 "before CURRENT": (generations, "new_file"), "while CURRENT is replaced": (Path, "replace")}[where]
+  owner, name = {
+    "while files are written": (generations, "_describe"),
+    "before the rename": (Path, "rename"),
+    "before CURRENT": (generations, "new_file"),
+    "while CURRENT is replaced": (Path, "replace"),
+  }[where]
   monkeypatch.setattr(owner, name, fail)
 
 
-@pytest.mark.parametrize("where", [
-    "while files are written", "before the rename", "before CURRENT", "while CURRENT is replaced"])
+@pytest.mark.parametrize(
+  "where", ["while files are written", "before the rename", "before CURRENT", "while CURRENT is replaced"]
+)
 def test_an_interruption_leaves_the_former_index_and_the_next_edit_works(tmp_path, monkeypatch, where):
   index = _open(_write(tmp_path / "index"))
   with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -475,10 +532,14 @@ def test_a_generation_that_is_replaced_while_it_is_opened_is_opened_anew(tmp_pat
 
 
 @needs_scann
-@pytest.mark.parametrize("parameters", [
+@pytest.mark.parametrize(
+  "parameters",
+  [
     pytest.param(TREE, id="tree with SOAR"),
     pytest.param(scann_index.dataclasses.replace(TREE, soar=False, bfloat16=True), id="tree, bfloat16"),
-    pytest.param(scann_index.dataclasses.replace(TREE, leaves=0, leaves_to_search=0, soar=False), id="no tree")])
+    pytest.param(scann_index.dataclasses.replace(TREE, leaves=0, leaves_to_search=0, soar=False), id="no tree"),
+  ],
+)
 def test_scann_adds_and_deletes_and_is_read_back(tmp_path, parameters):
   labels, queries = _unit(700, 0), _unit(30, 1)
   index = ScannIndex(labels[:600], k=10, parameters=parameters)
@@ -524,5 +585,4 @@ def test_scann_is_built_anew_when_over_a_tenth_has_changed(tmp_path, monkeypatch
   assert built == [NUM_LABELS]
   index = index.add(_unit(3, 8), list("abc"), list("abc"), [0, 0, 0])
   assert built == [NUM_LABELS, NUM_LABELS - 5 + 3]
-  np.testing.assert_array_equal(
-      index.search(_unit(3, 8), 1)[1].ravel(), np.arange(NUM_LABELS, NUM_LABELS + 3))
+  np.testing.assert_array_equal(index.search(_unit(3, 8), 1)[1].ravel(), np.arange(NUM_LABELS, NUM_LABELS + 3))

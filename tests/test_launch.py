@@ -49,8 +49,13 @@ class Machine:
     self.folder = folder
     self.bin = folder / "bin"
     self.bin.mkdir()
-    self.env = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(folder), "FAKE": str(folder),
-                "HOSTNAME": "host", "TMPDIR": str(folder)}
+    self.env = {
+      "PATH": f"{self.bin}:{os.environ['PATH']}",
+      "HOME": str(folder),
+      "FAKE": str(folder),
+      "HOSTNAME": "host",
+      "TMPDIR": str(folder),
+    }
 
   def replace(self, *programs: str) -> None:
     for program in programs:
@@ -66,15 +71,32 @@ class Machine:
 
   def run(self, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", LAUNCH / script, *arguments], env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+      ["bash", LAUNCH / script, *arguments], env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.fixture
 def machine(tmp_path):
   machine = Machine(tmp_path)
   # None of these must be reached by a test that did not mean to.
-  machine.replace("git", "gcloud", "xpk", "kubectl", "docker", "sbatch", "srun", "scontrol", "sudo", "systemctl",
-                  "systemd-run", "curl", "mountpoint", "gcsfuse", "uv", "python3")
+  machine.replace(
+    "git",
+    "gcloud",
+    "xpk",
+    "kubectl",
+    "docker",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "sudo",
+    "systemctl",
+    "systemd-run",
+    "curl",
+    "mountpoint",
+    "gcsfuse",
+    "uv",
+    "python3",
+  )
   return machine
 
 
@@ -107,35 +129,34 @@ def test_shellcheck_finds_nothing():
 
 # Script, arguments, and what its one line must say.
 REFUSED = {
-    "no command": ("tpu_pod.sh", [], "must be one of run, create, wait"),
-    "unknown command": ("tpu_pod.sh", ["launch"], "'launch'"),
-    "no project": ("tpu_pod.sh", ["create", "--zone=z", "--name=n"], "--project: must be given, or VIXML_PROJECT"),
-    "no zone": ("tpu_pod.sh", ["wait", "--project=p", "--name=n"], "--zone: must be given"),
-    "no name": ("tpu_pod.sh", ["delete", *WHERE], "--name: must be given"),
-    "no type": ("tpu_pod.sh", ["create", *POD], "--type: must be given"),
-    "unknown type": ("tpu_pod.sh", ["create", *POD, "--type=v5e-16"], "--type=v5e-16: must be v4-N, v5litepod-N"),
-    "no bucket": ("tpu_pod.sh", ["stage", *WHERE, "--name=n"], "--bucket: must be given"),
-    "no folder": ("tpu_pod.sh", ["stage", *POD, "--data_dir=/no/such"], "--data_dir=/no/such: no such folder"),
-    "no config": ("tpu_pod.sh", ["train", *POD], "--config: must be given after --"),
-    "workdir": ("tpu_pod.sh", ["train", *POD, *TRAINING, "--workdir=x"], "--workdir: is set by the launcher"),
-    "unknown flag": ("tpu_pod.sh", ["train", *POD, "--sopt"], "--sopt: no such flag"),
-    "unknown flag with value": ("tpu_pod.sh", ["train", "--config=c"], "--config: no such flag with a value"),
-    "flag without value": ("tpu_pod.sh", ["train", "--zone"], "--zone: needs a value"),
-    "value of a switch": ("tpu_pod.sh", ["create", "--spot=yes"], "--spot: no such flag with a value"),
-    "stray word": ("tpu_pod.sh", ["create", "pod"], "'pod': not a flag"),
-    "no number": ("tpu_pod.sh", ["run", *POD, "--max_restarts=many"], "--max_restarts=many: must be a whole number"),
-    "no cluster": ("gke_xpk.sh", ["list", *WHERE], "--cluster: must be given"),
-    "no image": (
-        "gke_xpk.sh", ["submit", *WHERE, "--cluster=c", "--name=w", "--type=v6e-16"], "--image: must be given"),
-    "unknown command of GKE": ("gke_xpk.sh", ["run"], "'run': must be cluster, image"),
-    "nothing to stage": ("gke_xpk.sh", ["stage", *WHERE, "--bucket=b"], "nothing to stage"),
-    "no time": ("slurm.sh", ["--workdir=w", "--data_dir=d"], "--time: must be given"),
-    "no workdir": ("slurm.sh", ["--time=1:00"], "--workdir: must be given"),
-    "nodes": ("slurm.sh", ["--time=1", "--workdir=w", "--data_dir=d", "--nodes=two"], "--nodes=two: must be a whole"),
-    "no config for SLURM": ("slurm.sh", ["--time=1", "--workdir=w", "--data_dir=d"], "--config: must be given"),
-    "no workdir of a worker": ("train_worker.sh", ["--", "true"], "--workdir: must be given"),
-    "no command of a worker": ("train_worker.sh", ["--workdir=w"], "COMMAND: must be given"),
-    "unknown command on a TPU VM": ("tpu_worker.sh", ["go"], "'go': must be setup, start or stop"),
+  "no command": ("tpu_pod.sh", [], "must be one of run, create, wait"),
+  "unknown command": ("tpu_pod.sh", ["launch"], "'launch'"),
+  "no project": ("tpu_pod.sh", ["create", "--zone=z", "--name=n"], "--project: must be given, or VIXML_PROJECT"),
+  "no zone": ("tpu_pod.sh", ["wait", "--project=p", "--name=n"], "--zone: must be given"),
+  "no name": ("tpu_pod.sh", ["delete", *WHERE], "--name: must be given"),
+  "no type": ("tpu_pod.sh", ["create", *POD], "--type: must be given"),
+  "unknown type": ("tpu_pod.sh", ["create", *POD, "--type=v5e-16"], "--type=v5e-16: must be v4-N, v5litepod-N"),
+  "no bucket": ("tpu_pod.sh", ["stage", *WHERE, "--name=n"], "--bucket: must be given"),
+  "no folder": ("tpu_pod.sh", ["stage", *POD, "--data_dir=/no/such"], "--data_dir=/no/such: no such folder"),
+  "no config": ("tpu_pod.sh", ["train", *POD], "--config: must be given after --"),
+  "workdir": ("tpu_pod.sh", ["train", *POD, *TRAINING, "--workdir=x"], "--workdir: is set by the launcher"),
+  "unknown flag": ("tpu_pod.sh", ["train", *POD, "--sopt"], "--sopt: no such flag"),
+  "unknown flag with value": ("tpu_pod.sh", ["train", "--config=c"], "--config: no such flag with a value"),
+  "flag without value": ("tpu_pod.sh", ["train", "--zone"], "--zone: needs a value"),
+  "value of a switch": ("tpu_pod.sh", ["create", "--spot=yes"], "--spot: no such flag with a value"),
+  "stray word": ("tpu_pod.sh", ["create", "pod"], "'pod': not a flag"),
+  "no number": ("tpu_pod.sh", ["run", *POD, "--max_restarts=many"], "--max_restarts=many: must be a whole number"),
+  "no cluster": ("gke_xpk.sh", ["list", *WHERE], "--cluster: must be given"),
+  "no image": ("gke_xpk.sh", ["submit", *WHERE, "--cluster=c", "--name=w", "--type=v6e-16"], "--image: must be given"),
+  "unknown command of GKE": ("gke_xpk.sh", ["run"], "'run': must be cluster, image"),
+  "nothing to stage": ("gke_xpk.sh", ["stage", *WHERE, "--bucket=b"], "nothing to stage"),
+  "no time": ("slurm.sh", ["--workdir=w", "--data_dir=d"], "--time: must be given"),
+  "no workdir": ("slurm.sh", ["--time=1:00"], "--workdir: must be given"),
+  "nodes": ("slurm.sh", ["--time=1", "--workdir=w", "--data_dir=d", "--nodes=two"], "--nodes=two: must be a whole"),
+  "no config for SLURM": ("slurm.sh", ["--time=1", "--workdir=w", "--data_dir=d"], "--config: must be given"),
+  "no workdir of a worker": ("train_worker.sh", ["--", "true"], "--workdir: must be given"),
+  "no command of a worker": ("train_worker.sh", ["--workdir=w"], "COMMAND: must be given"),
+  "unknown command on a TPU VM": ("tpu_worker.sh", ["go"], "'go': must be setup, start or stop"),
 }
 
 
@@ -160,47 +181,103 @@ def test_help_names_every_flag(script, machine):
 
 
 def test_environment_gives_defaults_and_flags_win(machine):
-  result = machine.run("tpu_pod.sh", "delete", "--dry-run", "--zone=there", VIXML_PROJECT="p", VIXML_ZONE="here",
-                       VIXML_NAME="pod")
+  result = machine.run(
+    "tpu_pod.sh", "delete", "--dry-run", "--zone=there", VIXML_PROJECT="p", VIXML_ZONE="here", VIXML_NAME="pod"
+  )
   assert _printed(result) == [[*DELETE[:6], "--project=p", "--zone=there", "--force", "--quiet"]]
 
 
 # Cloud TPU.
 
 
-@pytest.mark.parametrize(("type_", "runtime"), [
-    ("v4-32", "tpu-ubuntu2204-base"), ("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v5p-32", "v2-alpha-tpuv5"),
-    ("v6e-16", "v2-alpha-tpuv6e")])
+@pytest.mark.parametrize(
+  ("type_", "runtime"),
+  [
+    ("v4-32", "tpu-ubuntu2204-base"),
+    ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+    ("v5p-32", "v2-alpha-tpuv5"),
+    ("v6e-16", "v2-alpha-tpuv6e"),
+  ],
+)
 def test_a_pod_is_asked_for_with_the_image_of_its_generation(type_, runtime, machine):
-  assert _printed(machine.run("tpu_pod.sh", "create", "--dry-run", *POD, f"--type={type_}")) == [[
-      "gcloud", "compute", "tpus", "queued-resources", "create", "pod", *WHERE, "--node-id=pod",
-      f"--accelerator-type={type_}", f"--runtime-version={runtime}",
-      "--scopes=https://www.googleapis.com/auth/cloud-platform"]]
+  assert _printed(machine.run("tpu_pod.sh", "create", "--dry-run", *POD, f"--type={type_}")) == [
+    [
+      "gcloud",
+      "compute",
+      "tpus",
+      "queued-resources",
+      "create",
+      "pod",
+      *WHERE,
+      "--node-id=pod",
+      f"--accelerator-type={type_}",
+      f"--runtime-version={runtime}",
+      "--scopes=https://www.googleapis.com/auth/cloud-platform",
+    ]
+  ]
 
 
 def test_a_pod_is_asked_for_as_the_flags_say(machine):
-  (command,) = _printed(machine.run(
-      "tpu_pod.sh", "create", "--dry-run", *POD, "--type=v9-8", "--runtime-version=new", "--spot", "--valid-for=24h",
-      "--service-account=a@p", "--network=n", "--subnetwork=s", "--reservation=r", "--internal-ips"))
+  (command,) = _printed(
+    machine.run(
+      "tpu_pod.sh",
+      "create",
+      "--dry-run",
+      *POD,
+      "--type=v9-8",
+      "--runtime-version=new",
+      "--spot",
+      "--valid-for=24h",
+      "--service-account=a@p",
+      "--network=n",
+      "--subnetwork=s",
+      "--reservation=r",
+      "--internal-ips",
+    )
+  )
   assert "--runtime-version=new" in command
-  assert command[-7:] == ["--spot", "--reservation=r", "--valid-until-duration=24h", "--service-account=a@p",
-                          "--network=n", "--subnetwork=s", "--internal-ips"]
+  assert command[-7:] == [
+    "--spot",
+    "--reservation=r",
+    "--valid-until-duration=24h",
+    "--service-account=a@p",
+    "--network=n",
+    "--subnetwork=s",
+    "--internal-ips",
+  ]
 
 
 def test_staging_copies_code_data_and_weights(machine):
   for name in ("data", "raw", "my weights"):
     (machine.folder / name).mkdir()
-  printed = _printed(machine.run(
-      "tpu_pod.sh", "stage", "--dry-run", *POD, "--ref=v1", f"--data_dir={machine.folder}/data",
-      f"--raw_dir={machine.folder}/raw", f"--weights={machine.folder}/my weights"))
+  printed = _printed(
+    machine.run(
+      "tpu_pod.sh",
+      "stage",
+      "--dry-run",
+      *POD,
+      "--ref=v1",
+      f"--data_dir={machine.folder}/data",
+      f"--raw_dir={machine.folder}/raw",
+      f"--weights={machine.folder}/my weights",
+    )
+  )
   archive = f"{machine.folder}/vixml-pod.tar.gz"
   assert printed == [
-      ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={archive}", "v1"],
-      ["gcloud", "storage", "cp", archive, "gs://b/code/pod.tar.gz"],
-      ["gcloud", "storage", "rsync", "--recursive", r"--exclude=.*\.lock$|.*\.incomplete.*", f"{machine.folder}/data",
-       "gs://b/data"],
-      ["gcloud", "storage", "rsync", "--recursive", f"{machine.folder}/raw", "gs://b/raw"],
-      ["gcloud", "storage", "rsync", "--recursive", f"{machine.folder}/my weights", "gs://b/weights/my weights"]]
+    ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={archive}", "v1"],
+    ["gcloud", "storage", "cp", archive, "gs://b/code/pod.tar.gz"],
+    [
+      "gcloud",
+      "storage",
+      "rsync",
+      "--recursive",
+      r"--exclude=.*\.lock$|.*\.incomplete.*",
+      f"{machine.folder}/data",
+      "gs://b/data",
+    ],
+    ["gcloud", "storage", "rsync", "--recursive", f"{machine.folder}/raw", "gs://b/raw"],
+    ["gcloud", "storage", "rsync", "--recursive", f"{machine.folder}/my weights", "gs://b/weights/my weights"],
+  ]
 
 
 def test_dry_run_of_a_whole_run_prints_its_commands_in_order_and_runs_none(machine):
@@ -208,8 +285,20 @@ def test_dry_run_of_a_whole_run_prints_its_commands_in_order_and_runs_none(machi
   printed = _printed(result)
   words = ("archive", "cp", "create", "describe", "ssh", "rm", "cat", "delete")
   kinds = [next(word for word in words if word in line) for line in printed]
-  assert kinds == ["archive", "cp", "create", "describe", "ssh", "rm", "ssh", "describe", "cat",
-                   "delete", "create", "delete"]
+  assert kinds == [
+    "archive",
+    "cp",
+    "create",
+    "describe",
+    "ssh",
+    "rm",
+    "ssh",
+    "describe",
+    "cat",
+    "delete",
+    "create",
+    "delete",
+  ]
   assert all("--worker=all" in line for line in printed if "ssh" in line)
   assert "# when the pod is preempted, at most 20 times" in result.stdout
   assert machine.calls() == []
@@ -220,7 +309,13 @@ def test_training_flags_reach_the_worker_as_they_were_typed(machine):
   assert printed[0] == ["gcloud", "storage", "rm", "--quiet", "gs://b/runs/pod/state/*"]
   # The remote shell reads the command once more.
   assert shlex.split(_option(printed[1], "command")) == [
-      "bash", "vixml/code/launch/tpu_worker.sh", "start", "pod", "--weights=qwen 3b", *TRAINING]
+    "bash",
+    "vixml/code/launch/tpu_worker.sh",
+    "start",
+    "pod",
+    "--weights=qwen 3b",
+    *TRAINING,
+  ]
 
 
 def test_what_is_run_is_what_the_dry_run_prints(machine):
@@ -241,7 +336,9 @@ def test_setup_fetches_the_code_and_runs_its_worker_script(machine):
 
 def test_logs_status_and_stop(machine):
   assert _printed(machine.run("tpu_pod.sh", "status", "--dry-run", *POD)) == [
-      DESCRIBE, ["gcloud", "storage", "cat", "gs://b/runs/pod/state/*"]]
+    DESCRIBE,
+    ["gcloud", "storage", "cat", "gs://b/runs/pod/state/*"],
+  ]
   (logs,) = _printed(machine.run("tpu_pod.sh", "logs", "--dry-run", *POD, "--worker=3"))
   assert "--worker=3" in logs and _option(logs, "command") == "tail -n 100 -F vixml/runs/pod/logs/worker-3.log"
   (stop,) = _printed(machine.run("tpu_pod.sh", "stop", "--dry-run", *POD))
@@ -363,10 +460,18 @@ def test_setup_of_a_worker_mounts_copies_and_installs(vm):
   mount = calls[0]
   assert mount[:3] == ["systemd-run", "--unit=vixml-bucket", "--collect"]
   # What one worker writes the others see at once, and a checkpoint is never half renamed.
-  assert mount[-7:] == ["--foreground", "--implicit-dirs", "--metadata-cache-ttl-secs=0",
-                        "--metadata-cache-negative-ttl-secs=0", "--rename-dir-limit=0", "b", str(home / "bucket")]
-  assert calls[1:3] == [["gcloud", "storage", "rsync", "--recursive", f"gs://b/{name}", str(home / name)]
-                        for name in ("data", "weights")]
+  assert mount[-7:] == [
+    "--foreground",
+    "--implicit-dirs",
+    "--metadata-cache-ttl-secs=0",
+    "--metadata-cache-negative-ttl-secs=0",
+    "--rename-dir-limit=0",
+    "b",
+    str(home / "bucket"),
+  ]
+  assert calls[1:3] == [
+    ["gcloud", "storage", "rsync", "--recursive", f"gs://b/{name}", str(home / name)] for name in ("data", "weights")
+  ]
   assert calls[-1][-4:] == ["-c", "constraints.txt", "-e", ".[tpu,scann]"]
   assert not list((home / "bucket").glob(".probe*"))
 
@@ -388,11 +493,23 @@ def test_start_makes_a_service_that_systemd_stops_before_the_mount(vm):
   service = vm.calls()[-1]
   assert service[:3] == ["systemd-run", "--unit=vixml", "--collect"]
   assert {"--property=After=vixml-bucket.service", "--property=KillMode=mixed"} <= set(service)
-  assert service[service.index("bash"):] == [
-      "bash", f"{home}/code/launch/train_worker.sh", f"--workdir={home}/runs/run", f"--store={home}/bucket/runs/run",
-      "--name=worker-1", "--", f"{home}/venv/bin/python", "-m", "vixml_jax.main", CONFIG, FIELDS,
-      f"--config.dataset.data_dir={home}/data", f"--config.encoder.pretrained={home}/weights/qwen",
-      f"--config.dataset.raw_dir={home}/raw", "--distributed"]
+  assert service[service.index("bash") :] == [
+    "bash",
+    f"{home}/code/launch/train_worker.sh",
+    f"--workdir={home}/runs/run",
+    f"--store={home}/bucket/runs/run",
+    "--name=worker-1",
+    "--",
+    f"{home}/venv/bin/python",
+    "-m",
+    "vixml_jax.main",
+    CONFIG,
+    FIELDS,
+    f"--config.dataset.data_dir={home}/data",
+    f"--config.encoder.pretrained={home}/weights/qwen",
+    f"--config.dataset.raw_dir={home}/raw",
+    "--distributed",
+  ]
 
 
 # One process of a run.
@@ -402,13 +519,16 @@ def _worker(machine, *flags, script, **env):
   return machine.run("train_worker.sh", "--name=w", *flags, "--", "bash", "-c", script, "run", **env)
 
 
-@pytest.mark.parametrize(("script", "status", "word"), [
+@pytest.mark.parametrize(
+  ("script", "status", "word"),
+  [
     ("echo done", 0, "finished"),
     ("echo 'error: config.train.epochs: no' >&2; exit 1", 1, "failed"),
     ("echo 'Traceback: it broke' >&2; exit 1", 42, "again"),
     ("kill -ABRT $$", 42, "again"),
     ("echo 'saved step 7; start the same command again to go on' >&2", 42, "again"),
-])
+  ],
+)
 def test_a_worker_says_how_its_run_ended(script, status, word, machine):
   result = _worker(machine, f"--workdir={machine.folder}/run", script=script)
   assert result.returncode == status, result.stderr
@@ -423,8 +543,10 @@ def test_what_an_earlier_attempt_said_does_not_count(machine):
 
 
 def test_the_words_of_a_preempted_run_are_those_that_the_worker_looks_for():
-  assert 'Preempted(f"saved step {self.step}; start the same command again' in (
-      ROOT / "vixml_jax/training/loop.py").read_text()
+  assert (
+    'Preempted(f"saved step {self.step}; start the same command again'
+    in (ROOT / "vixml_jax/training/loop.py").read_text()
+  )
   assert "'^saved step .*start the same command again'" in (LAUNCH / "train_worker.sh").read_text()
 
 
@@ -433,8 +555,12 @@ def test_sigterm_is_handed_on_and_the_run_is_waited_for(machine):
   script = f"""trap 'sleep 0.3; echo "saved step 7; start the same command again to go on"; exit 0' TERM
     touch {ready}; while :; do sleep 0.05; done"""
   process = subprocess.Popen(
-      ["bash", LAUNCH / "train_worker.sh", "--name=w", f"--workdir={machine.folder}/run", "--", "bash", "-c", script],
-      env=machine.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ["bash", LAUNCH / "train_worker.sh", "--name=w", f"--workdir={machine.folder}/run", "--", "bash", "-c", script],
+    env=machine.env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   while not ready.exists():
     assert process.poll() is None
     time.sleep(0.02)
@@ -455,8 +581,9 @@ def test_a_worker_keeps_a_copy_in_the_store_and_starts_from_it_elsewhere(machine
     echo half > final_metrics.json.partial; mkdir -p index/000001.incomplete
     echo half > report.html.incomplete; echo half > index/000001.incomplete/labels.npy
     echo b >> metrics.jsonl; exit 134"""
-  result = _worker(machine, f"--workdir={machine.folder}/one", f"--store={store}", script=first,
-                   VIXML_PUBLISH_SECONDS="0.1")
+  result = _worker(
+    machine, f"--workdir={machine.folder}/one", f"--store={store}", script=first, VIXML_PUBLISH_SECONDS="0.1"
+  )
   assert result.returncode == 42 and result.stdout == "", result.stdout + result.stderr
   assert (store / "metrics.jsonl").read_text() == "a\nb\n"
   assert (store / "checkpoints/7").is_dir() and (store / "logs/w.log").exists()
@@ -501,47 +628,97 @@ def test_a_workload_runs_the_worker_with_the_bucket_mounted(machine):
   flags = [*GKE, "--run=first", "--weights=/w/qwen", "--max_restarts=7", *TRAINING]
   (command,) = _printed(machine.run("gke_xpk.sh", "submit", "--dry-run", *flags))
   assert command[:-1] == [
-      "xpk", "workload", "create", "--cluster=c", "--workload=work", "--tpu-type=v5litepod-16", "--num-slices=1",
-      "--docker-image=us-docker.pkg.dev/p/r/vixml:1", "--storage=vixml-bucket", "--max-restarts=7",
-      "--termination-grace-period-seconds=600", *WHERE]
+    "xpk",
+    "workload",
+    "create",
+    "--cluster=c",
+    "--workload=work",
+    "--tpu-type=v5litepod-16",
+    "--num-slices=1",
+    "--docker-image=us-docker.pkg.dev/p/r/vixml:1",
+    "--storage=vixml-bucket",
+    "--max-restarts=7",
+    "--termination-grace-period-seconds=600",
+    *WHERE,
+  ]
   assert shlex.split(_option(command, "command")) == [
-      "exec", "bash", "launch/train_worker.sh", "--workdir=/tmp/vixml/runs/first", "--store=/bucket/runs/first",
-      "--copy=/bucket/data:/tmp/vixml/data", "--copy=/bucket/weights/qwen:/tmp/vixml/weights/qwen", "--",
-      "python", "-m", "vixml_jax.main", CONFIG, FIELDS, "--config.dataset.data_dir=/tmp/vixml/data",
-      "--config.encoder.pretrained=/tmp/vixml/weights/qwen", "--distributed"]
+    "exec",
+    "bash",
+    "launch/train_worker.sh",
+    "--workdir=/tmp/vixml/runs/first",
+    "--store=/bucket/runs/first",
+    "--copy=/bucket/data:/tmp/vixml/data",
+    "--copy=/bucket/weights/qwen:/tmp/vixml/weights/qwen",
+    "--",
+    "python",
+    "-m",
+    "vixml_jax.main",
+    CONFIG,
+    FIELDS,
+    "--config.dataset.data_dir=/tmp/vixml/data",
+    "--config.encoder.pretrained=/tmp/vixml/weights/qwen",
+    "--distributed",
+  ]
   assert machine.run("gke_xpk.sh", "submit", *flags).returncode == 0
   assert machine.calls() == [command]
 
 
 def test_cluster_storage_and_image(machine):
   (cluster,) = _printed(machine.run("gke_xpk.sh", "cluster", "--dry-run", *GKE, "--spot"))
-  assert cluster == ["xpk", "cluster", "create", "--cluster=c", "--tpu-type=v5litepod-16", "--num-slices=1", "--spot",
-                     *WHERE, "--enable-workload-identity", "--enable-gcsfuse-csi-driver"]
+  assert cluster == [
+    "xpk",
+    "cluster",
+    "create",
+    "--cluster=c",
+    "--tpu-type=v5litepod-16",
+    "--num-slices=1",
+    "--spot",
+    *WHERE,
+    "--enable-workload-identity",
+    "--enable-gcsfuse-csi-driver",
+  ]
   (storage,) = _printed(machine.run("gke_xpk.sh", "storage", "--dry-run", *GKE, "--bucket=gs://b"))
   assert storage[:5] == ["xpk", "storage", "attach", "vixml-bucket", "--type=gcsfuse"]
   assert {"--bucket=b", "--mount-point=/bucket", "--readonly=false", "--no-prefetch-metadata"} <= set(storage)
   assert _option(storage, "mount-options").split(",") == [
-      "implicit-dirs", "metadata-cache:ttl-secs:0", "metadata-cache:negative-ttl-secs:0",
-      "file-system:rename-dir-limit:0"]
+    "implicit-dirs",
+    "metadata-cache:ttl-secs:0",
+    "metadata-cache:negative-ttl-secs:0",
+    "file-system:rename-dir-limit:0",
+  ]
   (image,) = _printed(machine.run("gke_xpk.sh", "image", "--dry-run", *GKE))
-  assert image == ["docker", "buildx", "build", "--platform=linux/amd64", f"--file={LAUNCH}/Dockerfile",
-                   "--tag=us-docker.pkg.dev/p/r/vixml:1", "--push", str(ROOT)]
+  assert image == [
+    "docker",
+    "buildx",
+    "build",
+    "--platform=linux/amd64",
+    f"--file={LAUNCH}/Dockerfile",
+    "--tag=us-docker.pkg.dev/p/r/vixml:1",
+    "--push",
+    str(ROOT),
+  ]
 
 
 def test_list_logs_and_delete(machine):
   assert _printed(machine.run("gke_xpk.sh", "list", "--dry-run", *GKE)) == [
-      ["xpk", "workload", "list", "--cluster=c", *WHERE]]
+    ["xpk", "workload", "list", "--cluster=c", *WHERE]
+  ]
   credentials, logs = _printed(machine.run("gke_xpk.sh", "logs", "--dry-run", *GKE))
   assert credentials[:5] == ["gcloud", "container", "clusters", "get-credentials", "c"]
   assert "--region=us-a1" in credentials
   assert logs[:3] == ["kubectl", "logs", "--selector=xpk.google.com/workload=work"]
   assert _printed(machine.run("gke_xpk.sh", "delete", "--dry-run", *GKE)) == [
-      ["xpk", "workload", "delete", "--cluster=c", "--workload=work", *WHERE, "--force"]]
+    ["xpk", "workload", "delete", "--cluster=c", "--workload=work", *WHERE, "--force"]
+  ]
 
 
 def test_the_image_gets_what_its_dockerfile_copies():
-  copied = [word for line in (LAUNCH / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")
-            for word in line.split()[1:-1]]
+  copied = [
+    word
+    for line in (LAUNCH / "Dockerfile").read_text().splitlines()
+    if line.startswith("COPY ")
+    for word in line.split()[1:-1]
+  ]
   allowed = {line[1:] for line in (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
   assert set(copied) == allowed
   assert not [name for name in copied if not (ROOT / name).exists()]
@@ -558,11 +735,32 @@ def test_a_job_is_submitted_with_time_to_save_and_leave_to_requeue(machine):
   result = machine.run("slurm.sh", *flags, "--dry-run", *TRAINING)
   assert not workdir.exists()
   printed = _printed(result)
-  assert printed == [["mkdir", "-p", str(workdir)], [
-      "sbatch", "--job-name=vixml", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=8",
-      "--time=24:00:00", "--signal=TERM@300", "--requeue", "--open-mode=append", f"--chdir={ROOT}",
-      f"--output={workdir}/slurm-%j.log", "--partition=gpu", "--account=a", f"{LAUNCH}/slurm.sbatch",
-      "/venv/bin/python", str(workdir), "3", CONFIG, FIELDS, "--config.dataset.data_dir=/d ata"]]
+  assert printed == [
+    ["mkdir", "-p", str(workdir)],
+    [
+      "sbatch",
+      "--job-name=vixml",
+      "--nodes=2",
+      "--ntasks-per-node=4",
+      "--gpus-per-node=4",
+      "--cpus-per-task=8",
+      "--time=24:00:00",
+      "--signal=TERM@300",
+      "--requeue",
+      "--open-mode=append",
+      f"--chdir={ROOT}",
+      f"--output={workdir}/slurm-%j.log",
+      "--partition=gpu",
+      "--account=a",
+      f"{LAUNCH}/slurm.sbatch",
+      "/venv/bin/python",
+      str(workdir),
+      "3",
+      CONFIG,
+      FIELDS,
+      "--config.dataset.data_dir=/d ata",
+    ],
+  ]
   assert "# srun --nodes=1" in result.stdout
   assert machine.run("slurm.sh", *flags, *TRAINING).returncode == 0
   assert machine.calls() == printed[1:] and workdir.is_dir()
@@ -571,19 +769,40 @@ def test_a_job_is_submitted_with_time_to_save_and_leave_to_requeue(machine):
 def _job(machine, **env):
   workdir = machine.folder / "run"
   (workdir / "state").mkdir(parents=True, exist_ok=True)
-  return machine.run(
-      "slurm.sbatch", "/venv/bin/python", str(workdir), "3", CONFIG, FIELDS, SLURM_JOB_ID="12", **env)
+  return machine.run("slurm.sbatch", "/venv/bin/python", str(workdir), "3", CONFIG, FIELDS, SLURM_JOB_ID="12", **env)
 
 
 def test_a_job_prepares_once_and_trains_on_all_gpus(machine):
   result = _job(machine)
   assert result.returncode == 0 and "finished" in result.stdout, result.stderr
   prepare, train = machine.calls()
-  assert prepare == ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "/venv/bin/python", "-m",
-                     "vixml_jax.prepare_data", CONFIG, FIELDS]
-  assert train == ["srun", "--gpu-bind=none", "--kill-on-bad-exit=0", "--wait=600", "bash", "launch/train_worker.sh",
-                   f"--workdir={machine.folder}/run", "--", "/venv/bin/python", "-m", "vixml_jax.main", CONFIG, FIELDS,
-                   "--distributed"]
+  assert prepare == [
+    "srun",
+    "--nodes=1",
+    "--ntasks=1",
+    "--ntasks-per-node=1",
+    "/venv/bin/python",
+    "-m",
+    "vixml_jax.prepare_data",
+    CONFIG,
+    FIELDS,
+  ]
+  assert train == [
+    "srun",
+    "--gpu-bind=none",
+    "--kill-on-bad-exit=0",
+    "--wait=600",
+    "bash",
+    "launch/train_worker.sh",
+    f"--workdir={machine.folder}/run",
+    "--",
+    "/venv/bin/python",
+    "-m",
+    "vixml_jax.main",
+    CONFIG,
+    FIELDS,
+    "--distributed",
+  ]
 
 
 def test_a_job_that_was_stopped_requeues_itself(machine):

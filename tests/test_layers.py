@@ -22,7 +22,8 @@ def test_attention_is_torch_attention_of_each_segment_alone():
   for row, slot in [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)]:
     members = segments[row] == slot
     wanted = torch.nn.functional.scaled_dot_product_attention(
-        *(torch.tensor(x[row, members]).transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+      *(torch.tensor(x[row, members]).transpose(0, 1) for x in (q, k, v))
+    ).transpose(0, 1)
     np.testing.assert_allclose(ours[row, members], wanted, atol=1e-6)
   assert np.isfinite(ours).all()
 
@@ -30,8 +31,8 @@ def test_attention_is_torch_attention_of_each_segment_alone():
 def test_attention_without_segments_sees_the_whole_row():
   q, k, v = (jnp.asarray(_random((2, 5, 4, 8), seed)) for seed in range(3))
   np.testing.assert_array_equal(
-      layers.segment_attention(q, k, v, None),
-      layers.segment_attention(q, k, v, jnp.ones((2, 5), jnp.int32)))
+    layers.segment_attention(q, k, v, None), layers.segment_attention(q, k, v, jnp.ones((2, 5), jnp.int32))
+  )
 
 
 def test_pooling_is_the_mean_of_each_segment_and_zero_for_empty_slots():
@@ -54,8 +55,7 @@ def test_pooling_of_bf16_is_summed_in_f32():
 
 def test_gelu_is_torch_exact_gelu():
   x = np.linspace(-6, 6, 1001, dtype=np.float32)
-  np.testing.assert_allclose(
-      layers.gelu(jnp.asarray(x)), torch.nn.functional.gelu(torch.tensor(x)), atol=2e-6)
+  np.testing.assert_allclose(layers.gelu(jnp.asarray(x)), torch.nn.functional.gelu(torch.tensor(x)), atol=2e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
@@ -65,13 +65,13 @@ def test_layer_norm_is_torch_layer_norm(offset):
   norm.bias.set_value(jnp.asarray(_random(16, 2)))
   x = _random((3, 16)) + np.float32(offset)
   wanted = torch.nn.functional.layer_norm(
-      torch.tensor(x), (16,), torch.tensor(_random(16, 1)), torch.tensor(_random(16, 2)), 1e-5)
+    torch.tensor(x), (16,), torch.tensor(_random(16, 1)), torch.tensor(_random(16, 2)), 1e-5
+  )
   np.testing.assert_allclose(norm(jnp.asarray(x)), wanted, atol=2e-4)
 
 
 def test_post_norm_layer_is_the_encoder_layer_of_torch():
-  theirs = torch.nn.TransformerEncoderLayer(
-      32, 4, 64, activation="gelu", batch_first=True, norm_first=False).eval()
+  theirs = torch.nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True, norm_first=False).eval()
   ours = layers.PostNormLayer(32, 4, 64, layer_norm_eps=1e-5, rngs=nnx.Rngs(0))
   weights = {name: value.detach().numpy() for name, value in theirs.state_dict().items()}
   split = zip(("query", "key", "value"), np.split(weights["self_attn.in_proj_weight"], 3), strict=True)
@@ -155,15 +155,13 @@ def test_abstract_modules_come_apart_like_real_ones():
   abstract_graphdef, shapes, abstract_axes = layers.split_params(nnx.eval_shape(make))
   assert abstract_axes == axes and abstract_graphdef == graphdef
   assert hash(abstract_graphdef) == hash(graphdef)
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
-      lambda x: (x.shape, x.dtype), params)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
   assert isinstance(layers.merge_params(abstract_graphdef, shapes).up.kernel, nnx.Param)
 
 
 @pytest.mark.parametrize("metadata", [{}, {"axes": ("embed",)}])
 def test_a_parameter_without_an_axis_for_each_dimension_is_refused(metadata):
   class Bare(nnx.Module):
-
     def __init__(self):
       self.kernel = nnx.Param(jnp.zeros((2, 3)), **metadata)
 

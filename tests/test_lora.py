@@ -30,15 +30,18 @@ def pair(tmp_path_factory):
 
 def _adapters(tensors, folder):
   """Tensors of peft's adapters as our arrays: transposed, heads split, layers stacked."""
-  _, shapes, _ = tiny_decoders.abstract(
-      **config.encoder_arguments(folder), lora_rank=RANK, lora_alpha=ALPHA)
+  _, shapes, _ = tiny_decoders.abstract(**config.encoder_arguments(folder), lora_rank=RANK, lora_alpha=ALPHA)
   shapes = engine.flatten(shapes)
   return {
-      f"layers/{ours}/{part}": np.stack([
-          tensors[f"base_model.model.layers.{layer}.{name}.{their_part}.default.weight"].T
-          for layer in range(tiny_decoders.LAYERS)]).reshape(shapes[f"layers/{ours}/{part}"].shape)
-      for ours, name in tiny_decoders.PROJECTIONS.items()
-      for part, their_part in (("lora_a", "lora_A"), ("lora_b", "lora_B"))}
+    f"layers/{ours}/{part}": np.stack(
+      [
+        tensors[f"base_model.model.layers.{layer}.{name}.{their_part}.default.weight"].T
+        for layer in range(tiny_decoders.LAYERS)
+      ]
+    ).reshape(shapes[f"layers/{ours}/{part}"].shape)
+    for ours, name in tiny_decoders.PROJECTIONS.items()
+    for part, their_part in (("lora_a", "lora_A"), ("lora_b", "lora_B"))
+  }
 
 
 def _packed():
@@ -66,8 +69,7 @@ def test_gradients_of_adapters_are_those_of_torch(pair):
   theirs.zero_grad()
   hidden = tiny_decoders.run_theirs(theirs, tokens, mask).last_hidden_state[torch.tensor(mask > 0)]
   (hidden * torch.tensor(weights)).sum().backward()
-  wanted = _adapters(
-      {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}, folder)
+  wanted = _adapters({name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}, folder)
 
   flat = engine.flatten(params)
 
@@ -94,8 +96,9 @@ def test_merged_decoder_is_that_of_peft_and_computes_what_the_adapted_one_does(p
   np.testing.assert_allclose(found, adapted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("inputs, outputs", [
-    ({"embed": 6}, {"heads": 2, "head_dim": 5}), ({"heads": 2, "head_dim": 3}, {"embed": 7})])
+@pytest.mark.parametrize(
+  "inputs, outputs", [({"embed": 6}, {"heads": 2, "head_dim": 5}), ({"heads": 2, "head_dim": 3}, {"embed": 7})]
+)
 def test_one_adapted_map_merges_into_its_kernel(inputs, outputs):
   linear = layers.Linear(inputs, outputs, lora_rank=3, lora_alpha=2.0, rngs=nnx.Rngs(0))
   rng = np.random.default_rng(0)
@@ -113,12 +116,15 @@ def test_one_adapted_map_merges_into_its_kernel(inputs, outputs):
 
 def test_a_new_adapter_changes_nothing_and_starts_as_in_peft():
   base = layers.Linear({"heads": 8, "head_dim": 32}, {"embed": 5}, rngs=nnx.Rngs(0))
-  adapted = layers.Linear(
-      {"heads": 8, "head_dim": 32}, {"embed": 5}, lora_rank=64, lora_alpha=64.0, rngs=nnx.Rngs(0))
+  adapted = layers.Linear({"heads": 8, "head_dim": 32}, {"embed": 5}, lora_rank=64, lora_alpha=64.0, rngs=nnx.Rngs(0))
   x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 32)), jnp.float32)
   np.testing.assert_array_equal(base(x), adapted(x))
-  theirs = peft.tuners.lora.Linear(
-      torch.nn.Linear(256, 5), "default", peft.LoraConfig(), r=64).lora_A["default"].weight.detach().numpy()
+  theirs = (
+    peft.tuners.lora.Linear(torch.nn.Linear(256, 5), "default", peft.LoraConfig(), r=64)
+    .lora_A["default"]
+    .weight.detach()
+    .numpy()
+  )
   a = np.asarray(adapted.lora_a[...])
   assert a.shape == (8, 32, 64) and not adapted.lora_b[...].any()
   for moment in (np.std, np.max, lambda v: -np.min(v)):
@@ -146,13 +152,15 @@ def test_bf16_base_with_f32_adapters_is_as_near_f32_as_that_of_peft(pair):
   packed, tokens, mask = _packed()
   adapters = {name: value for name, value in engine.flatten(params).items() if "/lora_" in name}
   graphdef, params = tiny_decoders.with_adapters(
-      folder, adapters, lora_rank=RANK, lora_alpha=ALPHA, param_dtype="bfloat16", dtype="bfloat16")
+    folder, adapters, lora_rank=RANK, lora_alpha=ALPHA, param_dtype="bfloat16", dtype="bfloat16"
+  )
   found = jax.jit(lambda p: layers.merge_params(graphdef, p)(*packed)[0])(params)
   assert found.dtype == jnp.bfloat16
   with torch.no_grad():
     exact, half = (
-        tiny_decoders.run_theirs(model, tokens, mask).last_hidden_state.float().numpy()[mask > 0]
-        for model in (theirs, copy.deepcopy(theirs).to(torch.bfloat16)))
+      tiny_decoders.run_theirs(model, tokens, mask).last_hidden_state.float().numpy()[mask > 0]
+      for model in (theirs, copy.deepcopy(theirs).to(torch.bfloat16))
+    )
   error, their_error = (np.sqrt(np.square(np.float32(x) - exact).mean()) for x in (found, half))
   assert 0 < error < 1.25 * their_error
   merged = layers.merge_lora(params, layers.lora_scale(RANK, ALPHA))

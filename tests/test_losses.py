@@ -16,7 +16,7 @@ def transcribed_triplet(sim, positives, drawn, config, valid):
   for i in np.flatnonzero(valid & positives.any(1)):
     rows += 1
     negatives = [j for j in np.argsort(-sim[i], kind="stable") if not positives[i, j] and valid[j]]
-    negatives = negatives[:config.num_negatives]
+    negatives = negatives[: config.num_negatives]
     if not negatives:
       continue
     s_p, s_n = sim[i, drawn[i]], sim[i, negatives]
@@ -53,7 +53,8 @@ def test_triplet_loss_and_its_gradient_equal_the_transcription(seed):
   drawn = np.asarray(losses.draw_positive(key, jnp.asarray(positives)))
   assert positives[np.arange(len(q)), drawn].all()
   (loss, _), gradient = jax.value_and_grad(losses.triplet_loss, has_aux=True)(
-      *map(jnp.asarray, (sim, positives, valid, valid)), key, CONFIG)
+    *map(jnp.asarray, (sim, positives, valid, valid)), key, CONFIG
+  )
   expected, expected_gradient = transcribed_triplet(sim, positives, drawn, CONFIG, valid)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
@@ -71,8 +72,9 @@ def test_a_row_without_negatives_adds_nothing_and_keeps_gradients_finite():
   sim = jnp.asarray([[0.2, 0.4], [0.1, 0.3]])
   positives = jnp.asarray([[True, True], [False, True]])
   ones = jnp.ones(2, bool), jnp.ones(2, bool)
-  loss, gradient = jax.value_and_grad(
-      lambda s: losses.triplet_loss(s, positives, *ones, jax.random.key(0), CONFIG)[0])(sim)
+  loss, gradient = jax.value_and_grad(lambda s: losses.triplet_loss(s, positives, *ones, jax.random.key(0), CONFIG)[0])(
+    sim
+  )
   assert np.isfinite(loss) and np.isfinite(gradient).all()
   np.testing.assert_array_equal(gradient[0], [0, 0])
 
@@ -88,11 +90,12 @@ def test_regulariser_equals_the_transcription(seed):
   for i in range(len(q)):
     pull.append(max(0, label_sim[i, drawn[i]] - prototype_sim[i, drawn[i]] + 0.1))
     negatives = [j for j in np.argsort(-prototype_sim[i], kind="stable") if not positives[i, j]]
-    push += [max(0, prototype_sim[i, j] - label_sim[i, j] + 0.1) for j in negatives[:CONFIG.num_negatives]]
+    push += [max(0, prototype_sim[i, j] - label_sim[i, j] + 0.1) for j in negatives[: CONFIG.num_negatives]]
   mean_nonzero = lambda xs: np.sum(xs) / max(np.count_nonzero(xs), 1)
   expected = (mean_nonzero(pull) + mean_nonzero(push)) / 2
   found = losses.prototype_regulariser(
-      *map(jnp.asarray, (label_sim, prototype_sim, positives, valid, valid)), key, CONFIG)
+    *map(jnp.asarray, (label_sim, prototype_sim, positives, valid, valid)), key, CONFIG
+  )
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -105,9 +108,10 @@ def test_prime_loss_is_the_weighted_sum_of_its_parts_and_ignores_padding():
 
   loss, parts = prime_loss(q, u, p, positives, ones)
   np.testing.assert_allclose(
-      loss,
-      parts["triplet_label"] + parts["triplet_prototype"] + parts["triplet_reverse"] + 0.1 * parts["regulariser"],
-      rtol=1e-6)
+    loss,
+    parts["triplet_label"] + parts["triplet_prototype"] + parts["triplet_reverse"] + 0.1 * parts["regulariser"],
+    rtol=1e-6,
+  )
   # Garbage in the padded places changes nothing: neither as rows, nor as columns, nor as positives.
   half = ones.copy()
   half[6:] = False

@@ -6,12 +6,7 @@ import pytest
 
 from vixml_jax.evaluation import bootstrap, metrics
 from vixml_jax.evaluation.bootstrap import bootstrap_intervals, resample
-from vixml_jax.evaluation.metrics import (
-  evaluate,
-  inverse_propensity,
-  metrics_by_frequency,
-  query_metrics,
-)
+from vixml_jax.evaluation.metrics import evaluate, inverse_propensity, metrics_by_frequency, query_metrics
 from vixml_jax.ragged import Ragged
 
 NUM_LABELS = 60
@@ -26,9 +21,7 @@ def _case(num_queries=200, seed=0, hit_rate=0.5):
     positives = rng.choice(NUM_LABELS, rng.integers(1, 30), replace=False)
     truth.append([] if query % 9 == 0 else positives.tolist())
     found = rng.permutation(NUM_LABELS)
-    found = found[
-      np.argsort(~np.isin(found, positives) * (rng.random(NUM_LABELS) < hit_rate), kind="stable")
-    ]
+    found = found[np.argsort(~np.isin(found, positives) * (rng.random(NUM_LABELS) < hit_rate), kind="stable")]
     length = rng.integers(0, 20) if query % 7 == 0 else 20
     ids[query, :length] = found[:length]
   frequencies = np.sort(rng.zipf(1.5, NUM_LABELS).clip(0, 300))[::-1].copy()
@@ -50,9 +43,7 @@ def test_metrics_equal_napkinxc(seed):
     "P": napkinxc.metrics.precision_at_k(truth, predicted, k=20),
     "nDCG": napkinxc.metrics.ndcg_at_k(truth, predicted, k=20),
     "R": napkinxc.metrics.recall_at_k(truth, predicted, k=20),
-    "Hit": napkinxc.metrics.abandonment_at_k(
-      truth, predicted, k=20
-    ),  # a hit adds 1 to it, whatever its name
+    "Hit": napkinxc.metrics.abandonment_at_k(truth, predicted, k=20),  # a hit adds 1 to it, whatever its name
     "PSP": napkinxc.metrics.psprecision_at_k(truth, predicted, propensity, k=20),
     "PSnDCG": napkinxc.metrics.psndcg_at_k(truth, predicted, propensity, k=20),
   }
@@ -67,16 +58,12 @@ def test_metrics_equal_napkinxc(seed):
 
 def test_map_and_mrr_equal_brute_force():
   ids, truth, frequencies = _case()
-  ours = evaluate(
-    ids, Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS
-  )
+  ours = evaluate(ids, Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS)
   for k in (1, 3, 5, 10, 20):
     precisions, reciprocals = [], []
     for predicted, positives in zip(_lists(ids), truth, strict=True):
       ranks = [rank for rank, label in enumerate(predicted[:k], 1) if label in positives]
-      precisions.append(
-        sum(i / rank for i, rank in enumerate(ranks, 1)) / max(min(k, len(positives)), 1)
-      )
+      precisions.append(sum(i / rank for i, rank in enumerate(ranks, 1)) / max(min(k, len(positives)), 1))
       reciprocals.append(1 / ranks[0] if ranks else 0)
     assert ours[f"MAP@{k}"] == pytest.approx(100 * np.mean(precisions), abs=1e-4)
     assert ours[f"MRR@{k}"] == pytest.approx(100 * np.mean(reciprocals), abs=1e-4)
@@ -87,9 +74,7 @@ def test_inverse_propensity_equals_napkinxc():
   rows = [rng.choice(40, rng.integers(1, 5), replace=False).tolist() for _ in range(300)] + [[39]]
   frequencies = np.bincount(np.concatenate(rows), minlength=40)
   expected = napkinxc.metrics.Jain_et_al_inverse_propensity(rows, A=0.6, B=2.6)
-  np.testing.assert_allclose(
-    inverse_propensity(frequencies, len(rows), 0.6, 2.6), expected, rtol=1e-12
-  )
+  np.testing.assert_allclose(inverse_propensity(frequencies, len(rows), 0.6, 2.6), expected, rtol=1e-12)
 
 
 def test_ranking_the_truth_first_scores_100_and_psp_needs_the_rare_labels_first():
@@ -97,10 +82,7 @@ def test_ranking_the_truth_first_scores_100_and_psp_needs_the_rare_labels_first(
   propensity = np.asarray([1, 2, 3, 4, 5, 6.0])
   perfect = np.asarray([[4, 3, 2, 1, 0, -1], [5, 0, 1, 2, 3, 4]])
   scores = evaluate(perfect, truth, propensity, precision_ks=(1, 5), recall_ks=(5,))
-  assert {
-    name: round(scores[name], 3)
-    for name in ("P@1", "P@5", "PSP@1", "PSP@5", "nDCG@5", "PSnDCG@5", "R@5")
-  } == {
+  assert {name: round(scores[name], 3) for name in ("P@1", "P@5", "PSP@1", "PSP@5", "nDCG@5", "PSnDCG@5", "R@5")} == {
     "P@1": 100,
     "P@5": 60,
     "PSP@1": 100,
@@ -111,9 +93,9 @@ def test_ranking_the_truth_first_scores_100_and_psp_needs_the_rare_labels_first(
   }
   common_first = perfect.copy()
   common_first[0] = [0, 1, 2, 3, 4, -1]
-  assert evaluate(common_first, truth, propensity, precision_ks=(1,), recall_ks=(5,))[
-    "PSP@1"
-  ] == pytest.approx(100 * (1 + 6) / (5 + 6))
+  assert evaluate(common_first, truth, propensity, precision_ks=(1,), recall_ks=(5,))["PSP@1"] == pytest.approx(
+    100 * (1 + 6) / (5 + 6)
+  )
 
 
 def test_a_positive_that_stands_twice_counts_once():
@@ -125,10 +107,7 @@ def test_a_positive_that_stands_twice_counts_once():
 def test_blocks_of_queries_do_not_change_the_result(monkeypatch):
   ids, truth, frequencies = _case()
   rows, propensity = Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5)
-  whole, groups = (
-    query_metrics(ids, rows, propensity, **KS),
-    metrics_by_frequency(ids, rows, frequencies, **KS),
-  )
+  whole, groups = (query_metrics(ids, rows, propensity, **KS), metrics_by_frequency(ids, rows, frequencies, **KS))
   monkeypatch.setattr(metrics, "_QUERIES_AT_ONCE", 7)
   parts = query_metrics(ids, rows, propensity, **KS)
   np.testing.assert_array_equal(parts.numerators, whole.numerators)
@@ -152,9 +131,7 @@ def test_metrics_by_frequency_equal_brute_force():
     for k in (10, 20):
       found = sum(label in ids[query, :k] for query, label in pairs)
       assert group[f"R@{k}"] == pytest.approx(100 * found / len(pairs))
-    hits = sum(
-      label in truth[query] for query in range(200) for label in ids[query, :5] if label in labels
-    )
+    hits = sum(label in truth[query] for query in range(200) for label in ids[query, :5] if label in labels)
     assert group["P@5"] == pytest.approx(100 * hits / (5 * 200))
   assert [group["decile"] for group in groups] == list(range(1, 11))
   whole = evaluate(ids, Ragged.from_rows(truth), np.ones(NUM_LABELS), **KS)
@@ -164,20 +141,14 @@ def test_metrics_by_frequency_equal_brute_force():
 
 def test_a_decile_without_test_pairs_has_no_recall():
   groups = metrics_by_frequency(
-    np.asarray([[19, 0]]),
-    Ragged.from_rows([[19]]),
-    np.arange(20),
-    precision_ks=(1,),
-    recall_ks=(2,),
+    np.asarray([[19, 0]]), Ragged.from_rows([[19]]), np.arange(20), precision_ks=(1,), recall_ks=(2,)
   )
   assert groups[0]["R@2"] is None and groups[9]["R@2"] == 100
 
 
 def test_interval_of_a_mean_is_that_of_the_normal_approximation():
   ids, truth, frequencies = _case(num_queries=2000)
-  values = query_metrics(
-    ids, Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS
-  )
+  values = query_metrics(ids, Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS)
   intervals = bootstrap_intervals(values, seed=1)
   for name in ("P@1", "nDCG@5", "R@20"):
     column = values.numerators[:, values.names.index(name)]
@@ -189,9 +160,7 @@ def test_interval_of_a_mean_is_that_of_the_normal_approximation():
 
 def test_psp_is_a_ratio_of_sums_in_every_resample():
   ids, truth, frequencies = _case()
-  values = query_metrics(
-    ids, Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS
-  )
+  values = query_metrics(ids, Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS)
   # One that repeats the draws: with a single block they are the generator's integers in order.
   rng = np.random.default_rng(3)
   rng.multinomial(200, [1.0], size=4)
@@ -199,19 +168,14 @@ def test_psp_is_a_ratio_of_sums_in_every_resample():
   for sample in samples:
     drawn = rng.integers(0, 200, 200, dtype=np.uint16)
     expected = evaluate(
-      ids[drawn],
-      Ragged.from_rows([truth[i] for i in drawn]),
-      inverse_propensity(frequencies, 1000, 0.55, 1.5),
-      **KS,
+      ids[drawn], Ragged.from_rows([truth[i] for i in drawn]), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS
     )
     np.testing.assert_allclose(sample, list(expected.values()), rtol=1e-5)
 
 
 def test_intervals_depend_on_the_seed_only_and_blocks_keep_their_width(monkeypatch):
   ids, truth, frequencies = _case(num_queries=1000)
-  values = query_metrics(
-    ids, Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS
-  )
+  values = query_metrics(ids, Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS)
   one = bootstrap_intervals(values, seed=5)
   assert bootstrap_intervals(values, seed=5) == one
   assert bootstrap_intervals(values, seed=6) != one

@@ -19,25 +19,27 @@ import vixml_jax
 from vixml_jax.datasets import raw
 from vixml_jax.errors import InputError
 from vixml_jax.inference.new_labels import (
-    LabelFormat,
-    add_labels,
-    check_categories,
-    check_new,
-    embed_labels,
-    ids_of_uids,
-    nearest_clusters,
-    read_categories,
-    read_labels,
-    read_uids,
+  LabelFormat,
+  add_labels,
+  check_categories,
+  check_new,
+  embed_labels,
+  ids_of_uids,
+  nearest_clusters,
+  read_categories,
+  read_labels,
+  read_uids,
 )
 from vixml_jax.ragged import Ragged
 from vixml_jax.search import generations
 from vixml_jax.search.label_index import IndexContents, LabelIndex, write_index
 from vixml_jax.search.scann_index import scann_available
 
-NEW = [{"uid": "new/0", "title": "horse code chip", "positives": ["horse chip", {"title": "code", "uid": 3}]},
-       {"uid": "new/1", "title": "gift cake cup", "content": "a party"},
-       {"uid": 2, "title": "bell alarm", "positives": []}]
+NEW = [
+  {"uid": "new/0", "title": "horse code chip", "positives": ["horse chip", {"title": "code", "uid": 3}]},
+  {"uid": "new/1", "title": "gift cake cup", "content": "a party"},
+  {"uid": 2, "title": "bell alarm", "positives": []},
+]
 needs_scann = pytest.mark.skipif(not scann_available()[0], reason=scann_available()[1])
 kinds = pytest.mark.parametrize("search", ["exact", pytest.param("scann", marks=needs_scann)])
 
@@ -75,8 +77,14 @@ def with_index(predictor, folder, search="exact"):
   """The predictor with an index of its own, to change."""
   index, ids = predictor.index, np.arange(predictor.index.num_labels)
   contents = IndexContents(
-      index.embeddings, index.texts(ids), index.uids(ids), index.label_clusters, index.clusters,
-      queries=np.load(predictor.encoder.workdir / "embeddings" / "train_queries.npy"), query_labels=index.query_labels)
+    index.embeddings,
+    index.texts(ids),
+    index.uids(ids),
+    index.label_clusters,
+    index.clusters,
+    queries=np.load(predictor.encoder.workdir / "embeddings" / "train_queries.npy"),
+    query_labels=index.query_labels,
+  )
   checkpoint = predictor.encoder.checkpoint
   write_index(folder, contents, checkpoint=checkpoint, search=search, retrieval=index.retrieval, mesh=predictor.mesh)
   return dataclasses.replace(predictor, index=LabelIndex.open(folder, checkpoint=checkpoint, mesh=predictor.mesh))
@@ -108,10 +116,17 @@ def raw_records(workplace, split):
 def test_a_label_of_the_training_data_with_its_queries_gets_the_prototype_that_training_gave_it(illustrated, viewer):
   workplace = illustrated.workdir.parent / "gone" / "raw"
   queries = raw_records(workplace, "train")
-  labels = [{**label, "positives": [
-      {key: query[key] for key in ("title", "content", "images") if key in query}
-      for query in queries if number in query["target_ind"]]}
-            for number, label in enumerate(raw_records(workplace, "labels"))]
+  labels = [
+    {
+      **label,
+      "positives": [
+        {key: query[key] for key in ("title", "content", "images") if key in query}
+        for query in queries
+        if number in query["target_ind"]
+      ],
+    }
+    for number, label in enumerate(raw_records(workplace, "labels"))
+  ]
   assert {len(label.get("images", ())) for label in labels} == {0, 1} and all(label["positives"] for label in labels)
   prototypes, clusters = embedded(viewer, parsed(viewer, labels))
   # Training made balanced clusters by its initial model: not every label need be nearest to its own.
@@ -170,7 +185,8 @@ def test_added_labels_are_found_and_deleted_ones_never_come(predictor, tmp_path,
   for row, found in zip(scores, larger.predict(queries, 27), strict=True):
     assert [label.id for label in found] == np.argsort(-row, kind="stable").tolist()
     assert [(label.label, label.text) for label in found if label.id >= 24] == [
-        (str(NEW[label.id - 24]["uid"]), NEW[label.id - 24]["title"]) for label in found if label.id >= 24]
+      (str(NEW[label.id - 24]["uid"]), NEW[label.id - 24]["title"]) for label in found if label.id >= 24
+    ]
   doomed = {"new/1": "", "label/7": ""}
   smaller = dataclasses.replace(larger, index=larger.index.delete(ids_of_uids(larger.index, doomed)))
   for row, found in zip(scores, smaller.predict(queries, 25), strict=True):
@@ -180,22 +196,27 @@ def test_added_labels_are_found_and_deleted_ones_never_come(predictor, tmp_path,
 def test_a_label_ranks_high_for_its_own_text(predictor, tmp_path):
   titles = ["chip disk data code horse dog", "rain snow sun cloud", "mail chat call phone"]
   larger = with_labels(with_index(predictor, tmp_path / "index"), [{"uid": title, "title": title} for title in titles])
-  ranks = [[label.label for label in found].index(title)
-           for title, found in zip(titles, larger.predict(titles, 27), strict=True)]
+  ranks = [
+    [label.label for label in found].index(title)
+    for title, found in zip(titles, larger.predict(titles, 27), strict=True)
+  ]
   assert np.mean(ranks) < 3, ranks  # Chance is 13.
 
 
 def test_retrieval_augmentation_gives_new_labels_their_own_share_and_that_of_their_positives(
-    predictor, trained, tmp_path):
+  predictor, trained, tmp_path
+):
   larger = with_labels(with_index(predictor, tmp_path / "index"), NEW)
   augmented = dataclasses.replace(
-      larger, retrieval=vixml_jax.load(trained.workdir, retrieval_augmented=True, retrieval_lambda=0.5).retrieval)
+    larger, retrieval=vixml_jax.load(trained.workdir, retrieval_augmented=True, retrieval_lambda=0.5).retrieval
+  )
   found = {label.id: label.score for label in augmented.predict([NEW[0]["title"]], 27)[0]}
   query = predictor.encode([NEW[0]["title"]])[0].astype(np.float64)
   labels = np.exp(larger.index.embeddings @ query / augmented.retrieval.temperature)
   positives = predictor.encode(["horse chip", "code"])
-  memory = np.exp(np.concatenate([trained.embeddings("train_queries"), positives]) @ query
-                  / augmented.retrieval.temperature)
+  memory = np.exp(
+    np.concatenate([trained.embeddings("train_queries"), positives]) @ query / augmented.retrieval.temperature
+  )
   total = labels.sum() + memory.sum()
   # No training query has the other two.
   for number, share in ((24, labels[24] + memory[-2:].sum()), (25, labels[25]), (26, labels[26])):
@@ -213,8 +234,9 @@ def test_a_kill_while_labels_are_added_leaves_the_former_index(predictor, tmp_pa
   with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
     patched.setattr(generations, "new_file", kill)
     with_labels(own, NEW)
-  again = dataclasses.replace(own, index=LabelIndex.open(
-      tmp_path / "index", checkpoint=own.encoder.checkpoint, mesh=own.mesh))
+  again = dataclasses.replace(
+    own, index=LabelIndex.open(tmp_path / "index", checkpoint=own.encoder.checkpoint, mesh=own.mesh)
+  )
   assert again.predict(["gift cake cup"], 24) == before and again.index.num_labels == 24
   assert with_labels(again, NEW).index.num_labels == 27
 
@@ -228,7 +250,9 @@ def test_categories_of_new_labels_filter(predictor, tmp_path):
 # Bad input.
 
 
-@pytest.mark.parametrize("line,message", [
+@pytest.mark.parametrize(
+  "line,message",
+  [
     ('{"uid": "x"}', "has no 'title'"),
     ('{"title": "x"}', "has no 'uid'"),
     ('{"uid": null, "title": "x"}', "has no 'uid'"),
@@ -245,10 +269,11 @@ def test_categories_of_new_labels_filter(predictor, tmp_path):
     ('{"uid": "x", "title": "y", "positives": [{"title": "z", "deny": []}]}', "positive 0: unknown 'deny'"),
     ('["x"]', "must be an object with 'uid' and 'title', not list"),
     ('{"uid": "x", "ti', "not valid JSON"),
-])
+  ],
+)
 def test_a_bad_label_is_named_by_file_and_line(predictor, tmp_path, line, message):
   path = tmp_path / "new.jsonl"
-  path.write_text(f'{json.dumps(NEW[0])}\n\n{line}\n')
+  path.write_text(f"{json.dumps(NEW[0])}\n\n{line}\n")
   with pytest.raises(InputError, match=f"new.jsonl:3: .*{message}"):
     read_labels(path, label_format(predictor))
 
@@ -277,9 +302,14 @@ def test_uids_of_uids_are_read_as_they_stand_and_unknown_ones_named_by_line(pred
       read_uids(path)
 
 
-@pytest.mark.parametrize("name,message", [
-    ("new.csv", "new.csv: files of labels end in .jsonl"), ("none.jsonl", "none.jsonl: no such file; --labels"),
-    ("empty.jsonl", "empty.jsonl: holds no label")])
+@pytest.mark.parametrize(
+  "name,message",
+  [
+    ("new.csv", "new.csv: files of labels end in .jsonl"),
+    ("none.jsonl", "none.jsonl: no such file; --labels"),
+    ("empty.jsonl", "empty.jsonl: holds no label"),
+  ],
+)
 def test_files_of_labels_that_are_none_are_refused(predictor, tmp_path, name, message):
   (tmp_path / "empty.jsonl").write_text("\n")
   with pytest.raises(InputError, match=message):
@@ -290,25 +320,38 @@ def test_pictures_come_beside_the_file_or_in_it_and_a_bad_one_is_named(illustrat
   png = next(query["images"][0] for query in illustrated.queries if "images" in query)
   (tmp_path / "a.png").write_bytes(png)
   inside = "data:image/png;base64," + base64.b64encode(png).decode()
-  lines = [{"uid": "a", "title": "sun", "images": ["a.png"]}, {"uid": "b", "title": "sun", "images": [inside]},
-           {"uid": "c", "title": "sun"}]
+  lines = [
+    {"uid": "a", "title": "sun", "images": ["a.png"]},
+    {"uid": "b", "title": "sun", "images": [inside]},
+    {"uid": "c", "title": "sun"},
+  ]
   path = tmp_path / "new.jsonl"
   path.write_text("\n".join(map(json.dumps, lines)))
   beside, within, without = embedded(viewer, read_labels(path, label_format(viewer)))[0]
   np.testing.assert_allclose(beside, within, atol=1e-6)
   assert np.abs(beside - without).max() > 1e-3
-  for bad, place in (({"images": [inside, "b.png"]}, "image 1"), (
-      {"positives": ["x", {"title": "y", "images": ["new.jsonl"]}]}, "positive 1: image 0")):
+  for bad, place in (
+    ({"images": [inside, "b.png"]}, "image 1"),
+    ({"positives": ["x", {"title": "y", "images": ["new.jsonl"]}]}, "positive 1: image 0"),
+  ):
     path.write_text("\n".join(map(json.dumps, [lines[0], {"uid": "d", "title": "sun"} | bad])))
     with pytest.raises(InputError, match=f"new.jsonl:2: {place}"):
       embedded(viewer, read_labels(path, label_format(viewer)))
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("{", "is not JSON"), ("[1]", "must be an object"), ('{"uid": "a"}', "must be an object"),
-    ('{"uid": 3, "categories": []}', "must be an object"), ('{"uid": "a", "categories": "red"}', "a list of names"),
-    ('{"uid": "a", "categories": [" "]}', "a list of names"), ('{"uid": "b", "categories": []}', "stands in .*:1, too"),
-    ('{"uid": " ", "categories": []}', "'uid' is empty")])
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("{", "is not JSON"),
+    ("[1]", "must be an object"),
+    ('{"uid": "a"}', "must be an object"),
+    ('{"uid": 3, "categories": []}', "must be an object"),
+    ('{"uid": "a", "categories": "red"}', "a list of names"),
+    ('{"uid": "a", "categories": [" "]}', "a list of names"),
+    ('{"uid": "b", "categories": []}', "stands in .*:1, too"),
+    ('{"uid": " ", "categories": []}', "'uid' is empty"),
+  ],
+)
 def test_bad_lines_of_categories_are_named(tmp_path, line, message):
   path = tmp_path / "categories.jsonl"
   path.write_text('{"uid": "b", "categories": ["red"]}\n\n' + line)
@@ -342,16 +385,24 @@ def test_the_command_adds_replaces_and_deletes_and_writes_nothing_after_an_error
   categories = [{"uid": "label/0", "categories": ["red", "blue"]}, {"uid": "new/1", "categories": []}]
   (tmp_path / "categories.jsonl").write_text("\n".join(map(json.dumps, categories)))
   (tmp_path / "lost.jsonl").write_text(json.dumps({"uid": "label/5", "categories": ["red"]}))
-  flags = {"taken": ["--labels=late.jsonl", "--delete=uids.txt"], "nothing": [],
-           "good": ["--labels=new.jsonl", "--delete=uids.txt"], "delete": ["--delete=one.txt"],
-           "gone": ["--delete=one.txt"], "lost": ["--labels=late.jsonl", "--categories=lost.jsonl"],
-           "categories": ["--categories=categories.jsonl"]}
+  flags = {
+    "taken": ["--labels=late.jsonl", "--delete=uids.txt"],
+    "nothing": [],
+    "good": ["--labels=new.jsonl", "--delete=uids.txt"],
+    "delete": ["--delete=one.txt"],
+    "gone": ["--delete=one.txt"],
+    "lost": ["--labels=late.jsonl", "--categories=lost.jsonl"],
+    "categories": ["--categories=categories.jsonl"],
+  }
   places = {name: [flag.replace("=", f"={tmp_path}/") for flag in given] for name, given in flags.items()}
   commands = {name: ["add_labels", f"--workdir={workdir}", *given] for name, given in places.items()}
   done = run_commands(commands, tmp_path)
-  for name, message in (("taken", "late.jsonl:2: uid 'label/4'"), ("nothing", "--labels: must be given"),
-                        ("gone", "one.txt:1: label 'new/0' was deleted"),
-                        ("lost", "late.jsonl:2: uid 'label/4'")):
+  for name, message in (
+    ("taken", "late.jsonl:2: uid 'label/4'"),
+    ("nothing", "--labels: must be given"),
+    ("gone", "one.txt:1: label 'new/0' was deleted"),
+    ("lost", "late.jsonl:2: uid 'label/4'"),
+  ):
     status, stdout, stderr = done[name]
     assert status == 1 and not stdout and [message in line for line in stderr.splitlines()].count(True) == 1, stderr
   assert done["good"][:2] == [0, f"{workdir}/index: 2 deleted, 4 added, 2 of them with positives; it has 26 labels\n"]
@@ -386,8 +437,10 @@ def test_a_raw_folder_without_some_labels_keeps_everything_else(tmp_path):
       assert [uids[i] for i in row["target_ind"]] == [all_uids[i] for i in former["target_ind"] if i not in lost]
       assert len(row["target_rel"]) == len(row["target_ind"])
     assert filter_pairs(target, split, after, uids) == {
-        (query, label) for query, label in filter_pairs(source, split, before, all_uids)
-        if label in uids and query in {row["uid"] for row in after}}
+      (query, label)
+      for query, label in filter_pairs(source, split, before, all_uids)
+      if label in uids and query in {row["uid"] for row in after}
+    }
   schema = pq.read_schema(target / "trn_images.parquet")
   assert schema.names == ["row", "slot", "png"] and schema.field("row").type == pa.int32()
 
@@ -406,8 +459,9 @@ def test_scores_of_new_and_old_labels_leave_out_each_other_s_positives():
       ids = np.full((3, 100), -1)
       for row, labels in enumerate(ranked):
         left = [to_id[label] for label in labels if to_id[label] >= 0 and to_id[label] not in exclude[row]]
-        ids[row, :len(left)] = left
+        ids[row, : len(left)] = left
       return ids
+
     return search
 
   truth, own = Ragged.from_rows([[0, 3], [1], [3, 2]]), Ragged.from_rows([[], [], [1]])

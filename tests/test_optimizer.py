@@ -13,24 +13,24 @@ from vixml_jax.training import optimizer
 RATES = {"encoder": 0.01, "new": 0.03, "free_vectors": 0.1}
 # Path -> (shape, learning rate, whether it decays): what METHOD and the published code do.
 PARAMETERS = {
-    "encoder/word_embedding": ((5, 4), "encoder", True),
-    "encoder/embedding_norm/scale": ((4,), "encoder", False),
-    "encoder/embedding_norm/bias": ((4,), "encoder", False),
-    "encoder/layers/up/kernel": ((2, 4, 3), "encoder", True),
-    "encoder/layers/up/bias": ((2, 3), "encoder", False),
-    "encoder/layers/mlp_norm/scale": ((2, 4), "encoder", False),
-    "encoder/layers/attention/query/lora_a": ((2, 4, 2), "encoder", True),
-    "encoder/layers/attention/query/lora_b": ((2, 2, 3), "encoder", True),
-    "prototype/layer/down/kernel": ((3, 4), "new", True),
-    "prototype/layer/down/bias": ((4,), "new", False),
-    "prototype/layer/mlp_norm/scale": ((4,), "new", True),
-    "prototype/layer/mlp_norm/bias": ((4,), "new", False),
-    "free_vectors": ((6, 4), "free_vectors", False),
-    "fusion/project/kernel": ((3, 4), "new", True),
-    "fusion/project/bias": ((4,), "new", False),
-    "fusion/mixer/mlp_norm/scale": ((4,), "new", True),
-    "fusion/residual/kernel": ((3, 4), "new", True),
-    "fusion/residual/bias": ((4,), "new", False),
+  "encoder/word_embedding": ((5, 4), "encoder", True),
+  "encoder/embedding_norm/scale": ((4,), "encoder", False),
+  "encoder/embedding_norm/bias": ((4,), "encoder", False),
+  "encoder/layers/up/kernel": ((2, 4, 3), "encoder", True),
+  "encoder/layers/up/bias": ((2, 3), "encoder", False),
+  "encoder/layers/mlp_norm/scale": ((2, 4), "encoder", False),
+  "encoder/layers/attention/query/lora_a": ((2, 4, 2), "encoder", True),
+  "encoder/layers/attention/query/lora_b": ((2, 2, 3), "encoder", True),
+  "prototype/layer/down/kernel": ((3, 4), "new", True),
+  "prototype/layer/down/bias": ((4,), "new", False),
+  "prototype/layer/mlp_norm/scale": ((4,), "new", True),
+  "prototype/layer/mlp_norm/bias": ((4,), "new", False),
+  "free_vectors": ((6, 4), "free_vectors", False),
+  "fusion/project/kernel": ((3, 4), "new", True),
+  "fusion/project/bias": ((4,), "new", False),
+  "fusion/mixer/mlp_norm/scale": ((4,), "new", True),
+  "fusion/residual/kernel": ((3, 4), "new", True),
+  "fusion/residual/bias": ((4,), "new", False),
 }
 
 
@@ -57,15 +57,26 @@ def test_updates_are_those_of_torch_adamw_with_the_same_groups(clip_norm):
 
   theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
   adamw = torch.optim.AdamW(
-      [dict(params=[theirs[name]], lr=RATES[rate], weight_decay=0.3 if decays else 0.0)
-       for name, (_, rate, decays) in PARAMETERS.items()], eps=1e-6)
+    [
+      dict(params=[theirs[name]], lr=RATES[rate], weight_decay=0.3 if decays else 0.0)
+      for name, (_, rate, decays) in PARAMETERS.items()
+    ],
+    eps=1e-6,
+  )
   warm_up = transformers.get_linear_schedule_with_warmup(adamw, 2, 6)
 
   params = nested(start)
   ours = optimizer.make_optimizer(
-      params, learning_rate=RATES["encoder"], new_learning_rate=RATES["new"],
-      free_vector_learning_rate=RATES["free_vectors"], warmup_steps=2, total_steps=6,
-      weight_decay=0.3, adam_eps=1e-6, clip_norm=clip_norm)
+    params,
+    learning_rate=RATES["encoder"],
+    new_learning_rate=RATES["new"],
+    free_vector_learning_rate=RATES["free_vectors"],
+    warmup_steps=2,
+    total_steps=6,
+    weight_decay=0.3,
+    adam_eps=1e-6,
+    clip_norm=clip_norm,
+  )
   state, update = ours.init(params), jax.jit(ours.update)
   for step in range(4):
     updates, state = update(nested(gradients[step]), state, params)

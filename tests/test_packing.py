@@ -19,15 +19,22 @@ def texts(seed, count, longest):
   return Ragged.from_rows([rng.integers(1, 1000, rng.integers(1, longest + 1)) for _ in range(count)])
 
 
-@pytest.mark.parametrize("count,longest,layout", [
-    (200, 16, PackedLayout(32, 4)), (37, 32, PackedLayout(32, 8)), (1, 5, PackedLayout(16, 2)),
-    (300, 2, PackedLayout(64, 4))])
+@pytest.mark.parametrize(
+  "count,longest,layout",
+  [
+    (200, 16, PackedLayout(32, 4)),
+    (37, 32, PackedLayout(32, 8)),
+    (1, 5, PackedLayout(16, 2)),
+    (300, 2, PackedLayout(64, 4)),
+  ],
+)
 def test_every_text_is_found_whole_where_its_slot_says(count, longest, layout):
   rows = texts(0, count, longest)
   packed = pack(Items.of_texts(rows), layout)
   assert packed.images is None
   tokens, segments, positions = (
-      x.reshape(-1, layout.row_length) for x in (packed.tokens, packed.segments, packed.positions))
+    x.reshape(-1, layout.row_length) for x in (packed.tokens, packed.segments, packed.positions)
+  )
   for i, slot in enumerate(packed.slots):
     row, place = divmod(int(slot), layout.slots)
     where = np.flatnonzero(segments[row] == place + 1)
@@ -76,8 +83,7 @@ def test_positives_are_drawn_in_proportion_to_their_weights():
 def training_queries(count=21):
   rng = np.random.default_rng(1)
   labels = Ragged.from_rows([rng.choice(15, rng.integers(1, 4), replace=False) for _ in range(count)])
-  return TrainingQueries(
-      Items.of_texts(texts(2, count, 8)), labels, Items.of_texts(texts(3, 15, 6)), np.ones(15))
+  return TrainingQueries(Items.of_texts(texts(2, count, 8)), labels, Items.of_texts(texts(3, 15, 6)), np.ones(15))
 
 
 def test_an_epoch_reads_every_query_once_and_pads_its_last_batch():
@@ -99,8 +105,7 @@ def test_an_epoch_reads_every_query_once_and_pads_its_last_batch():
 def test_a_batch_is_a_pure_function_of_seed_epoch_and_step():
   data, layout = training_queries(), PackedLayout(16, 2)
   order = np.arange(21)
-  first, again, other = (
-      make_batch(data, order, 8, layout, seed=0, epoch=epoch, step=1) for epoch in (2, 2, 3))
+  first, again, other = (make_batch(data, order, 8, layout, seed=0, epoch=epoch, step=1) for epoch in (2, 2, 3))
   np.testing.assert_array_equal(first.label_ids, again.label_ids)
   np.testing.assert_array_equal(first.items.tokens, again.items.tokens)
   assert (first.label_ids != other.label_ids).any()
@@ -110,7 +115,8 @@ def test_held_out_queries_take_along_their_reorderings_and_what_differs_by_a_fre
   rng = np.random.default_rng(0)
   rows = [rng.choice(np.arange(5, 500), 2, replace=False) for _ in range(2000)]
   tokens = Ragged.from_rows(
-      [[1, *row, 2] for row in rows] + [[1, *row[::-1], 2] for row in rows] + [[1, *row, 3, 2] for row in rows])
+    [[1, *row, 2] for row in rows] + [[1, *row[::-1], 2] for row in rows] + [[1, *row, 3, 2] for row in rows]
+  )
   held_out = hold_out(tokens, 0.1, seed=0)
   np.testing.assert_array_equal(held_out[:2000], held_out[2000:4000])
   np.testing.assert_array_equal(held_out[:2000], held_out[4000:])
@@ -136,9 +142,11 @@ def test_every_image_is_found_beside_its_text(order, images):
   items = items_with_images(images, 150, 12, images)
   packed = pack(items, layout)
   tokens, segments, positions = (
-      x.reshape(-1, layout.row_length) for x in (packed.tokens, packed.segments, packed.positions))
-  ids, owners, places = (x.reshape(-1, layout.image_places) for x in (
-      packed.images.rows, packed.images.segments, packed.images.positions))
+    x.reshape(-1, layout.row_length) for x in (packed.tokens, packed.segments, packed.positions)
+  )
+  ids, owners, places = (
+    x.reshape(-1, layout.image_places) for x in (packed.images.rows, packed.images.segments, packed.images.positions)
+  )
   for i, slot in enumerate(packed.slots):
     row, place = divmod(int(slot), layout.slots)
     mine = np.flatnonzero(owners[row] == place + 1)
@@ -148,12 +156,12 @@ def test_every_image_is_found_beside_its_text(order, images):
     assert len(where) == len(items.tokens[i]) + in_row
     np.testing.assert_array_equal(positions[row][where], np.arange(len(where)))
     first = in_row if order == "before" else 0
-    np.testing.assert_array_equal(tokens[row][where[first:first + len(items.tokens[i])]], items.tokens[i])
+    np.testing.assert_array_equal(tokens[row][where[first : first + len(items.tokens[i])]], items.tokens[i])
     if order == "apart":
       assert (places[row][mine] == layout.row_length).all()
     else:
       start = 0 if order == "before" else len(items.tokens[i])
-      np.testing.assert_array_equal(places[row][mine], where[start:start + len(mine)])
+      np.testing.assert_array_equal(places[row][mine], where[start : start + len(mine)])
   assert (places[owners == 0] == layout.row_length).all()
 
 
@@ -182,8 +190,12 @@ def test_the_first_values_of_rows_are_kept():
 def test_modality_dropout_takes_all_images_of_an_item_and_is_a_pure_function_of_the_step():
   items = items_with_images(0, 400, 6, 3)
   data = TrainingQueries(
-      items, Ragged.from_rows([[i % 15] for i in range(400)]), items_with_images(1, 15, 6, 3), np.ones(15),
-      modality_dropout=0.3)
+    items,
+    Ragged.from_rows([[i % 15] for i in range(400)]),
+    items_with_images(1, 15, 6, 3),
+    np.ones(15),
+    modality_dropout=0.3,
+  )
   layout, order = PackedLayout(32, 4, 3), np.arange(400)
   kept = {}
   for step in (0, 1):
@@ -208,8 +220,14 @@ FOR_TEXT, FOR_IMAGES, EOS = Phrase((900, 901, 902)), Phrase((910, 911), beside_i
 FULL = (FOR_TEXT, "text", FOR_IMAGES, "images", EOS)
 # The rows of the paper's ablation, METHOD "Ablations: prompts".
 PROMPTS = [
-    ("text",), (FOR_TEXT, "text"), (FOR_TEXT, "text", EOS), ("images", "text", EOS), ("text", "images", EOS),
-    (FOR_IMAGES, "images", FOR_TEXT, "text", EOS), FULL]
+  ("text",),
+  (FOR_TEXT, "text"),
+  (FOR_TEXT, "text", EOS),
+  ("images", "text", EOS),
+  ("text", "images", EOS),
+  (FOR_IMAGES, "images", FOR_TEXT, "text", EOS),
+  FULL,
+]
 
 
 def image(row):
@@ -233,11 +251,15 @@ def expected(template, text, images):
 def laid_out(packed, layout):
   """Every item as it stands in its row, its positions, and the images that it owns."""
   tokens, segments, positions = (
-      x.reshape(-1, layout.row_length).copy() for x in (packed.tokens, packed.segments, packed.positions))
+    x.reshape(-1, layout.row_length).copy() for x in (packed.tokens, packed.segments, packed.positions)
+  )
   assert (tokens[segments == 0] == 0).all()
   shape = (len(tokens), layout.image_places if layout.images else 0)
-  ids, owners, places = (np.zeros(shape, int),) * 3 if packed.images is None else (
-      x.reshape(shape) for x in (packed.images.rows, packed.images.segments, packed.images.positions))
+  ids, owners, places = (
+    (np.zeros(shape, int),) * 3
+    if packed.images is None
+    else (x.reshape(shape) for x in (packed.images.rows, packed.images.segments, packed.images.positions))
+  )
   for row, place in zip(*np.nonzero(owners), strict=True):
     at = places[row, place]
     if at < layout.row_length:
@@ -254,8 +276,9 @@ def random_template(rng):
   """Any mix of parts, images and text among them or not."""
   parts = [part for part in ("text", "images") if rng.random() < 0.8]
   parts += [
-      Phrase(tuple(rng.integers(900, 999, rng.integers(1, 4)).tolist()), beside_images=rng.random() < 0.5)
-      for _ in range(rng.integers(0, 5))]
+    Phrase(tuple(rng.integers(900, 999, rng.integers(1, 4)).tolist()), beside_images=rng.random() < 0.5)
+    for _ in range(rng.integers(0, 5))
+  ]
   rng.shuffle(parts)
   return tuple(parts)
 
@@ -268,8 +291,7 @@ def test_every_item_is_its_template_s_parts_in_order(template, special_tokens, m
   if isinstance(template, int):
     template = random_template(rng)
   layout = PackedLayout(36, 4, most, template, special_tokens)
-  texts = Ragged.from_rows(
-      [rng.integers(1, 900, special_tokens + max(rng.integers(-3, 9), 0)) for _ in range(150)])
+  texts = Ragged.from_rows([rng.integers(1, 900, special_tokens + max(rng.integers(-3, 9), 0)) for _ in range(150)])
   images = Ragged.from_rows([rng.integers(0, 500, rng.integers(0, most + 1)) for _ in range(150)])
   packed = pack(Items(texts, images), layout)
   wanted = [expected(template, text, rows) for text, rows in zip(texts, images, strict=True)]
@@ -284,6 +306,7 @@ def test_every_item_is_its_template_s_parts_in_order(template, special_tokens, m
 
 def most_images_by_trying(layout):
   """The most images of items that fit a row: some number with I images, then one with fewer; texts are empty."""
+
   def length(images):
     return len(expected(layout.template, np.zeros(layout.special_tokens), [0] * images))
 

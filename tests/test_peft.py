@@ -33,8 +33,7 @@ def _peft_model(kind="base", **options):
   """A tiny Qwen2 of transformers with random adapters on it, B included, by PEFT."""
   torch.manual_seed(0)
   settings = dict(use_rslora=True, r=RANK, lora_alpha=int(ALPHA), target_modules=TARGETS, lora_dropout=0.0)
-  model = theirs.get_peft_model(
-      KINDS[kind](tiny_decoders.hf_config("qwen2")), theirs.LoraConfig(**settings | options))
+  model = theirs.get_peft_model(KINDS[kind](tiny_decoders.hf_config("qwen2")), theirs.LoraConfig(**settings | options))
   with torch.no_grad():
     for name, parameter in model.named_parameters():
       if "lora_" in name:
@@ -91,7 +90,7 @@ def test_adapters_that_peft_saved_compute_the_same_here(saved, abstract):
   packed = tiny_encoders.packed([[text] for text in texts], 9)
   hidden = jax.jit(lambda params: layers.merge_params(graphdef, params)(*packed))(params)
   for row, text in enumerate(texts):
-    np.testing.assert_allclose(hidden[row, :len(text)], wanted[row, :len(text)], atol=1e-4)
+    np.testing.assert_allclose(hidden[row, : len(text)], wanted[row, : len(text)], atol=1e-4)
   assert np.abs(plain.last_hidden_state.numpy() - wanted).max() > 0.1  # The adapters do something.
 
 
@@ -103,7 +102,8 @@ def test_adapters_that_we_save_peft_loads_by_name_and_computes_the_same_with(sav
   assert before.keys() == after.keys()
   _assert_equal(before, after)
   fresh = theirs.get_peft_model(
-      transformers.AutoModel.from_pretrained(base), theirs.LoraConfig.from_pretrained(tmp_path / "ours"))
+    transformers.AutoModel.from_pretrained(base), theirs.LoraConfig.from_pretrained(tmp_path / "ours")
+  )
   report = theirs.set_peft_model_state_dict(fresh, theirs.load_peft_weights(tmp_path / "ours", device="cpu"))
   assert not report.unexpected_keys
   assert not [name for name in report.missing_keys if "lora_" in name]
@@ -140,15 +140,15 @@ def test_adapters_chosen_by_pattern_are_told_from_their_tensors(abstract, tmp_pa
 def test_adapters_load_into_sharded_arrays(saved, abstract):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   where = jax.tree.map(
-      lambda x: NamedSharding(mesh, PartitionSpec(None, "fsdp" if x.shape[1] % 2 == 0 else None)), abstract)
+    lambda x: NamedSharding(mesh, PartitionSpec(None, "fsdp" if x.shape[1] % 2 == 0 else None)), abstract
+  )
   found = peft.load_adapter(saved[1], abstract, ALPHA, where)
   assert jax.tree.all(jax.tree.map(lambda x, sharding: x.sharding == sharding, found, where))
   _assert_equal(found, peft.load_adapter(saved[1], abstract, ALPHA))
 
 
 def test_a_base_is_loaded_without_adapters(saved):
-  arguments = config.encoder_arguments(saved[0]) | dict(
-      lora_rank=RANK, lora_alpha=ALPHA, param_dtype="bfloat16")
+  arguments = config.encoder_arguments(saved[0]) | dict(lora_rank=RANK, lora_alpha=ALPHA, param_dtype="bfloat16")
   graphdef, shapes, axes = tiny_decoders.abstract(**arguments)
   model = ModelDefinition({"encoder": arguments}, graphdef, {"encoder": shapes}, {"encoder": axes})
   base = load_encoder(saved[0], model, sharding.make_mesh(data=4, fsdp=2))["encoder"]
@@ -158,7 +158,9 @@ def test_a_base_is_loaded_without_adapters(saved):
   np.testing.assert_array_equal(base["layers"]["up"]["kernel"][1], stored.T.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("change,message", [
+@pytest.mark.parametrize(
+  "change,message",
+  [
     (dict(r=8), "r is 8, but encoder.lora_rank is 4; set it to 8"),
     (dict(lora_alpha=16), "lora_alpha is 16, but encoder.lora_alpha is 6; set it to 16"),
     (dict(r="4"), "r is '4'; a positive number is wanted"),
@@ -168,14 +170,17 @@ def test_a_base_is_loaded_without_adapters(saved):
     (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa'; only True or False"),
     (dict(use_dora=True), "use_dora is True; only plain LoRA"),
     (dict(modules_to_save=["embed_tokens"]), r"modules_to_save is \['embed_tokens'\]; only plain LoRA"),
-    (dict(rank_pattern={"q_proj": 8}),
-     r"rank_pattern is \{'q_proj': 8\}; only plain LoRA is read, the same on every layer: null is wanted"),
+    (
+      dict(rank_pattern={"q_proj": 8}),
+      r"rank_pattern is \{'q_proj': 8\}; only plain LoRA is read, the same on every layer: null is wanted",
+    ),
     (dict(alpha_pattern={"q_proj": 8}), "alpha_pattern is"),
     (dict(layers_to_transform=[0]), r"layers_to_transform is \[0\]"),
     (dict(a_later_invention=1), "a_later_invention is 1; only plain LoRA"),
     (dict(target_modules=["q_proj", "v_proj"]), "target_modules are q_proj, v_proj; the encoder has adapters on down_"),
     (dict(target_modules=[*TARGETS, "lm_head"]), "target_modules are .*lm_head"),
-])
+  ],
+)
 def test_configs_of_other_adapters_are_refused_by_key(folder, abstract, change, message):
   _change(folder, **change)
   with pytest.raises(InputError, match=f"adapter_config.json: {message}") as error:

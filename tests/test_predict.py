@@ -61,8 +61,9 @@ def write_queries(path, queries):
       writer = csv.writer(file)
       writer.writerow(columns)
       for query in queries:
-        writer.writerow([json.dumps(query[name]) if isinstance(query.get(name), list) else query.get(name, "")
-                         for name in columns])
+        writer.writerow(
+          [json.dumps(query[name]) if isinstance(query.get(name), list) else query.get(name, "") for name in columns]
+        )
   return path
 
 
@@ -73,14 +74,19 @@ def read_answers(path):
     with path.open(newline="") as file:
       for line in csv.DictReader(file):
         rows.setdefault((int(line["row"]), line["uid"]), []).append(
-            (line["label"], int(line["id"]), line["text"], float(line["score"])))
+          (line["label"], int(line["id"]), line["text"], float(line["score"]))
+        )
         assert int(line["rank"]) == len(rows[int(line["row"]), line["uid"]])
     return {row: (uid, found) for (row, uid), found in rows.items()}
-  records = pq.read_table(path).to_pylist() if path.suffix == ".parquet" else [
-      json.loads(line) for line in path.read_text().splitlines()]
+  records = (
+    pq.read_table(path).to_pylist()
+    if path.suffix == ".parquet"
+    else [json.loads(line) for line in path.read_text().splitlines()]
+  )
   assert [record["row"] for record in records] == list(range(len(records)))
-  return {record["row"]: (record["uid"], [tuple(found.values()) for found in record["predictions"]])
-          for record in records}
+  return {
+    record["row"]: (record["uid"], [tuple(found.values()) for found in record["predictions"]]) for record in records
+  }
 
 
 def answer(predictor, path, output, k=4, batch_size=BATCH):
@@ -103,7 +109,8 @@ def test_every_format_gives_what_the_api_gives(predictor, queries, expected, tmp
     assert [label[:3] for label in found] == [label[:3] for label in wanted]
     np.testing.assert_allclose([label[3] for label in found], [label.score for label in wanted], atol=5e-6)
   assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-      [path.name, output.name, f"{output.name}.stats.json"])
+    [path.name, output.name, f"{output.name}.stats.json"]
+  )
   assert json.loads((tmp_path / f"{output.name}.stats.json").read_text()) == statistics
   assert statistics["queries"] == len(queries)
   for part in ("encode", "search"):
@@ -127,8 +134,7 @@ def kill_in_block(number, predictor, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_killed_and_started_again_it_writes_the_same_file_to_the_bit(
-    predictor, queries, tmp_path, monkeypatch, suffix):
+def test_killed_and_started_again_it_writes_the_same_file_to_the_bit(predictor, queries, tmp_path, monkeypatch, suffix):
   path = write_queries(tmp_path / "q.jsonl", queries)
   answer(predictor, path, tmp_path / f"undisturbed{suffix}")
   output = tmp_path / f"top{suffix}"
@@ -164,7 +170,8 @@ def test_a_file_that_was_begun_with_another_input_or_settings_is_refused(predict
 
 
 def test_pictures_are_read_beside_the_file_or_from_it_and_bad_ones_are_listed(
-    illustrated, predictor, tmp_path, expected):
+  illustrated, predictor, tmp_path, expected
+):
   given = illustrated.queries
   records = []
   for i, query in enumerate(given):
@@ -175,11 +182,19 @@ def test_pictures_are_read_beside_the_file_or_from_it_and_bad_ones_are_listed(
   records[0]["images"].insert(0, "none.png")
   in_table = [query | {"images": query.get("images", [])} for query in given]
   in_table[0]["images"] = [b"", *in_table[0]["images"]]
-  schema = pa.schema([("title", pa.string()), ("content", pa.string()), ("images", pa.list_(pa.binary())),
-                      ("deny", pa.list_(pa.string()))])
+  schema = pa.schema(
+    [
+      ("title", pa.string()),
+      ("content", pa.string()),
+      ("images", pa.list_(pa.binary())),
+      ("deny", pa.list_(pa.string())),
+    ]
+  )
   pq.write_table(pa.Table.from_pylist(in_table, schema), tmp_path / "q.parquet")
-  for path, reason in ((write_queries(tmp_path / "q.jsonl", records), "the file cannot be read"),
-                       (tmp_path / "q.parquet", "no bytes")):
+  for path, reason in (
+    (write_queries(tmp_path / "q.jsonl", records), "the file cannot be read"),
+    (tmp_path / "q.parquet", "no bytes"),
+  ):
     output = tmp_path / f"{path.suffix[1:]}.jsonl"
     answer(predictor, path, output)
     found = read_answers(output)
@@ -197,6 +212,7 @@ def _write(name, content):
   def write(folder, queries):
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder / name
+
   return write
 
 
@@ -205,6 +221,7 @@ def _cut(name):
     path = write_queries(folder / name, queries)
     path.write_bytes(path.read_bytes()[:-12])
     return path
+
   return write
 
 
@@ -212,12 +229,17 @@ def _table(**columns):
   def write(folder, queries):
     pq.write_table(pa.table(columns), folder / "q.parquet")
     return folder / "q.parquet"
+
   return write
 
 
-@pytest.mark.parametrize("write,message", [
-    (_write("q.jsonl", '{"title": "a"}\n{"title": "b", "target_ind": [1], "lbl": 2}\n'),
-     "q.jsonl:2: unknown 'target_ind', 'lbl'; known are uid, title, content"),
+@pytest.mark.parametrize(
+  "write,message",
+  [
+    (
+      _write("q.jsonl", '{"title": "a"}\n{"title": "b", "target_ind": [1], "lbl": 2}\n'),
+      "q.jsonl:2: unknown 'target_ind', 'lbl'; known are uid, title, content",
+    ),
     (_write("q.jsonl", '{"title": "a"}\n\n{"uid": "b"}\n'), "q.jsonl:3: has no 'title'"),
     (_write("q.jsonl", '{"title": "a"}\n["b"]\n'), "q.jsonl:2: must be a text or an object with 'title', not list"),
     (_write("q.jsonl", b'{"title": "\xff"}\n'), "q.jsonl:1: not valid JSON in UTF-8"),
@@ -239,7 +261,8 @@ def _table(**columns):
     (_write("q.txt", "a"), "q.txt: files of queries end in .jsonl, .csv, .parquet"),
     (lambda folder, queries: folder / "none.jsonl", "none.jsonl: no such file"),
     (_write("q.jsonl", '{"title": "a", "allow": ["label/nothing"]}\n'), "label/nothing"),
-])
+  ],
+)
 def test_what_is_wrong_with_a_file_of_queries_is_named(predictor, queries, tmp_path, write, message):
   path = write(tmp_path, queries)
   with pytest.raises(InputError, match=message) as error:
@@ -252,8 +275,10 @@ def test_an_output_that_could_not_be_written_is_refused_at_once(tmp_path):
   queries = tmp_path / "q.jsonl"
   queries.write_text("{}")
   for output, message in (
-      (tmp_path / "top.txt", "top.txt: files of answers end in .jsonl, .csv, .parquet"),
-      (tmp_path / "none" / "top.csv", "none: no such folder"), (queries, "q.jsonl: holds the queries")):
+    (tmp_path / "top.txt", "top.txt: files of answers end in .jsonl, .csv, .parquet"),
+    (tmp_path / "none" / "top.csv", "none: no such folder"),
+    (queries, "q.jsonl: holds the queries"),
+  ):
     with pytest.raises(InputError, match=message):
       prepare_output(output, queries)
 
@@ -263,10 +288,16 @@ def test_the_command_answers_a_file_and_refuses_bad_flags(tmp_path_factory, tmp_
   text = "title,deny\narrow up,label/3;label/4\ncloud,\n"
   (tmp_path / "q.csv").write_text(text)
   flags = ["predict", f"--workdir={trained.workdir}", f"--queries={tmp_path / 'q.csv'}"]
-  bad = {"k": "--k=0", "labels": "--k=25", "mesh": "--mesh=3", "lambda": "--retrieval_lambda=2",
-         "output": f"--output={tmp_path}"}
-  commands = {name: [*flags, f"--output={tmp_path / name}.jsonl", "--retrieval_augmented", flag]
-              for name, flag in bad.items()}
+  bad = {
+    "k": "--k=0",
+    "labels": "--k=25",
+    "mesh": "--mesh=3",
+    "lambda": "--retrieval_lambda=2",
+    "output": f"--output={tmp_path}",
+  }
+  commands = {
+    name: [*flags, f"--output={tmp_path / name}.jsonl", "--retrieval_augmented", flag] for name, flag in bad.items()
+  }
   commands |= {"good": [*flags, f"--output={tmp_path / 'top.jsonl'}", "--k=3"], "nothing": ["predict"]}
   done = run_commands(commands, tmp_path)
   status, stdout, stderr = done.pop("good")
@@ -277,6 +308,8 @@ def test_the_command_answers_a_file_and_refuses_bad_flags(tmp_path_factory, tmp_
   assert [[label[1] for label in labels] for _, labels in found.values()] == [[x.id for x in row] for row in wanted]
   for name, (status, stdout, stderr) in done.items():
     assert status == 1 and not stdout and len([x for x in stderr.splitlines() if x.startswith("error: ")]) == 1, (
-        name, stderr)
+      name,
+      stderr,
+    )
   assert "--k=0: must be at least 1" in done["k"][2] and "k=25: must be 1 to 24" in done["labels"][2]
   assert "--workdir" in done["nothing"][2] and Path(tmp_path / "q.csv").read_text() == text

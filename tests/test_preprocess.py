@@ -72,8 +72,9 @@ def test_image_of_the_right_size_is_left_as_it_is():
     np.testing.assert_array_equal(preprocess(pixels, 16), pixels)
 
 
-@pytest.mark.parametrize("name, options", [
-    ("huggingface", {}), ("huggingface_bilinear", {"resample": Image.Resampling.BILINEAR})])
+@pytest.mark.parametrize(
+  "name, options", [("huggingface", {}), ("huggingface_bilinear", {"resample": Image.Resampling.BILINEAR})]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_huggingface_is_siglips_processor(name, options, shape):
   processor = SiglipImageProcessorPil(size={"height": 12, "width": 12}, **options)

@@ -16,8 +16,14 @@ from vixml_jax.ragged import Ragged
 PHRASES = {"T": "This product text", "I": "and its image", "I1": "This product image", "T2": "and its text"}
 # The paper's ablation (METHOD "Ablations: prompts"), and what is left of each for an item without images.
 ABLATION = {
-    "E": "E", "T E": "T E", "T E eos": "T E eos", "V E eos": "E eos", "E V eos": "E eos", "I1 V T2 E eos": "T2 E eos",
-    "T E I V eos": "T E eos"}
+  "E": "E",
+  "T E": "T E",
+  "T E eos": "T E eos",
+  "V E eos": "E eos",
+  "E V eos": "E eos",
+  "I1 V T2 E eos": "T2 E eos",
+  "T E I V eos": "T E eos",
+}
 TITLES = ["title of an image", "", "text", "its title"]
 
 
@@ -34,8 +40,10 @@ def ids(tokenizer, text):
 def joined(tokenizer, template, title, images):
   """The published input: tokens of separately tokenised pieces, one after the other; -1 - row stands for an image."""
   pieces = {name: ids(tokenizer, text) for name, text in PHRASES.items()} | {
-      "E": ids(tokenizer, title), "V": [-1 - row for row in images],
-      "eos": [tokenizer.convert_tokens_to_ids(END_OF_TEXT)]}
+    "E": ids(tokenizer, title),
+    "V": [-1 - row for row in images],
+    "eos": [tokenizer.convert_tokens_to_ids(END_OF_TEXT)],
+  }
   return [token for word in template.split() for token in pieces[word]]
 
 
@@ -45,7 +53,8 @@ def packed_rows(items, layout):
   tokens, segments = (x.reshape(-1, layout.row_length) for x in (packed.tokens, packed.segments))
   if packed.images is not None:
     rows, owners, places = (
-        x.reshape(len(tokens), -1) for x in (packed.images.rows, packed.images.segments, packed.images.positions))
+      x.reshape(len(tokens), -1) for x in (packed.images.rows, packed.images.segments, packed.images.positions)
+    )
     row, place = np.nonzero(owners)
     tokens[row, places[row, place]] = -1 - rows[row, place]
   where = [divmod(int(slot), layout.slots) for slot in packed.slots]
@@ -64,8 +73,9 @@ def test_every_row_of_the_ablation_is_its_pieces_tokenised_apart(tmp_path, templ
   layout = PackedLayout(64, 2, 3 if in_row else 0, parts, ours.special_tokens)
   found = packed_rows(Items(ours(TITLES), Ragged.from_rows(images)), layout)
   assert found == [
-      joined(theirs, template if rows else ABLATION[template], title, rows)
-      for title, rows in zip(TITLES, images, strict=True)]
+    joined(theirs, template if rows else ABLATION[template], title, rows)
+    for title, rows in zip(TITLES, images, strict=True)
+  ]
 
 
 @pytest.mark.parametrize("template", ABLATION)
@@ -107,12 +117,21 @@ def test_encoders_keep_their_special_tokens_around_the_text(tmp_path):
   assert parse_template("V E", {}, "", tokenizer, images=False) == ("text",)
 
 
-@pytest.mark.parametrize("template,images,message", [
+@pytest.mark.parametrize(
+  "template,images,message",
+  [
     ("T E X", False, "unknown word X; known are E .text., V .images., eos and the phrases T, I"),
-    ("T text", False, "unknown word text"), ("E E", False, "E stands twice"), ("V E V", True, "V stands twice"),
-    ("T T E", False, "T stands twice"), ("T E eos", True, "no place for the images; add V"),
-    ("T eos", False, "no place for the text"), ("V eos", False, "no place for the text"),
-    ("", False, "no place for the text"), ("", True, "no place for the images")])
+    ("T text", False, "unknown word text"),
+    ("E E", False, "E stands twice"),
+    ("V E V", True, "V stands twice"),
+    ("T T E", False, "T stands twice"),
+    ("T E eos", True, "no place for the images; add V"),
+    ("T eos", False, "no place for the text"),
+    ("V eos", False, "no place for the text"),
+    ("", False, "no place for the text"),
+    ("", True, "no place for the images"),
+  ],
+)
 def test_a_bad_template_is_refused_before_any_tokenizer_is_read(template, images, message):
   with pytest.raises(InputError, match=f"config.prompt.template='{template}': {message}"):
     template_words(template, PHRASES, images)

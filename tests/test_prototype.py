@@ -26,7 +26,8 @@ def pair():
   """torch's layer with random weights, biases and norms, and our network with the same."""
   torch.manual_seed(0)
   theirs = torch.nn.TransformerEncoderLayer(
-      DIM, HEADS, MLP, activation="gelu", batch_first=True, norm_first=False).eval()
+    DIM, HEADS, MLP, activation="gelu", batch_first=True, norm_first=False
+  ).eval()
   with torch.no_grad():
     for name, parameter in theirs.named_parameters():
       parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3)
@@ -61,8 +62,7 @@ def test_a_prototype_is_the_mean_of_torch_s_layer_over_the_three_vectors(pair):
 def test_the_three_vectors_have_no_order(pair):
   _, ours = pair
   pooled, free_vectors, centroids = map(jnp.asarray, inputs())
-  np.testing.assert_allclose(
-      ours(pooled, free_vectors, centroids), ours(centroids, pooled, free_vectors), atol=1e-5)
+  np.testing.assert_allclose(ours(pooled, free_vectors, centroids), ours(centroids, pooled, free_vectors), atol=1e-5)
 
 
 def test_dropout_acts_inside_the_network_only_with_a_key(pair):

@@ -21,11 +21,7 @@ def test_table_is_aligned_and_complete():
 
 
 def test_without_baselines_there_is_one_rule():
-  assert metrics_table({"a": {"P@1": 1.0}}, columns=("P@1",)).splitlines() == [
-    "    P@1",
-    "-------",
-    "a  1.00",
-  ]
+  assert metrics_table({"a": {"P@1": 1.0}}, columns=("P@1",)).splitlines() == ["    P@1", "-------", "a  1.00"]
 
 
 def test_default_columns_are_the_published_ones():

@@ -24,17 +24,9 @@ def _case(seed=0):
   rng = np.random.default_rng(seed)
   labels, train, queries = (_unit(rows, rng) for rows in (NUM_LABELS, NUM_TRAIN, NUM_QUERIES))
   draw = lambda rows, least, most: [
-    np.sort(rng.choice(NUM_LABELS, rng.integers(least, most), replace=False)).tolist()
-    for _ in range(rows)
+    np.sort(rng.choice(NUM_LABELS, rng.integers(least, most), replace=False)).tolist() for _ in range(rows)
   ]
-  return (
-    labels,
-    train,
-    queries,
-    draw(NUM_TRAIN, 0, 6),
-    draw(NUM_QUERIES, 1, 8),
-    draw(NUM_QUERIES, 0, 4),
-  )
+  return (labels, train, queries, draw(NUM_TRAIN, 0, 6), draw(NUM_QUERIES, 1, 8), draw(NUM_QUERIES, 0, 4))
 
 
 def _mesh():
@@ -43,12 +35,7 @@ def _mesh():
 
 def _search(labels, train, queries, hits, **exclude):
   return search_both(
-    ExactIndex(labels, _mesh()),
-    ExactIndex(train, _mesh()),
-    queries,
-    label_hits=hits,
-    query_hits=hits,
-    **exclude,
+    ExactIndex(labels, _mesh()), ExactIndex(train, _mesh()), queries, label_hits=hits, query_hits=hits, **exclude
   )
 
 
@@ -67,31 +54,20 @@ def _dense(labels, train, queries, train_labels, *, hits, lambda_, temperature):
   return np.asarray(result)
 
 
-@pytest.mark.parametrize(
-  ("lambda_", "temperature"), [(0.9, 0.05), (0.3, 1.0), (0.0, 0.05), (1.0, 0.02)]
-)
+@pytest.mark.parametrize(("lambda_", "temperature"), [(0.9, 0.05), (0.3, 1.0), (0.0, 0.05), (1.0, 0.02)])
 @pytest.mark.parametrize("k", [5, 40])
 def test_combine_equals_the_dense_formula(lambda_, temperature, k):
   labels, train, queries, train_labels, _, _ = _case()
   neighbours = _search(labels, train, queries, 10)
   scores, ids = combine(
-    neighbours,
-    Ragged.from_rows(train_labels),
-    num_labels=NUM_LABELS,
-    lambda_=lambda_,
-    temperature=temperature,
-    k=k,
+    neighbours, Ragged.from_rows(train_labels), num_labels=NUM_LABELS, lambda_=lambda_, temperature=temperature, k=k
   )
-  expected = _dense(
-    labels, train, queries, train_labels, hits=10, lambda_=lambda_, temperature=temperature
-  )
+  expected = _dense(labels, train, queries, train_labels, hits=10, lambda_=lambda_, temperature=temperature)
   for query in range(NUM_QUERIES):
     found = ids[query][ids[query] >= 0]
     assert len(found) == min(k, (expected[query] > 0).sum())
     np.testing.assert_allclose(scores[query, : len(found)], expected[query, found], rtol=1e-4)
-    np.testing.assert_allclose(
-      scores[query, : len(found)], np.sort(expected[query])[::-1][: len(found)], rtol=1e-4
-    )
+    np.testing.assert_allclose(scores[query, : len(found)], np.sort(expected[query])[::-1][: len(found)], rtol=1e-4)
     assert len(set(found)) == len(found)
     assert np.all(scores[query, len(found) :] == -np.inf)
 
@@ -124,21 +100,14 @@ def test_every_label_of_a_neighbour_gets_all_of_its_mass_and_ties_go_to_the_lowe
 def test_a_query_without_any_neighbour_gets_no_label():
   nothing = np.full((1, 2), -np.inf, np.float32), np.full((1, 2), -1, np.int32)
   scores, ids = combine(
-    Neighbours(*nothing, *nothing),
-    Ragged.from_rows([[0]]),
-    num_labels=3,
-    lambda_=0.5,
-    temperature=0.05,
-    k=2,
+    Neighbours(*nothing, *nothing), Ragged.from_rows([[0]]), num_labels=3, lambda_=0.5, temperature=0.05, k=2
   )
   assert ids.tolist() == [[-1, -1]] and np.all(scores == -np.inf)
 
 
 def test_chunks_do_not_change_the_result(monkeypatch):
   labels, train, queries, train_labels, _, exclude = _case()
-  arguments = dict(
-    num_labels=NUM_LABELS, lambda_=0.7, temperature=0.05, k=9, exclude=Ragged.from_rows(exclude)
-  )
+  arguments = dict(num_labels=NUM_LABELS, lambda_=0.7, temperature=0.05, k=9, exclude=Ragged.from_rows(exclude))
   neighbours, rows = _search(labels, train, queries, 10), Ragged.from_rows(train_labels)
   whole = combine(neighbours, rows, **arguments)
   monkeypatch.setattr(retrieval_augmented, "_QUERIES_AT_ONCE", 4)
@@ -174,9 +143,7 @@ def test_choose_tries_all_settings_and_picks_one(metric):
     metric=metric,
     exclude=Ragged.from_rows(exclude),
   )
-  assert {(s.lambda_, s.temperature) for s in settings} == {
-    (a, b) for a in lambdas for b in temperatures
-  }
+  assert {(s.lambda_, s.temperature) for s in settings} == {(a, b) for a in lambdas for b in temperatures}
   for setting in settings:
     _, ids = combine(
       neighbours,
@@ -207,10 +174,7 @@ def test_of_settings_within_a_standard_error_of_the_best_the_one_with_most_recal
 
 @pytest.mark.parametrize(
   ("setting", "message"),
-  [
-    ((1.5, 0.05), "lambda .* 1.5: it must lie between 0 and 1"),
-    ((0.5, 0.0), "temperature .* 0.0: it must be above 0"),
-  ],
+  [((1.5, 0.05), "lambda .* 1.5: it must lie between 0 and 1"), ((0.5, 0.0), "temperature .* 0.0: it must be above 0")],
 )
 def test_settings_out_of_range_are_named(setting, message):
   labels, train, queries, train_labels, *_ = _case()

@@ -120,9 +120,7 @@ def test_search_excluding_equals_brute_force_over_what_is_left(k):
   best = _brute_force(labels, queries, 23)[1]
   rows = [best[i, :n].tolist() for i, n in enumerate(rng.integers(0, 6, 30))]
   rows[7] = list(range(23))
-  scores, ids = search_excluding(
-    ExactIndex(labels, _mesh()), queries, k, Ragged.from_rows(rows), query_chunk=8
-  )
+  scores, ids = search_excluding(ExactIndex(labels, _mesh()), queries, k, Ragged.from_rows(rows), query_chunk=8)
   for query in range(30):
     left = [label for label in range(23) if label not in rows[query]]
     expected_scores, places = _brute_force(labels[left], queries[[query]], k)
@@ -158,26 +156,17 @@ def test_scann_on_a_cpu_without_avx_is_refused_before_it_is_imported(monkeypatch
 
 
 def test_scann_parameters_follow_its_rules_of_thumb():
-  small, middle, large = (
-    choose_parameters(19_999),
-    choose_parameters(20_000),
-    choose_parameters(131_072),
-  )
+  small, middle, large = (choose_parameters(19_999), choose_parameters(20_000), choose_parameters(131_072))
   assert (small.leaves, small.reorder) == (0, 0)
   assert middle.leaves == 0 and middle.reorder >= 100
-  assert (
-    large.leaves == 362 and 0 < large.leaves_to_search < 362 and large.dimensions_per_block == 2
-  )
+  assert large.leaves == 362 and 0 < large.leaves_to_search < 362 and large.dimensions_per_block == 2
   assert choose_parameters(1_305_265).bfloat16 and not large.bfloat16
 
 
 @needs_scann
 def test_scann_equals_brute_force_on_few_labels():
   rng = np.random.default_rng(0)
-  labels, queries = (
-    rng.normal(size=(50, 8)).astype(np.float32),
-    rng.normal(size=(9, 8)).astype(np.float32),
-  )
+  labels, queries = (rng.normal(size=(50, 8)).astype(np.float32), rng.normal(size=(9, 8)).astype(np.float32))
   scores, ids = make_index("scann", labels).search(queries, 60)
   expected_scores, expected_ids = _brute_force(labels, queries, 60)
   np.testing.assert_array_equal(ids, expected_ids)
@@ -198,16 +187,13 @@ def test_scann_recall_against_exact(tree):
   _, ids = ScannIndex(labels, k=10, parameters=parameters).search(queries, 10)
   _, expected = ExactIndex(labels, _mesh()).search(queries, 10)
   assert np.mean([len({*a} & {*b}) / 10 for a, b in zip(ids, expected, strict=True)]) > 0.95
-  assert np.all(
-    np.diff(np.sort(ids, axis=1), axis=1) > 0
-  )  # SOAR keeps a label in two leaves: none comes twice
+  assert np.all(np.diff(np.sort(ids, axis=1), axis=1) > 0)  # SOAR keeps a label in two leaves: none comes twice
 
 
 @needs_scann
 def test_scann_excluding_equals_exact_excluding():
   labels, queries = (
-    np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)[part]
-    for part in (slice(0, 200), slice(200, 300))
+    np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)[part] for part in (slice(0, 200), slice(200, 300))
   )
   exclude = Ragged.from_rows([[query % 200, (7 * query) % 200] for query in range(100)])
   expected = search_excluding(make_index("exact", labels, _mesh()), queries, 5, exclude)

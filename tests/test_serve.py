@@ -44,8 +44,8 @@ from vixml_jax.serving.served_index import ServedIndex
 from vixml_jax.serving.server import Server
 
 LIMITS = Limits(
-    body_bytes=200_000, body_values=2_000, queries=5, k=20, text_chars=200, images=3, names=6, batch=16,
-    wait_seconds=0.02)
+  body_bytes=200_000, body_values=2_000, queries=5, k=20, text_chars=200, images=3, names=6, batch=16, wait_seconds=0.02
+)
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -102,8 +102,10 @@ def predict(server, *queries, **others):
 
 def labels_of(reply):
   assert reply.status == 200, reply.body
-  return [[(found["label"], found["id"], found["text"]) for found in answer["predictions"]]
-          for answer in reply.json["answers"]]
+  return [
+    [(found["label"], found["id"], found["text"]) for found in answer["predictions"]]
+    for answer in reply.json["answers"]
+  ]
 
 
 def expected(predictor, queries, k):
@@ -172,20 +174,28 @@ def test_images_come_bare_as_data_urls_or_as_vectors(illustrated, predictor, ser
 
 
 def test_filters_of_the_request_hold_for_queries_without_their_own(server):
-  first, second, third = labels_of(predict(
-      server, {"title": "sun"}, {"title": "sun", "deny": []}, {"title": "sun", "allow": ["label/1"]},
-      deny=["label/0"], allow=["label/0", "label/2"]))
+  first, second, third = labels_of(
+    predict(
+      server,
+      {"title": "sun"},
+      {"title": "sun", "deny": []},
+      {"title": "sun", "allow": ["label/1"]},
+      deny=["label/0"],
+      allow=["label/0", "label/2"],
+    )
+  )
   assert [[label[1] for label in labels] for labels in (first, third)] == [[2], [1]]
   assert sorted(label[1] for label in second) == [0, 2]
 
 
 def test_32_clients_get_what_each_would_get_alone_in_shared_batches_and_nothing_compiles(
-    illustrated, predictor, server):
+  illustrated, predictor, server
+):
   rng = np.random.default_rng(0)
   asked = []
   for i in range(64):
     query = dict(illustrated.queries[i % len(illustrated.queries)])
-    query["deny"] = [f"label/{label}" for label in rng.permutation(24)[:rng.integers(0, 7)]]
+    query["deny"] = [f"label/{label}" for label in rng.permutation(24)[: rng.integers(0, 7)]]
     if i % 5 == 0:
       query["allow"] = [f"label/{label}" for label in rng.permutation(24)[:4]]
     asked.append((query, int(rng.integers(1, 21))))
@@ -212,48 +222,56 @@ def _image(content):
 
 _GOOD = {"title": "a"}
 _BAD = {
-    "no JSON": (b"queries", 400, None, "the body is not JSON in UTF-8: "),
-    "cut off": (b'{"queries": [{"title": "a"}', 400, None, "not JSON"),
-    "no body": (b"", 400, None, "not JSON"),
-    "not UTF-8": (b'{"queries": [{"title": "\xff"}]}', 400, None, "not JSON in UTF-8"),
-    "half a pair": (rb'{"queries": [{"title": "\ud800"}]}', 400, None, "hex escape"),
-    "nested deep": (b"[" * 2_000, 400, None, "not JSON"),
-    "a list": ([], 422, "", "object"),
-    "no queries": ({}, 422, "queries", "required"),
-    "empty queries": ({"queries": []}, 422, "queries", "at least 1"),
-    "too many queries": ({"queries": [_GOOD] * 6}, 422, "queries", "at most 5"),
-    "queries of a wrong type": ({"queries": "a"}, 422, "queries", "array"),
-    "a bare text": ({"queries": ["a"]}, 422, "queries[0]", "object"),
-    "unknown key": ({"queries": [_GOOD], "top": 3}, 422, "top", "is not known; known are queries, k, allow"),
-    "unknown key of a query": (
-        {"queries": [_GOOD, {"title": "a", "colour": 1}]}, 422, "queries[1].colour", "known are uid, title, content"),
-    "many values": (b"[" + b"0," * 2_001 + b"0]", 413, None, "more than 2,000 values"),
-    "no title": ({"queries": [{"content": "a"}]}, 422, "queries[0].title", "required"),
-    "empty title": ({"queries": [{"title": "  "}]}, 422, "queries[0].title", "empty; give a title or an image"),
-    "title of a wrong type": ({"queries": [{"title": 3}]}, 422, "queries[0].title", "string"),
-    "long title": ({"queries": [{"title": "a" * 201}]}, 422, "queries[0].title", "at most 200"),
-    "content of a wrong type": ({"queries": [_GOOD | {"content": ["a"]}]}, 422, "queries[0].content", "string"),
-    "k of a million": ({"queries": [_GOOD], "k": 10**6}, 422, "k", "less than or equal to 20"),
-    "huge k": (b'{"queries": [{"title": "a"}], "k": 1' + b"0" * 5000 + b"}", 400, None, "number out of range"),
-    "k of none": ({"queries": [_GOOD], "k": 0}, 422, "k", "greater than or equal to 1"),
-    "k of a wrong type": ({"queries": [_GOOD], "k": "10"}, 422, "k", "integer"),
-    "k with a point": ({"queries": [_GOOD], "k": 1.5}, 422, "k", "integer"),
-    "too many images": ({"queries": [_GOOD | {"images": [""] * 4}]}, 422, "queries[0].images", "at most 3"),
-    "image of a wrong type": ({"queries": [_GOOD | {"images": [7]}]}, 422, "queries[0].images[0]", "string; or "),
-    "no base64": ({"queries": [_GOOD | {"images": ["/etc/passwd!"]}]}, 422, "queries[0].images[0]", "not base64"),
-    "a path": ({"queries": [_GOOD | {"images": ["/etc/hosts00"]}]}, 422, "queries[0].images[0]", "not a PNG"),
-    "empty image": ({"queries": [_GOOD | {"images": [""]}]}, 422, "queries[0].images[0]", "no bytes"),
-    "no image": (_image(b"GIF is not enough"), 422, "queries[1].images[0]", "not a PNG"),
-    "truncated image": (_image(png(64, 64)[:-30]), 422, "queries[1].images[0]", "truncated or damaged"),
-    "bomb": (_image(png(12_000, 12_000, "1")), 422, "queries[1].images[0]", "more than 67,108,864 pixels"),
-    "short vector": ({"queries": [_GOOD | {"images": [[1.0, 2.0]]}]}, 422, "queries[0]", "must be 8 numbers"),
-    "vector of texts": ({"queries": [_GOOD | {"images": [["a"]]}]}, 422, "queries[0].images[0][0]", "number"),
-    "vector that is not finite": (
-        b'{"queries": [{"title": "a", "images": [[1, 2, 3, 4, 5, 6, 7, NaN]]}]}', 422, "queries[0]", "not finite"),
-    "unknown label": ({"queries": [_GOOD | {"deny": ["label/1", "label/x"]}]}, 422, "queries[0].deny[1]", "'label/x'"),
-    "unknown label for all": ({"queries": [_GOOD], "allow": ["y"]}, 422, "allow[0]", "there is no label 'y'"),
-    "unknown category": ({"queries": [_GOOD | {"categories": ["z"]}]}, 422, "queries[0].categories[0]", "category 'z'"),
-    "too many labels": ({"queries": [_GOOD | {"deny": ["label/1"] * 7}]}, 422, "queries[0].deny", "at most 6"),
+  "no JSON": (b"queries", 400, None, "the body is not JSON in UTF-8: "),
+  "cut off": (b'{"queries": [{"title": "a"}', 400, None, "not JSON"),
+  "no body": (b"", 400, None, "not JSON"),
+  "not UTF-8": (b'{"queries": [{"title": "\xff"}]}', 400, None, "not JSON in UTF-8"),
+  "half a pair": (rb'{"queries": [{"title": "\ud800"}]}', 400, None, "hex escape"),
+  "nested deep": (b"[" * 2_000, 400, None, "not JSON"),
+  "a list": ([], 422, "", "object"),
+  "no queries": ({}, 422, "queries", "required"),
+  "empty queries": ({"queries": []}, 422, "queries", "at least 1"),
+  "too many queries": ({"queries": [_GOOD] * 6}, 422, "queries", "at most 5"),
+  "queries of a wrong type": ({"queries": "a"}, 422, "queries", "array"),
+  "a bare text": ({"queries": ["a"]}, 422, "queries[0]", "object"),
+  "unknown key": ({"queries": [_GOOD], "top": 3}, 422, "top", "is not known; known are queries, k, allow"),
+  "unknown key of a query": (
+    {"queries": [_GOOD, {"title": "a", "colour": 1}]},
+    422,
+    "queries[1].colour",
+    "known are uid, title, content",
+  ),
+  "many values": (b"[" + b"0," * 2_001 + b"0]", 413, None, "more than 2,000 values"),
+  "no title": ({"queries": [{"content": "a"}]}, 422, "queries[0].title", "required"),
+  "empty title": ({"queries": [{"title": "  "}]}, 422, "queries[0].title", "empty; give a title or an image"),
+  "title of a wrong type": ({"queries": [{"title": 3}]}, 422, "queries[0].title", "string"),
+  "long title": ({"queries": [{"title": "a" * 201}]}, 422, "queries[0].title", "at most 200"),
+  "content of a wrong type": ({"queries": [_GOOD | {"content": ["a"]}]}, 422, "queries[0].content", "string"),
+  "k of a million": ({"queries": [_GOOD], "k": 10**6}, 422, "k", "less than or equal to 20"),
+  "huge k": (b'{"queries": [{"title": "a"}], "k": 1' + b"0" * 5000 + b"}", 400, None, "number out of range"),
+  "k of none": ({"queries": [_GOOD], "k": 0}, 422, "k", "greater than or equal to 1"),
+  "k of a wrong type": ({"queries": [_GOOD], "k": "10"}, 422, "k", "integer"),
+  "k with a point": ({"queries": [_GOOD], "k": 1.5}, 422, "k", "integer"),
+  "too many images": ({"queries": [_GOOD | {"images": [""] * 4}]}, 422, "queries[0].images", "at most 3"),
+  "image of a wrong type": ({"queries": [_GOOD | {"images": [7]}]}, 422, "queries[0].images[0]", "string; or "),
+  "no base64": ({"queries": [_GOOD | {"images": ["/etc/passwd!"]}]}, 422, "queries[0].images[0]", "not base64"),
+  "a path": ({"queries": [_GOOD | {"images": ["/etc/hosts00"]}]}, 422, "queries[0].images[0]", "not a PNG"),
+  "empty image": ({"queries": [_GOOD | {"images": [""]}]}, 422, "queries[0].images[0]", "no bytes"),
+  "no image": (_image(b"GIF is not enough"), 422, "queries[1].images[0]", "not a PNG"),
+  "truncated image": (_image(png(64, 64)[:-30]), 422, "queries[1].images[0]", "truncated or damaged"),
+  "bomb": (_image(png(12_000, 12_000, "1")), 422, "queries[1].images[0]", "more than 67,108,864 pixels"),
+  "short vector": ({"queries": [_GOOD | {"images": [[1.0, 2.0]]}]}, 422, "queries[0]", "must be 8 numbers"),
+  "vector of texts": ({"queries": [_GOOD | {"images": [["a"]]}]}, 422, "queries[0].images[0][0]", "number"),
+  "vector that is not finite": (
+    b'{"queries": [{"title": "a", "images": [[1, 2, 3, 4, 5, 6, 7, NaN]]}]}',
+    422,
+    "queries[0]",
+    "not finite",
+  ),
+  "unknown label": ({"queries": [_GOOD | {"deny": ["label/1", "label/x"]}]}, 422, "queries[0].deny[1]", "'label/x'"),
+  "unknown label for all": ({"queries": [_GOOD], "allow": ["y"]}, 422, "allow[0]", "there is no label 'y'"),
+  "unknown category": ({"queries": [_GOOD | {"categories": ["z"]}]}, 422, "queries[0].categories[0]", "category 'z'"),
+  "too many labels": ({"queries": [_GOOD | {"deny": ["label/1"] * 7}]}, 422, "queries[0].deny", "at most 6"),
 }
 
 
@@ -299,7 +317,10 @@ def test_unknown_paths_and_methods_get_json_errors(server):
 def test_labels_are_found_by_uid(illustrated, server):
   for uid in ("label/3", quote("label/3", safe="")):
     assert call(server, f"/v1/labels/{uid}").json == {
-        "label": "label/3", "id": 3, "text": illustrated.labels[3]["title"] + " " + illustrated.labels[3]["content"]}
+      "label": "label/3",
+      "id": 3,
+      "text": illustrated.labels[3]["title"] + " " + illustrated.labels[3]["content"],
+    }
   assert call(server, "/v1/labels/label/99").status == 404
 
 
@@ -307,15 +328,24 @@ def test_metrics_tell_encoding_from_search_and_count_routes(server):
   predict(server, {"title": "sun"})
   call(server, "/v1/labels/label/3")
   text = call(server, "/metrics").body.decode()
-  for line in ('vixml_requests_total{route="/v1/predict",status="200"}', "vixml_encode_seconds_bucket",
-               'vixml_requests_total{route="/v1/labels/{uid:path}",status="200"}', "vixml_search_seconds_bucket",
-               "vixml_batch_queries_bucket", "vixml_queue_queries 0.0", "vixml_labels 24.0",
-               'vixml_request_seconds_count{route="/v1/predict"}', "process_resident_memory_bytes"):
+  for line in (
+    'vixml_requests_total{route="/v1/predict",status="200"}',
+    "vixml_encode_seconds_bucket",
+    'vixml_requests_total{route="/v1/labels/{uid:path}",status="200"}',
+    "vixml_search_seconds_bucket",
+    "vixml_batch_queries_bucket",
+    "vixml_queue_queries 0.0",
+    "vixml_labels 24.0",
+    'vixml_request_seconds_count{route="/v1/predict"}',
+    "process_resident_memory_bytes",
+  ):
     assert line in text, line
   before = metric(server, "vixml_encode_seconds_count"), metric(server, "vixml_search_seconds_count")
   predict(server, {"title": "sun"}, {"title": "rain"})
   assert (metric(server, "vixml_encode_seconds_count"), metric(server, "vixml_search_seconds_count")) == (
-      before[0] + 1, before[1] + 1)
+    before[0] + 1,
+    before[1] + 1,
+  )
 
 
 def test_the_description_is_whole_and_names_the_limits(server):
@@ -453,8 +483,10 @@ def test_retrieval_augmentation_gives_what_the_api_gives(tmp_path_factory):
   trained = trained_workdirs.texts_only(tmp_path_factory)
   predictor = vixml_jax.load(trained.workdir, retrieval_augmented=True)
   with running(lambda: predictor) as server:
-    queries = [{"title": query["title"]} | {key: query[key] for key in ("deny",) if key in query}
-               for query in trained.queries[:5]]
+    queries = [
+      {"title": query["title"]} | {key: query[key] for key in ("deny",) if key in query}
+      for query in trained.queries[:5]
+    ]
     assert labels_of(predict(server, *queries, k=6)) == expected(predictor, queries, 6)
 
 
@@ -474,7 +506,9 @@ def test_a_failure_of_ours_is_a_500_without_its_insides(predictor, monkeypatch, 
     reply = predict(server, {"title": "sun"})
     monkeypatch.undo()
     assert reply.status == 500 and reply.json["error"] == {
-        "field": None, "message": "the server failed on this request; its log says why"}
+      "field": None,
+      "message": "the server failed on this request; its log says why",
+    }
     wait_for(lambda: "ZeroDivisionError" in caplog.text)  # It is written after the answer is sent.
     assert predict(server, {"title": "sun"}).status == 200
 
@@ -532,20 +566,24 @@ def test_few_programs_find_what_exact_search_finds(tmp_path, monkeypatch, gather
   groups = [["all", "odd"] if i % 2 else ["all"] for i in range(150)]
   gone = rng.random(150) < 0.1
   names = [str(i) for i in range(150)]
-  write_index(tmp_path / "index", IndexContents(
-      labels, names, names, np.zeros(150, np.int32), np.zeros((1, 8), np.float32), gone, categories=groups),
-              checkpoint={}, search="exact")
+  write_index(
+    tmp_path / "index",
+    IndexContents(labels, names, names, np.zeros(150, np.int32), np.zeros((1, 8), np.float32), gone, categories=groups),
+    checkpoint={},
+    search="exact",
+  )
   index = ServedIndex.open(tmp_path / "index", checkpoint=None)
   for program in index.warm_up(40, 13, None):
     program()
   with counted_compilations() as compiled:
     for k in (1, 9, 17, 30):
-      deny = [rng.permutation(150)[:rng.integers(0, 10)] for _ in queries]
-      allow = [None if i % 3 == 0 else rng.permutation(150)[:2 * i] for i in range(13)]
+      deny = [rng.permutation(150)[: rng.integers(0, 10)] for _ in queries]
+      allow = [None if i % 3 == 0 else rng.permutation(150)[: 2 * i] for i in range(13)]
       classes = [["odd"] if i % 4 == 1 else None for i in range(13)]
       filters = index.filters(
-          *([None if row is None else [str(label) for label in row] for row in rows] for rows in (allow, deny)),
-          categories=classes)
+        *([None if row is None else [str(label) for label in row] for row in rows] for rows in (allow, deny)),
+        categories=classes,
+      )
       for filtered in (None, Filters(deny=filters.deny), filters):
         scores, ids = index.search(queries, k, filtered)
         for i, query in enumerate(queries):
@@ -557,7 +595,7 @@ def test_few_programs_find_what_exact_search_finds(tmp_path, monkeypatch, gather
             may &= True if classes[i] is None else np.arange(150) % 2 == 1
           best = np.flatnonzero(may)[np.argsort(-(labels @ query)[may], kind="stable")][:k]
           assert ids[i].tolist() == best.tolist() + [-1] * (k - len(best))
-          np.testing.assert_allclose(scores[i][:len(best)], (labels @ query)[best], rtol=1e-5)
+          np.testing.assert_allclose(scores[i][: len(best)], (labels @ query)[best], rtol=1e-5)
   assert not compiled
   with counted_compilations() as compiled:
     LabelIndex.search(index, queries, 11 if gather == 4 else 12)  # Programs are kept: another one for each case.
@@ -574,8 +612,10 @@ def test_warming_up_reaches_every_program_of_the_encoder(predictor, monkeypatch)
   rng = np.random.default_rng(0)
   with counted_compilations() as compiled:
     for count in range(1, 29, 3):
-      encoder.embed(["sun " * int(rng.integers(0, 40)) for _ in range(count)],
-                    [[np.ones(8, np.float16)] * int(rng.integers(0, 3)) for _ in range(count)])
+      encoder.embed(
+        ["sun " * int(rng.integers(0, 40)) for _ in range(count)],
+        [[np.ones(8, np.float16)] * int(rng.integers(0, 3)) for _ in range(count)],
+      )
   assert set(encoder._encoders) == warm and not compiled
 
 
@@ -583,8 +623,12 @@ def start_command(workdir, *flags):
   """`python -m vixml_jax.serve`, ready, and its address."""
   environment = os.environ | {"XLA_FLAGS": ""}
   process = subprocess.Popen(
-      [sys.executable, "-m", "vixml_jax.serve", f"--workdir={workdir}", "--port=0", *flags], cwd=ROOT,
-      env=environment, stderr=subprocess.PIPE, text=True)
+    [sys.executable, "-m", "vixml_jax.serve", f"--workdir={workdir}", "--port=0", *flags],
+    cwd=ROOT,
+    env=environment,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   lines = []
   for line in process.stderr:
     lines.append(line)
@@ -595,7 +639,6 @@ def start_command(workdir, *flags):
 
 
 class _Address:
-
   def __init__(self, url):
     self.url = url
 
@@ -680,11 +723,13 @@ def test_the_page_finds_labels_in_a_browser(illustrated, predictor, server, tmp_
 def _drop(page, path):
   """Drops a file onto the page, as a hand would."""
   data = page.evaluate_handle(
-      """([name, content]) => {
+    """([name, content]) => {
         const data = new DataTransfer();
         const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
         data.items.add(new File([bytes], name, {type: "image/png"}));
         return data;
-      }""", [path.name, base64.b64encode(path.read_bytes()).decode()])
+      }""",
+    [path.name, base64.b64encode(path.read_bytes()).decode()],
+  )
   page.dispatch_event("#drop", "dragover", {"dataTransfer": data})
   page.dispatch_event("#drop", "drop", {"dataTransfer": data})

@@ -15,11 +15,14 @@ def test_axes_become_mesh_axes():
   assert sharding.spec(()) == PartitionSpec()
 
 
-@pytest.mark.parametrize("axes,message", [
+@pytest.mark.parametrize(
+  "axes,message",
+  [
     (("mlp", "heads"), "kernel: 'mlp' and 'heads' both map to mesh axis 'tensor'"),
     (("query", "embed"), "kernel: 'query' and 'embed' both map to mesh axis 'fsdp'"),
     (("embed", "colour"), "kernel: no sharding rule for its logical axis 'colour'"),
-])
+  ],
+)
 def test_axes_that_collide_or_have_no_rule_are_refused_by_name(axes, message):
   with pytest.raises(ValueError, match=message):
     sharding.spec(axes, name="kernel")
@@ -32,8 +35,10 @@ def shapes(**sizes):
 def test_a_tree_of_shapes_is_spread_over_the_mesh():
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   found = sharding.tree_shardings(
-      mesh, shapes(up=(4, 6, 10), bias=(4, 10)),
-      {"encoder": {"up": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")}})
+    mesh,
+    shapes(up=(4, 6, 10), bias=(4, 10)),
+    {"encoder": {"up": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")}},
+  )
   assert found["encoder"]["up"].shard_shape((4, 6, 10)) == (4, 3, 5)
   assert found["encoder"]["bias"].shard_shape((4, 10)) == (4, 5)
 
@@ -44,7 +49,8 @@ def test_a_dimension_that_does_not_divide_is_refused_by_name():
     sharding.tree_shardings(mesh, shapes(up=(6, 10)), {"encoder": {"up": ("embed", "mlp")}})
   with pytest.raises(InputError, match="encoder/bank has query=12, which does not divide by data x fsdp = 8"):
     sharding.tree_shardings(
-        sharding.make_mesh(data=2, fsdp=4), shapes(bank=(12, 3)), {"encoder": {"bank": ("query", "vector")}})
+      sharding.make_mesh(data=2, fsdp=4), shapes(bank=(12, 3)), {"encoder": {"bank": ("query", "vector")}}
+    )
 
 
 def test_heads_of_keys_and_values_that_the_mesh_does_not_divide_are_whole_on_every_device():
@@ -64,23 +70,32 @@ def test_a_leaf_without_an_axis_for_each_dimension_is_refused_by_name(names):
     sharding.tree_shardings(sharding.make_mesh(), shapes(up=(6, 10)), {"encoder": {"up": names}})
 
 
-@pytest.mark.parametrize("sizes,shape", [
-    (dict(), (8, 1, 1)), (dict(fsdp=4), (2, 4, 1)), (dict(data=1, tensor=-1), (1, 1, 8)),
-    (dict(data=2, fsdp=2, tensor=2), (2, 2, 2))])
+@pytest.mark.parametrize(
+  "sizes,shape",
+  [
+    (dict(), (8, 1, 1)),
+    (dict(fsdp=4), (2, 4, 1)),
+    (dict(data=1, tensor=-1), (1, 1, 8)),
+    (dict(data=2, fsdp=2, tensor=2), (2, 2, 2)),
+  ],
+)
 def test_a_mesh_takes_all_devices(sizes, shape):
   mesh = sharding.make_mesh(**sizes)
   assert mesh.axis_names == sharding.MESH_AXES and mesh.devices.shape == shape
   assert set(mesh.devices.flat) == set(jax.devices())
 
 
-@pytest.mark.parametrize("sizes,message", [
+@pytest.mark.parametrize(
+  "sizes,message",
+  [
     (dict(data=3), "3 x 1 x 1 does not make 8 devices"),
     (dict(fsdp=3), "2 x 3 x 1 does not make 8 devices"),
     (dict(fsdp=16), "1 x 16 x 1 does not make 8 devices"),
     (dict(data=-1, tensor=-1), "mesh.data and mesh.tensor are both -1"),
     (dict(tensor=0), "mesh.tensor=0: must be at least 1"),
     (dict(fsdp=-2), "mesh.fsdp=-2: must be at least 1"),
-])
+  ],
+)
 def test_a_mesh_that_does_not_fit_is_refused_by_axis(sizes, message):
   with pytest.raises(InputError, match=message):
     sharding.make_mesh(**sizes)

@@ -106,10 +106,14 @@ def test_initial_values_are_distributed_as_in_big_vision():
   flat = engine.flatten(init())
   # flax.linen's lecun_normal for the patches, 1 / sqrt(width) for positions, else xavier_uniform.
   for name, deviation in {
-      "patch_embedding/kernel": 1 / math.sqrt(8 * 8 * 3), "position_embedding": 1 / math.sqrt(64),
-      "layers/attention/query/kernel": math.sqrt(2 / 128), "layers/attention/output/kernel": math.sqrt(2 / 128),
-      "layers/up/kernel": math.sqrt(2 / 192), "head/attention/value/kernel": math.sqrt(2 / 128),
-      "head/down/kernel": math.sqrt(2 / 192)}.items():
+    "patch_embedding/kernel": 1 / math.sqrt(8 * 8 * 3),
+    "position_embedding": 1 / math.sqrt(64),
+    "layers/attention/query/kernel": math.sqrt(2 / 128),
+    "layers/attention/output/kernel": math.sqrt(2 / 128),
+    "layers/up/kernel": math.sqrt(2 / 192),
+    "head/attention/value/kernel": math.sqrt(2 / 128),
+    "head/down/kernel": math.sqrt(2 / 192),
+  }.items():
     assert np.std(flat[name]) == pytest.approx(deviation, rel=0.05), name
   assert np.abs(flat["head/probe"]).max() <= math.sqrt(6 / 65) < 1.1 * np.abs(flat["head/probe"]).max()
   first, second = flat["layers/up/kernel"]
@@ -118,24 +122,36 @@ def test_initial_values_are_distributed_as_in_big_vision():
 
 # Shapes of FACTS.md, in the order of our axes; the layers' 27 stands in front.
 _SO400M = {
-    "patch_embedding/kernel": (14, 14, 3, 1152), "patch_embedding/bias": (1152,),
-    "position_embedding": (729, 1152),
-    "final_norm/scale": (1152,), "final_norm/bias": (1152,),
-    "head/probe": (1152,),
+  "patch_embedding/kernel": (14, 14, 3, 1152),
+  "patch_embedding/bias": (1152,),
+  "position_embedding": (729, 1152),
+  "final_norm/scale": (1152,),
+  "final_norm/bias": (1152,),
+  "head/probe": (1152,),
 }
 _SO400M_BLOCK = {
-    **{f"attention/{name}/kernel": (1152, 16, 72) for name in ("query", "key", "value")},
-    **{f"attention/{name}/bias": (16, 72) for name in ("query", "key", "value")},
-    "attention/output/kernel": (16, 72, 1152), "attention/output/bias": (1152,),
-    "mlp_norm/scale": (1152,), "mlp_norm/bias": (1152,),
-    "up/kernel": (1152, 4304), "up/bias": (4304,), "down/kernel": (4304, 1152), "down/bias": (1152,),
+  **{f"attention/{name}/kernel": (1152, 16, 72) for name in ("query", "key", "value")},
+  **{f"attention/{name}/bias": (16, 72) for name in ("query", "key", "value")},
+  "attention/output/kernel": (16, 72, 1152),
+  "attention/output/bias": (1152,),
+  "mlp_norm/scale": (1152,),
+  "mlp_norm/bias": (1152,),
+  "up/kernel": (1152, 4304),
+  "up/bias": (4304,),
+  "down/kernel": (4304, 1152),
+  "down/bias": (1152,),
 }
 
 
 def test_so400m_at_384_has_the_published_shapes():
-  wanted = _SO400M | {f"head/{name}": shape for name, shape in _SO400M_BLOCK.items()} | {
+  wanted = (
+    _SO400M
+    | {f"head/{name}": shape for name, shape in _SO400M_BLOCK.items()}
+    | {
       f"layers/{name}": (27, *shape)
-      for name, shape in (_SO400M_BLOCK | {"attention_norm/scale": (1152,), "attention_norm/bias": (1152,)}).items()}
+      for name, shape in (_SO400M_BLOCK | {"attention_norm/scale": (1152,), "attention_norm/bias": (1152,)}).items()
+    }
+  )
   _, shapes, _ = define_siglip(siglip.siglip_arguments("siglip2_so400m14_384"))
   found = engine.flatten(shapes)
   assert {name: leaf.shape for name, leaf in found.items()} == wanted
@@ -146,9 +162,22 @@ def test_so400m_at_384_has_the_published_shapes():
 
 # Millions of parameters of the towers that timm publishes under vit_*_siglip_* with attention pooling.
 _MILLIONS = {
-    "b32_256": 94.55, "b16_224": 92.88, "b16_256": 92.93, "b16_384": 93.18, "b16_512": 93.52, "l16_256": 315.96,
-    "l16_384": 316.28, "l16_512": 316.74, "so400m14_224": 427.68, "so400m14_384": 428.23, "so400m16_256": 427.89,
-    "so400m16_384": 428.26, "so400m16_512": 428.77, "g-opt16_256": 1163.17, "g-opt16_384": 1163.66}
+  "b32_256": 94.55,
+  "b16_224": 92.88,
+  "b16_256": 92.93,
+  "b16_384": 93.18,
+  "b16_512": 93.52,
+  "l16_256": 315.96,
+  "l16_384": 316.28,
+  "l16_512": 316.74,
+  "so400m14_224": 427.68,
+  "so400m14_384": 428.23,
+  "so400m16_256": 427.89,
+  "so400m16_384": 428.26,
+  "so400m16_512": 428.77,
+  "g-opt16_256": 1163.17,
+  "g-opt16_384": 1163.66,
+}
 
 
 @pytest.mark.parametrize("variant", siglip.VARIANTS)

@@ -65,9 +65,11 @@ def test_a_big_vision_file_makes_the_features_of_transformers(published, tmp_pat
 def test_the_text_tower_and_the_loss_of_a_two_tower_file_are_left_out(tensors, tmp_path):
   wanted, _ = _load(tensors, tmp_path / "one.npz")
   both = {f"params/img/{name}": value for name, value in tensors.items()} | {
-      "params/txt/Encoder_0/encoderblock/LayerNorm_0/scale": np.ones((2, 4), np.float32),
-      "params/txt/head/kernel": np.ones((4, 4), np.float32),
-      "params/t": np.ones(1, np.float32), "params/b": np.ones(1, np.float32)}
+    "params/txt/Encoder_0/encoderblock/LayerNorm_0/scale": np.ones((2, 4), np.float32),
+    "params/txt/head/kernel": np.ones((4, 4), np.float32),
+    "params/t": np.ones(1, np.float32),
+    "params/b": np.ones(1, np.float32),
+  }
   _assert_equal(_load(both, tmp_path / "two.npz")[0], wanted)
 
 
@@ -133,7 +135,8 @@ def test_huggingface_to_ours_to_huggingface_is_the_identity_and_transformers_loa
   before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
   # transformers 5 leaves out the prefix that published checkpoints have.
   assert {name.removeprefix("vision_model.") for name in before} == {
-      name.removeprefix("vision_model.") for name in after}
+    name.removeprefix("vision_model.") for name in after
+  }
   assert all(name.startswith("vision_model.") for name in after)
   for name, value in before.items():
     np.testing.assert_array_equal(after[f"vision_model.{name.removeprefix('vision_model.')}"], value, strict=True)
@@ -236,21 +239,29 @@ def test_two_rules_for_one_part_are_a_duplicate(published):
     engine.apply(table, siglip.files.SafetensorsFolder(folder), params)
 
 
-@pytest.mark.parametrize("name,change,message", [
+@pytest.mark.parametrize(
+  "name,change,message",
+  [
     ("embedding/kernel", None, "has no tensor embedding/kernel; name a file with a SigLIP image tower"),
     ("pos_embedding", np.zeros((9, 24), np.float32), r"has a tensor of shape \[9, 24\] for pos_embedding"),
     ("pos_embedding", np.zeros((1, 10, 24), np.float32), "10 positions make no square"),
-    ("MAPHead_0/MultiHeadDotProductAttention_0/query/kernel", np.zeros((24, 5, 5), np.float32),
-     "a width of 24 does not divide by 5 heads"),
+    (
+      "MAPHead_0/MultiHeadDotProductAttention_0/query/kernel",
+      np.zeros((24, 5, 5), np.float32),
+      "a width of 24 does not divide by 5 heads",
+    ),
     ("embedding/kernel", np.zeros((0, 8, 3, 24), np.float32), "has .*patch_size 0; a positive integer"),
-])
+  ],
+)
 def test_files_that_hold_no_tower_are_refused_by_name(tensors, tmp_path, name, change, message):
   tensors = {key: value for key, value in tensors.items() if key != name} | ({} if change is None else {name: change})
   with pytest.raises(InputError, match=rf"tower\.npz: {message}"):
     _load(tensors, tmp_path / "tower.npz")
 
 
-@pytest.mark.parametrize("change,message", [
+@pytest.mark.parametrize(
+  "change,message",
+  [
     ({"model_type": "siglip2_vision_model"}, "model_type is 'siglip2_vision_model'.*NaFlex"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; the tower only does 'gelu_pytorch_tanh'"),
     ({"vision_use_head": False}, "vision_use_head is False"),
@@ -258,7 +269,8 @@ def test_files_that_hold_no_tower_are_refused_by_name(tensors, tmp_path, name, c
     ({"num_attention_heads": 5}, "24 does not divide by 5 heads"),
     ({"image_size": [30, 30]}, r"image_size \[30, 30\]; a positive integer"),
     ({"image_size": 7}, "7 pixels are less than a patch of 8"),
-])
+  ],
+)
 def test_configs_of_other_towers_are_refused_by_key(published, tmp_path, change, message):
   folder, _, _ = published
   settings = json.loads((folder / "config.json").read_text()) | change
@@ -318,22 +330,36 @@ class _Published:
 
   def __init__(self):
     attention = {
-        **{f"{part}/kernel": (1152, 16, 72) for part in ("query", "key", "value")},
-        **{f"{part}/bias": (16, 72) for part in ("query", "key", "value")},
-        "out/kernel": (16, 72, 1152), "out/bias": (1152,)}
-    mlp = {"Dense_0/kernel": (1152, 4304), "Dense_0/bias": (4304,), "Dense_1/kernel": (4304, 1152),
-           "Dense_1/bias": (1152,)}
+      **{f"{part}/kernel": (1152, 16, 72) for part in ("query", "key", "value")},
+      **{f"{part}/bias": (16, 72) for part in ("query", "key", "value")},
+      "out/kernel": (16, 72, 1152),
+      "out/bias": (1152,),
+    }
+    mlp = {
+      "Dense_0/kernel": (1152, 4304),
+      "Dense_0/bias": (4304,),
+      "Dense_1/kernel": (4304, 1152),
+      "Dense_1/bias": (1152,),
+    }
     norm = {"scale": (1152,), "bias": (1152,)}
-    shared = {**{f"MultiHeadDotProductAttention_0/{name}": shape for name, shape in attention.items()},
-              **{f"MlpBlock_0/{name}": shape for name, shape in mlp.items()},
-              **{f"LayerNorm_0/{name}": shape for name, shape in norm.items()}}
+    shared = {
+      **{f"MultiHeadDotProductAttention_0/{name}": shape for name, shape in attention.items()},
+      **{f"MlpBlock_0/{name}": shape for name, shape in mlp.items()},
+      **{f"LayerNorm_0/{name}": shape for name, shape in norm.items()},
+    }
     block = shared | {f"LayerNorm_1/{name}": shape for name, shape in norm.items()}
-    self.shapes = {f"params/img/{name}": shape for name, shape in {
-        "embedding/kernel": (14, 14, 3, 1152), "embedding/bias": (1152,), "pos_embedding": (1, 729, 1152),
+    self.shapes = {
+      f"params/img/{name}": shape
+      for name, shape in {
+        "embedding/kernel": (14, 14, 3, 1152),
+        "embedding/bias": (1152,),
+        "pos_embedding": (1, 729, 1152),
         **{f"Transformer/encoderblock/{name}": (27, *shape) for name, shape in block.items()},
         **{f"Transformer/encoder_norm/{name}": shape for name, shape in norm.items()},
-        "MAPHead_0/probe": (1, 1, 1152), **{f"MAPHead_0/{name}": shape for name, shape in shared.items()},
-    }.items()} | {"params/t": (1,), "params/b": (1,), "params/txt/head/bias": (1152,)}
+        "MAPHead_0/probe": (1, 1, 1152),
+        **{f"MAPHead_0/{name}": shape for name, shape in shared.items()},
+      }.items()
+    } | {"params/t": (1,), "params/b": (1,), "params/txt/head/bias": (1152,)}
 
   def names(self):
     return list(self.shapes)
@@ -384,10 +410,21 @@ def test_a_variants_name_stands_for_its_place_on_the_hub(monkeypatch, published)
 def _bilinear(grid, size):
   """Bilinear interpolation with the corners kept, written out: first down, then across."""
   places = np.linspace(0, len(grid) - 1, size)
-  rows = np.stack([np.stack([np.interp(places, np.arange(len(grid)), grid[:, column, channel])
-                             for channel in range(grid.shape[2])], -1) for column in range(grid.shape[1])], 1)
-  return np.stack([np.stack([np.interp(places, np.arange(len(grid)), row[:, channel])
-                             for channel in range(grid.shape[2])], -1) for row in rows])
+  rows = np.stack(
+    [
+      np.stack(
+        [np.interp(places, np.arange(len(grid)), grid[:, column, channel]) for channel in range(grid.shape[2])], -1
+      )
+      for column in range(grid.shape[1])
+    ],
+    1,
+  )
+  return np.stack(
+    [
+      np.stack([np.interp(places, np.arange(len(grid)), row[:, channel]) for channel in range(grid.shape[2])], -1)
+      for row in rows
+    ]
+  )
 
 
 @pytest.mark.parametrize("size", [2, 5, 8])
@@ -397,7 +434,8 @@ def test_positions_are_resized_as_by_hand_and_as_by_torch(size):
   assert found.shape == (size**2, 3) and found.dtype == np.float32
   np.testing.assert_allclose(found, _bilinear(grid, size).reshape(-1, 3), atol=1e-6)
   wanted = torch.nn.functional.interpolate(
-      torch.tensor(grid).permute(2, 0, 1)[None], size=(size, size), mode="bilinear", align_corners=True)
+    torch.tensor(grid).permute(2, 0, 1)[None], size=(size, size), mode="bilinear", align_corners=True
+  )
   np.testing.assert_allclose(found, wanted[0].permute(1, 2, 0).reshape(-1, 3), atol=1e-5)
 
 
@@ -409,7 +447,8 @@ def test_a_tower_loads_at_another_resolution(published, tensors, tmp_path):
   graphdef, shapes, _ = define_siglip(arguments)
   assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, params)
   features = jax.jit(lambda params, pixels: layers.merge_params(graphdef, params)(pixels))(
-      params, tiny_siglip.pixels(2, 47))
+    params, tiny_siglip.pixels(2, 47)
+  )
   assert features.shape == (2, 24) and np.isfinite(features).all()
   _assert_equal(siglip.load_siglip(published[0], image_size=47)[0], params)
   with pytest.raises(InputError, match="7 pixels are less than a patch of 8"):

@@ -57,8 +57,21 @@ def test_a_run_learns_and_writes_every_output(workplace, tmp_path, capsys):
   assert {"step", "epoch", "split", "values"} == set(lines[0])
   written = json.loads((tmp_path / "final_metrics.json").read_text())
   assert written == final
-  for key in ("P@1", "P@3", "P@5", "PSP@1", "PSP@5", "nDCG@1", "nDCG@5", "R@10", "R@100", "RA/P@1", "RA/R@100",
-              "train_seconds", "tokens_per_second"):
+  for key in (
+    "P@1",
+    "P@3",
+    "P@5",
+    "PSP@1",
+    "PSP@5",
+    "nDCG@1",
+    "nDCG@5",
+    "R@10",
+    "R@100",
+    "RA/P@1",
+    "RA/R@100",
+    "train_seconds",
+    "tokens_per_second",
+  ):
     assert math.isfinite(written[key]), key
   # A query's words name its first label: a trained model finds it far more often than chance (1 in 24).
   assert written["P@1"] > 40
@@ -79,8 +92,11 @@ def test_evaluating_a_workdir_again_gives_the_same_numbers(workplace, tmp_path):
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(workplace, tmp_path, monkeypatch):
   config = config_of(workplace)
   assert_stopped_and_started_again_ends_with_the_same_bits(config, tmp_path, monkeypatch)
-  steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
-           if json.loads(line)["split"] == "train"]
+  steps = [
+    json.loads(line)["step"]
+    for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
+    if json.loads(line)["split"] == "train"
+  ]
   assert steps == sorted(set(steps)), "a resumed run must not repeat lines"
 
 
@@ -112,9 +128,15 @@ def test_remat_changes_no_number(workplace):
   state = create_state(abstract, init_params(run.model, mesh, 0), run.optimizer)
   batch = make_batch(run.queries, np.arange(len(run.queries)), 16, run.layout, seed=0, epoch=0, step=0)
   gradients = [
-      jax.jit(jax.grad(lambda params, remat=remat: batch_loss(
-          run.model, params, state, device_batch(batch, mesh), run.layout, run.loss, run.base_key, remat, mesh)[0])
-      )(state.params) for remat in (False, True)]
+    jax.jit(
+      jax.grad(
+        lambda params, remat=remat: batch_loss(
+          run.model, params, state, device_batch(batch, mesh), run.layout, run.loss, run.base_key, remat, mesh
+        )[0]
+      )
+    )(state.params)
+    for remat in (False, True)
+  ]
   for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
 

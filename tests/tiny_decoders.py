@@ -22,28 +22,44 @@ VOCAB, LAYERS, DIM, HEADS, KV_HEADS, MLP = tiny_encoders.VOCAB, 3, 32, 4, 2, 48
 ROPE_SCALING = (8.0, 0.5, 4.0, 64)
 # Projections that get adapters: ours -> theirs, within a layer.
 PROJECTIONS = {
-    "attention/query": "self_attn.q_proj", "attention/key": "self_attn.k_proj", "attention/value": "self_attn.v_proj",
-    "attention/output": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+  "attention/query": "self_attn.q_proj",
+  "attention/key": "self_attn.k_proj",
+  "attention/value": "self_attn.v_proj",
+  "attention/output": "self_attn.o_proj",
+  "gate": "mlp.gate_proj",
+  "up": "mlp.up_proj",
+  "down": "mlp.down_proj",
+}
 
 _ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 # Number of parameters of the published models, without an output head of its own.
 PARAMETERS = {
-    "qwen2.5-0.5b": 494_032_768,
-    "qwen2.5-1.5b": 1_543_714_304,
-    "qwen2.5-3b": 3_085_938_688,
-    # The only one here with an output head of its own, 152,064 x 3584, which the published number includes.
-    "qwen2.5-7b": 7_615_616_512 - 152064 * 3584,
-    # Their files repeat the word vectors as `lm_head.weight`: 751,632,384 and 2,031,739,904 with it.
-    "qwen3-0.6b": 751_632_384 - 151936 * 1024,
-    "qwen3-1.7b": 2_031_739_904 - 151936 * 2048,
-    "qwen3-4b": 4_022_468_096,
-    "llama-3.2-1b": 1_235_814_400,
-    "llama-3.2-3b": 3_212_749_824,
+  "qwen2.5-0.5b": 494_032_768,
+  "qwen2.5-1.5b": 1_543_714_304,
+  "qwen2.5-3b": 3_085_938_688,
+  # The only one here with an output head of its own, 152,064 x 3584, which the published number includes.
+  "qwen2.5-7b": 7_615_616_512 - 152064 * 3584,
+  # Their files repeat the word vectors as `lm_head.weight`: 751,632,384 and 2,031,739,904 with it.
+  "qwen3-0.6b": 751_632_384 - 151936 * 1024,
+  "qwen3-1.7b": 2_031_739_904 - 151936 * 2048,
+  "qwen3-4b": 4_022_468_096,
+  "llama-3.2-1b": 1_235_814_400,
+  "llama-3.2-3b": 3_212_749_824,
 }
 _NOT_OF_THE_WEIGHTS = (
-    "architecture", "pretrained", "random_init", "pooling", "dtype", "param_dtype", "remat", "bidirectional",
-    "lora_rank", "lora_alpha", "adapter")
+  "architecture",
+  "pretrained",
+  "random_init",
+  "pooling",
+  "dtype",
+  "param_dtype",
+  "remat",
+  "bidirectional",
+  "lora_rank",
+  "lora_alpha",
+  "adapter",
+)
 
 
 def published(name):
@@ -58,9 +74,16 @@ def hf_config(kind):
   if kind == "llama":
     rope |= {"rope_type": "llama3"} | dict(zip(_ROPE_KEYS, ROPE_SCALING, strict=True))
   values = dict(
-      vocab_size=VOCAB, num_hidden_layers=LAYERS, hidden_size=DIM, num_attention_heads=HEADS,
-      num_key_value_heads=KV_HEADS, intermediate_size=MLP, max_position_embeddings=128, rope_parameters=rope,
-      attn_implementation="eager")
+    vocab_size=VOCAB,
+    num_hidden_layers=LAYERS,
+    hidden_size=DIM,
+    num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS,
+    intermediate_size=MLP,
+    max_position_embeddings=128,
+    rope_parameters=rope,
+    attn_implementation="eager",
+  )
   made = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}
   return made[kind](**values | ({"head_dim": 12} if kind == "qwen3" else {}))
 
@@ -101,9 +124,12 @@ def peft_decoder(base, rank, alpha, seed=1):
   """`base` with rank-stabilised adapters of peft on all seven projections, A and B random."""
   with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that is to go.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-    model = peft.get_peft_model(base, peft.LoraConfig(
-        r=rank, lora_alpha=alpha, use_rslora=True,
-        target_modules=[name.split(".")[1] for name in PROJECTIONS.values()]))
+    model = peft.get_peft_model(
+      base,
+      peft.LoraConfig(
+        r=rank, lora_alpha=alpha, use_rslora=True, target_modules=[name.split(".")[1] for name in PROJECTIONS.values()]
+      ),
+    )
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, parameter in model.named_parameters():

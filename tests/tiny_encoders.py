@@ -16,13 +16,23 @@ VOCAB, LAYERS, DIM, HEADS, MLP, POSITIONS = 50, 3, 32, 4, 48, 24
 def hf_encoder(kind, seed=0):
   """A BertModel or DistilBertModel whose parameters, norms and biases included, are all random."""
   if kind == "bert":
-    model = transformers.BertModel(transformers.BertConfig(
-        vocab_size=VOCAB, num_hidden_layers=LAYERS, hidden_size=DIM, num_attention_heads=HEADS,
-        intermediate_size=MLP, max_position_embeddings=POSITIONS), add_pooling_layer=False)
+    model = transformers.BertModel(
+      transformers.BertConfig(
+        vocab_size=VOCAB,
+        num_hidden_layers=LAYERS,
+        hidden_size=DIM,
+        num_attention_heads=HEADS,
+        intermediate_size=MLP,
+        max_position_embeddings=POSITIONS,
+      ),
+      add_pooling_layer=False,
+    )
   else:
-    model = transformers.DistilBertModel(transformers.DistilBertConfig(
-        vocab_size=VOCAB, n_layers=LAYERS, dim=DIM, n_heads=HEADS, hidden_dim=MLP,
-        max_position_embeddings=POSITIONS))
+    model = transformers.DistilBertModel(
+      transformers.DistilBertConfig(
+        vocab_size=VOCAB, n_layers=LAYERS, dim=DIM, n_heads=HEADS, hidden_dim=MLP, max_position_embeddings=POSITIONS
+      )
+    )
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, parameter in model.named_parameters():
@@ -35,8 +45,7 @@ def hf_encoder(kind, seed=0):
 def our_encoder(folder, **arguments):
   """Structure and loaded parameters of the encoder in a folder."""
   arguments = config.encoder_arguments(folder) | arguments
-  graphdef, shapes, _ = layers.split_params(
-      nnx.eval_shape(lambda: BertEncoder(**arguments, rngs=nnx.Rngs(0))))
+  graphdef, shapes, _ = layers.split_params(nnx.eval_shape(lambda: BertEncoder(**arguments, rngs=nnx.Rngs(0))))
   table = tables.TABLES[config.read_config(folder)["model_type"]]
   return graphdef, files.load_pretrained(folder, table, shapes)
 
@@ -75,8 +84,8 @@ class Gradients:
 
   def __init__(self, model):
     self._tensors = {
-        name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
-        for name, p in model.named_parameters()}
+      name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy() for name, p in model.named_parameters()
+    }
 
   def names(self):
     return list(self._tensors)

@@ -7,13 +7,21 @@ import transformers
 from vixml_jax.models.siglip import define_siglip
 
 # 30 = 3 * 8 + 6: a remainder that is cut off, like 384 = 27 * 14 + 6. Three heads of eight.
-ARGUMENTS = {"image_size": 30, "patch_size": 8, "num_layers": 3, "embed_dim": 24, "num_heads": 3, "mlp_dim": 40,
-             "layer_norm_eps": 1e-6}
+ARGUMENTS = {
+  "image_size": 30,
+  "patch_size": 8,
+  "num_layers": 3,
+  "embed_dim": 24,
+  "num_heads": 3,
+  "mlp_dim": 40,
+  "layer_norm_eps": 1e-6,
+}
 
 
 def _config_values():
-  return dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=30,
-              patch_size=8)
+  return dict(
+    hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=30, patch_size=8
+  )
 
 
 def hf_tower(seed=0):
@@ -73,28 +81,41 @@ def big_vision_tensors(model, stacked):
   def block(i):
     name = f"encoder.layers.{i}"
     attention = {
-        full: to_heads(theirs[f"{name}.self_attn.{letter}_proj.weight"], theirs[f"{name}.self_attn.{letter}_proj.bias"])
-        for letter, full in (("q", "query"), ("k", "key"), ("v", "value"))}
+      full: to_heads(theirs[f"{name}.self_attn.{letter}_proj.weight"], theirs[f"{name}.self_attn.{letter}_proj.bias"])
+      for letter, full in (("q", "query"), ("k", "key"), ("v", "value"))
+    }
     return {
-        "LayerNorm_0": norm(f"{name}.layer_norm1"), "LayerNorm_1": norm(f"{name}.layer_norm2"),
-        "MultiHeadDotProductAttention_0": attention | {"out": from_heads(f"{name}.self_attn.out_proj")},
-        "MlpBlock_0": {"Dense_0": dense(f"{name}.mlp.fc1"), "Dense_1": dense(f"{name}.mlp.fc2")}}
+      "LayerNorm_0": norm(f"{name}.layer_norm1"),
+      "LayerNorm_1": norm(f"{name}.layer_norm2"),
+      "MultiHeadDotProductAttention_0": attention | {"out": from_heads(f"{name}.self_attn.out_proj")},
+      "MlpBlock_0": {"Dense_0": dense(f"{name}.mlp.fc1"), "Dense_1": dense(f"{name}.mlp.fc2")},
+    }
 
   weights = np.split(theirs["head.attention.in_proj_weight"], 3)
   biases = np.split(theirs["head.attention.in_proj_bias"], 3)
   pool = {name: to_heads(*pair) for name, *pair in zip(("query", "key", "value"), weights, biases, strict=True)}
   blocks = [_joined(block(i)) for i in range(model.config.num_hidden_layers)]
-  layers = {f"encoderblock/{name}": np.stack([each[name] for each in blocks]) for name in blocks[0]} if stacked else {
-      f"encoderblock_{i}/{name}": value for i, each in enumerate(blocks) for name, value in each.items()}
-  return _joined({
-      "embedding": {"kernel": theirs["embeddings.patch_embedding.weight"].transpose(2, 3, 1, 0),
-                    "bias": theirs["embeddings.patch_embedding.bias"]},
+  layers = (
+    {f"encoderblock/{name}": np.stack([each[name] for each in blocks]) for name in blocks[0]}
+    if stacked
+    else {f"encoderblock_{i}/{name}": value for i, each in enumerate(blocks) for name, value in each.items()}
+  )
+  return _joined(
+    {
+      "embedding": {
+        "kernel": theirs["embeddings.patch_embedding.weight"].transpose(2, 3, 1, 0),
+        "bias": theirs["embeddings.patch_embedding.bias"],
+      },
       "pos_embedding": theirs["embeddings.position_embedding.weight"][None],
       "Transformer": layers | {"encoder_norm": norm("post_layernorm")},
       "MAPHead_0": {
-          "probe": theirs["head.probe"], "LayerNorm_0": norm("head.layernorm"),
-          "MultiHeadDotProductAttention_0": pool | {"out": from_heads("head.attention.out_proj")},
-          "MlpBlock_0": {"Dense_0": dense("head.mlp.fc1"), "Dense_1": dense("head.mlp.fc2")}}})
+        "probe": theirs["head.probe"],
+        "LayerNorm_0": norm("head.layernorm"),
+        "MultiHeadDotProductAttention_0": pool | {"out": from_heads("head.attention.out_proj")},
+        "MlpBlock_0": {"Dense_0": dense("head.mlp.fc1"), "Dense_1": dense("head.mlp.fc2")},
+      },
+    }
+  )
 
 
 def _joined(tree, prefix=""):
@@ -103,4 +124,3 @@ def _joined(tree, prefix=""):
     name = f"{prefix}{key}"
     joined |= _joined(value, f"{name}/") if isinstance(value, dict) else {name: value}
   return joined
-

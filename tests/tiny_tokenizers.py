@@ -21,11 +21,15 @@ def write_byte_bpe(folder: str | os.PathLike, begin: str = "") -> pathlib.Path:
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
   special = [END_OF_TEXT, END_OF_TURN, *filter(None, [begin])]
-  tokenizer.train_from_iterator(_TEXTS, trainers.BpeTrainer(
-      vocab_size=330, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-      show_progress=False))
+  tokenizer.train_from_iterator(
+    _TEXTS,
+    trainers.BpeTrainer(
+      vocab_size=330, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    ),
+  )
   if begin:
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.token_to_id(begin))])
+      single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
   PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TURN).save_pretrained(folder)
   return pathlib.Path(folder)

@@ -71,7 +71,8 @@ def with_images(factory) -> Trained:
   """MiniLM on titles, contents and up to two images, whose features a tiny SigLIP tower makes."""
   place = factory.mktemp("with_images") / "place"
   config = shrink(
-      load_config("custom", "encoder=minilm-l6"), place, write_raw_folder(place / "raw", num_train=24, images=True))
+    load_config("custom", "encoder=minilm-l6"), place, write_raw_folder(place / "raw", num_train=24, images=True)
+  )
   rng = np.random.default_rng(0)
   tower = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), define_siglip(_TOWER)[1])
   save_npz(tower, place.parent / "tower.npz")
@@ -104,5 +105,10 @@ def _train(config, images: bool = False) -> Trained:
       queries[picture["row"]].setdefault("images", []).append(picture["png"])
   place.rename(place.with_name("gone"))
   return Trained(
-      workdir, place.with_name("gone") / encoder.name, queries, [record["target_ind"] for record in records], labels,
-      json.loads((workdir / "final_metrics.json").read_text()))
+    workdir,
+    place.with_name("gone") / encoder.name,
+    queries,
+    [record["target_ind"] for record in records],
+    labels,
+    json.loads((workdir / "final_metrics.json").read_text()),
+  )

@@ -35,10 +35,14 @@ def loss_and_gradients(run, mesh, bank=None):
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: x + jax.device_put(rng.normal(0, 0.02, x.shape).astype(x.dtype), x.sharding), params)
   state = create_state(abstract, params, run.optimizer)
-  loss_of = jax.jit(jax.value_and_grad(
+  loss_of = jax.jit(
+    jax.value_and_grad(
       lambda params, frozen, state, batch: batch_loss(
-          run.model, layers.join_params(params, frozen), state, batch, run.layout, run.loss, run.base_key, True, mesh),
-      has_aux=True))
+        run.model, layers.join_params(params, frozen), state, batch, run.layout, run.loss, run.base_key, True, mesh
+      ),
+      has_aux=True,
+    )
+  )
   (loss, (_, embeddings)), gradients = loss_of(params, frozen, state, device_batch(batch, mesh, bank))
   return jax.device_get((loss, embeddings, gradients))
 
@@ -87,11 +91,20 @@ def send_sigterm_at_batch(number, monkeypatch):
 def command(config, workdir, devices=8, encoder="minilm-l6"):
   """The command line that trains `config`, which must come from configs/custom.py with that encoder."""
   given = configuration.flatten(config)
-  flags = [f"--config.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-           for key, value in given.items() if value != () and not key.startswith("baselines")]
+  flags = [
+    f"--config.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+    for key, value in given.items()
+    if value != () and not key.startswith("baselines")
+  ]
   environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-  arguments = [sys.executable, "-m", "vixml_jax.main", f"--config=configs/custom.py:encoder={encoder}",
-             f"--workdir={workdir}", *flags]
+  arguments = [
+    sys.executable,
+    "-m",
+    "vixml_jax.main",
+    f"--config=configs/custom.py:encoder={encoder}",
+    f"--workdir={workdir}",
+    *flags,
+  ]
   return dict(args=arguments, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

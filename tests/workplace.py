@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 _TINY = dict(vocab_size=160, num_layers=2, embed_dim=32, mlp_dim=48)
 TINY = _TINY | dict(num_heads=4, max_position=64)
 TINY_DECODER = _TINY | dict(
-    num_heads=8, num_kv_heads=2, head_dim=4, lora_rank=4, lora_alpha=4.0, param_dtype="bfloat16")
+  num_heads=8, num_kv_heads=2, head_dim=4, lora_rank=4, lora_alpha=4.0, param_dtype="bfloat16"
+)
 
 
 def load_config(name: str, variant: str | None = None) -> ConfigDict:
@@ -40,13 +41,27 @@ def write_encoder(folder: Path, encoder: ConfigDict) -> Path:
 
 def _bert(encoder: ConfigDict) -> transformers.PreTrainedModel:
   if encoder.num_token_types == 0:
-    return transformers.DistilBertModel(transformers.DistilBertConfig(
-        vocab_size=encoder.vocab_size, n_layers=encoder.num_layers, dim=encoder.embed_dim, n_heads=encoder.num_heads,
-        hidden_dim=encoder.mlp_dim, max_position_embeddings=encoder.max_position))
-  return transformers.BertModel(transformers.BertConfig(
-      vocab_size=encoder.vocab_size, num_hidden_layers=encoder.num_layers, hidden_size=encoder.embed_dim,
-      num_attention_heads=encoder.num_heads, intermediate_size=encoder.mlp_dim,
-      max_position_embeddings=encoder.max_position), add_pooling_layer=False)
+    return transformers.DistilBertModel(
+      transformers.DistilBertConfig(
+        vocab_size=encoder.vocab_size,
+        n_layers=encoder.num_layers,
+        dim=encoder.embed_dim,
+        n_heads=encoder.num_heads,
+        hidden_dim=encoder.mlp_dim,
+        max_position_embeddings=encoder.max_position,
+      )
+    )
+  return transformers.BertModel(
+    transformers.BertConfig(
+      vocab_size=encoder.vocab_size,
+      num_hidden_layers=encoder.num_layers,
+      hidden_size=encoder.embed_dim,
+      num_attention_heads=encoder.num_heads,
+      intermediate_size=encoder.mlp_dim,
+      max_position_embeddings=encoder.max_position,
+    ),
+    add_pooling_layer=False,
+  )
 
 
 def _decoder(encoder: ConfigDict) -> transformers.PreTrainedModel:
@@ -55,10 +70,19 @@ def _decoder(encoder: ConfigDict) -> transformers.PreTrainedModel:
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     rope |= {"rope_type": "llama3"} | dict(zip(keys, encoder.rope_scaling, strict=True))
   kind = "Qwen3" if encoder.qk_norm else "Qwen2" if encoder.qkv_bias else "Llama"
-  return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(
-      vocab_size=encoder.vocab_size, num_hidden_layers=encoder.num_layers, hidden_size=encoder.embed_dim,
-      num_attention_heads=encoder.num_heads, num_key_value_heads=encoder.num_kv_heads, head_dim=encoder.head_dim,
-      intermediate_size=encoder.mlp_dim, rms_norm_eps=encoder.norm_eps, rope_parameters=rope))
+  return getattr(transformers, f"{kind}Model")(
+    getattr(transformers, f"{kind}Config")(
+      vocab_size=encoder.vocab_size,
+      num_hidden_layers=encoder.num_layers,
+      hidden_size=encoder.embed_dim,
+      num_attention_heads=encoder.num_heads,
+      num_key_value_heads=encoder.num_kv_heads,
+      head_dim=encoder.head_dim,
+      intermediate_size=encoder.mlp_dim,
+      rms_norm_eps=encoder.norm_eps,
+      rope_parameters=rope,
+    )
+  )
 
 
 def shrink(config: ConfigDict, folder: Path, raw_dir: Path | str) -> ConfigDict:
@@ -76,9 +100,19 @@ def shrink(config: ConfigDict, folder: Path, raw_dir: Path | str) -> ConfigDict:
   config.dataset.data_dir = str(folder / "data")
   config.dataset.max_length = 16
   config.prototype.update(dict(num_heads=4, mlp_dim=32))
-  config.train.update(dict(batch_size=16, free_vectors=8, row_length=32, chunk_rows=8, warmup_steps=2,
-                           learning_rate=1e-3, new_learning_rate=1e-3, free_vector_learning_rate=1e-3,
-                           log_every_steps=1))
+  config.train.update(
+    dict(
+      batch_size=16,
+      free_vectors=8,
+      row_length=32,
+      chunk_rows=8,
+      warmup_steps=2,
+      learning_rate=1e-3,
+      new_learning_rate=1e-3,
+      free_vector_learning_rate=1e-3,
+      log_every_steps=1,
+    )
+  )
   config.mining.update(dict(start_epoch=0, update_epochs=1, cluster_size=4, doubling_epochs=(1,)))
   config.eval.bootstrap_samples = 20
   return config
@@ -123,7 +157,11 @@ json.dump(results, sys.stdout)
 def run_commands(commands: dict[str, list[str]], folder: Path) -> dict[str, tuple[int, str, str]]:
   """Exit status, stdout and stderr of each `python -m vixml_jax.MODULE ARGUMENTS...`, given as [MODULE, *ARGUMENTS]."""
   done = subprocess.run(
-      [sys.executable, "-W", "ignore", "-c", _SERVER, folder], input=json.dumps(commands), cwd=ROOT, text=True,
-      capture_output=True)
+    [sys.executable, "-W", "ignore", "-c", _SERVER, folder],
+    input=json.dumps(commands),
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+  )
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout)

@@ -55,8 +55,14 @@ def encode_images(source: pathlib.Path, target: pathlib.Path) -> None:
   images = [to_webp(png) for png in tqdm(table.column("png").to_pylist(), disable=None)]
   columns = [table.column("row"), table.column("slot"), pa.array(images, pa.binary())]
   # WebP does not compress further, and file offsets of rows do not deserve a dictionary.
-  pq.write_table(pa.table(columns, schema=_SCHEMA), target, row_group_size=_ROWS_A_GROUP,
-                 compression="zstd", use_dictionary=False, write_statistics=False)
+  pq.write_table(
+    pa.table(columns, schema=_SCHEMA),
+    target,
+    row_group_size=_ROWS_A_GROUP,
+    compression="zstd",
+    use_dictionary=False,
+    write_statistics=False,
+  )
 
 
 def to_webp(png: bytes) -> bytes:

@@ -81,8 +81,14 @@ class Icons:
     """The icons of a mask (bool [N]), numbered anew."""
     icons = np.flatnonzero(kept)
     shown = kept[self.rows]
-    return Icons([self.titles[icon] for icon in icons], [self.sets[icon] for icon in icons], self.labels.take(icons),
-                 self.excluded.take(icons), self.pixels[shown], (np.cumsum(kept) - 1)[self.rows[shown]])
+    return Icons(
+      [self.titles[icon] for icon in icons],
+      [self.sets[icon] for icon in icons],
+      self.labels.take(icons),
+      self.excluded.take(icons),
+      self.pixels[shown],
+      (np.cumsum(kept) - 1)[self.rows[shown]],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,13 +174,16 @@ def embed_texts(folder: pathlib.Path, texts: list[str]) -> np.ndarray:
     return layers.pool_segments(hidden, segments, layout.slots)
 
   chunks = zip(packed.tokens, packed.segments, packed.positions, strict=True)
-  pooled = [np.asarray(encode(params, *chunk)) for chunk in
-            tqdm(chunks, desc="embed texts", total=len(packed.tokens), disable=None, leave=False)]
+  pooled = [
+    np.asarray(encode(params, *chunk))
+    for chunk in tqdm(chunks, desc="embed texts", total=len(packed.tokens), disable=None, leave=False)
+  ]
   return _unit(np.concatenate(pooled).reshape(-1, arguments["embed_dim"])[packed.slots])
 
 
-def train(arguments: dict, recipe: Recipe, icons: Icons, names: np.ndarray, sets: np.ndarray, labels: np.ndarray,
-          seed: int) -> dict:
+def train(
+  arguments: dict, recipe: Recipe, icons: Icons, names: np.ndarray, sets: np.ndarray, labels: np.ndarray, seed: int
+) -> dict:
   """Trains a tower on icons.
 
   Args:
@@ -193,8 +202,9 @@ def train(arguments: dict, recipe: Recipe, icons: Icons, names: np.ndarray, sets
   graphdef, _, _ = define_siglip(arguments)
   of_set = np.array(icons.sets)[:, None] == np.unique(icons.sets)
   positives = np.concatenate([_positives(icons, len(labels)), of_set], axis=1)
-  prior = np.append(_log_odds(positives.mean(0), len(icons)),
-                    [_log_odds(1 / recipe.batch_size, len(icons))] * recipe.batch_size)
+  prior = np.append(
+    _log_odds(positives.mean(0), len(icons)), [_log_odds(1 / recipe.batch_size, len(icons))] * recipe.batch_size
+  )
   params = jax.jit(lambda key: init_params(arguments, names.shape[1], key))(init_key)
   optimizer = make_optimizer(recipe)
   state = jax.jit(optimizer.init)(params)
@@ -204,7 +214,8 @@ def train(arguments: dict, recipe: Recipe, icons: Icons, names: np.ndarray, sets
     # What all images have in common would be learnt first, and little else for thousands of steps.
     images = _unit(images - images.mean(0))
     return sigmoid_loss(
-        images, _unit(texts @ params["text"]), targets, jnp.exp(params["log_scale"]), params["bias"] + prior)
+      images, _unit(texts @ params["text"]), targets, jnp.exp(params["log_scale"]), params["bias"] + prior
+    )
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, state, key, pixels, shared_texts, titles, targets, prior):
@@ -223,12 +234,21 @@ def train(arguments: dict, recipe: Recipe, icons: Icons, names: np.ndarray, sets
     same_title = title_ids[rows][:, None] == title_ids[rows]
     targets = np.concatenate([positives[rows], same_title], axis=1)
     params, state, value = step(
-        params, state, jax.random.fold_in(augment_key, number), icons.pixels[chosen], shared_texts, names[rows],
-        targets, prior)
+      params,
+      state,
+      jax.random.fold_in(augment_key, number),
+      icons.pixels[chosen],
+      shared_texts,
+      names[rows],
+      targets,
+      prior,
+    )
     losses.append(value)
     if (number + 1) % recipe.log_every == 0:
-      print(f"step {number + 1} of {recipe.steps}, loss {np.mean(losses):.3f}, "
-            f"{time.monotonic() - started:.0f} s", flush=True)
+      print(
+        f"step {number + 1} of {recipe.steps}, loss {np.mean(losses):.3f}, {time.monotonic() - started:.0f} s",
+        flush=True,
+      )
       losses.clear()
   return params | {"tower": centred(params["tower"], features_of(params["tower"], arguments, icons.pixels).mean(0))}
 
@@ -269,15 +289,16 @@ def _waves(grid: int, dim: int) -> jax.Array:
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
   """AdamW as SigLIP has it (beta2 0.95, gradient norm clipped at 1)."""
-  rate = optax.warmup_cosine_decay_schedule(
-      0, recipe.learning_rate, max(recipe.steps // 20, 1), max(recipe.steps, 2))
+  rate = optax.warmup_cosine_decay_schedule(0, recipe.learning_rate, max(recipe.steps // 20, 1), max(recipe.steps, 2))
 
   def decayed(params):
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "probe", "position_embedding", "text"), params)
+      lambda path, _: path[-1].key in ("kernel", "probe", "position_embedding", "text"), params
+    )
 
-  return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
-      rate, b2=0.95, weight_decay=recipe.weight_decay, mask=decayed))
+  return optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=recipe.weight_decay, mask=decayed)
+  )
 
 
 def augment(pixels: jax.Array, key: jax.Array, recipe: Recipe) -> jax.Array:
@@ -360,10 +381,12 @@ def _batches(count: int, recipe: Recipe, rng: np.random.Generator) -> Iterator[n
 def features_of(tower: dict, arguments: dict, pixels: np.ndarray, batch_size: int = 512) -> np.ndarray:
   """Features of pictures, float32 [pictures, F], as the package computes them: pooled, not normalised."""
   graphdef, _, _ = define_siglip(arguments)
-  encode = jax.jit(lambda params, pixels: layers.merge_params(graphdef, params)(
-      pixels.astype(jnp.float32) / 255 * 2 - 1))
-  return np.concatenate([np.asarray(encode(tower, pixels[start:start + batch_size]))
-                         for start in range(0, len(pixels), batch_size)])
+  encode = jax.jit(
+    lambda params, pixels: layers.merge_params(graphdef, params)(pixels.astype(jnp.float32) / 255 * 2 - 1)
+  )
+  return np.concatenate(
+    [np.asarray(encode(tower, pixels[start : start + batch_size])) for start in range(0, len(pixels), batch_size)]
+  )
 
 
 def mean_features(features: np.ndarray, icons: Icons) -> np.ndarray:
@@ -387,8 +410,8 @@ class Vectors:
 
 
 def transfer_tags(
-    memory: Vectors, training: Icons, vectors: Vectors, icons: Icons, num_labels: int, weight: float,
-    temperature: float) -> dict[str, float]:
+  memory: Vectors, training: Icons, vectors: Vectors, icons: Icons, num_labels: int, weight: float, temperature: float
+) -> dict[str, float]:
   """Ranks tags by those of the nearest training icons, which needs no training but the features'.
 
   Args:
@@ -406,10 +429,18 @@ def transfer_tags(
   similarity = vectors.text @ memory.text.T + weight * (vectors.image @ memory.image.T)
   nearest = np.argpartition(-similarity, _NEIGHBOURS, axis=1)[:, :_NEIGHBOURS]
   none = np.zeros((len(icons), 0), np.float32)
-  neighbours = Neighbours(none, none.astype(np.int32), np.take_along_axis(similarity, nearest, axis=1),
-                          nearest.astype(np.int32))
-  _, ids = combine(neighbours, training.labels, num_labels=num_labels, lambda_=0.0, temperature=temperature,
-                   k=100, exclude=icons.excluded)
+  neighbours = Neighbours(
+    none, none.astype(np.int32), np.take_along_axis(similarity, nearest, axis=1), nearest.astype(np.int32)
+  )
+  _, ids = combine(
+    neighbours,
+    training.labels,
+    num_labels=num_labels,
+    lambda_=0.0,
+    temperature=temperature,
+    k=100,
+    exclude=icons.excluded,
+  )
   return evaluate(ids, icons.labels, np.ones(num_labels))
 
 
@@ -462,8 +493,14 @@ def _top(scores: np.ndarray, count: int) -> np.ndarray:
   return np.take_along_axis(found, order, axis=1)
 
 
-def report(params: dict, training: Icons, names: np.ndarray, splits: dict[str, Icons],
-           names_of: dict[str, np.ndarray], labels: np.ndarray) -> None:
+def report(
+  params: dict,
+  training: Icons,
+  names: np.ndarray,
+  splits: dict[str, Icons],
+  names_of: dict[str, np.ndarray],
+  labels: np.ndarray,
+) -> None:
   """Prints how good the features are; weight and temperature are chosen on the first split.
 
   Args:
@@ -475,8 +512,10 @@ def report(params: dict, training: Icons, names: np.ndarray, splits: dict[str, I
     labels: float32 [L, D], those of all tags.
   """
   text = np.asarray(params["text"])
-  features = {name: features_of(params["tower"], ARGUMENTS, icons.pixels)
-              for name, icons in {"training": training, **splits}.items()}
+  features = {
+    name: features_of(params["tower"], ARGUMENTS, icons.pixels)
+    for name, icons in {"training": training, **splits}.items()
+  }
   scaled = np.exp(params["log_scale"]) * _unit(labels @ text)
   prior = _log_odds(_positives(training, len(labels)).mean(0), len(training))
   print("\npicture -> tags by the tower alone, pictures as they are")
@@ -507,8 +546,11 @@ def _report_transfer(kind, features, weights, training, names, splits, names_of,
   chosen = max(settings, key=lambda setting: judge(first, *setting)["P@1"])
   for name, icons in splits.items():
     metrics = judge(name, *chosen)
-    print(f"  {kind:14} weight {chosen[0]:<4} temperature {chosen[1]:<4}  {name:9} {len(icons):5,} icons  " +
-          _line({key: metrics[key] for key in ("P@1", "P@3", "P@5", "R@100")}), flush=True)
+    print(
+      f"  {kind:14} weight {chosen[0]:<4} temperature {chosen[1]:<4}  {name:9} {len(icons):5,} icons  "
+      + _line({key: metrics[key] for key in ("P@1", "P@3", "P@5", "R@100")}),
+      flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -18,17 +18,17 @@ import jax
 from vixml_jax import cli, configuration
 from vixml_jax.errors import InputError
 from vixml_jax.inference.new_labels import (
-    LabelFormat,
-    NewLabel,
-    add_labels,
-    check_categories,
-    check_new,
-    embed_labels,
-    ids_of_uids,
-    read_categories,
-    read_labels,
-    read_uids,
-    set_categories,
+  LabelFormat,
+  NewLabel,
+  add_labels,
+  check_categories,
+  check_new,
+  embed_labels,
+  ids_of_uids,
+  read_categories,
+  read_labels,
+  read_uids,
+  set_categories,
 )
 from vixml_jax.inference.predictor import Predictor, load, query_format
 from vixml_jax.search.label_index import LabelIndex
@@ -39,9 +39,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "A folder that vixml_jax.main wr
 _LABELS = flags.DEFINE_string("labels", None, "The file of new labels, .jsonl.")
 _DELETE = flags.DEFINE_string("delete", None, "A text file with the uids of labels to delete, one a line.")
 _CATEGORIES = flags.DEFINE_string(
-    "categories", None, "A .jsonl file with uid and categories of labels, which replace those that they had.")
+  "categories", None, "A .jsonl file with uid and categories of labels, which replace those that they had."
+)
 _TOWER = flags.DEFINE_string(
-    "image_checkpoint", None, "The SigLIP tower, for pictures; by default the one that the features were made with.")
+  "image_checkpoint", None, "The SigLIP tower, for pictures; by default the one that the features were made with."
+)
 _IMAGE_BATCH_SIZE = flags.DEFINE_integer("image_batch_size", 64, "Pictures that go through the tower at a time.")
 _MESH = flags.DEFINE_string("mesh", None, "data,fsdp,tensor, such as 4,1,2; by default as in training, or all devices.")
 
@@ -85,8 +87,7 @@ def _open_index(workdir: Path) -> LabelIndex:
 
 
 def _load(workdir: Path) -> Predictor:
-  return load(
-      workdir, image_checkpoint=_TOWER.value, image_batch_size=_IMAGE_BATCH_SIZE.value, mesh=cli.mesh(_MESH))
+  return load(workdir, image_checkpoint=_TOWER.value, image_batch_size=_IMAGE_BATCH_SIZE.value, mesh=cli.mesh(_MESH))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,13 @@ from vixml_jax import sharding
 from vixml_jax.errors import InputError, Preempted
 
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False,
-    "Join the other processes of this run: set on TPU pods, SLURM and wherever JAX finds its cluster by itself.")
+  "distributed",
+  False,
+  "Join the other processes of this run: set on TPU pods, SLURM and wherever JAX finds its cluster by itself.",
+)
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, where JAX cannot find the cluster; implies --distributed.")
+  "coordinator", None, "HOST:PORT of process 0, where JAX cannot find the cluster; implies --distributed."
+)
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes; with --coordinator.")
 _PROCESS = flags.DEFINE_integer("process", None, "This process's number, from 0; with --coordinator.")
 

@@ -26,120 +26,127 @@ def _one_of(*names: str) -> _Check:
 
 # Every key with a rule for its value. Keys without a rule take any value of their type.
 _CHECKS: dict[str, _Check] = {
-    "name": _NAME,
-    "seed": _NOT_NEGATIVE,
-    "dataset.name": _NAME,
-    "dataset.data_dir": _NAME,
-    "dataset.text_fields": (
-        lambda xs: len(xs) > 0 and set(xs) <= {"title", "content"}, "must be of title and content"),
-    "dataset.max_length": (lambda x: x >= 3, "must be at least 3: two special tokens and one of the text"),
-    "dataset.validation_fraction": _SHARE,
-    "dataset.propensity_a": _POSITIVE,
-    "dataset.propensity_b": _NOT_NEGATIVE,
-    "images": (lambda x: 0 <= x <= 5, "must be 0 to 5"),
-    "features.name": _NAME,
-    "features.dim": _POSITIVE,
-    "features.preprocessing": _one_of("big_vision", "huggingface", "huggingface_bilinear"),
-    "fusion.method": _one_of("early", "late"),
-    "fusion.adapter": _one_of("linear", "mlp", "gated"),
-    "fusion.residual": _NOT_NEGATIVE,
-    "fusion.modality_dropout": _UNIT,
-    "fusion.bank": _one_of("auto", "device", "host"),
-    "prompt.template": _NAME,
-    "prompt.eos": _NAME,
-    "encoder.architecture": _one_of("bert", "decoder"),
-    "encoder.pooling": _one_of("mean", "last"),
-    "encoder.pretrained": _NAME,
-    "encoder.vocab_size": _POSITIVE,
-    "encoder.num_layers": _POSITIVE,
-    "encoder.embed_dim": _POSITIVE,
-    "encoder.num_heads": _POSITIVE,
-    "encoder.mlp_dim": _POSITIVE,
-    "encoder.dtype": _one_of("float32", "bfloat16", "float16"),
-    "prototype.num_heads": _POSITIVE,
-    "prototype.mlp_dim": _POSITIVE,
-    "prototype.dropout": _SHARE,
-    "loss.num_negatives": _POSITIVE,
-    "loss.margin_min": _NOT_NEGATIVE,
-    "loss.margin_max": _NOT_NEGATIVE,
-    "loss.temperature": _POSITIVE,
-    "loss.regulariser_weight": _NOT_NEGATIVE,
-    "loss.regulariser_margin": _NOT_NEGATIVE,
-    "train.epochs": _POSITIVE,
-    "train.batch_size": _POSITIVE,
-    "train.learning_rate": _POSITIVE,
-    "train.new_learning_rate": _POSITIVE,
-    "train.free_vector_learning_rate": _POSITIVE,
-    "train.warmup_steps": _NOT_NEGATIVE,
-    "train.weight_decay": _NOT_NEGATIVE,
-    "train.adam_eps": _POSITIVE,
-    "train.clip_norm": _NOT_NEGATIVE,
-    "train.free_vectors": _POWER_OF_TWO_OR_0,
-    "train.free_vector_init": _one_of("xavier", "cluster_mean"),
-    "train.positive_sampling": _one_of("propensity", "uniform"),
-    "train.sampling_a": _POSITIVE,
-    "train.sampling_b": _NOT_NEGATIVE,
-    "train.row_length": _POSITIVE,
-    "train.chunk_rows": _POSITIVE,
-    "train.bank_dtype": _one_of("float32", "bfloat16"),
-    "train.rng_impl": _one_of("threefry2x32", "rbg", "unsafe_rbg"),
-    "train.log_every_steps": _POSITIVE,
-    "mining.cluster_size": _POSITIVE,
-    "mining.start_epoch": _NOT_NEGATIVE,
-    "mining.update_epochs": _POSITIVE,
-    "mining.doubling_epochs": (lambda xs: all(x >= 0 for x in xs), "must not be negative"),
-    "eval.search": _one_of("exact", "scann"),
-    "eval.split": _one_of("test", "validation"),
-    "eval.every_epochs": _NOT_NEGATIVE,
-    "eval.ks": _COUNTS,
-    "eval.recall_ks": _COUNTS,
-    "eval.bootstrap_samples": _NOT_NEGATIVE,
-    "eval.test_images": (lambda xs: all(x >= 0 for x in xs), "must be numbers of images, 0 or more"),
-    "eval.retrieval_hits": _POSITIVE,
-    "eval.retrieval_lambda": _UNIT,
-    "eval.retrieval_temperature": _POSITIVE,
-    "checkpoint.every_steps": _POSITIVE,
-    "checkpoint.keep": _POSITIVE,
+  "name": _NAME,
+  "seed": _NOT_NEGATIVE,
+  "dataset.name": _NAME,
+  "dataset.data_dir": _NAME,
+  "dataset.text_fields": (lambda xs: len(xs) > 0 and set(xs) <= {"title", "content"}, "must be of title and content"),
+  "dataset.max_length": (lambda x: x >= 3, "must be at least 3: two special tokens and one of the text"),
+  "dataset.validation_fraction": _SHARE,
+  "dataset.propensity_a": _POSITIVE,
+  "dataset.propensity_b": _NOT_NEGATIVE,
+  "images": (lambda x: 0 <= x <= 5, "must be 0 to 5"),
+  "features.name": _NAME,
+  "features.dim": _POSITIVE,
+  "features.preprocessing": _one_of("big_vision", "huggingface", "huggingface_bilinear"),
+  "fusion.method": _one_of("early", "late"),
+  "fusion.adapter": _one_of("linear", "mlp", "gated"),
+  "fusion.residual": _NOT_NEGATIVE,
+  "fusion.modality_dropout": _UNIT,
+  "fusion.bank": _one_of("auto", "device", "host"),
+  "prompt.template": _NAME,
+  "prompt.eos": _NAME,
+  "encoder.architecture": _one_of("bert", "decoder"),
+  "encoder.pooling": _one_of("mean", "last"),
+  "encoder.pretrained": _NAME,
+  "encoder.vocab_size": _POSITIVE,
+  "encoder.num_layers": _POSITIVE,
+  "encoder.embed_dim": _POSITIVE,
+  "encoder.num_heads": _POSITIVE,
+  "encoder.mlp_dim": _POSITIVE,
+  "encoder.dtype": _one_of("float32", "bfloat16", "float16"),
+  "prototype.num_heads": _POSITIVE,
+  "prototype.mlp_dim": _POSITIVE,
+  "prototype.dropout": _SHARE,
+  "loss.num_negatives": _POSITIVE,
+  "loss.margin_min": _NOT_NEGATIVE,
+  "loss.margin_max": _NOT_NEGATIVE,
+  "loss.temperature": _POSITIVE,
+  "loss.regulariser_weight": _NOT_NEGATIVE,
+  "loss.regulariser_margin": _NOT_NEGATIVE,
+  "train.epochs": _POSITIVE,
+  "train.batch_size": _POSITIVE,
+  "train.learning_rate": _POSITIVE,
+  "train.new_learning_rate": _POSITIVE,
+  "train.free_vector_learning_rate": _POSITIVE,
+  "train.warmup_steps": _NOT_NEGATIVE,
+  "train.weight_decay": _NOT_NEGATIVE,
+  "train.adam_eps": _POSITIVE,
+  "train.clip_norm": _NOT_NEGATIVE,
+  "train.free_vectors": _POWER_OF_TWO_OR_0,
+  "train.free_vector_init": _one_of("xavier", "cluster_mean"),
+  "train.positive_sampling": _one_of("propensity", "uniform"),
+  "train.sampling_a": _POSITIVE,
+  "train.sampling_b": _NOT_NEGATIVE,
+  "train.row_length": _POSITIVE,
+  "train.chunk_rows": _POSITIVE,
+  "train.bank_dtype": _one_of("float32", "bfloat16"),
+  "train.rng_impl": _one_of("threefry2x32", "rbg", "unsafe_rbg"),
+  "train.log_every_steps": _POSITIVE,
+  "mining.cluster_size": _POSITIVE,
+  "mining.start_epoch": _NOT_NEGATIVE,
+  "mining.update_epochs": _POSITIVE,
+  "mining.doubling_epochs": (lambda xs: all(x >= 0 for x in xs), "must not be negative"),
+  "eval.search": _one_of("exact", "scann"),
+  "eval.split": _one_of("test", "validation"),
+  "eval.every_epochs": _NOT_NEGATIVE,
+  "eval.ks": _COUNTS,
+  "eval.recall_ks": _COUNTS,
+  "eval.bootstrap_samples": _NOT_NEGATIVE,
+  "eval.test_images": (lambda xs: all(x >= 0 for x in xs), "must be numbers of images, 0 or more"),
+  "eval.retrieval_hits": _POSITIVE,
+  "eval.retrieval_lambda": _UNIT,
+  "eval.retrieval_temperature": _POSITIVE,
+  "checkpoint.every_steps": _POSITIVE,
+  "checkpoint.keep": _POSITIVE,
 }
 
 # Keys that only one architecture has.
 _ENCODER_CHECKS: dict[str, dict[str, _Check]] = {
-    "bert": {
-        "encoder.max_position": _POSITIVE,
-        "encoder.num_token_types": _NOT_NEGATIVE,
-        "encoder.dropout": _SHARE,
-        "encoder.attention_dropout": _SHARE,
-        "encoder.projection_dropout": _SHARE,
-        "encoder.layer_norm_eps": _POSITIVE,
-    },
-    "decoder": {
-        "encoder.num_kv_heads": _POSITIVE,
-        "encoder.head_dim": (lambda x: x > 0 and x % 2 == 0, "must be even: positions rotate pairs"),
-        "encoder.rope_theta": _POSITIVE,
-        "encoder.rope_scaling": (
-            lambda xs: len(xs) == 0 or (len(xs) == 4 and all(x > 0 for x in xs) and xs[1] < xs[2]),
-            "must be empty, or factor,low_freq_factor,high_freq_factor,original_max_position"),
-        "encoder.norm_eps": _POSITIVE,
-        "encoder.lora_rank": _NOT_NEGATIVE,
-        "encoder.lora_alpha": _POSITIVE,
-        "encoder.param_dtype": _one_of("float32", "bfloat16"),
-        "encoder.adapter": (lambda x: isinstance(x, str), "must be a folder, or empty"),
-    },
+  "bert": {
+    "encoder.max_position": _POSITIVE,
+    "encoder.num_token_types": _NOT_NEGATIVE,
+    "encoder.dropout": _SHARE,
+    "encoder.attention_dropout": _SHARE,
+    "encoder.projection_dropout": _SHARE,
+    "encoder.layer_norm_eps": _POSITIVE,
+  },
+  "decoder": {
+    "encoder.num_kv_heads": _POSITIVE,
+    "encoder.head_dim": (lambda x: x > 0 and x % 2 == 0, "must be even: positions rotate pairs"),
+    "encoder.rope_theta": _POSITIVE,
+    "encoder.rope_scaling": (
+      lambda xs: len(xs) == 0 or (len(xs) == 4 and all(x > 0 for x in xs) and xs[1] < xs[2]),
+      "must be empty, or factor,low_freq_factor,high_freq_factor,original_max_position",
+    ),
+    "encoder.norm_eps": _POSITIVE,
+    "encoder.lora_rank": _NOT_NEGATIVE,
+    "encoder.lora_alpha": _POSITIVE,
+    "encoder.param_dtype": _one_of("float32", "bfloat16"),
+    "encoder.adapter": (lambda x: isinstance(x, str), "must be a folder, or empty"),
+  },
 }
 
 # What may change between a run's start and its going on: nothing here changes the parameters.
 _FREE_KEYS = (
-    "mesh.", "eval.", "checkpoint.", "dataset.raw_dir", "dataset.data_dir", "features.checkpoint", "fusion.bank",
-    "encoder.pretrained",  # Another place: what lies there is checked by its hash, and tokens by theirs.
-    "train.log_every_steps")
+  "mesh.",
+  "eval.",
+  "checkpoint.",
+  "dataset.raw_dir",
+  "dataset.data_dir",
+  "features.checkpoint",
+  "fusion.bank",
+  "encoder.pretrained",  # Another place: what lies there is checked by its hash, and tokens by theirs.
+  "train.log_every_steps",
+)
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
   """Dotted key -> value."""
   return {
-      (f"{key}.{inner}" if inner else key): leaf
-      for key, value in config.items()
-      for inner, leaf in (flatten(value).items() if isinstance(value, ConfigDict) else {"": value}.items())
+    (f"{key}.{inner}" if inner else key): leaf
+    for key, value in config.items()
+    for inner, leaf in (flatten(value).items() if isinstance(value, ConfigDict) else {"": value}.items())
   }
 
 
@@ -165,8 +172,10 @@ def check(config: ConfigDict) -> None:
   if len(values["eval.test_images"]) and not values["images"]:
     raise InputError(f"config.eval.test_images={values['eval.test_images']}: this model takes no images; give none")
   held_out = values["dataset.validation_fraction"] > 0
-  for key, wants in (("eval.retrieval_choose", values["eval.retrieval_choose"]),
-                     ("eval.split", values["eval.split"] == "validation")):
+  for key, wants in (
+    ("eval.retrieval_choose", values["eval.retrieval_choose"]),
+    ("eval.split", values["eval.split"] == "validation"),
+  ):
     if wants and not held_out:
       raise InputError(f"config.{key}={values[key]}: needs held-out queries; set config.dataset.validation_fraction")
 
@@ -200,11 +209,15 @@ def _check_heads(values: dict[str, Any]) -> None:
 def _check_adapters(values: dict[str, Any]) -> None:
   """Without adapters the base is trained, for which bfloat16 is too coarse: small updates would be lost."""
   if not values["encoder.lora_rank"] and values["encoder.param_dtype"] != "float32":
-    raise InputError(f"config.encoder.param_dtype={values['encoder.param_dtype']!r}: must be float32 where "
-                     "config.encoder.lora_rank=0 trains all parameters")
+    raise InputError(
+      f"config.encoder.param_dtype={values['encoder.param_dtype']!r}: must be float32 where "
+      "config.encoder.lora_rank=0 trains all parameters"
+    )
   if values["encoder.adapter"] and not values["encoder.lora_rank"]:
-    raise InputError(f"config.encoder.adapter={values['encoder.adapter']!r}: needs adapters to fill; set "
-                     "config.encoder.lora_rank to their rank")
+    raise InputError(
+      f"config.encoder.adapter={values['encoder.adapter']!r}: needs adapters to fill; set "
+      "config.encoder.lora_rank to their rank"
+    )
 
 
 def write(config: ConfigDict, path: Path) -> None:
@@ -218,8 +231,10 @@ def write(config: ConfigDict, path: Path) -> None:
     old, new = flatten(read(path)), flatten(ConfigDict(json.loads(text)))
     for key in sorted(old.keys() | new.keys()):
       if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS):
-        raise InputError(f"{path}: this run was started with {key}={old.get(key)!r}, not {new.get(key)!r}; "
-                         "give the old value, or another --workdir")
+        raise InputError(
+          f"{path}: this run was started with {key}={old.get(key)!r}, not {new.get(key)!r}; "
+          "give the old value, or another --workdir"
+        )
   path.write_text(text + "\n", encoding="utf-8")
 
 

@@ -24,10 +24,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "A folder that vixml_jax.main wr
 _SEARCH = flags.DEFINE_enum("search", None, ["exact", "scann"], "How to search; by default as in training.")
 _AUGMENTED = flags.DEFINE_bool("retrieval_augmented", None, "Whether to add the retrieval-augmented row.")
 _LAMBDA = flags.DEFINE_float(
-    "retrieval_lambda", None, "Weight of labels against training queries, 0 to 1; not chosen then.")
+  "retrieval_lambda", None, "Weight of labels against training queries, 0 to 1; not chosen then."
+)
 _TEMPERATURE = flags.DEFINE_float("retrieval_temperature", None, "Temperature of retrieval; not chosen then.")
 _TEST_IMAGES = flags.DEFINE_string(
-    "test_images", None, "Also evaluate with no more than so many images a query, e.g. 0,1,2,3.")
+  "test_images", None, "Also evaluate with no more than so many images a query, e.g. 0,1,2,3."
+)
 _SPLIT = flags.DEFINE_enum("split", None, ["test", "validation"], "What to evaluate on.")
 _MESH = flags.DEFINE_string("mesh", None, "data,fsdp,tensor, such as 4,1,2; by default as in training.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared data lies; by default as in training.")
@@ -50,15 +52,22 @@ def _compare(workdir: Path, others: Sequence[str]) -> None:
   """Compares what was found before; refuses flags that say how to evaluate."""
   for flag in (_SEARCH, _AUGMENTED, _LAMBDA, _TEMPERATURE, _TEST_IMAGES, _SPLIT, _MESH, _DATA_DIR):
     if flag.present:
-      raise InputError(f"--{flag.name}: says how to evaluate, but --compare evaluates nothing; evaluate each workdir "
-                       "with it first, then compare")
+      raise InputError(
+        f"--{flag.name}: says how to evaluate, but --compare evaluates nothing; evaluate each workdir "
+        "with it first, then compare"
+      )
   print(compare_workdirs(workdir, [Path(name) for name in others]), flush=True)
 
 
 def _override(config: ConfigDict) -> None:
   """Puts the flags that were given into the config."""
-  given = {"search": _SEARCH.value, "split": _SPLIT.value, "retrieval_augmented": _AUGMENTED.value,
-           "retrieval_lambda": _LAMBDA.value, "retrieval_temperature": _TEMPERATURE.value}
+  given = {
+    "search": _SEARCH.value,
+    "split": _SPLIT.value,
+    "retrieval_augmented": _AUGMENTED.value,
+    "retrieval_lambda": _LAMBDA.value,
+    "retrieval_temperature": _TEMPERATURE.value,
+  }
   config.eval.update({key: value for key, value in given.items() if value is not None})
   if _LAMBDA.value is not None or _TEMPERATURE.value is not None:
     config.eval.retrieval_choose = False

@@ -21,8 +21,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "A folder that vixml_jax.main wr
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What to write.")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16", "float16"],
-    "Of the weights; merged adapters lose what is too small for the others.")
+  "dtype",
+  "float32",
+  ["float32", "bfloat16", "float16"],
+  "Of the weights; merged adapters lose what is too small for the others.",
+)
 _MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "Most bytes in one file of weights, as 500MB or 5GB.")
 
 

@@ -21,15 +21,18 @@ from vixml_jax.extraction import prepare_features
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; variants stand after a colon.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "SigLIP: an .npz of big_vision, a Hugging Face folder, or a name on the hub.")
+  "checkpoint", None, "SigLIP: an .npz of big_vision, a Hugging Face folder, or a name on the hub."
+)
 _VARIANT = flags.DEFINE_string("variant", None, "Which published tower the checkpoint has to be.")
 _PREPROCESSING = flags.DEFINE_enum("preprocessing", "big_vision", list(PREPROCESSING), "How images become pixels.")
 _IMAGES = flags.DEFINE_string(
-    "images", "", "Folder with trn, tst, lbl, or parquet files with {split} in their name; by default the data set's.")
+  "images", "", "Folder with trn, tst, lbl, or parquet files with {split} in their name; by default the data set's."
+)
 _NAME = flags.DEFINE_string("name", "", "What to call the features; by default after variant or checkpoint.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images a step, of each process.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Of the computation; by default float32 on CPUs, bfloat16 elsewhere.")
+  "dtype", None, ["float32", "bfloat16"], "Of the computation; by default float32 on CPUs, bfloat16 elsewhere."
+)
 _PUBLISHED = flags.DEFINE_string("published", None, "Folder with the paper's *_embs_imgs_*.npy and *_map.npy files.")
 
 
@@ -46,9 +49,16 @@ def main() -> None:
     import_published(builder, data.data_dir, _PUBLISHED.value, _NAME.value or "published")
   else:
     prepare_features(
-        builder, data.data_dir, checkpoint, name=_NAME.value, variant=_VARIANT.value,
-        preprocessing=_PREPROCESSING.value, images=_IMAGES.value, batch_size=_BATCH_SIZE.value,
-        dtype=_DTYPE.value or "")
+      builder,
+      data.data_dir,
+      checkpoint,
+      name=_NAME.value,
+      variant=_VARIANT.value,
+      preprocessing=_PREPROCESSING.value,
+      images=_IMAGES.value,
+      batch_size=_BATCH_SIZE.value,
+      dtype=_DTYPE.value or "",
+    )
 
 
 if __name__ == "__main__":

@@ -32,9 +32,17 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def prepare_features(
-    builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, checkpoint: str, *, name: str = "",
-    variant: str | None = None, preprocessing: str = "big_vision", images: str = "", batch_size: int = 64,
-    dtype: str = "") -> FeatureSet:
+  builder: tfds.core.DatasetBuilder,
+  data_dir: str | os.PathLike,
+  checkpoint: str,
+  *,
+  name: str = "",
+  variant: str | None = None,
+  preprocessing: str = "big_vision",
+  images: str = "",
+  batch_size: int = 64,
+  dtype: str = "",
+) -> FeatureSet:
   """Makes features of a data set's images unless that has been done, and opens them.
 
   A run that was killed and is started again keeps the parts that were finished, of about 2,000 images each. With
@@ -65,8 +73,11 @@ def prepare_features(
   name = name or variant or pathlib.Path(checkpoint).name.removesuffix(".npz")
   target = features.features_folder(builder, data_dir, name)
   sources = image_sources.open_sources(images, builder)
-  made_by = {"checkpoint_sha256": sorted(siglip.checkpoint_hashes(checkpoint).values()), "preprocessing": preprocessing,
-             "images": fingerprint_of([source.identity for source in sources.values()]) if images else "dataset"}
+  made_by = {
+    "checkpoint_sha256": sorted(siglip.checkpoint_hashes(checkpoint).values()),
+    "preprocessing": preprocessing,
+    "images": fingerprint_of([source.identity for source in sources.values()]) if images else "dataset",
+  }
   # One run at a time; its first process speaks for it.
   with locked(f"{target.parent}.lock") if jax.process_index() == 0 else contextlib.nullcontext():
     found = features.find_features(builder, data_dir, name, made_by)
@@ -76,7 +87,8 @@ def prepare_features(
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     encoder = ImageEncoder(checkpoint, variant, preprocessing, batch_size, dtype)
     key = fingerprint_of(
-      [made_by, dtype, builder.info.metadata["sha256"], image_sources.PART_IMAGES, image_sources.PART_ROWS])
+      [made_by, dtype, builder.info.metadata["sha256"], image_sources.PART_IMAGES, image_sources.PART_ROWS]
+    )
     parts = FeatureParts(target.parent / f"parts-{key[:16]}", encoder.dim)
     _encode(encoder, sources, parts)
     if jax.process_index() == 0:
@@ -93,8 +105,9 @@ def _wait_for_all(what: str) -> None:
 
 def _encode(encoder: ImageEncoder, sources: dict[str, ImageSource], parts: FeatureParts) -> None:
   """Makes this process's share of the parts that are missing."""
-  missing = {split: np.setdiff1d(np.arange(source.num_parts), parts.finished(split))
-             for split, source in sources.items()}
+  missing = {
+    split: np.setdiff1d(np.arange(source.num_parts), parts.finished(split)) for split, source in sources.items()
+  }
   _wait_for_all("parts listed")  # All share out the same list.
   kept = sum(source.num_parts - len(missing[split]) for split, source in sources.items())
   if kept:
@@ -110,16 +123,24 @@ def _encode(encoder: ImageEncoder, sources: dict[str, ImageSource], parts: Featu
   _wait_for_all("parts written")
 
 
-def _finish(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, name: str, parts: FeatureParts,
-            metadata: dict[str, Any]) -> None:
+def _finish(
+  builder: tfds.core.DatasetBuilder,
+  data_dir: str | os.PathLike,
+  name: str,
+  parts: FeatureParts,
+  metadata: dict[str, Any],
+) -> None:
   """Puts the parts together to a TFDS set and removes them."""
   folder = features.features_folder(builder, data_dir, name).parent
   merged = {split: parts.merge(split) for split in features.SPLITS}
   _report_bad_images(folder / BAD_IMAGES, merged)
-  counts = {"num_images": {split: part.num_images for split, part in merged.items()},
-            "num_bad_images": {split: part.num_bad_images for split, part in merged.items()}}
+  counts = {
+    "num_images": {split: part.num_images for split, part in merged.items()},
+    "num_bad_images": {split: part.num_bad_images for split, part in merged.items()},
+  }
   features.write_features(
-    builder, data_dir, name, metadata | counts, lambda split, start, stop: merged[split].rows(start, stop))
+    builder, data_dir, name, metadata | counts, lambda split, start, stop: merged[split].rows(start, stop)
+  )
   for leftover in folder.glob("parts-*"):
     shutil.rmtree(leftover)
 
@@ -133,8 +154,9 @@ def _report_bad_images(path: pathlib.Path, merged: dict[str, MergedParts]) -> No
   if reasons:
     total = sum(part.num_images + part.num_bad_images for part in merged.values())
     kinds = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
-    _LOGGER.warning("%s of %s images have no features (%s); %s lists them", f"{sum(reasons.values()):,}",
-                    f"{total:,}", kinds, path)
+    _LOGGER.warning(
+      "%s of %s images have no features (%s); %s lists them", f"{sum(reasons.values()):,}", f"{total:,}", kinds, path
+    )
 
 
 def _bad_images(merged: dict[str, MergedParts]) -> Iterator[dict[str, Any]]:

@@ -33,8 +33,7 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("w")
   except OSError as error:
-    raise InputError(f"{path.parent}: cannot be written to ({error.strerror}); choose another "
-                     "folder") from error
+    raise InputError(f"{path.parent}: cannot be written to ({error.strerror}); choose another folder") from error
   with file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield

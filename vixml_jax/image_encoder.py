@@ -105,8 +105,10 @@ class ImageEncoder:
   def _part(self, images: list[_Image], vectors: list[np.ndarray]) -> tuple[int, Part]:
     values = to_float16(np.stack(vectors))
     if values is None:
-      raise InputError(f"{self._checkpoint}: gives features that float16 cannot hold; are its weights damaged? If not, "
-                       "try --dtype=float32")
+      raise InputError(
+        f"{self._checkpoint}: gives features that float16 cannot hold; are its weights damaged? If not, "
+        "try --dtype=float32"
+      )
     return images[0].part, _make_part(images, values)
 
   def _encoded(self, source: ImageSource, numbers: Sequence[int]) -> Iterator[tuple[_Image, np.ndarray]]:
@@ -120,8 +122,9 @@ class ImageEncoder:
       for batch in pending:
         yield from self._collect(*batch)
 
-  def _decoded(self, source: ImageSource, numbers: Sequence[int],
-               pool: ThreadPoolExecutor) -> Iterator[tuple[_Image, np.ndarray | None]]:
+  def _decoded(
+    self, source: ImageSource, numbers: Sequence[int], pool: ThreadPoolExecutor
+  ) -> Iterator[tuple[_Image, np.ndarray | None]]:
     """Every image in order with its pixels; up to two batches are decoded ahead of what is asked for."""
     waiting: deque = deque()
 
@@ -157,7 +160,7 @@ class ImageEncoder:
     if not pixels:
       return None
     batch = np.zeros((self._batch_size, self._size, self._size, 3), np.uint8)
-    np.stack(pixels, out=batch[:len(pixels)])
+    np.stack(pixels, out=batch[: len(pixels)])
     return self._encode(self._params, jax.device_put(batch, self._rows))
 
   def _collect(self, images: list[_Image], output: Array | None) -> Iterator[tuple[_Image, np.ndarray]]:
@@ -167,8 +170,9 @@ class ImageEncoder:
       yield image, none if image.reason else next(vectors)
 
 
-def _pixels(blob: bytes | pathlib.Path | None, preprocess: Callable[[np.ndarray, int], np.ndarray],
-            size: int) -> tuple[np.ndarray | None, str | None]:
+def _pixels(
+  blob: bytes | pathlib.Path | None, preprocess: Callable[[np.ndarray, int], np.ndarray], size: int
+) -> tuple[np.ndarray | None, str | None]:
   """Pixels of an image, or why it has none."""
   if blob is None:
     return None, MISSING
@@ -181,5 +185,9 @@ def _pixels(blob: bytes | pathlib.Path | None, preprocess: Callable[[np.ndarray,
 
 
 def _make_part(images: list[_Image], values: np.ndarray) -> Part:
-  return Part(np.array([image.row for image in images], np.int64), np.array([image.slot for image in images], np.int32),
-              [image.reason for image in images], values)
+  return Part(
+    np.array([image.row for image in images], np.int64),
+    np.array([image.slot for image in images], np.int32),
+    [image.reason for image in images],
+    values,
+  )

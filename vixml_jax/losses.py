@@ -39,8 +39,7 @@ class LossConfig:
 
 def similarities(rows: Float[Array, "A D"], columns: Float[Array, "B D"]) -> Float[Array, "A B"]:
   """Inner products in full float32 whatever the accelerator's default."""
-  return jnp.matmul(
-      rows.astype(jnp.float32), columns.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+  return jnp.matmul(rows.astype(jnp.float32), columns.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
 
 
 def draw_positive(key: Key[Array, ""], positives: Bool[Array, "A B"]) -> Array:
@@ -65,12 +64,12 @@ def _mean_rows(values: Float[Array, "A"], valid: Bool[Array, "A"]) -> Array:
 
 
 def triplet_loss(
-    sim: Float[Array, "A B"],
-    positives: Bool[Array, "A B"],
-    valid_rows: Bool[Array, "A"],
-    valid_columns: Bool[Array, "B"],
-    key: Key[Array, ""],
-    config: LossConfig,
+  sim: Float[Array, "A B"],
+  positives: Bool[Array, "A B"],
+  valid_rows: Bool[Array, "A"],
+  valid_columns: Bool[Array, "B"],
+  key: Key[Array, ""],
+  config: LossConfig,
 ) -> tuple[Array, Array]:
   """Triplet loss with online hard negatives, dynamic margin and softmax weights.
 
@@ -108,13 +107,13 @@ def triplet_loss(
 
 
 def prototype_regulariser(
-    label_sim: Float[Array, "A B"],
-    prototype_sim: Float[Array, "A B"],
-    positives: Bool[Array, "A B"],
-    valid_rows: Bool[Array, "A"],
-    valid_columns: Bool[Array, "B"],
-    key: Key[Array, ""],
-    config: LossConfig,
+  label_sim: Float[Array, "A B"],
+  prototype_sim: Float[Array, "A B"],
+  positives: Bool[Array, "A B"],
+  valid_rows: Bool[Array, "A"],
+  valid_columns: Bool[Array, "B"],
+  key: Key[Array, ""],
+  config: LossConfig,
 ) -> Array:
   """The prototype must beat the plain label: nearer to its positives and farther from hard negatives.
 
@@ -145,13 +144,13 @@ def prototype_regulariser(
 
 
 def prime_loss(
-    queries: Float[Array, "B D"],
-    labels: Float[Array, "B D"],
-    prototypes: Float[Array, "B D"],
-    positives: Bool[Array, "B B"],
-    valid: Bool[Array, "B"],
-    key: Key[Array, ""],
-    config: LossConfig,
+  queries: Float[Array, "B D"],
+  labels: Float[Array, "B D"],
+  prototypes: Float[Array, "B D"],
+  positives: Bool[Array, "B B"],
+  valid: Bool[Array, "B"],
+  key: Key[Array, ""],
+  config: LossConfig,
 ) -> tuple[Array, dict[str, Array]]:
   """Loss = triplet(q, u) + triplet(q, prototype) + triplet(u, q) + weight * regulariser.
 
@@ -178,10 +177,10 @@ def prime_loss(
   regulariser = prototype_regulariser(label_sim, prototype_sim, positives, valid, valid, keys[3], config)
   loss = to_label + to_prototype + to_query + config.regulariser_weight * regulariser
   return loss, {
-      "loss": loss,
-      "triplet_label": to_label,
-      "triplet_prototype": to_prototype,
-      "triplet_reverse": to_query,
-      "regulariser": regulariser,
-      "violators": violators,
+    "loss": loss,
+    "triplet_label": to_label,
+    "triplet_prototype": to_prototype,
+    "triplet_reverse": to_query,
+    "regulariser": regulariser,
+    "violators": violators,
   }

@@ -27,12 +27,15 @@ _K = flags.DEFINE_integer("k", 10, "Labels a query.")
 _SEARCH = flags.DEFINE_enum("search", None, ["exact", "scann"], "How to search; by default as the index was built.")
 _AUGMENTED = flags.DEFINE_bool("retrieval_augmented", False, "Whether training queries have a say, too.")
 _LAMBDA = flags.DEFINE_float(
-    "retrieval_lambda", None, "Weight of labels against training queries, 0 to 1; by default as in the evaluation.")
+  "retrieval_lambda", None, "Weight of labels against training queries, 0 to 1; by default as in the evaluation."
+)
 _TEMPERATURE = flags.DEFINE_float(
-    "retrieval_temperature", None, "Temperature of retrieval; by default as in the evaluation.")
+  "retrieval_temperature", None, "Temperature of retrieval; by default as in the evaluation."
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4096, "Queries that are encoded, searched and kept at a time.")
 _TOWER = flags.DEFINE_string(
-    "image_checkpoint", None, "The SigLIP tower, for pictures; by default the one that the features were made with.")
+  "image_checkpoint", None, "The SigLIP tower, for pictures; by default the one that the features were made with."
+)
 _IMAGE_BATCH_SIZE = flags.DEFINE_integer("image_batch_size", 64, "Pictures that go through the tower at a time.")
 _MESH = flags.DEFINE_string("mesh", None, "data,fsdp,tensor, such as 4,1,2; by default as in training, or all devices.")
 
@@ -49,9 +52,15 @@ def main() -> None:
   prepare_output(output, path)
   queries = open_queries(path, query_format(config))
   predictor = load(
-      workdir, search=_SEARCH.value, retrieval_augmented=_AUGMENTED.value, retrieval_lambda=_LAMBDA.value,
-      retrieval_temperature=_TEMPERATURE.value, image_checkpoint=_TOWER.value,
-      image_batch_size=_IMAGE_BATCH_SIZE.value, mesh=cli.mesh(_MESH))
+    workdir,
+    search=_SEARCH.value,
+    retrieval_augmented=_AUGMENTED.value,
+    retrieval_lambda=_LAMBDA.value,
+    retrieval_temperature=_TEMPERATURE.value,
+    image_checkpoint=_TOWER.value,
+    image_batch_size=_IMAGE_BATCH_SIZE.value,
+    mesh=cli.mesh(_MESH),
+  )
   _print(answer_file(predictor, queries, path, output, k=_K.value, batch_size=_BATCH_SIZE.value), output)
 
 
@@ -59,8 +68,11 @@ def _print(statistics: dict[str, Any], output: Path) -> None:
   print(f"{output}: answers to {statistics['queries']:,} queries")
   for what in ("encode", "search"):
     if statistics[what]:
-      print("{}: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms a batch of {}; {queries_per_second:,.0f} queries/s".format(
-          what, statistics["batch_size"], **statistics[what]))
+      print(
+        "{}: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms a batch of {}; {queries_per_second:,.0f} queries/s".format(
+          what, statistics["batch_size"], **statistics[what]
+        )
+      )
 
 
 if __name__ == "__main__":

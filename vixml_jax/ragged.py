@@ -42,7 +42,7 @@ class Ragged:
     return len(self.offsets) - 1
 
   def __getitem__(self, row: int) -> np.ndarray:
-    return self.values[self.offsets[row]:self.offsets[row + 1]]
+    return self.values[self.offsets[row] : self.offsets[row + 1]]
 
   @classmethod
   def of_lengths(cls, values: np.ndarray, lengths: np.ndarray | Sequence[int]) -> "Ragged":
@@ -71,8 +71,8 @@ class Ragged:
   def followed_by(self, other: "Ragged") -> "Ragged":
     """These rows and then the others."""
     return Ragged(
-        np.concatenate([self.values, other.values]),
-        np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]))
+      np.concatenate([self.values, other.values]), np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
+    )
 
   def row_ids(self) -> np.ndarray:
     """int64 array, for every value the row that it belongs to."""

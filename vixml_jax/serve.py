@@ -26,15 +26,19 @@ _PORT = flags.DEFINE_integer("port", 8080, "Port to listen on; 0 for a free one.
 _SEARCH = flags.DEFINE_enum("search", None, ["exact", "scann"], "How to search; by default as the index was built.")
 _AUGMENTED = flags.DEFINE_bool("retrieval_augmented", False, "Whether training queries have a say, too.")
 _LAMBDA = flags.DEFINE_float(
-    "retrieval_lambda", None, "Weight of labels against training queries, 0 to 1; by default as in the evaluation.")
+  "retrieval_lambda", None, "Weight of labels against training queries, 0 to 1; by default as in the evaluation."
+)
 _TEMPERATURE = flags.DEFINE_float(
-    "retrieval_temperature", None, "Temperature of retrieval; by default as in the evaluation.")
+  "retrieval_temperature", None, "Temperature of retrieval; by default as in the evaluation."
+)
 _TOWER = flags.DEFINE_string(
-    "image_checkpoint", None, "The SigLIP tower, for pictures; by default the one that the features were made with.")
+  "image_checkpoint", None, "The SigLIP tower, for pictures; by default the one that the features were made with."
+)
 _IMAGE_BATCH_SIZE = flags.DEFINE_integer("image_batch_size", 8, "Pictures that go through the tower at a time.", 1)
 _MESH = flags.DEFINE_string("mesh", None, "data,fsdp,tensor, such as 4,1,2; by default as in training, or all devices.")
 _RELOAD = flags.DEFINE_float(
-    "reload_index", 0, "Seconds between looks for a new generation of the label index; 0 looks on SIGHUP only.", 0)
+  "reload_index", 0, "Seconds between looks for a new generation of the label index; 0 looks on SIGHUP only.", 0
+)
 _MAX_BATCH = flags.DEFINE_integer("max_batch", 64, "Queries that are encoded and searched together.", 1)
 _MAX_WAIT = flags.DEFINE_float("max_wait_ms", 5, "Milliseconds that a query waits for others to share its batch.", 0)
 _MAX_QUEUE = flags.DEFINE_integer("max_queue", 1_024, "Queries that wait; more get status 503.", 1)
@@ -68,15 +72,28 @@ def main() -> None:
     raise InputError(f"--max_queries={_MAX_QUERIES.value}: must be no more than --max_queue={_MAX_QUEUE.value}")
   mesh = cli.mesh(_MESH)
   limits = Limits(
-      body_bytes=int(_MAX_BODY.value * 10**6), queries=_MAX_QUERIES.value, k=_MAX_K.value, text_chars=_MAX_TEXT.value,
-      images=_MAX_IMAGES.value, names=_MAX_NAMES.value, batch=_MAX_BATCH.value, wait_seconds=_MAX_WAIT.value / 1000,
-      queue=_MAX_QUEUE.value)
+    body_bytes=int(_MAX_BODY.value * 10**6),
+    queries=_MAX_QUERIES.value,
+    k=_MAX_K.value,
+    text_chars=_MAX_TEXT.value,
+    images=_MAX_IMAGES.value,
+    names=_MAX_NAMES.value,
+    batch=_MAX_BATCH.value,
+    wait_seconds=_MAX_WAIT.value / 1000,
+    queue=_MAX_QUEUE.value,
+  )
 
   def make() -> Predictor:
     predictor = load(
-        workdir, search=_SEARCH.value, retrieval_augmented=_AUGMENTED.value, retrieval_lambda=_LAMBDA.value,
-        retrieval_temperature=_TEMPERATURE.value, image_checkpoint=_TOWER.value,
-        image_batch_size=_IMAGE_BATCH_SIZE.value, mesh=mesh)
+      workdir,
+      search=_SEARCH.value,
+      retrieval_augmented=_AUGMENTED.value,
+      retrieval_lambda=_LAMBDA.value,
+      retrieval_temperature=_TEMPERATURE.value,
+      image_checkpoint=_TOWER.value,
+      image_batch_size=_IMAGE_BATCH_SIZE.value,
+      mesh=mesh,
+    )
     gc.freeze()  # A collection that goes through the libraries' million objects stops every request for a second.
     return predictor
 

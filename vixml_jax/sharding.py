@@ -18,31 +18,31 @@ _ROW_MULTIPLE = 1024
 # Logical axis -> mesh axes. Parameters and state name their axes beside their shapes; nothing else
 # decides where an array lives.
 RULES: dict[str, tuple[str, ...]] = {
-    # Parameters.
-    "layers": (),
-    "vocab": (),  # Look-ups only, no output head: sharding `embed` is enough.
-    "position": (),
-    "token_type": (),
-    "patch_height": (),
-    "patch_width": (),
-    "channel": (),
-    "embed": ("fsdp",),
-    "mlp": ("tensor",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "lora": (),
-    "lora_alone": ("fsdp",),  # The rank of an adapter's matrix that has no `embed` to divide.
-    "feature": (),
-    # State and batches: many rows, whole vectors.
-    "free_vector": _ROWS,
-    "query": _ROWS,
-    "label": _ROWS,
-    "image": _ROWS,
-    "row": _ROWS,
-    "batch": _ROWS,
-    "chunk": (),
-    "vector": (),
+  # Parameters.
+  "layers": (),
+  "vocab": (),  # Look-ups only, no output head: sharding `embed` is enough.
+  "position": (),
+  "token_type": (),
+  "patch_height": (),
+  "patch_width": (),
+  "channel": (),
+  "embed": ("fsdp",),
+  "mlp": ("tensor",),
+  "heads": ("tensor",),
+  "kv_heads": ("tensor",),
+  "head_dim": (),
+  "lora": (),
+  "lora_alone": ("fsdp",),  # The rank of an adapter's matrix that has no `embed` to divide.
+  "feature": (),
+  # State and batches: many rows, whole vectors.
+  "free_vector": _ROWS,
+  "query": _ROWS,
+  "label": _ROWS,
+  "image": _ROWS,
+  "row": _ROWS,
+  "batch": _ROWS,
+  "chunk": (),
+  "vector": (),
 }
 
 # Axes that stay whole where the mesh does not divide them. Decoders share 2 to 8 heads of keys and values among all
@@ -69,10 +69,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     sizes[unknown[0]] = max(len(devices) // rest, 1)
   if math.prod(sizes.values()) != len(devices):
     raise InputError(
-        "mesh: data x fsdp x tensor = " + " x ".join(str(size) for size in sizes.values()) +
-        f" does not make {len(devices)} devices; change mesh.data, mesh.fsdp or mesh.tensor")
-  return jax.make_mesh(
-      tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+      "mesh: data x fsdp x tensor = "
+      + " x ".join(str(size) for size in sizes.values())
+      + f" does not make {len(devices)} devices; change mesh.data, mesh.fsdp or mesh.tensor"
+    )
+  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def spec(axes: tuple[str, ...], name: str = "array") -> PartitionSpec:
@@ -140,12 +141,12 @@ def tree_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
         partition[i] = None
       elif size % parts:
         raise InputError(
-            f"mesh: {name} has {axis}={size}, which does not divide by {' x '.join(RULES[axis])} = {parts}; "
-            "change the mesh")
+          f"mesh: {name} has {axis}={size}, which does not divide by {' x '.join(RULES[axis])} = {parts}; "
+          "change the mesh"
+        )
     return NamedSharding(mesh, PartitionSpec(*partition))
 
-  return jax.tree_util.tree_map_with_path(
-      leaf, shapes, axes, is_leaf=lambda node: hasattr(node, "shape"))
+  return jax.tree_util.tree_map_with_path(leaf, shapes, axes, is_leaf=lambda node: hasattr(node, "shape"))
 
 
 def padded_rows(rows: int) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
 
-GIB = 2.0 ** 30
+GIB = 2.0**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +42,19 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(30.75 * GIB, 275e12, 1228e9, 50e9, 3, 4, {"chip_config_name": "megacore"}),  # Both cores are one device.
-    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 50e9, 2, 16),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 100e9, 3, 4),
-    "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 100e9, 2, 16),
+  "v4": Chip(30.75 * GIB, 275e12, 1228e9, 50e9, 3, 4, {"chip_config_name": "megacore"}),  # Both cores are one device.
+  "v5e": Chip(15.75 * GIB, 197e12, 819e9, 50e9, 2, 16),
+  "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 100e9, 3, 4),
+  "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 100e9, 2, 16),
 }
 # What libtpu is told before it is loaded: others may load it meanwhile, and it need not ask the network where it runs.
 # The type stands in for a machine that has none; the topology's name decides.
 _SETTINGS = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
 _EXAMPLES = "v5e:4x4, v5p:2x2x4, v6e:16x16"
 
 
@@ -81,8 +84,9 @@ class Slice:
       return sharding.make_mesh(data, fsdp, tensor, devices=self.devices)
     except NotImplementedError as error:  # JAX's word for an axis that is no product of the slice's own.
       raise InputError(
-          f"mesh: {data} x {fsdp} x {tensor} cannot be laid along the {'x'.join(map(str, self.shape))} chips of "
-          f"{self.name}; change mesh.data, mesh.fsdp or mesh.tensor") from error
+        f"mesh: {data} x {fsdp} x {tensor} cannot be laid along the {'x'.join(map(str, self.shape))} chips of "
+        f"{self.name}; change mesh.data, mesh.fsdp or mesh.tensor"
+      ) from error
 
   def ring_bandwidth(self, group: int) -> float:
     """Bytes a second that a chip sends while `group` of them exchange by rings.
@@ -109,11 +113,15 @@ def tpu_slice(name: str) -> Slice:
   """
   kind, _, shape = name.partition(":")
   if kind not in CHIPS or not re.fullmatch(rf"\d+(x\d+){{{CHIPS[kind].axes - 1}}}", shape):
-    raise InputError(f"--topology={name}: must be one of {', '.join(CHIPS)}, a colon and the chips along each axis, "
-                     f"such as {_EXAMPLES}")
+    raise InputError(
+      f"--topology={name}: must be one of {', '.join(CHIPS)}, a colon and the chips along each axis, "
+      f"such as {_EXAMPLES}"
+    )
   if importlib.util.find_spec("libtpu") is None:
-    raise InputError("libtpu is not installed, which compiles for TPUs, also where there is none: "
-                     "pip install 'vixml-jax[tpu]' -c constraints.txt")
+    raise InputError(
+      "libtpu is not installed, which compiles for TPUs, also where there is none: "
+      "pip install 'vixml-jax[tpu]' -c constraints.txt"
+    )
   for name_of_setting, value in _SETTINGS.items():
     os.environ.setdefault(name_of_setting, value)
   axes = tuple(int(length) for length in shape.split("x"))

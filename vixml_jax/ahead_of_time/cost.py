@@ -15,9 +15,23 @@ from vixml_jax.ahead_of_time.hlo import Computation, Instruction, Module, parse
 _PASSES = {"highest": 6, "high": 3}
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # They name, split or wait; they move nothing.
-_FREE = frozenset((
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "async-update", "opt-barrier"))
+_FREE = frozenset(
+  (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "async-update",
+    "opt-barrier",
+  )
+)
 _VIEWS = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
 
 
@@ -160,8 +174,11 @@ class _Counter:
 
   def _add_branches(self, cost: Cost, instruction: Instruction) -> None:
     listed = instruction.attribute(r"branch_computations=\{([^}]*)\}")
-    names = re.findall(r"%?([\w.\-]+)", listed) if listed else [
-        instruction.called("true_computation"), instruction.called("false_computation")]
+    names = (
+      re.findall(r"%?([\w.\-]+)", listed)
+      if listed
+      else [instruction.called("true_computation"), instruction.called("false_computation")]
+    )
     branches = sorted((self._of_computation(name) for name in names), key=lambda x: (x.flops, x.hbm_bytes))
     cost.add(branches[-1], self._branch_share)
     cost.add(branches[0], 1 - self._branch_share)
@@ -281,8 +298,8 @@ def _convolution_flops(convolution: Instruction, left: tuple[int, ...], right: t
   places = 1
   for axis in (label for label in labels[1] if label.isdigit()):
     places *= _window_places(
-        _window(convolution, int(axis)), left[labels[1].index(axis)],
-        convolution.arrays[0].dims[labels[3].index(axis)])
+      _window(convolution, int(axis)), left[labels[1].index(axis)], convolution.arrays[0].dims[labels[3].index(axis)]
+    )
   groups = int(convolution.attribute(r"batch_group_count=(\d+)") or 1)
   batch = left[labels[1].index("b")] // groups
   # The kernel's input features are those of one feature group already.
@@ -300,8 +317,9 @@ def _window(convolution: Instruction, axis: int) -> dict[str, int]:
 
 def _window_places(window: dict[str, int], inputs: int, outputs: int) -> int:
   """How many pairs of an output place and a place of the window meet an input."""
-  place = (np.arange(outputs)[:, None] * window["stride"] + np.arange(window["size"]) * window["rhs_dilate"]
-           - window["pad"])
+  place = (
+    np.arange(outputs)[:, None] * window["stride"] + np.arange(window["size"]) * window["rhs_dilate"] - window["pad"]
+  )
   inside = (place >= 0) & (place <= (inputs - 1) * window["lhs_dilate"])
   return int((inside & (place % window["lhs_dilate"] == 0)).sum())
 

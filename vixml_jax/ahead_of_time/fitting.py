@@ -15,8 +15,8 @@ _MOST_COMPILED = 6  # A search that has not found one by then is too far off.
 
 
 def nearest_fit(
-    workload: Workload, where: Slice, refused: Plan, program: Program,
-    compile_program: Callable[[Plan], Program]) -> tuple[Plan, Program] | None:
+  workload: Workload, where: Slice, refused: Plan, program: Program, compile_program: Callable[[Plan], Program]
+) -> tuple[Plan, Program] | None:
   """The spread nearest to a refused one whose training step fits the chips of a slice.
 
   Spreads are compared by how often a size must be doubled or halved to come from one to the other. What a spread needs
@@ -36,7 +36,8 @@ def nearest_fit(
   asked = refused.spread
   halvings = [asked.chunk_rows >> i for i in range(asked.chunk_rows.bit_length()) if asked.chunk_rows % (1 << i) == 0]
   spreads = sorted(
-      all_spreads(len(where.devices), halvings), key=lambda spread: (_distance(spread, asked), -spread.data))
+    all_spreads(len(where.devices), halvings), key=lambda spread: (_distance(spread, asked), -spread.data)
+  )
   workloads = {rows: workload.with_chunk_rows(rows) for rows in halvings}  # Each packs its batch once.
   needs = _temporaries(refused, program)
   compiled = 0
@@ -60,8 +61,12 @@ def nearest_fit(
 
 
 def _distance(spread: Spread, asked: Spread) -> float:
-  pairs = ((spread.data, asked.data), (spread.fsdp, asked.fsdp), (spread.tensor, asked.tensor),
-           (spread.chunk_rows, asked.chunk_rows))
+  pairs = (
+    (spread.data, asked.data),
+    (spread.fsdp, asked.fsdp),
+    (spread.tensor, asked.tensor),
+    (spread.chunk_rows, asked.chunk_rows),
+  )
   return sum(abs(math.log2(size / other)) for size, other in pairs)
 
 

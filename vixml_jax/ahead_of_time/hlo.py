@@ -6,8 +6,24 @@ import math
 import re
 
 _BITS = {
-    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16, "s32": 32, "u32": 32,
-    "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128}
+  "pred": 8,
+  "s4": 4,
+  "u4": 4,
+  "s8": 8,
+  "u8": 8,
+  "s16": 16,
+  "u16": 16,
+  "f16": 16,
+  "bf16": 16,
+  "s32": 32,
+  "u32": 32,
+  "f32": 32,
+  "s64": 64,
+  "u64": 64,
+  "f64": 64,
+  "c64": 64,
+  "c128": 128,
+}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -35,8 +51,9 @@ def arrays_of(shape: str) -> list[ArrayShape]:
   `S(n)` in a layout puts one into another memory than HBM; single numbers are in registers, whatever theirs says.
   """
   return [
-      ArrayShape(dtype, tuple(int(size) for size in dims.split(",") if size), bool(dims) and "S(" not in layout)
-      for dtype, dims, layout in _ARRAY.findall(shape)]
+    ArrayShape(dtype, tuple(int(size) for size in dims.split(",") if size), bool(dims) and "S(" not in layout)
+    for dtype, dims, layout in _ARRAY.findall(shape)
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +139,7 @@ def parse(text: str) -> Module:
     elif name and (found := _INSTRUCTION.match(line)):
       instructions[found[2]] = _instruction(found[2], found[3])
       root = found[2] if found[1] else root
-  partitions = re.search(r"num_partitions=(\d+)", text[:text.find("\n")])
+  partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
   return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
 
@@ -133,8 +150,8 @@ def _instruction(name: str, line: str) -> Instruction:
   if opcode is None:
     raise ValueError(f"no instruction of HLO: {line[:200]}")
   last = _closing(line, opcode.end() - 1)
-  inside = line[opcode.end():last]
-  return Instruction(name, line[:end], opcode[1], tuple(_NAME.findall(inside)), inside, line[last + 1:])
+  inside = line[opcode.end() : last]
+  return Instruction(name, line[:end], opcode[1], tuple(_NAME.findall(inside)), inside, line[last + 1 :])
 
 
 def _closing(line: str, start: int) -> int:

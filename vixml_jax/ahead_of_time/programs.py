@@ -55,8 +55,10 @@ class Spread:
   @property
   def flags(self) -> str:
     """The flags that ask for it."""
-    return (f"--config.mesh.data={self.data} --config.mesh.fsdp={self.fsdp} --config.mesh.tensor={self.tensor} "
-            f"--config.train.chunk_rows={self.chunk_rows}")
+    return (
+      f"--config.mesh.data={self.data} --config.mesh.fsdp={self.fsdp} --config.mesh.tensor={self.tensor} "
+      f"--config.train.chunk_rows={self.chunk_rows}"
+    )
 
 
 def spread_asked_for(config: ConfigDict, where: Slice) -> Spread:
@@ -106,8 +108,7 @@ class Workload:
     own = Ragged.of_lengths(np.arange(train.batch_size, dtype=np.int32), np.ones(train.batch_size, np.int64))
     dropout = self.config.fusion.modality_dropout if self.config.images else 0.0
     data = TrainingQueries(queries, own, labels, np.ones(train.batch_size), dropout)
-    return make_batch(
-        data, np.arange(train.batch_size), train.batch_size, self.layout, seed=0, epoch=0, step=0)
+    return make_batch(data, np.arange(train.batch_size), train.batch_size, self.layout, seed=0, epoch=0, step=0)
 
   @property
   def layout(self) -> PackedLayout:
@@ -177,9 +178,15 @@ class Plan:
     """The training step."""
     config, model = self.workload.config, self.workload.model
     step = make_train_step(
-        self.state, model=model, optimizer=optimizer_of(config, model, self.workload.steps),
-        layout=self.workload.layout, loss_config=LossConfig(**config.loss.to_dict()),
-        base_key=jax.random.key(config.seed, impl=config.train.rng_impl), remat=config.train.remat, mesh=self.mesh)
+      self.state,
+      model=model,
+      optimizer=optimizer_of(config, model, self.workload.steps),
+      layout=self.workload.layout,
+      loss_config=LossConfig(**config.loss.to_dict()),
+      base_key=jax.random.key(config.seed, impl=config.train.rng_impl),
+      remat=config.train.remat,
+      mesh=self.mesh,
+    )
     return step.lower(*self.train_arguments)
 
   def lower_encode(self) -> jax.stages.Lowered:
@@ -206,8 +213,9 @@ class Plan:
 
 def bytes_a_chip(tree: Any) -> float:
   """What a tree of shapes with shardings takes on each chip."""
-  return float(sum(
-      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
+  return float(
+    sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  )
 
 
 def _feature_bank(config: ConfigDict, size: DataSize, mesh: Mesh, memory: float) -> FeatureBank | None:
@@ -221,7 +229,8 @@ def _feature_bank(config: ConfigDict, size: DataSize, mesh: Mesh, memory: float)
   on_devices: Any = None
   if config.fusion.bank == "device" or (config.fusion.bank == "auto" and fits):
     on_devices = jax.ShapeDtypeStruct(
-        (sharding.padded_rows(vectors), dim), np.float16, sharding=sharding.named_sharding(mesh, "image", "vector"))
+      (sharding.padded_rows(vectors), dim), np.float16, sharding=sharding.named_sharding(mesh, "image", "vector")
+    )
   return FeatureBank(values, {}, "", on_devices)
 
 
@@ -257,6 +266,10 @@ def all_spreads(chips: int, chunk_rows: Sequence[int]) -> list[Spread]:
   """Every mesh of so many chips with each of these chunk sizes, if a chunk divides over it."""
   sizes = [size for size in range(1, chips + 1) if chips % size == 0]
   return [
-      Spread(chips // (fsdp * tensor), fsdp, tensor, rows)
-      for tensor in sizes for fsdp in sizes if chips % (fsdp * tensor) == 0
-      for rows in chunk_rows if rows % (chips // tensor) == 0]
+    Spread(chips // (fsdp * tensor), fsdp, tensor, rows)
+    for tensor in sizes
+    for fsdp in sizes
+    if chips % (fsdp * tensor) == 0
+    for rows in chunk_rows
+    if rows % (chips // tensor) == 0
+  ]

@@ -67,8 +67,12 @@ class Report:
 
 
 def check_fit(
-    config: ConfigDict, where: Slice, size: DataSize, json_path: Path | None = None,
-    compilers: tuple[Callable[[Plan], Program], Callable[[Plan], Program]] = (compile_train, compile_encode)) -> bool:
+  config: ConfigDict,
+  where: Slice,
+  size: DataSize,
+  json_path: Path | None = None,
+  compilers: tuple[Callable[[Plan], Program], Callable[[Plan], Program]] = (compile_train, compile_encode),
+) -> bool:
   """Compiles a config's programs for a slice, and prints what they need and cost.
 
   Where they do not fit, looks for the nearest mesh and chunk size that do, and prints that too.
@@ -100,8 +104,7 @@ def check_fit(
   return asked.fits
 
 
-def _report(
-    plan: Plan, where: Slice, compilers: tuple[Callable[[Plan], Program], Callable[[Plan], Program]]) -> Report:
+def _report(plan: Plan, where: Slice, compilers: tuple[Callable[[Plan], Program], Callable[[Plan], Program]]) -> Report:
   train, encode = (compile_program(plan) for compile_program in compilers)
   workload = plan.workload
   items = workload.batch.items
@@ -116,14 +119,16 @@ def _report(
 
   # A chunk of an encoding holds what an average chunk of the batch does.
   return Report(
-      plan, where, estimate(train, flops[0], 1.0, workload.steps),
-      estimate(encode, flops[1], 1 / chunks, all_items * chunks / len(lengths)))
+    plan,
+    where,
+    estimate(train, flops[0], 1.0, workload.steps),
+    estimate(encode, flops[1], 1 / chunks, all_items * chunks / len(lengths)),
+  )
 
 
 def _advice(asked: Report, found: Report | None) -> str:
   needed = max(estimate.program.memory.total for estimate in asked.estimates) / GIB
-  start = (f"does not fit: {needed:.2f} GiB a chip, but {asked.where.name} has "
-           f"{asked.where.chip.hbm_bytes / GIB:.2f}.")
+  start = f"does not fit: {needed:.2f} GiB a chip, but {asked.where.name} has {asked.where.chip.hbm_bytes / GIB:.2f}."
   if found is None:
     return f"{start} No mesh of these chips that is near fits either: take more chips, or chips with more memory."
   return f"{start} The nearest that fits: {found.plan.spread}\n  {found.plan.spread.flags}\n\n{_table(found)}"
@@ -134,13 +139,13 @@ def _table(report: Report) -> str:
   workload, where = report.plan.workload, report.where
   config, size = workload.config, workload.size
   lines = [
-      f"{config.name} on {where.name}, {len(where.devices)} chips: {report.plan.spread} of {config.train.row_length} "
-      f"tokens, batch {config.train.batch_size}",
-      f"{size.train:,} training queries, {size.labels:,} labels; {size.tokens:g} tokens and {size.images:g} images an "
-      f"item; {report.train.tokens:,.0f} tokens a step, {config.train.epochs} epochs of "
-      f"{workload.steps // config.train.epochs:,} steps",
-      "",
-      *_aligned(_rows(report)),
+    f"{config.name} on {where.name}, {len(where.devices)} chips: {report.plan.spread} of {config.train.row_length} "
+    f"tokens, batch {config.train.batch_size}",
+    f"{size.train:,} training queries, {size.labels:,} labels; {size.tokens:g} tokens and {size.images:g} images an "
+    f"item; {report.train.tokens:,.0f} tokens a step, {config.train.epochs} epochs of "
+    f"{workload.steps // config.train.epochs:,} steps",
+    "",
+    *_aligned(_rows(report)),
   ]
   collectives = report.train.program.cost and report.train.program.cost.collectives
   if collectives:
@@ -165,28 +170,32 @@ def _rows(report: Report) -> list[list[str]]:
     return "-" if estimate.roofline is None else estimate.roofline.bound
 
   return [
-      ["of each chip", "", *(estimate.program.name for estimate in report.estimates)],
-      row("arguments", "GiB", lambda e: e.program.memory.arguments / GIB),
-      row("outputs besides them", "GiB", lambda e: e.program.memory.outputs / GIB),
-      row("temporaries", "GiB", lambda e: _scaled(e.program.memory.temporaries, 1 / GIB)),
-      row("code", "GiB", lambda e: e.program.memory.code / GIB),
-      row("rest of the state", "GiB", lambda e: e.program.memory.others / GIB),
-      row("total", "GiB", lambda e: e.program.memory.total / GIB),
-      row(f"of {memory / GIB:.2f} GiB", "%", lambda e: 100 * e.program.memory.total / memory, 1),
-      cost("matrix products", "TFLOP", lambda cost: cost.flops / 1e12, 3),
-      row("what the model needs", "TFLOP", lambda e: e.model_flops / chips / 1e12, 3),
-      cost("HBM traffic", "GB", lambda cost: cost.hbm_bytes / 1e9),
-      cost("sent to other chips", "GB", lambda cost: cost.moved / 1e9),
-      time("time of matrix products", "ms", lambda _, roofline: 1e3 * roofline.compute),
-      time("time of HBM", "ms", lambda _, roofline: 1e3 * roofline.hbm),
-      time("time of the interconnect", "ms", lambda _, roofline: 1e3 * roofline.interconnect),
-      ["bound by", "", *map(bound, report.estimates)],
-      time("model FLOPs of the peak", "%", lambda e, roofline: (
-          100 * e.model_flops / chips / report.where.chip.flops / roofline.seconds), 1),
-      time("of the slice: tokens/s", "", lambda e, roofline: e.tokens / roofline.seconds, 0),
-      time("of the slice: items/s", "", lambda e, roofline: e.items / roofline.seconds, 0),
-      row("all epochs / all items once", "h", lambda e: e.hours),
-      row("compiling took", "s", lambda e: e.program.seconds, 0),
+    ["of each chip", "", *(estimate.program.name for estimate in report.estimates)],
+    row("arguments", "GiB", lambda e: e.program.memory.arguments / GIB),
+    row("outputs besides them", "GiB", lambda e: e.program.memory.outputs / GIB),
+    row("temporaries", "GiB", lambda e: _scaled(e.program.memory.temporaries, 1 / GIB)),
+    row("code", "GiB", lambda e: e.program.memory.code / GIB),
+    row("rest of the state", "GiB", lambda e: e.program.memory.others / GIB),
+    row("total", "GiB", lambda e: e.program.memory.total / GIB),
+    row(f"of {memory / GIB:.2f} GiB", "%", lambda e: 100 * e.program.memory.total / memory, 1),
+    cost("matrix products", "TFLOP", lambda cost: cost.flops / 1e12, 3),
+    row("what the model needs", "TFLOP", lambda e: e.model_flops / chips / 1e12, 3),
+    cost("HBM traffic", "GB", lambda cost: cost.hbm_bytes / 1e9),
+    cost("sent to other chips", "GB", lambda cost: cost.moved / 1e9),
+    time("time of matrix products", "ms", lambda _, roofline: 1e3 * roofline.compute),
+    time("time of HBM", "ms", lambda _, roofline: 1e3 * roofline.hbm),
+    time("time of the interconnect", "ms", lambda _, roofline: 1e3 * roofline.interconnect),
+    ["bound by", "", *map(bound, report.estimates)],
+    time(
+      "model FLOPs of the peak",
+      "%",
+      lambda e, roofline: 100 * e.model_flops / chips / report.where.chip.flops / roofline.seconds,
+      1,
+    ),
+    time("of the slice: tokens/s", "", lambda e, roofline: e.tokens / roofline.seconds, 0),
+    time("of the slice: items/s", "", lambda e, roofline: e.items / roofline.seconds, 0),
+    row("all epochs / all items once", "h", lambda e: e.hours),
+    row("compiling took", "s", lambda e: e.program.seconds, 0),
   ]
 
 
@@ -194,8 +203,16 @@ def _collective_rows(collectives: Iterable[tuple[Collective, float]]) -> list[li
   """The collectives of the training step, those that send most first."""
   ordered = sorted(collectives, key=lambda pair: -pair[0].moved * pair[1])
   rows = [["collectives of the train step", "chips", "MB", "times", "sent, GB"]]
-  rows += [[collective.kind, str(collective.group), f"{collective.bytes / 1e6:,.3f}", f"{times:,.0f}",
-            f"{collective.moved * times / 1e9:,.3f}"] for collective, times in ordered[:_MOST_COLLECTIVES]]
+  rows += [
+    [
+      collective.kind,
+      str(collective.group),
+      f"{collective.bytes / 1e6:,.3f}",
+      f"{times:,.0f}",
+      f"{collective.moved * times / 1e9:,.3f}",
+    ]
+    for collective, times in ordered[:_MOST_COLLECTIVES]
+  ]
   rest = ordered[_MOST_COLLECTIVES:]
   if rest:
     sent = sum(collective.moved * times for collective, times in rest) / 1e9
@@ -214,42 +231,47 @@ def _scaled(value: float | None, factor: float) -> float | None:
 def _aligned(rows: list[list[str]]) -> list[str]:
   """Columns of equal width: the first to the left, the others to the right."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return ["  ".join(
+  return [
+    "  ".join(
       cell.rjust(width) if place else cell.ljust(width)
-      for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+      for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  ]
 
 
 def _numbers(report: Report) -> dict[str, Any]:
   """A report as JSON has it: bytes, FLOPs and seconds of each chip."""
   return {
-      "topology": report.where.name,
-      "chips": len(report.where.devices),
-      "config": report.plan.workload.config.name,
-      "spread": dataclasses.asdict(report.plan.spread),
-      "data": dataclasses.asdict(report.plan.workload.size),
-      "hbm_bytes": report.where.chip.hbm_bytes,
-      "fits": report.fits,
-      "train_step": _estimate_numbers(report.train),
-      "encode_step": _estimate_numbers(report.encode),
+    "topology": report.where.name,
+    "chips": len(report.where.devices),
+    "config": report.plan.workload.config.name,
+    "spread": dataclasses.asdict(report.plan.spread),
+    "data": dataclasses.asdict(report.plan.workload.size),
+    "hbm_bytes": report.where.chip.hbm_bytes,
+    "fits": report.fits,
+    "train_step": _estimate_numbers(report.train),
+    "encode_step": _estimate_numbers(report.encode),
   }
 
 
 def _estimate_numbers(estimate: Estimate) -> dict[str, Any]:
   cost, roofline = estimate.program.cost, estimate.roofline
   return {
-      "memory": dataclasses.asdict(estimate.program.memory),
-      "compile_seconds": estimate.program.seconds,
-      "model_flops_all_chips": estimate.model_flops,
-      "items": estimate.items,
-      "tokens": estimate.tokens,
-      "runs": estimate.runs,
-      "hours": estimate.hours,
-      "flops": cost and cost.flops,
-      "hbm_traffic": cost and cost.hbm_bytes,
-      "sent": cost and cost.moved,
-      "collectives": [dataclasses.asdict(collective) | {"times": times}
-                      for collective, times in cost.collectives.items()] if cost else None,
-      "seconds": dataclasses.asdict(roofline) | {"roofline": roofline.seconds} if roofline else None,
+    "memory": dataclasses.asdict(estimate.program.memory),
+    "compile_seconds": estimate.program.seconds,
+    "model_flops_all_chips": estimate.model_flops,
+    "items": estimate.items,
+    "tokens": estimate.tokens,
+    "runs": estimate.runs,
+    "hours": estimate.hours,
+    "flops": cost and cost.flops,
+    "hbm_traffic": cost and cost.hbm_bytes,
+    "sent": cost and cost.moved,
+    "collectives": [dataclasses.asdict(collective) | {"times": times} for collective, times in cost.collectives.items()]
+    if cost
+    else None,
+    "seconds": dataclasses.asdict(roofline) | {"roofline": roofline.seconds} if roofline else None,
   }
 
 

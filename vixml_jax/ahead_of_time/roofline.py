@@ -29,8 +29,9 @@ class Roofline:
   def of(cls, cost: Cost, where: Slice) -> "Roofline":
     """The three times of a program on a slice."""
     sent = sum(
-        times * collective.moved / where.ring_bandwidth(collective.group)
-        for collective, times in cost.collectives.items())
+      times * collective.moved / where.ring_bandwidth(collective.group)
+      for collective, times in cost.collectives.items()
+    )
     return cls(cost.unit_flops / where.chip.flops, cost.hbm_bytes / where.chip.hbm_bandwidth, sent)
 
   @property
@@ -61,7 +62,8 @@ def model_flops(model: ModelDefinition, lengths: np.ndarray, train: bool) -> flo
   trained = engine.flatten(model.split(model.shapes)[0].get("encoder", {}))
   matrices = {name: shape for name, shape in layers.items() if re.search("/(kernel|lora_[ab])$", name)}
   each = sum(
-      shape.size * (2 + (2 + 2 * (f"layers/{name}" in trained) if train else 0)) for name, shape in matrices.items())
+    shape.size * (2 + (2 + 2 * (f"layers/{name}" in trained) if train else 0)) for name, shape in matrices.items()
+  )
   depth, _, *heads = layers["attention/query/kernel"].shape
   attention = 4 * depth * np.prod(heads) * (3 if train else 1)
   lengths = lengths.astype(np.float64)

@@ -39,8 +39,12 @@ class DataSize:
 
 
 def data_size(
-    config: ConfigDict, num_queries: int | None = None, num_labels: int | None = None, tokens: float | None = None,
-    images: float | None = None) -> DataSize:
+  config: ConfigDict,
+  num_queries: int | None = None,
+  num_labels: int | None = None,
+  tokens: float | None = None,
+  images: float | None = None,
+) -> DataSize:
   """The size of a config's data set: what is given, else what is published, else what has been prepared.
 
   Args:
@@ -58,16 +62,26 @@ def data_size(
   counts = EXPECTED_COUNTS.get(data.name) or ({} if None not in given.values() else _prepared(data))
   known = {"test": 0, **counts, **{split: count for split, count in given.items() if count is not None}}
   if tokens is None:
-    tokens = _ICON_NAME if data.name == "mm_icons_9k" else _TITLE if tuple(data.text_fields) == ("title",) else (
-        data.max_length)
+    tokens = (
+      _ICON_NAME
+      if data.name == "mm_icons_9k"
+      else _TITLE
+      if tuple(data.text_fields) == ("title",)
+      else (data.max_length)
+    )
     tokens = min(tokens, data.max_length)
   images = config.images if images is None else images
   _check("num_queries", known["train"], known["train"] >= 1, "must be at least 1")
   _check("num_labels", known["labels"], known["labels"] >= 1, "must be at least 1")
-  _check("tokens_per_item", tokens, 3 <= tokens <= data.max_length,
-         f"must lie between 3 and config.dataset.max_length={data.max_length}")
-  _check("images_per_item", images, 0 <= images <= config.images,
-         f"must lie between 0 and config.images={config.images}")
+  _check(
+    "tokens_per_item",
+    tokens,
+    3 <= tokens <= data.max_length,
+    f"must lie between 3 and config.dataset.max_length={data.max_length}",
+  )
+  _check(
+    "images_per_item", images, 0 <= images <= config.images, f"must lie between 0 and config.images={config.images}"
+  )
   return DataSize(known["train"], known["test"], known["labels"], float(tokens), float(images))
 
 

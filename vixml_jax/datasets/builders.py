@@ -41,29 +41,30 @@ class RawFolder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: i
     return tfds.core.DatasetInfo(
       builder=self,
       description=type(self).__doc__,
-      features=tfds.features.FeaturesDict({
-        "uid": tfds.features.Text(),
-        "title": tfds.features.Text(),
-        "content": tfds.features.Text(),
-        "target_ind": _numbers(np.int32, "label ids of a query; none for a label"),
-        "target_rel": _numbers(np.float32, "relevance of each of them"),
-        "filter_ind": _numbers(np.int32, "labels to take out before a query is scored"),
-        "image_slots": _numbers(np.int32, "slot of each image"),
-        "images": tfds.features.Tensor(shape=(None,), dtype=np.object_, doc="encoded, as given"),
-      }),
+      features=tfds.features.FeaturesDict(
+        {
+          "uid": tfds.features.Text(),
+          "title": tfds.features.Text(),
+          "content": tfds.features.Text(),
+          "target_ind": _numbers(np.int32, "label ids of a query; none for a label"),
+          "target_rel": _numbers(np.float32, "relevance of each of them"),
+          "filter_ind": _numbers(np.int32, "labels to take out before a query is scored"),
+          "image_slots": _numbers(np.int32, "slot of each image"),
+          "images": tfds.features.Tensor(shape=(None,), dtype=np.object_, doc="encoded, as given"),
+        }
+      ),
       disable_shuffling=True,
       metadata=tfds.core.MetadataDict(),
     )
 
   def _shard_iterators_per_split(
-      self, dl_manager: tfds.download.DownloadManager
+    self, dl_manager: tfds.download.DownloadManager
   ) -> dict[str, list[Callable[[], Iterator[tuple[int, dict]]]]]:
     folder = pathlib.Path(dl_manager.manual_dir)
     raw.check_folder(folder)
     counts = {split: _count(folder / files.rows) for split, files in raw.SPLITS.items()}
     _check_counts(self.name, folder, counts)
-    self.info.metadata.update(
-      sha256=raw.sha256_of_files(folder), counts=counts, text_fields=list(self.TEXT_FIELDS))
+    self.info.metadata.update(sha256=raw.sha256_of_files(folder), counts=counts, text_fields=list(self.TEXT_FIELDS))
     # Labels come first, since a mistake in them is behind most mistakes elsewhere.
     return {split: _shards(folder, split, counts) for split in ("labels", "train", "test")}
 
@@ -107,15 +108,13 @@ class Custom(RawFolder):
 
 BUILDERS = {
   builder.name: builder
-  for builder in (LfAmazonTitles131k, LfAmazon131k, MmAmazonTitles300k, LfAmazonTitles13m,
-                  MmIcons9k, Custom)
+  for builder in (LfAmazonTitles131k, LfAmazon131k, MmAmazonTitles300k, LfAmazonTitles13m, MmIcons9k, Custom)
 }
 
 
 def _numbers(dtype: type, doc: str) -> tfds.features.Tensor:
   """A list of numbers as raw bytes, written several times faster than as a list of integers."""
-  return tfds.features.Tensor(
-    shape=(None,), dtype=dtype, encoding=tfds.features.Encoding.BYTES, doc=doc)
+  return tfds.features.Tensor(shape=(None,), dtype=dtype, encoding=tfds.features.Encoding.BYTES, doc=doc)
 
 
 def _count(path: pathlib.Path) -> int:
@@ -128,12 +127,13 @@ def _count(path: pathlib.Path) -> int:
 def _check_counts(name: str, folder: pathlib.Path, counts: dict[str, int]) -> None:
   for split, expected in EXPECTED_COUNTS.get(name, {}).items():
     if counts[split] != expected:
-      raise InputError(f"{folder / raw.SPLITS[split].rows}: {counts[split]} rows, but {name} has "
-                       f"{expected}; download the set again, or use configs/custom.py for another")
+      raise InputError(
+        f"{folder / raw.SPLITS[split].rows}: {counts[split]} rows, but {name} has "
+        f"{expected}; download the set again, or use configs/custom.py for another"
+      )
 
 
-def _shards(folder: pathlib.Path, split: str,
-            counts: dict[str, int]) -> list[Callable[[], Iterator[tuple[int, dict]]]]:
+def _shards(folder: pathlib.Path, split: str, counts: dict[str, int]) -> list[Callable[[], Iterator[tuple[int, dict]]]]:
   """One generator function a shard; they are called in order and share one pass over the files."""
   num_rows = counts[split]
   examples = _examples(folder, split, counts)
@@ -142,8 +142,7 @@ def _shards(folder: pathlib.Path, split: str,
   return [lambda: itertools.islice(examples, ROWS_A_SHARD)] * full_shards + [lambda: examples]
 
 
-def _examples(folder: pathlib.Path, split: str,
-              counts: dict[str, int]) -> Iterator[tuple[int, dict]]:
+def _examples(folder: pathlib.Path, split: str, counts: dict[str, int]) -> Iterator[tuple[int, dict]]:
   """Row number and features of every row of a split."""
   files, oddities = raw.SPLITS[split], raw.Oddities()
   num_rows, num_labels = counts[split], counts["labels"]

@@ -9,8 +9,9 @@ import shutil
 import tensorflow_datasets as tfds
 
 
-def build(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike,
-          manual_dir: str | os.PathLike | None = None) -> None:
+def build(
+  builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, manual_dir: str | os.PathLike | None = None
+) -> None:
   """Writes the builder's data set as array_record; its folder appears when all is written.
 
   Args:
@@ -22,7 +23,8 @@ def build(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike,
   tfds.disable_progress_bar()  # Ours counts towards a known total.
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads.
     builder.download_and_prepare(
-      download_dir=pathlib.Path(data_dir) / "downloads", download_config=config, file_format="array_record")
+      download_dir=pathlib.Path(data_dir) / "downloads", download_config=config, file_format="array_record"
+    )
 
 
 def remove_leftovers(target: pathlib.Path) -> None:

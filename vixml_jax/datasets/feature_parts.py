@@ -69,15 +69,22 @@ class FeatureParts:
     parts = [self._load(split, number, "index") for number in numbers]
     index = np.concatenate([np.empty(0, _INDEX), *parts])
     lengths = [len(part) for part in parts]
-    where = np.stack([np.repeat(np.array(numbers, np.int64), lengths),
-                      np.concatenate([np.empty(0, np.int64), *map(np.arange, lengths)])], 1)
+    where = np.stack(
+      [
+        np.repeat(np.array(numbers, np.int64), lengths),
+        np.concatenate([np.empty(0, np.int64), *map(np.arange, lengths)]),
+      ],
+      1,
+    )
     order = np.lexsort((index["slot"], index["row"]))
     index = index[order]
     keys = index[["row", "slot"]]
     twice = np.flatnonzero(keys[1:] == keys[:-1])
     if len(twice):
-      raise InputError(f"{split} images: row {keys[twice[0]][0]}, slot {keys[twice[0]][1]} is there twice; give each "
-                       "image of a row a slot of its own")
+      raise InputError(
+        f"{split} images: row {keys[twice[0]][0]}, slot {keys[twice[0]][1]} is there twice; give each "
+        "image of a row a slot of its own"
+      )
     return MergedParts(index, where[order], functools.partial(self._load, split, what="features"), self.dim)
 
   def _path(self, split: str, number: int, what: str) -> pathlib.Path:

@@ -46,27 +46,37 @@ class ImageFeatures(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
     return tfds.core.DatasetInfo(
       builder=self,
       description=type(self).__doc__,
-      features=tfds.features.FeaturesDict({
-        "slots": tensor(shape=(None,), dtype=np.int32, doc="slot of each image that has features, ascending"),
-        "features": tensor(shape=(None, self._metadata["dim"]), dtype=np.float16, doc="one vector an image"),
-      }),
+      features=tfds.features.FeaturesDict(
+        {
+          "slots": tensor(shape=(None,), dtype=np.int32, doc="slot of each image that has features, ascending"),
+          "features": tensor(shape=(None, self._metadata["dim"]), dtype=np.float16, doc="one vector an image"),
+        }
+      ),
       disable_shuffling=True,
       metadata=tfds.core.MetadataDict(self._metadata),
     )
 
   def _shard_iterators_per_split(
-      self, dl_manager: tfds.download.DownloadManager
+    self, dl_manager: tfds.download.DownloadManager
   ) -> dict[str, list[Callable[[], Iterator[tuple[int, dict]]]]]:
     del dl_manager
     return {
-      split: [functools.partial(self._examples, split, start, min(start + ROWS_A_SHARD, count))
-              for start in range(0, count, ROWS_A_SHARD)]
+      split: [
+        functools.partial(self._examples, split, start, min(start + ROWS_A_SHARD, count))
+        for start in range(0, count, ROWS_A_SHARD)
+      ]
       for split, count in self._metadata["rows"].items()
     }
 
   def _examples(self, split: str, start: int, stop: int) -> Iterator[tuple[int, dict]]:
-    with tqdm(total=self._metadata["rows"][split], initial=start, desc=f"write {split} features", unit=" rows",
-              disable=None, leave=False) as bar:
+    with tqdm(
+      total=self._metadata["rows"][split],
+      initial=start,
+      desc=f"write {split} features",
+      unit=" rows",
+      disable=None,
+      leave=False,
+    ) as bar:
       for number, (slots, features) in enumerate(self._rows(split, start, stop), start):
         row = {"slots": slots, "features": features}
         yield number, row
@@ -136,13 +146,16 @@ def open_features(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike
   found, wanted = metadata["dataset_sha256"], builder.info.metadata["sha256"]
   changed = sorted(file for file in found.keys() | wanted.keys() if found.get(file) != wanted.get(file))
   if changed:
-    raise InputError(f"{folder}: features of the images of other raw files than {builder.name} now has "
-                     f"({', '.join(changed)} differ); choose another --name, or delete the folder and extract again")
+    raise InputError(
+      f"{folder}: features of the images of other raw files than {builder.name} now has "
+      f"({', '.join(changed)} differ); choose another --name, or delete the folder and extract again"
+    )
   return FeatureSet(features, metadata)
 
 
-def find_features(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, name: str,
-                  made_by: dict[str, Any]) -> FeatureSet | None:
+def find_features(
+  builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, name: str, made_by: dict[str, Any]
+) -> FeatureSet | None:
   """The features that `made_by` would make, if they are there.
 
   Args:
@@ -160,13 +173,16 @@ def find_features(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike
   features = open_features(builder, data_dir, name)
   other = [key for key, value in made_by.items() if features.metadata.get(key) != value]
   if other:
-    raise InputError(f"{folder}: holds features with another {' and '.join(other)}; choose another --name, or delete "
-                     "the folder to make them again")
+    raise InputError(
+      f"{folder}: holds features with another {' and '.join(other)}; choose another --name, or delete "
+      "the folder to make them again"
+    )
   return features
 
 
-def write_features(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, name: str, metadata: dict[str, Any],
-                   rows: RowReader) -> FeatureSet:
+def write_features(
+  builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, name: str, metadata: dict[str, Any], rows: RowReader
+) -> FeatureSet:
   """Writes features as a TFDS data set, whole or not at all. One process at a time may be here.
 
   Args:
@@ -180,8 +196,11 @@ def write_features(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLik
     The features, opened.
   """
   folder = features_folder(builder, data_dir, name)
-  metadata = {"dataset": builder.name, "dataset_sha256": dict(builder.info.metadata["sha256"]),
-              "rows": {split: builder.info.metadata["counts"][split] for split in SPLITS}} | metadata
+  metadata = {
+    "dataset": builder.name,
+    "dataset_sha256": dict(builder.info.metadata["sha256"]),
+    "rows": {split: builder.info.metadata["counts"][split] for split in SPLITS},
+  } | metadata
   building.remove_leftovers(folder)
   building.build(ImageFeatures(builder.name, name, metadata, rows, data_dir), data_dir)
   return open_features(builder, data_dir, name)

@@ -72,8 +72,10 @@ def open_sources(images: str, builder: tfds.core.DatasetBuilder) -> dict[str, Im
     return {split: _RecordImages(Records(builder, split)) for split in PREFIXES}
   sources = {split: _open(images, split, counts[split]) for split in PREFIXES}
   if not any(source.num_parts for source in sources.values()):
-    raise InputError(f"--images={images}: no images there; name a folder with trn, tst or lbl (image files or parquet) "
-                     "or trn_images.parquet ..., or a template such as DIR/{split}/*.parquet")
+    raise InputError(
+      f"--images={images}: no images there; name a folder with trn, tst or lbl (image files or parquet) "
+      "or trn_images.parquet ..., or a template such as DIR/{split}/*.parquet"
+    )
   return sources
 
 
@@ -101,8 +103,14 @@ class _RecordImages:
       end = min((part + 1) * PART_ROWS, len(self._records))
       for start in range(part * PART_ROWS, end, _CHUNK):
         rows = range(start, min(start + _CHUNK, end))
-        yield part, [EncodedImage(row, slot, blob) for row, record in zip(rows, self._records.take(rows), strict=True)
-                     for slot, blob in record.images()]
+        yield (
+          part,
+          [
+            EncodedImage(row, slot, blob)
+            for row, record in zip(rows, self._records.take(rows), strict=True)
+            for slot, blob in record.images()
+          ],
+        )
 
 
 class _FileImages:
@@ -123,7 +131,7 @@ class _FileImages:
 
   def read(self, parts: Sequence[int]) -> Iterator[tuple[int, list[EncodedImage]]]:
     for part in parts:
-      files = self._files[part * PART_IMAGES:(part + 1) * PART_IMAGES]
+      files = self._files[part * PART_IMAGES : (part + 1) * PART_IMAGES]
       yield part, [EncodedImage(row, slot, self._folder / name) for row, slot, name in files]
 
 
@@ -146,8 +154,9 @@ class _ParquetImages:
       except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
 
-  def _read_file(self, path: pathlib.Path, columns: list[str], start: int,
-                 wanted: set[int]) -> Iterator[tuple[int, list[EncodedImage]]]:
+  def _read_file(
+    self, path: pathlib.Path, columns: list[str], start: int, wanted: set[int]
+  ) -> Iterator[tuple[int, list[EncodedImage]]]:
     with _open_parquet(path) as file:
       position = start
       for group in range(file.metadata.num_row_groups):
@@ -156,8 +165,15 @@ class _ParquetImages:
           yield from self._read_group(path, file, group, columns, (position, start), wanted)
         position = end
 
-  def _read_group(self, path: pathlib.Path, file: pq.ParquetFile, group: int, columns: list[str],
-                  where: tuple[int, int], wanted: set[int]) -> Iterator[tuple[int, list[EncodedImage]]]:
+  def _read_group(
+    self,
+    path: pathlib.Path,
+    file: pq.ParquetFile,
+    group: int,
+    columns: list[str],
+    where: tuple[int, int],
+    wanted: set[int],
+  ) -> Iterator[tuple[int, list[EncodedImage]]]:
     position, start = where
     for batch in file.iter_batches(_CHUNK, row_groups=[group], columns=columns):
       while len(batch):
@@ -167,8 +183,7 @@ class _ParquetImages:
           yield part, self._images(path, position - start, taken, columns)
         position, batch = position + len(taken), batch.slice(len(taken))
 
-  def _images(self, path: pathlib.Path, record: int, batch: pa.RecordBatch,
-              columns: list[str]) -> list[EncodedImage]:
+  def _images(self, path: pathlib.Path, record: int, batch: pa.RecordBatch, columns: list[str]) -> list[EncodedImage]:
     rows, slots, blobs = (batch.column(name) for name in columns)
     try:
       rows, slots = (values.cast(pa.int64()).to_pylist() for values in (rows, slots))
@@ -176,8 +191,10 @@ class _ParquetImages:
       raise InputError(f"{path}: near record {record}: row and slot must be whole numbers ({error})") from error
     for row, slot in zip(rows, slots, strict=True):
       if row is None or not 0 <= row < self._num_rows or slot is None or not 0 <= slot <= _MAX_SLOT:
-        raise InputError(f"{path}: record {record}: row {row}, slot {slot} is out of range, the split has rows 0 to "
-                         f"{self._num_rows - 1}")
+        raise InputError(
+          f"{path}: record {record}: row {row}, slot {slot} is out of range, the split has rows 0 to "
+          f"{self._num_rows - 1}"
+        )
       record += 1
     return list(map(EncodedImage, rows, slots, blobs.to_pylist()))
 
@@ -185,8 +202,10 @@ class _ParquetImages:
 def _row_and_slot(folder: pathlib.Path, name: str, num_rows: int) -> tuple[int, int, str]:
   match = _FILE_NAME.fullmatch(name)
   if not match:
-    raise InputError(f"{folder / name}: image files must be called ROW_SLOT.EXT or ROW.EXT, such as 17_0.jpg; rename "
-                     "it or take it out of the folder")
+    raise InputError(
+      f"{folder / name}: image files must be called ROW_SLOT.EXT or ROW.EXT, such as 17_0.jpg; rename "
+      "it or take it out of the folder"
+    )
   row, slot = int(match[1]), int(match[2] or 0)
   if row >= num_rows or slot > _MAX_SLOT:
     raise InputError(f"{folder / name}: row {row}, slot {slot} is out of range, the split has rows 0 to {num_rows - 1}")
@@ -207,9 +226,11 @@ def _columns(path: pathlib.Path) -> list[str]:
     schema = file.schema_arrow
   blob = next((name for name in _COLUMNS if name in schema.names), None)
   if blob is None or not {"row", "slot"} <= set(schema.names):
-    raise InputError(f"{path}: columns must be row, slot and one of {', '.join(_COLUMNS)}; found "
-                     f"{', '.join(schema.names)} (img2dataset: --output_format parquet, and keep row and slot with "
-                     "--save_additional_columns)")
+    raise InputError(
+      f"{path}: columns must be row, slot and one of {', '.join(_COLUMNS)}; found "
+      f"{', '.join(schema.names)} (img2dataset: --output_format parquet, and keep row and slot with "
+      "--save_additional_columns)"
+    )
   if not (pa.types.is_binary(schema.field(blob).type) or pa.types.is_large_binary(schema.field(blob).type)):
     raise InputError(f"{path}: column {blob} holds {schema.field(blob).type}; it must hold the encoded images (binary)")
   return ["row", "slot", blob]

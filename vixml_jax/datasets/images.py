@@ -23,8 +23,13 @@ REASONS = (MISSING, UNREADABLE, EMPTY, NOT_AN_IMAGE, TOO_LARGE, DAMAGED)
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
-  2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-  6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+  2: Transpose.FLIP_LEFT_RIGHT,
+  3: Transpose.ROTATE_180,
+  4: Transpose.FLIP_TOP_BOTTOM,
+  5: Transpose.TRANSPOSE,
+  6: Transpose.ROTATE_270,
+  7: Transpose.TRANSVERSE,
+  8: Transpose.ROTATE_90,
 }
 
 # Pillow warns of broken EXIF data, of palettes, and of images up to twice its limit of pixels, which is above ours: of

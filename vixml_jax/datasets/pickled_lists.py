@@ -22,12 +22,22 @@ from vixml_jax.ragged import Ragged
 # The names that a pickled array asks for, under the modules of numpy 1 and 2. None of them is looked up.
 _NAMES = {
   "numpy": {"dtype", "ndarray"},
-  "numpy.core.multiarray": {"_reconstruct", "scalar"}, "numpy._core.multiarray": {"_reconstruct", "scalar"},
-  "numpy.core.numeric": {"_frombuffer"}, "numpy._core.numeric": {"_frombuffer"},
+  "numpy.core.multiarray": {"_reconstruct", "scalar"},
+  "numpy._core.multiarray": {"_reconstruct", "scalar"},
+  "numpy.core.numeric": {"_frombuffer"},
+  "numpy._core.numeric": {"_frombuffer"},
 }
 _INTEGERS = re.compile(r"[iu][1248]")
 _LITERALS = (
-  "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES",
+  "BININT",
+  "BININT1",
+  "BININT2",
+  "LONG1",
+  "LONG4",
+  "BINUNICODE",
+  "SHORT_BINUNICODE",
+  "BINBYTES",
+  "SHORT_BINBYTES",
   "BYTEARRAY8",
 )
 
@@ -57,8 +67,10 @@ def read_lists(path: str | os.PathLike) -> Ragged:
       raise _Refused("it holds no array of its header's shape")
     return _rows(shape, array.entries)
   except _Refused as error:
-    raise InputError(f"{path}: {error}; a map holds lists of whole numbers and nothing else: download it again, and do "
-                     "not open this one with numpy") from error
+    raise InputError(
+      f"{path}: {error}; a map holds lists of whole numbers and nothing else: download it again, and do "
+      "not open this one with numpy"
+    ) from error
   except OSError as error:
     raise InputError(f"{path}: cannot be read ({error.strerror or error}); download it again") from error
   # What a program makes of nonsense: too few values on its stack, values of other types, and so on.
@@ -201,7 +213,11 @@ def _from_buffer(data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str)
 
 # What is done where the file asks for numpy's function of that name.
 _STAND_INS: dict[str, Callable] = {
-  "_reconstruct": _Array, "dtype": _Dtype, "scalar": _scalar, "_frombuffer": _from_buffer}
+  "_reconstruct": _Array,
+  "dtype": _Dtype,
+  "scalar": _scalar,
+  "_frombuffer": _from_buffer,
+}
 
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:

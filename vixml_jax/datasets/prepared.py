@@ -14,8 +14,7 @@ _LOGGER = logging.getLogger(__name__)
 _EMBEDDED = {"mm_icons_9k": pathlib.Path(__file__).parent / "mm_icons_9k"}
 
 
-def prepare(name: str, raw_dir: str | os.PathLike | None,
-            data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
+def prepare(name: str, raw_dir: str | os.PathLike | None, data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
   """Builds a data set from its raw files unless that has been done, and opens it.
 
   Args:
@@ -41,8 +40,10 @@ def prepare(name: str, raw_dir: str | os.PathLike | None,
         _check_same_files(name, folder, target, data_dir)
       return open_dataset(name, data_dir)
     if folder is None:
-      raise InputError(f"{name} has not been prepared in {data_dir}: set --config.dataset.raw_dir to the "
-                       "folder with its raw files (trn.json.gz, tst.json.gz, lbl.json.gz, ...)")
+      raise InputError(
+        f"{name} has not been prepared in {data_dir}: set --config.dataset.raw_dir to the "
+        "folder with its raw files (trn.json.gz, tst.json.gz, lbl.json.gz, ...)"
+      )
     raw.check_folder(folder)
     building.remove_leftovers(target)
     builder = builder_class(data_dir=data_dir)
@@ -50,8 +51,9 @@ def prepare(name: str, raw_dir: str | os.PathLike | None,
     building.build(builder, data_dir, folder)
     builder = open_dataset(name, data_dir)
     counts = builder.info.metadata["counts"]
-    _LOGGER.info("prepared %s in %s: %s", name, target,
-                 ", ".join(f"{count:,} {split}" for split, count in counts.items()))
+    _LOGGER.info(
+      "prepared %s in %s: %s", name, target, ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    )
     return builder
 
 
@@ -78,13 +80,14 @@ def _folder(name: str, data_dir: str | os.PathLike) -> pathlib.Path:
   return pathlib.Path(data_dir) / name / str(builders.BUILDERS[name].VERSION)
 
 
-def _check_same_files(name: str, folder: pathlib.Path, target: pathlib.Path,
-                      data_dir: str | os.PathLike) -> None:
+def _check_same_files(name: str, folder: pathlib.Path, target: pathlib.Path, data_dir: str | os.PathLike) -> None:
   raw.check_folder(folder)
   prepared = open_dataset(name, data_dir).info.metadata["sha256"]
   found = raw.sha256_of_files(folder)
   changed = sorted(n for n in prepared.keys() | found.keys() if prepared.get(n) != found.get(n))
   if changed:
-    raise InputError(f"{target}: was prepared from other raw files than those in {folder} "
-                     f"({', '.join(changed)} differ); delete it to prepare these, or set another "
-                     "--config.dataset.data_dir")
+    raise InputError(
+      f"{target}: was prepared from other raw files than those in {folder} "
+      f"({', '.join(changed)} differ); delete it to prepare these, or set another "
+      "--config.dataset.data_dir"
+    )

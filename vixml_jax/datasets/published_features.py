@@ -28,8 +28,9 @@ _FILES = {
 }
 
 
-def import_published(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, folder: str | os.PathLike,
-                     name: str = "published") -> FeatureSet:
+def import_published(
+  builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, folder: str | os.PathLike, name: str = "published"
+) -> FeatureSet:
   """Makes features of the published files unless that has been done, and opens them.
 
   A row's slots are the places in its list. Vectors are kept as float16.
@@ -47,8 +48,10 @@ def import_published(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathL
   folder = pathlib.Path(folder)
   for file in (file for files in _FILES.values() for file in files):
     if not (folder / file).is_file():
-      raise InputError(f"{folder / file}: missing; --published names the folder with {', '.join(_FILES['train'])} and "
-                       "those of the other splits")
+      raise InputError(
+        f"{folder / file}: missing; --published names the folder with {', '.join(_FILES['train'])} and "
+        "those of the other splits"
+      )
   made_by = {"checkpoint_sha256": sorted(_sha256(folder)), "preprocessing": "published", "images": "published"}
   target = features.features_folder(builder, data_dir, name)
   with locked(f"{target.parent}.lock"):
@@ -56,19 +59,28 @@ def import_published(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathL
     return found or _write(builder, data_dir, folder, name, made_by)
 
 
-def _write(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, folder: pathlib.Path, name: str,
-           made_by: dict[str, Any]) -> FeatureSet:
+def _write(
+  builder: tfds.core.DatasetBuilder,
+  data_dir: str | os.PathLike,
+  folder: pathlib.Path,
+  name: str,
+  made_by: dict[str, Any],
+) -> FeatureSet:
   splits = {split: _PublishedSplit(folder, split, count) for split, count in builder.info.metadata["counts"].items()}
   dims = {split: published.dim for split, published in splits.items()}
   if len(set(dims.values())) > 1:
     raise InputError(f"{folder}: the features of the splits have different sizes: {dims}; they are not of one set")
   metadata = made_by | {
-    "checkpoint": _FILES["train"][0], "variant": "siglip2_so400m14_384", "dtype": "float32", "dim": dims["train"],
+    "checkpoint": _FILES["train"][0],
+    "variant": "siglip2_so400m14_384",
+    "dtype": "float32",
+    "dim": dims["train"],
     "num_images": {split: published.num_images for split, published in splits.items()},
     "num_bad_images": dict.fromkeys(splits, 0),
   }
   return features.write_features(
-    builder, data_dir, name, metadata, lambda split, start, stop: splits[split].rows(start, stop))
+    builder, data_dir, name, metadata, lambda split, start, stop: splits[split].rows(start, stop)
+  )
 
 
 class _PublishedSplit:
@@ -81,8 +93,9 @@ class _PublishedSplit:
     self.dim = self._vectors.shape[1]
     self.num_images = int((self._map.values >= 0).sum())
     if len(self._map) != num_rows:
-      raise InputError(f"{lists}: {len(self._map)} rows, but the {split} split has {num_rows}; do these files belong "
-                       "to this data set?")
+      raise InputError(
+        f"{lists}: {len(self._map)} rows, but the {split} split has {num_rows}; do these files belong to this data set?"
+      )
     _check_range(lists, self._map, len(self._vectors))
 
   def rows(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -92,8 +105,10 @@ class _PublishedSplit:
       slots = np.flatnonzero(images >= 0).astype(np.int32)
       values = features.to_float16(self._vectors[images[slots]])
       if values is None:
-        raise InputError(f"{self._vectors_path}: among rows {images[slots].tolist()} are values that float16 cannot "
-                         "hold; download it again")
+        raise InputError(
+          f"{self._vectors_path}: among rows {images[slots].tolist()} are values that float16 cannot "
+          "hold; download it again"
+        )
       yield slots, values
 
 
@@ -111,8 +126,10 @@ def _check_range(path: pathlib.Path, rows: Ragged, num_images: int) -> None:
   wrong = np.flatnonzero((rows.values < -1) | (rows.values >= num_images))
   if len(wrong):
     row = np.searchsorted(rows.offsets, wrong[0], "right") - 1
-    raise InputError(f"{path}: row {row} names image {rows.values[wrong[0]]}, but there are images 0 to "
-                     f"{num_images - 1}; do the two files of the split belong together?")
+    raise InputError(
+      f"{path}: row {row} names image {rows.values[wrong[0]]}, but there are images 0 to "
+      f"{num_images - 1}; do the two files of the split belong together?"
+    )
 
 
 def _sha256(folder: pathlib.Path) -> list[str]:

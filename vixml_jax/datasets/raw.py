@@ -79,16 +79,22 @@ class Oddities:
 def check_folder(folder: pathlib.Path) -> None:
   """Raises InputError unless `folder` exists and holds every file that the format requires."""
   if not folder.is_dir():
-    raise InputError(f"{folder}: no such folder; set --config.dataset.raw_dir to the folder that holds "
-                     f"{', '.join(files.rows for files in SPLITS.values())}")
+    raise InputError(
+      f"{folder}: no such folder; set --config.dataset.raw_dir to the folder that holds "
+      f"{', '.join(files.rows for files in SPLITS.values())}"
+    )
   for files in SPLITS.values():
     if not (folder / files.rows).is_file():
-      raise InputError(f"{folder / files.rows}: missing; the folder must hold "
-                       f"{', '.join(f.rows for f in SPLITS.values())}, one JSON object a line")
+      raise InputError(
+        f"{folder / files.rows}: missing; the folder must hold "
+        f"{', '.join(f.rows for f in SPLITS.values())}, one JSON object a line"
+      )
   for files in SPLITS.values():
     if files.filter and not (folder / files.filter).is_file():
-      raise InputError(f"{folder / files.filter}: missing; it lists the pairs 'row label' to take "
-                       "out before scoring: make an empty file if there are none")
+      raise InputError(
+        f"{folder / files.filter}: missing; it lists the pairs 'row label' to take "
+        "out before scoring: make an empty file if there are none"
+      )
 
 
 def present_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -188,15 +194,20 @@ def read_filter(path: pathlib.Path, num_rows: int, num_labels: int) -> Ragged:
       if not fields:
         continue
       if len(fields) != 2 or not fields[0].isdigit() or not fields[1].isdigit():
-        raise InputError(f"{path}:{line}: expected 'row label', two whole numbers, but found "
-                         f"{_excerpt(text)}; mend or delete the line")
+        raise InputError(
+          f"{path}:{line}: expected 'row label', two whole numbers, but found {_excerpt(text)}; mend or delete the line"
+        )
       row, label = int(fields[0]), int(fields[1])
       if row >= num_rows:
-        raise InputError(f"{path}:{line}: row {row} is out of range, the split has rows 0 to "
-                         f"{num_rows - 1}; does this file belong to this split?")
+        raise InputError(
+          f"{path}:{line}: row {row} is out of range, the split has rows 0 to "
+          f"{num_rows - 1}; does this file belong to this split?"
+        )
       if label >= num_labels:
-        raise InputError(f"{path}:{line}: label {label} is out of range, there are labels 0 to "
-                         f"{num_labels - 1}; does this file belong to this data set?")
+        raise InputError(
+          f"{path}:{line}: label {label} is out of range, there are labels 0 to "
+          f"{num_labels - 1}; does this file belong to this data set?"
+        )
       pairs.append(row * num_labels + label)
   unique = np.unique(np.frombuffer(pairs, np.int64))
   counts = np.bincount(unique // num_labels, minlength=num_rows)
@@ -241,8 +252,10 @@ def _parse(path: pathlib.Path, line: int, raw: bytes) -> dict:
     # Editors on Windows put a byte order mark in front of the first line.
     text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
   except UnicodeDecodeError as error:
-    raise InputError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x} at column "
-                     f"{error.start + 1}); convert the file, e.g. with iconv -t UTF-8") from error
+    raise InputError(
+      f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x} at column "
+      f"{error.start + 1}); convert the file, e.g. with iconv -t UTF-8"
+    ) from error
   if not text.strip():
     raise InputError(f"{path}:{line}: empty line; delete it, each line is one row")
   try:
@@ -251,11 +264,9 @@ def _parse(path: pathlib.Path, line: int, raw: bytes) -> dict:
     reason = "nested too deep"
     if isinstance(error, json.JSONDecodeError):
       reason = f"{error.msg} at column {error.colno}"
-    raise InputError(f"{path}:{line}: malformed JSON, {reason}; each line must be one JSON "
-                     "object") from error
+    raise InputError(f"{path}:{line}: malformed JSON, {reason}; each line must be one JSON object") from error
   if not isinstance(record, dict):
-    raise InputError(f"{path}:{line}: expected a JSON object with uid, title, ... but found "
-                     f"{_excerpt(raw)}")
+    raise InputError(f"{path}:{line}: expected a JSON object with uid, title, ... but found {_excerpt(raw)}")
   return record
 
 
@@ -263,16 +274,14 @@ def _damaged(path: pathlib.Path, line: int, error: Exception) -> InputError:
   if isinstance(error, gzip.BadGzipFile) and line == 1:
     return InputError(f"{path}:1: not a gzip file ({error}); compress it with gzip")
   if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
-    return InputError(f"{path}:{line}: the gzip file is truncated or damaged ({error}); download "
-                      "or copy it again")
+    return InputError(f"{path}:{line}: the gzip file is truncated or damaged ({error}); download or copy it again")
   return InputError(f"{path}:{line}: cannot be read ({error})")
 
 
 def _text_fields(path: pathlib.Path, line: int, record: dict, oddities: Oddities) -> dict:
   uid = _required(path, line, record, "uid")
   if type(uid) not in (str, int):
-    raise InputError(f"{path}:{line}: key 'uid' must be text or a whole number, found "
-                     f"{_excerpt(uid)}")
+    raise InputError(f"{path}:{line}: key 'uid' must be text or a whole number, found {_excerpt(uid)}")
   title = _required(path, line, record, "title")
   if "content" not in record:
     oddities.add(path, line, "no key 'content' (taken as empty)")
@@ -296,19 +305,23 @@ def _encodable(path: pathlib.Path, line: int, text: str, oddities: Oddities) -> 
     return text.encode(errors="surrogatepass").decode(errors="replace")
 
 
-def _targets(path: pathlib.Path, line: int, record: dict, num_labels: int,
-             oddities: Oddities) -> tuple[np.ndarray, np.ndarray]:
+def _targets(
+  path: pathlib.Path, line: int, record: dict, num_labels: int, oddities: Oddities
+) -> tuple[np.ndarray, np.ndarray]:
   ids = _list(path, line, record, "target_ind", (int,), "whole numbers")
   relevance = _list(path, line, record, "target_rel", (int, float), "numbers")
   if len(ids) != len(relevance):
-    raise InputError(f"{path}:{line}: target_ind has {len(ids)} entries and target_rel "
-                     f"{len(relevance)}; they must be of one length")
+    raise InputError(
+      f"{path}:{line}: target_ind has {len(ids)} entries and target_rel {len(relevance)}; they must be of one length"
+    )
   if not ids:
     oddities.add(path, line, "no labels")
   elif min(ids) < 0 or max(ids) >= num_labels:
     label = next(label for label in ids if not 0 <= label < num_labels)
-    raise InputError(f"{path}:{line}: target_ind names label {label}, but there are labels 0 to "
-                     f"{num_labels - 1} (0-based lines of {SPLITS['labels'].rows})")
+    raise InputError(
+      f"{path}:{line}: target_ind names label {label}, but there are labels 0 to "
+      f"{num_labels - 1} (0-based lines of {SPLITS['labels'].rows})"
+    )
   if not all(map(math.isfinite, relevance)):
     raise InputError(f"{path}:{line}: target_rel holds a number that is not finite")
   if len(set(ids)) < len(ids):
@@ -328,8 +341,7 @@ def _required(path: pathlib.Path, line: int, record: dict, key: str) -> Any:
 def _list(path: pathlib.Path, line: int, record: dict, key: str, types: tuple, what: str) -> list:
   values = _required(path, line, record, key)
   if not isinstance(values, list):
-    raise InputError(f"{path}:{line}: key '{key}' must be a list of {what}, found "
-                     f"{_excerpt(values)}")
+    raise InputError(f"{path}:{line}: key '{key}' must be a list of {what}, found {_excerpt(values)}")
   if not set(map(type, values)) <= set(types):
     wrong = next(value for value in values if type(value) not in types)
     raise InputError(f"{path}:{line}: key '{key}' must hold {what}, found {_excerpt(wrong)}")
@@ -342,8 +354,9 @@ def _check_unique(path: pathlib.Path, hashes: np.ndarray) -> None:
   if len(same):
     pair = min(same, key=lambda i: order[i + 1])
     first, second = order[pair] + 1, order[pair + 1] + 1
-    raise InputError(f"{path}:{second}: the same uid as line {first}; every label may occur once, "
-                     "since its line is its id")
+    raise InputError(
+      f"{path}:{second}: the same uid as line {first}; every label may occur once, since its line is its id"
+    )
 
 
 def _image_records(path: pathlib.Path, num_rows: int) -> Iterator[tuple[int, int, bytes]]:
@@ -364,24 +377,27 @@ def _image_records(path: pathlib.Path, num_rows: int) -> Iterator[tuple[int, int
           last, record = (row, slot), record + 1
           yield row, slot, blob
   except (pa.ArrowException, OSError) as error:
-    raise InputError(f"{path}: not a readable parquet file "
-                     f"({str(error).splitlines()[0]}); copy or write it again") from error
+    raise InputError(
+      f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); copy or write it again"
+    ) from error
 
 
-def _check_image(path: pathlib.Path, record: int, num_rows: int, row: Any, slot: Any, blob: Any,
-                 last: tuple[int, int]) -> None:
+def _check_image(
+  path: pathlib.Path, record: int, num_rows: int, row: Any, slot: Any, blob: Any, last: tuple[int, int]
+) -> None:
   if type(row) is not int or type(slot) is not int or not isinstance(blob, bytes):
-    raise InputError(f"{path}: record {record}: row and slot must be whole numbers and the image "
-                     "bytes")
+    raise InputError(f"{path}: record {record}: row and slot must be whole numbers and the image bytes")
   if not 0 <= row < num_rows or not 0 <= slot <= _MAX_INT32:
-    raise InputError(f"{path}: record {record}: row {row}, slot {slot} is out of range, the split "
-                     f"has rows 0 to {num_rows - 1}")
+    raise InputError(
+      f"{path}: record {record}: row {row}, slot {slot} is out of range, the split has rows 0 to {num_rows - 1}"
+    )
   if (row, slot) <= last:
-    raise InputError(f"{path}: record {record}: row {row}, slot {slot} comes after row {last[0]}, "
-                     f"slot {last[1]}; sort the file by row, slot, each pair once")
+    raise InputError(
+      f"{path}: record {record}: row {row}, slot {slot} comes after row {last[0]}, "
+      f"slot {last[1]}; sort the file by row, slot, each pair once"
+    )
   if not blob.startswith(_IMAGE_MAGIC):
-    raise InputError(f"{path}: record {record}: row {row}, slot {slot} is no PNG, JPEG, WebP, GIF "
-                     "or BMP image")
+    raise InputError(f"{path}: record {record}: row {row}, slot {slot} is no PNG, JPEG, WebP, GIF or BMP image")
 
 
 def _excerpt(value: Any) -> str:

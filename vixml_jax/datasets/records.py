@@ -22,8 +22,7 @@ class Records:
   """The rows of one split, in the order of the raw files."""
 
   def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
-    self._source = builder.as_data_source(
-      split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    self._source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
   def __len__(self) -> int:
     return len(self._source)

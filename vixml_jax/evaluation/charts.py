@@ -46,7 +46,8 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, marked: tuple[fl
 
 
 def bar_chart(
-    title: str, categories: Sequence[str], bars: Mapping[str, Sequence[float | None]], x_label: str) -> Markup:
+  title: str, categories: Sequence[str], bars: Mapping[str, Sequence[float | None]], x_label: str
+) -> Markup:
   """Groups of bars from 0 up.
 
   Args:
@@ -63,10 +64,18 @@ def bar_chart(
     for place, value in enumerate(row):
       if value is not None:
         left, top = plane.at(place + 0.1 + number * width, value)
-        parts.append(Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title>'
-                            "</rect>").format(
-            style, left, top, plane.at(width, 0)[0] - plane.at(0, 0)[0] - 1, _HEIGHT - _BOTTOM - top,
-            f"{name}, {categories[place]}: {value:.2f}"))
+        parts.append(
+          Markup(
+            '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
+          ).format(
+            style,
+            left,
+            top,
+            plane.at(width, 0)[0] - plane.at(0, 0)[0] - 1,
+            _HEIGHT - _BOTTOM - top,
+            f"{name}, {categories[place]}: {value:.2f}",
+          )
+        )
   return _chart(title, parts)
 
 
@@ -82,12 +91,22 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]]) 
   parts = [plane.axes("difference in points", y_ticks={}), plane.rule(0.0)]
   for place, (name, value, low, high) in enumerate(rows):
     x, y = plane.at(value, len(rows) - place - 0.5)
-    parts.append(Markup(
+    parts.append(
+      Markup(
         '<g class="{}"><title>{}</title><text class="name" x="80" y="{:.1f}">{}</text><path d="M{:.1f} {:.1f}H{:.1f}"/>'
-        '<circle cx="{:.1f}" cy="{:.1f}" r="3.5"/></g>').format(
-            "other" if low <= 0 <= high else "first" if value > 0 else "second",
-            f"{name}: {value:+.2f} ({low:+.2f} to {high:+.2f})", y + 4, name, plane.at(low, 0)[0], y,
-            plane.at(high, 0)[0], x, y))
+        '<circle cx="{:.1f}" cy="{:.1f}" r="3.5"/></g>'
+      ).format(
+        "other" if low <= 0 <= high else "first" if value > 0 else "second",
+        f"{name}: {value:+.2f} ({low:+.2f} to {high:+.2f})",
+        y + 4,
+        name,
+        plane.at(low, 0)[0],
+        y,
+        plane.at(high, 0)[0],
+        x,
+        y,
+      )
+    )
   return _chart(title, parts, height)
 
 
@@ -95,28 +114,37 @@ class _Plane:
   """From values to places in the drawing."""
 
   def __init__(
-      self, x_range: tuple[float, float], y_range: tuple[float, float], left: float = _LEFT, height: float = _HEIGHT):
+    self, x_range: tuple[float, float], y_range: tuple[float, float], left: float = _LEFT, height: float = _HEIGHT
+  ):
     self._x_range, self._y_range, self._left, self._height = x_range, y_range, left, height
 
   def at(self, x: float, y: float) -> tuple[float, float]:
     (x_low, x_high), (y_low, y_high) = self._x_range, self._y_range
     bottom = self._height - _BOTTOM
-    return (self._left + (x - x_low) / (x_high - x_low) * (_WIDTH - _RIGHT - self._left),
-            bottom - (y - y_low) / (y_high - y_low) * (bottom - _TOP))
+    return (
+      self._left + (x - x_low) / (x_high - x_low) * (_WIDTH - _RIGHT - self._left),
+      bottom - (y - y_low) / (y_high - y_low) * (bottom - _TOP),
+    )
 
   def axes(
-      self, x_label: str, x_ticks: Mapping[float, str] | None = None, y_ticks: Mapping[float, str] | None = None
+    self, x_label: str, x_ticks: Mapping[float, str] | None = None, y_ticks: Mapping[float, str] | None = None
   ) -> Markup:
     """Grid lines, numbers and the label of the axis below."""
     x_ticks = _ticks(*self._x_range) if x_ticks is None else x_ticks
     y_ticks = _ticks(*self._y_range) if y_ticks is None else y_ticks
     bottom = self._height - _BOTTOM
-    parts = [Markup('<text class="label" x="{:.1f}" y="{}">{}</text>').format(
-        (self._left + _WIDTH - _RIGHT) / 2, self._height - 6, x_label)]
+    parts = [
+      Markup('<text class="label" x="{:.1f}" y="{}">{}</text>').format(
+        (self._left + _WIDTH - _RIGHT) / 2, self._height - 6, x_label
+      )
+    ]
     for value, text in y_ticks.items():
       y = self.at(0, value)[1]
-      parts.append(Markup('<path class="grid" d="M{} {:.1f}H{}"/><text class="y" x="{}" y="{:.1f}">{}</text>').format(
-          self._left, y, _WIDTH - _RIGHT, self._left - 6, y + 4, text))
+      parts.append(
+        Markup('<path class="grid" d="M{} {:.1f}H{}"/><text class="y" x="{}" y="{:.1f}">{}</text>').format(
+          self._left, y, _WIDTH - _RIGHT, self._left - 6, y + 4, text
+        )
+      )
     for value, text in x_ticks.items():
       x = self.at(value, 0)[0]
       parts.append(Markup('<text class="x" x="{:.1f}" y="{}">{}</text>').format(x, bottom + 16, text))
@@ -129,15 +157,21 @@ class _Plane:
 
 def _chart(title: str, parts: Sequence[Markup], height: float = _HEIGHT) -> Markup:
   return Markup('<svg role="img" aria-label="{}" viewBox="0 0 {} {}">{}</svg>').format(
-      title, _WIDTH, height, Markup("").join(parts))
+    title, _WIDTH, height, Markup("").join(parts)
+  )
 
 
 def _drawn(line: Line, plane: _Plane) -> Markup:
   points = [plane.at(x, y) for x, y in zip(line.xs, line.ys, strict=True)]
   path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
   dots = [Markup('<circle cx="{:.1f}" cy="{:.1f}" r="2.5"/>').format(*point) for point in points] if line.marks else []
-  return Markup('<g class="{}"><title>{}</title><path d="M{}"/>{}</g>').format(
-      line.style, line.name, path, Markup("").join(dots)) if points else Markup("")
+  return (
+    Markup('<g class="{}"><title>{}</title><path d="M{}"/>{}</g>').format(
+      line.style, line.name, path, Markup("").join(dots)
+    )
+    if points
+    else Markup("")
+  )
 
 
 def _ring(marked: tuple[float, float] | None, plane: _Plane) -> Markup:

@@ -54,7 +54,8 @@ class Comparison:
 
 
 def paired_bootstrap(
-    first: QueryMetrics, second: QueryMetrics, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Difference]:
+  first: QueryMetrics, second: QueryMetrics, *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Difference]:
   """Resamples queries, each with the results of both systems.
 
   Both divide by the same (the queries, or the best that can be reached on them), so the difference of a sample is
@@ -78,15 +79,20 @@ def paired_bootstrap(
   if first.names != second.names or not np.array_equal(first.denominators, second.denominators):
     raise ValueError("the two results are not of the same queries, or not of the same metrics")
   paired = dataclasses.replace(first, numerators=second.numerators - first.numerators)
-  samples = np.concatenate([
+  samples = np.concatenate(
+    [
       resample(paired, resamples=min(_AT_ONCE, resamples - start), seed=seed + start)
-      for start in range(0, resamples, _AT_ONCE)])
+      for start in range(0, resamples, _AT_ONCE)
+    ]
+  )
   low, high = np.percentile(samples, [2.5, 97.5], axis=0)
   tail = np.minimum((samples <= 0).sum(0), (samples >= 0).sum(0))
   p = np.minimum(2 * (tail + 1) / (len(samples) + 1), 1.0)
   means = first.mean(), second.mean()
-  return {name: Difference(means[0][name], means[1][name], means[1][name] - means[0][name], *map(float, numbers))
-          for name, *numbers in zip(first.names, low, high, p, strict=True)}
+  return {
+    name: Difference(means[0][name], means[1][name], means[1][name] - means[0][name], *map(float, numbers))
+    for name, *numbers in zip(first.names, low, high, p, strict=True)
+  }
 
 
 def compare_workdirs(workdir: Path, others: Sequence[Path], *, resamples: int = RESAMPLES) -> str:
@@ -103,8 +109,11 @@ def compare_workdirs(workdir: Path, others: Sequence[Path], *, resamples: int = 
   Raises:
     InputError: naming a workdir that was not evaluated, or on other data, another split or with other metrics.
   """
-  repeated = [path for number, path in enumerate(others) if path.resolve() in
-              [other.resolve() for other in (workdir, *others[:number])]]
+  repeated = [
+    path
+    for number, path in enumerate(others)
+    if path.resolve() in [other.resolve() for other in (workdir, *others[:number])]
+  ]
   if repeated or not others:
     named = f"{repeated[0]} is named twice" if repeated else "names no workdir"
     raise InputError(f"--compare={','.join(map(str, others))}: {named}; give other workdirs than --workdir")
@@ -114,8 +123,11 @@ def compare_workdirs(workdir: Path, others: Sequence[Path], *, resamples: int = 
     if first.rows.keys() != second.rows.keys():
       _log.warning("%s and %s: only one has a retrieval-augmented row; it is left out", workdir, path)
   comparisons = [
-      Comparison(str(path), row, paired_bootstrap(first.rows[row], second.rows[row], resamples=resamples))
-      for path, second in seconds.items() for row in ROWS if row in first.rows and row in second.rows]
+    Comparison(str(path), row, paired_bootstrap(first.rows[row], second.rows[row], resamples=resamples))
+    for path, second in seconds.items()
+    for row in ROWS
+    if row in first.rows and row in second.rows
+  ]
   _write(workdir, first, comparisons, resamples)
   return "\n\n".join(_table(workdir, comparison) for comparison in comparisons)
 
@@ -125,13 +137,16 @@ def _check_same_queries(workdir: Path, first: PerQuery, other: Path, second: Per
   for key in first.of.keys() | second.of.keys():
     if first.of.get(key) != second.of.get(key):
       raise InputError(
-          f"{other}: was evaluated on {key} {_short(second.of.get(key))}, but {workdir} on "
-          f"{_short(first.of.get(key))}; evaluate both on the same with python -m vixml_jax.evaluate")
+        f"{other}: was evaluated on {key} {_short(second.of.get(key))}, but {workdir} on "
+        f"{_short(first.of.get(key))}; evaluate both on the same with python -m vixml_jax.evaluate"
+      )
   one, two = first.rows["plain"], second.rows["plain"]
   if one.names != two.names:
     different = sorted(set(one.names) ^ set(two.names))
-    raise InputError(f"{other}: has other metrics than {workdir} ({', '.join(different)}); set the same "
-                     "config.eval.ks and config.eval.recall_ks")
+    raise InputError(
+      f"{other}: has other metrics than {workdir} ({', '.join(different)}); set the same "
+      "config.eval.ks and config.eval.recall_ks"
+    )
   if not np.array_equal(one.denominators, two.denominators):
     raise InputError(f"{other}: its queries have other labels than those of {workdir}; evaluate both again")
 
@@ -144,14 +159,25 @@ def _short(value: Any) -> str:
 def _write(workdir: Path, first: PerQuery, comparisons: Sequence[Comparison], resamples: int) -> None:
   queries = len(first.rows["plain"])
   shared = {"workdir": str(workdir), "of": dict(first.of), "queries": queries, "resamples": resamples}
-  write_json(workdir / "compare.json", shared | {
-      "comparisons": [dataclasses.asdict(comparison) for comparison in comparisons]})
+  write_json(
+    workdir / "compare.json", shared | {"comparisons": [dataclasses.asdict(comparison) for comparison in comparisons]}
+  )
   write_page(
-      workdir / "compare.html", "compare.html", rankings=ROWS,
-      comparisons=[dataclasses.asdict(comparison) | {"chart": interval_chart(
+    workdir / "compare.html",
+    "compare.html",
+    rankings=ROWS,
+    comparisons=[
+      dataclasses.asdict(comparison)
+      | {
+        "chart": interval_chart(
           f"differences of {comparison.other} from {workdir}",
-          [(name, found.difference, found.low, found.high) for name, found in _shown(comparison)])}
-                   for comparison in comparisons], **shared)
+          [(name, found.difference, found.low, found.high) for name, found in _shown(comparison)],
+        )
+      }
+      for comparison in comparisons
+    ],
+    **shared,
+  )
 
 
 def _shown(comparison: Comparison) -> list[tuple[str, Difference]]:
@@ -160,10 +186,21 @@ def _shown(comparison: Comparison) -> list[tuple[str, Difference]]:
 
 def _table(workdir: Path, comparison: Comparison) -> str:
   rows = [("", "first", "second", "difference", "95% interval", "p")]
-  rows += [(name, f"{found.first:.2f}", f"{found.second:.2f}", f"{found.difference:+.2f}",
-            f"{found.low:+.2f} to {found.high:+.2f}", f"{found.p:.4f}") for name, found in _shown(comparison)]
+  rows += [
+    (
+      name,
+      f"{found.first:.2f}",
+      f"{found.second:.2f}",
+      f"{found.difference:+.2f}",
+      f"{found.low:+.2f} to {found.high:+.2f}",
+      f"{found.p:.4f}",
+    )
+    for name, found in _shown(comparison)
+  ]
   widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-  lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(
-      row[1:], widths[1:], strict=True))]) for row in rows]
+  lines = [
+    "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+    for row in rows
+  ]
   head = f"first: {workdir}; second: {comparison.other} ({ROWS[comparison.row]})"
   return "\n".join([head, "-" * len(lines[0]), *lines])

@@ -59,8 +59,7 @@ class ItemEncoder:
 
     return jax.jit(prototypes, out_shardings=sharding.named_sharding(self.mesh))
 
-  def pooled(
-      self, params: Tree, items: Items, name: str = "items", bank: FeatureBank | None = None) -> np.ndarray:
+  def pooled(self, params: Tree, items: Items, name: str = "items", bank: FeatureBank | None = None) -> np.ndarray:
     """Pooled encoder outputs before the norm.
 
     Args:
@@ -84,7 +83,8 @@ class ItemEncoder:
     return out
 
   def _chunks(
-      self, params: Tree, items: Items, bank: FeatureBank | None) -> Iterator[tuple[np.ndarray, np.ndarray, Array]]:
+    self, params: Tree, items: Items, bank: FeatureBank | None
+  ) -> Iterator[tuple[np.ndarray, np.ndarray, Array]]:
     """For every chunk: which items it holds, their slots in it, and the pooled vectors [R, S, D]."""
     where = sharding.named_sharding(self.mesh, "row", "vector")
     per_chunk = self.layout.chunk_rows * self.layout.slots
@@ -96,26 +96,23 @@ class ItemEncoder:
       bounds = np.searchsorted(chunk_of[order], np.arange(len(packed.tokens) + 1))
       for chunk in range(len(packed.tokens)):
         arrays = (sharding.to_global(x[chunk], where) for x in (packed.tokens, packed.segments, packed.positions))
-        members = order[bounds[chunk]:bounds[chunk + 1]]
+        members = order[bounds[chunk] : bounds[chunk + 1]]
         images = self._images(packed.images, chunk, bank)
         pooled = self._pool(params, self.frozen, *arrays, images, bank and bank.on_devices)
         yield block[members], packed.slots[members] - chunk * per_chunk, pooled
 
-  def _images(
-      self, images: PackedImages | None, chunk: int, bank: FeatureBank | None) -> dict[str, Array] | None:
+  def _images(self, images: PackedImages | None, chunk: int, bank: FeatureBank | None) -> dict[str, Array] | None:
     """One chunk's images on the mesh."""
     if bank is None or images is None:
       return None
     part = PackedImages(images.rows[chunk], images.segments[chunk], images.positions[chunk])
     return bank.on_mesh(part, self.mesh)
 
-  def queries(
-      self, params: Tree, items: Items, name: str = "queries", bank: FeatureBank | None = None) -> np.ndarray:
+  def queries(self, params: Tree, items: Items, name: str = "queries", bank: FeatureBank | None = None) -> np.ndarray:
     """Unit-norm plain embeddings, float32 [items, D]; arguments as for `pooled`."""
     return normalize(self.pooled(params, items, name, bank))
 
-  def prototypes(
-      self, params: Tree, items: Items, clusters: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+  def prototypes(self, params: Tree, items: Items, clusters: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Unit-norm label prototypes, float32 [L, D].
 
     Args:
@@ -126,17 +123,16 @@ class ItemEncoder:
     """
     return self.prototypes_of(params, self.pooled(params, items, "labels"), clusters, centroids)
 
-  def prototypes_of(
-      self, params: Tree, pooled: np.ndarray, clusters: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+  def prototypes_of(self, params: Tree, pooled: np.ndarray, clusters: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """`prototypes` of labels whose pooled encoder outputs, float32 [L, D], are known."""
     out = np.empty_like(pooled)
     replicated = sharding.named_sharding(self.mesh)
     for start in range(0, len(pooled), _BLOCK):
       part = slice(start, start + _BLOCK)
       arrays = (
-          sharding.to_global(_fill(x[part], min(_BLOCK, len(pooled))), replicated)
-          for x in (pooled, clusters, centroids))
-      out[part] = np.asarray(self._prototypes(params, self.frozen, *arrays))[:len(pooled[part])]
+        sharding.to_global(_fill(x[part], min(_BLOCK, len(pooled))), replicated) for x in (pooled, clusters, centroids)
+      )
+      out[part] = np.asarray(self._prototypes(params, self.frozen, *arrays))[: len(pooled[part])]
     return out
 
 

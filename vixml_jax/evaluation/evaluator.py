@@ -136,8 +136,7 @@ class Evaluation:
 
   def final_metrics(self) -> dict[str, Any]:
     """Flat keys of final_metrics.json: the plain row, and the second row under `RA/`."""
-    return _flat(self.plain, self.augmented) | {
-        f"ScaNN/{name}": value for name, value in self.scann_recall.items()}
+    return _flat(self.plain, self.augmented) | {f"ScaNN/{name}": value for name, value in self.scann_recall.items()}
 
   def of_queries(self, rows: np.ndarray, bootstrap_samples: int) -> dict[str, Any]:
     """The same for some of the queries, as evaluation.json holds it.
@@ -151,23 +150,30 @@ class Evaluation:
     """
     some = {name: values.take(rows) for name, values in self.per_query.items()}
     means = {name: values.mean() for name, values in some.items()}
-    return {"queries": len(rows), "metrics": _flat(means["plain"], means.get("augmented", {})),
-            "intervals_95": _intervals(some, bootstrap_samples)}
+    return {
+      "queries": len(rows),
+      "metrics": _flat(means["plain"], means.get("augmented", {})),
+      "intervals_95": _intervals(some, bootstrap_samples),
+    }
 
 
 def find_neighbours(indexed: IndexedMemory, queries: Queries, config: EvaluationConfig):
   """The two searches of retrieval-augmented inference."""
   return retrieval_augmented.search_both(
-      indexed.labels, indexed.queries, queries.embeddings, label_hits=config.retrieval_hits,
-      query_hits=config.retrieval_hits)
+    indexed.labels,
+    indexed.queries,
+    queries.embeddings,
+    label_hits=config.retrieval_hits,
+    query_hits=config.retrieval_hits,
+  )
 
 
 def choose_setting(indexed: IndexedMemory, queries: Queries, config: EvaluationConfig):
   """The (lambda, temperature) to use, by `retrieval_augmented.pick` on held-out queries, and all that were tried."""
   memory = indexed.memory
   return retrieval_augmented.choose(
-      find_neighbours(indexed, queries, config), memory.labels, queries.labels, memory.propensity,
-      exclude=queries.exclude)
+    find_neighbours(indexed, queries, config), memory.labels, queries.labels, memory.propensity, exclude=queries.exclude
+  )
 
 
 def evaluate(indexed: IndexedMemory, queries: Queries, config: EvaluationConfig) -> Evaluation:
@@ -185,29 +191,36 @@ def evaluate(indexed: IndexedMemory, queries: Queries, config: EvaluationConfig)
   found = {"plain": search_excluding(indexed.labels, queries.embeddings, config.depth, queries.exclude)}
   if config.retrieval_augmented:
     found["augmented"] = retrieval_augmented.combine(
-        find_neighbours(indexed, queries, config), memory.labels, num_labels=len(memory.prototypes),
-        lambda_=config.retrieval_lambda, temperature=config.retrieval_temperature, k=config.depth,
-        exclude=queries.exclude)
+      find_neighbours(indexed, queries, config),
+      memory.labels,
+      num_labels=len(memory.prototypes),
+      lambda_=config.retrieval_lambda,
+      temperature=config.retrieval_temperature,
+      k=config.depth,
+      exclude=queries.exclude,
+    )
   all_ids = {name: ids for name, (_, ids) in found.items()}
   per_query = {
-      name: metrics.query_metrics(
-          ids, queries.labels, memory.propensity, precision_ks=config.ks, recall_ks=config.recall_ks)
-      for name, ids in all_ids.items()
+    name: metrics.query_metrics(
+      ids, queries.labels, memory.propensity, precision_ks=config.ks, recall_ks=config.recall_ks
+    )
+    for name, ids in all_ids.items()
   }
   frequencies = np.bincount(memory.labels.values, minlength=len(memory.prototypes))
   return Evaluation(
-      plain=per_query["plain"].mean(),
-      augmented=per_query["augmented"].mean() if config.retrieval_augmented else {},
-      intervals=_intervals(per_query, config.bootstrap_samples),
-      deciles={
-          name: metrics.metrics_by_frequency(
-              ids, queries.labels, frequencies, precision_ks=config.ks, recall_ks=config.recall_ks)
-          for name, ids in all_ids.items()
-      },
-      scann_recall=_scann_recall(indexed, queries, config, all_ids["plain"]),
-      per_query=per_query,
-      ids=all_ids,
-      scores={name: scores for name, (scores, _) in found.items()},
+    plain=per_query["plain"].mean(),
+    augmented=per_query["augmented"].mean() if config.retrieval_augmented else {},
+    intervals=_intervals(per_query, config.bootstrap_samples),
+    deciles={
+      name: metrics.metrics_by_frequency(
+        ids, queries.labels, frequencies, precision_ks=config.ks, recall_ks=config.recall_ks
+      )
+      for name, ids in all_ids.items()
+    },
+    scann_recall=_scann_recall(indexed, queries, config, all_ids["plain"]),
+    per_query=per_query,
+    ids=all_ids,
+    scores={name: scores for name, (scores, _) in found.items()},
   )
 
 
@@ -215,14 +228,15 @@ def _flat(plain: dict[str, float], augmented: dict[str, float]) -> dict[str, flo
   return plain | {f"RA/{name}": value for name, value in augmented.items()}
 
 
-def _intervals(
-    per_query: dict[str, metrics.QueryMetrics], resamples: int) -> dict[str, dict[str, tuple[float, float]]]:
-  return {name: bootstrap_intervals(values, resamples=resamples) if resamples else {}
-          for name, values in per_query.items()}
+def _intervals(per_query: dict[str, metrics.QueryMetrics], resamples: int) -> dict[str, dict[str, tuple[float, float]]]:
+  return {
+    name: bootstrap_intervals(values, resamples=resamples) if resamples else {} for name, values in per_query.items()
+  }
 
 
 def _scann_recall(
-    indexed: IndexedMemory, queries: Queries, config: EvaluationConfig, ids: np.ndarray) -> dict[str, float]:
+  indexed: IndexedMemory, queries: Queries, config: EvaluationConfig, ids: np.ndarray
+) -> dict[str, float]:
   """How much of the exact ranking ScaNN finds, where exact search was asked for and ScaNN is there."""
   if indexed.scann is None:
     return {}

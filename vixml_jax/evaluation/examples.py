@@ -63,8 +63,13 @@ class Example:
 
 
 def collect_examples(
-    corpus: Corpus, split: str, rows: np.ndarray, truth: Ragged, ids: Mapping[str, np.ndarray],
-    scores: Mapping[str, np.ndarray], number: int = NUMBER,
+  corpus: Corpus,
+  split: str,
+  rows: np.ndarray,
+  truth: Ragged,
+  ids: Mapping[str, np.ndarray],
+  scores: Mapping[str, np.ndarray],
+  number: int = NUMBER,
 ) -> list[Example]:
   """Draws queries that have labels, the same for every model on the same data, and reads what belongs to them.
 
@@ -88,21 +93,26 @@ def collect_examples(
   for query, record in zip(chosen, records, strict=True):
     true = truth[query].tolist()
     ranked = _true_labels(true, {name: found[query].tolist() for name, found in ids.items()}, texts)
-    examples.append(Example(
-        _cut(record.text(corpus.text_fields)), _pictures(record.images()),
+    examples.append(
+      Example(
+        _cut(record.text(corpus.text_fields)),
+        _pictures(record.images()),
         {name: _predictions(found[query], scores[name][query], set(true), texts) for name, found in ids.items()},
-        ranked[:_MOST_TRUE], max(len(ranked) - _MOST_TRUE, 0)))
+        ranked[:_MOST_TRUE],
+        max(len(ranked) - _MOST_TRUE, 0),
+      )
+    )
   return examples
 
 
-def _predictions(
-    ids: np.ndarray, scores: np.ndarray, true: set[int], texts: Mapping[int, str]) -> list[Prediction]:
+def _predictions(ids: np.ndarray, scores: np.ndarray, true: set[int], texts: Mapping[int, str]) -> list[Prediction]:
   shown = zip(ids[:_SHOWN].tolist(), scores[:_SHOWN].tolist(), strict=True)
   return [Prediction(texts[label], score, label in true) for label, score in shown if label >= 0]
 
 
 def _true_labels(
-    true: Sequence[int], rankings: Mapping[str, Sequence[int]], texts: Mapping[int, str]) -> list[TrueLabel]:
+  true: Sequence[int], rankings: Mapping[str, Sequence[int]], texts: Mapping[int, str]
+) -> list[TrueLabel]:
   """A query's labels, the best ranked first."""
   places = {name: {label: rank for rank, label in enumerate(ids, 1)} for name, ids in rankings.items()}
   last = places[list(places)[-1]]

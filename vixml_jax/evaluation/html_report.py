@@ -23,7 +23,8 @@ ROWS = {"plain": "plain", "augmented": RETRIEVAL}
 
 
 def write_report(
-    workdir: Path, examples: Sequence[Example], learning_rates: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+  workdir: Path, examples: Sequence[Example], learning_rates: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
   """Writes `report.html` into a workdir that has just been evaluated.
 
   Args:
@@ -32,16 +33,23 @@ def write_report(
     examples: queries to show.
     learning_rates: for each group of parameters (step, rate), the rate being linear between them.
   """
-  config, final, evaluation = (
-      _json(workdir / f"{name}.json") for name in ("config", "final_metrics", "evaluation"))
+  config, final, evaluation = (_json(workdir / f"{name}.json") for name in ("config", "final_metrics", "evaluation"))
   write_page(
-      workdir / FILE, "report.html", config=config, final=final, evaluation=evaluation, examples=examples,
-      rankings=ROWS, metrics=_metrics_table(config, final, evaluation),
-      all_metrics=_all_metrics(final, evaluation["intervals_95"]), images=_images_table(evaluation),
-      deciles=_decile_charts(evaluation["by_label_frequency"]),
-      decile_rows={ROWS[name]: rows for name, rows in evaluation["by_label_frequency"].items()},
-      settings=_settings(workdir / "retrieval_settings.json", final),
-      curves=_curves(workdir / "metrics.jsonl", learning_rates))
+    workdir / FILE,
+    "report.html",
+    config=config,
+    final=final,
+    evaluation=evaluation,
+    examples=examples,
+    rankings=ROWS,
+    metrics=_metrics_table(config, final, evaluation),
+    all_metrics=_all_metrics(final, evaluation["intervals_95"]),
+    images=_images_table(evaluation),
+    deciles=_decile_charts(evaluation["by_label_frequency"]),
+    decile_rows={ROWS[name]: rows for name, rows in evaluation["by_label_frequency"].items()},
+    settings=_settings(workdir / "retrieval_settings.json", final),
+    curves=_curves(workdir / "metrics.jsonl", learning_rates),
+  )
 
 
 def _metrics_table(config: dict[str, Any], final: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -78,9 +86,16 @@ def _cells(values: Mapping[str, float], intervals: Mapping[str, Sequence[float]]
 def _all_metrics(final: dict[str, Any], intervals: dict[str, Any]) -> list[dict[str, Any]]:
   """Every metric with its interval, plain and retrieval-augmented."""
   names = [name for name in final if "@" in name and "/" not in name]
-  return [{"name": name, "cells": [
-      {"value": final[key], "interval": intervals[row].get(name)} if key in final else None
-      for row, key in (("plain", name), ("augmented", f"RA/{name}"))]} for name in names]
+  return [
+    {
+      "name": name,
+      "cells": [
+        {"value": final[key], "interval": intervals[row].get(name)} if key in final else None
+        for row, key in (("plain", name), ("augmented", f"RA/{name}"))
+      ],
+    }
+    for name in names
+  ]
 
 
 def _decile_charts(deciles: dict[str, list[dict[str, Any]]]) -> list[Markup]:
@@ -88,10 +103,18 @@ def _decile_charts(deciles: dict[str, list[dict[str, Any]]]) -> list[Markup]:
   rows = deciles["plain"]
   names = [key for key in rows[0] if "@" in key]
   shown = [[name for name in names if name.startswith("R@")][-1], next(name for name in names if name.startswith("P@"))]
-  return [_titled(title.format(name), bar_chart(
-      title.format(name), [str(row["decile"]) for row in rows],
-      {ROWS[key]: [row[name] for row in found] for key, found in deciles.items()}, "decile of labels, rarest first"))
-          for name, title in zip(shown, ("{} of each decile's pairs", "each decile's share of {}"), strict=True)]
+  return [
+    _titled(
+      title.format(name),
+      bar_chart(
+        title.format(name),
+        [str(row["decile"]) for row in rows],
+        {ROWS[key]: [row[name] for row in found] for key, found in deciles.items()},
+        "decile of labels, rarest first",
+      ),
+    )
+    for name, title in zip(shown, ("{} of each decile's pairs", "each decile's share of {}"), strict=True)
+  ]
 
 
 def _settings(path: Path, final: dict[str, Any]) -> dict[str, Any] | None:
@@ -121,9 +144,15 @@ def _curves(path: Path, learning_rates: Mapping[str, Sequence[tuple[float, float
       points.setdefault((line["split"], name), []).append((line["step"], value))
   charts = []
   if ("train", "loss") in points:
-    charts.append(("loss, and its mean over each epoch", [
-        _line("loss", points.pop(("train", "loss")), "other"),
-        _line("mean of an epoch", points.pop(("epoch", "mean_loss"), []), "first", True)]))
+    charts.append(
+      (
+        "loss, and its mean over each epoch",
+        [
+          _line("loss", points.pop(("train", "loss")), "other"),
+          _line("mean of an epoch", points.pop(("epoch", "mean_loss"), []), "first", True),
+        ],
+      )
+    )
   sharing: dict[tuple[tuple[float, float], ...], list[str]] = {}
   for name, rate in learning_rates.items():
     sharing.setdefault(tuple(rate), []).append(name)
@@ -138,8 +167,9 @@ def _curves(path: Path, learning_rates: Mapping[str, Sequence[tuple[float, float
   for (split, name), row in between.items():
     if name in COLUMNS:
       augmented = between.get((split, f"RA/{name}"), [])
-      charts.append((f"{name} on {split} queries", [
-          _line("plain", row, marks=True), _line(RETRIEVAL, augmented, "second", True)]))
+      charts.append(
+        (f"{name} on {split} queries", [_line("plain", row, marks=True), _line(RETRIEVAL, augmented, "second", True)])
+      )
   return [_titled(title, line_chart(title, drawn, "step")) for title, drawn in charts]
 
 

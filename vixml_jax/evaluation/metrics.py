@@ -78,13 +78,9 @@ class QueryMetrics:
 
   def take(self, rows: np.ndarray) -> "QueryMetrics":
     """The same for some of the queries."""
-    return dataclasses.replace(
-      self, numerators=self.numerators[rows], denominators=self.denominators[rows]
-    )
+    return dataclasses.replace(self, numerators=self.numerators[rows], denominators=self.denominators[rows])
 
-  def totals(
-    self, numerators: np.ndarray, denominators: np.ndarray, num_queries: int
-  ) -> np.ndarray:
+  def totals(self, numerators: np.ndarray, denominators: np.ndarray, num_queries: int) -> np.ndarray:
     """Percentages from sums over queries: [..., M] and [..., M'] -> [..., M]."""
     below = np.full(numerators.shape, num_queries, np.float64)
     below[..., list(self.ratios)] = denominators
@@ -127,9 +123,7 @@ def query_metrics(
   denominators = np.empty((len(ids), len(ratios)), np.float32)
   for start in range(0, len(ids), _QUERIES_AT_ONCE):
     rows = slice(start, min(start + _QUERIES_AT_ONCE, len(ids)))
-    block = _Block(
-      ids[rows, :largest], _distinct(truth.take(np.arange(rows.start, rows.stop))), propensity
-    )
+    block = _Block(ids[rows, :largest], _distinct(truth.take(np.arange(rows.start, rows.stop))), propensity)
     numerators[rows] = block.numerators(precision_ks, recall_ks)
     denominators[rows] = block.best(precision_ks)
   return QueryMetrics(names, numerators, denominators, ratios)
@@ -208,9 +202,7 @@ def _layout(precision_ks, recall_ks) -> tuple[tuple[str, ...], tuple[int, ...]]:
   ratios = [f"{name}@{k}" for name in ("PSP", "PSnDCG") for k in precision_ks]
   plain = [f"{name}@{k}" for name in ("P", "nDCG") for k in precision_ks]
   plain += [f"R@{k}" for k in recall_ks]
-  plain += [
-    f"{name}@{k}" for name in ("MAP", "MRR", "Hit") for k in _all_ks(precision_ks, recall_ks)
-  ]
+  plain += [f"{name}@{k}" for name in ("MAP", "MRR", "Hit") for k in _all_ks(precision_ks, recall_ks)]
   return (*ratios, *plain), tuple(range(len(ratios)))
 
 

@@ -29,8 +29,13 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 @functools.cache
 def _templates() -> jinja2.Environment:
   environment = jinja2.Environment(
-      loader=jinja2.PackageLoader("vixml_jax.evaluation"), autoescape=True, undefined=jinja2.StrictUndefined,
-      trim_blocks=True, lstrip_blocks=True, finalize=_printable)
+    loader=jinja2.PackageLoader("vixml_jax.evaluation"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    finalize=_printable,
+  )
   environment.filters.update(points=lambda value: f"{value:.2f}", signed=lambda value: f"{value:+.2f}")
   return environment
 

@@ -34,8 +34,11 @@ class PerQuery:
     """Writes one npz, whole or not at all: float32 and texts, nothing that needs pickle."""
     plain = self.rows["plain"]
     arrays: dict[str, Any] = {name: row.numerators for name, row in self.rows.items()} | {
-        "of": np.array(json.dumps(self.of)), "names": np.array(plain.names), "ratios": np.array(plain.ratios, np.int64),
-        "denominators": plain.denominators}
+      "of": np.array(json.dumps(self.of)),
+      "names": np.array(plain.names),
+      "ratios": np.array(plain.ratios, np.int64),
+      "denominators": plain.denominators,
+    }
     with new_file(path) as partial, partial.open("wb") as file:
       np.savez_compressed(file, **arrays)
 
@@ -51,8 +54,11 @@ class PerQuery:
       # numpy leaves open what it opens itself and cannot read.
       with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         names, ratios = tuple(file["names"].tolist()), tuple(file["ratios"].tolist())
-        rows = {name: QueryMetrics(names, file[name], file["denominators"], ratios)
-                for name in ("plain", "augmented") if name in file}
+        rows = {
+          name: QueryMetrics(names, file[name], file["denominators"], ratios)
+          for name in ("plain", "augmented")
+          if name in file
+        }
         return cls(json.loads(str(file["of"])), rows)
     except FileNotFoundError as error:
       raise InputError(f"{path}: not found; {evaluate_again}") from error
@@ -61,7 +67,7 @@ class PerQuery:
 
 
 def evaluated_on(
-    builder: tfds.core.DatasetBuilder, split: str, rows: np.ndarray | None, propensity: tuple[float, float],
+  builder: tfds.core.DatasetBuilder, split: str, rows: np.ndarray | None, propensity: tuple[float, float]
 ) -> dict[str, Any]:
   """What must be equal for two results to be of the same queries, scored in the same way.
 
@@ -75,5 +81,9 @@ def evaluated_on(
   """
   texts = {name: digest for name, digest in builder.info.metadata["sha256"].items() if not name.endswith(".parquet")}
   return {
-      "data set": builder.name, "raw files": fingerprint_of(texts), "split": split,
-      "queries": "all" if rows is None else fingerprint_of(rows.tolist()), "propensity": list(propensity)}
+    "data set": builder.name,
+    "raw files": fingerprint_of(texts),
+    "split": split,
+    "queries": "all" if rows is None else fingerprint_of(rows.tolist()),
+    "propensity": list(propensity),
+  }

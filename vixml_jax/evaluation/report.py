@@ -38,9 +38,7 @@ def metrics_table(
   return "\n".join([lines[0], rule, *lines[1 : 1 + len(rows)], *below])
 
 
-def _cell(
-  values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], column: str
-) -> str:
+def _cell(values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], column: str) -> str:
   value = values.get(column)
   if value is None:
     return "-"
@@ -52,6 +50,4 @@ def _cell(
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
   first = cells[0].ljust(widths[0])
-  return "  ".join(
-    [first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
-  )
+  return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))])

@@ -121,14 +121,10 @@ def combine(
   num_queries = len(neighbours.label_ids)
   scores = np.empty((num_queries, k), np.float32)
   ids = np.empty((num_queries, k), np.int32)
-  with tqdm.tqdm(
-    total=num_queries, desc="combine", unit="query", disable=None, leave=False
-  ) as progress:
+  with tqdm.tqdm(total=num_queries, desc="combine", unit="query", disable=None, leave=False) as progress:
     for start in range(0, num_queries, _QUERIES_AT_ONCE):
       rows = slice(start, min(start + _QUERIES_AT_ONCE, num_queries))
-      label_mass, query_mass = _softmax(
-        neighbours.label_scores[rows], neighbours.query_scores[rows], temperature
-      )
+      label_mass, query_mass = _softmax(neighbours.label_scores[rows], neighbours.query_scores[rows], temperature)
       mass = _mass_of_labels(
         lambda_ * label_mass,
         neighbours.label_ids[rows],
@@ -187,9 +183,7 @@ def choose(
       )
       metrics = evaluate(ids, truth, propensity)
       if metric not in metrics:
-        raise InputError(
-          f"metric {metric!r} to choose lambda and temperature by is not one of {', '.join(metrics)}"
-        )
+        raise InputError(f"metric {metric!r} to choose lambda and temperature by is not one of {', '.join(metrics)}")
       shown = dict.fromkeys(("P@1", "PSP@1", "R@100", metric))
       settings.append(Setting(lambda_, temperature, {name: metrics[name] for name in shown}))
   return pick(settings, metric, len(truth)), settings
@@ -216,18 +210,12 @@ def pick(settings: Sequence[Setting], metric: str, num_queries: int) -> Setting:
 def check_setting(lambda_: float, temperature: float) -> None:
   """Refuses a weight or a temperature out of range."""
   if not 0 <= lambda_ <= 1:
-    raise InputError(
-      f"lambda of retrieval-augmented inference is {lambda_}: it must lie between 0 and 1"
-    )
+    raise InputError(f"lambda of retrieval-augmented inference is {lambda_}: it must lie between 0 and 1")
   if not temperature > 0:
-    raise InputError(
-      f"temperature of retrieval-augmented inference is {temperature}: it must be above 0"
-    )
+    raise InputError(f"temperature of retrieval-augmented inference is {temperature}: it must be above 0")
 
 
-def _softmax(
-  label_scores: np.ndarray, query_scores: np.ndarray, temperature: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _softmax(label_scores: np.ndarray, query_scores: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
   """One softmax over both lists of scores; float64, where a score of -inf gets nothing."""
   joined = np.concatenate([label_scores, query_scores], axis=1).astype(np.float64)
   highest = joined.max(axis=1, keepdims=True)

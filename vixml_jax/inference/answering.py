@@ -47,7 +47,8 @@ def prepare_output(output: Path, queries: Path) -> None:
 
 
 def answer_file(
-    predictor: Predictor, queries: QueryFile, path: Path, output: Path, *, k: int, batch_size: int) -> dict[str, Any]:
+  predictor: Predictor, queries: QueryFile, path: Path, output: Path, *, k: int, batch_size: int
+) -> dict[str, Any]:
   """Writes the answers to a file of queries, their statistics, and a list of pictures that could not be read.
 
   Finished blocks are kept in `OUTPUT.partial/`. A run that was killed and is started again takes them up and ends with
@@ -75,8 +76,9 @@ def answer_file(
   partial = output.with_name(f"{output.name}.partial")
   with locked(partial / "lock"):
     job = _Job(predictor, partial, result_format(output), k, batch_size)
-    job.take_up({"queries_sha256": sha256(path), "k": k, "batch_size": batch_size, "output": output.suffix}
-                | predictor.settings())
+    job.take_up(
+      {"queries_sha256": sha256(path), "k": k, "batch_size": batch_size, "output": output.suffix} | predictor.settings()
+    )
     numbers = range(-(-count // batch_size))
     with tqdm(total=count, desc="predict", unit="query", disable=None) as progress:
       for number, block in zip(numbers, queries.blocks(batch_size), strict=True):
@@ -126,8 +128,11 @@ class _Timings:
     if not self.seconds:
       return None
     milliseconds = 1000 * np.array(self.seconds[first:])
-    return {"p50_ms": float(np.percentile(milliseconds, 50)), "p99_ms": float(np.percentile(milliseconds, 99)),
-            "queries_per_second": 1000 * sum(self.queries[first:]) / float(milliseconds.sum())}
+    return {
+      "p50_ms": float(np.percentile(milliseconds, 50)),
+      "p99_ms": float(np.percentile(milliseconds, 99)),
+      "queries_per_second": 1000 * sum(self.queries[first:]) / float(milliseconds.sum()),
+    }
 
 
 class _Job:
@@ -148,8 +153,10 @@ class _Job:
       return
     other = sorted(key for key in begun.keys() | settings.keys() if begun.get(key) != settings.get(key))
     if other:
-      raise InputError(f"{self._folder}: was begun with another {', '.join(other)}; give the former, or delete this "
-                       "folder to begin anew")
+      raise InputError(
+        f"{self._folder}: was begun with another {', '.join(other)}; give the former, or delete this "
+        "folder to begin anew"
+      )
 
   def do(self, number: int, block: Sequence[Query]) -> None:
     """Answers a block unless that was done; the file of its answers is the last to appear."""
@@ -173,9 +180,15 @@ class _Job:
 
   def statistics(self, count: int) -> dict[str, Any]:
     """See `answer_file`."""
-    return {"queries": count, "queries_of_earlier_runs": self._resumed, "batch_size": self._batch_size, "k": self._k,
-            "devices": f"{self._predictor.mesh.size} x {jax.devices()[0].device_kind}",
-            "encode": self._encoding.summary(), "search": self._searching.summary()}
+    return {
+      "queries": count,
+      "queries_of_earlier_runs": self._resumed,
+      "batch_size": self._batch_size,
+      "k": self._k,
+      "devices": f"{self._predictor.mesh.size} x {jax.devices()[0].device_kind}",
+      "encode": self._encoding.summary(),
+      "search": self._searching.summary(),
+    }
 
   def publish(self, numbers: range, output: Path, statistics: dict[str, Any]) -> None:
     """Joins the parts, puts all into place, and removes the folder."""

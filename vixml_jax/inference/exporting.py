@@ -37,12 +37,15 @@ FORMATS = ("hf", "peft", "sentence-transformers", "embeddings")
 _BLOCK = 8192  # Labels written at a time.
 _MODULES = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
 _TRANSFORMERS_CLASSES = {
-    "bert": "BertModel", "distilbert": "DistilBertModel", "qwen2": "Qwen2Model", "qwen3": "Qwen3Model",
-    "llama": "LlamaModel"}
+  "bert": "BertModel",
+  "distilbert": "DistilBertModel",
+  "qwen2": "Qwen2Model",
+  "qwen3": "Qwen3Model",
+  "llama": "LlamaModel",
+}
 
 
-def export(
-    workdir: Path, kind: str, output: Path, dtype: str = "float32", max_shard_bytes: int = 5 * 10**9) -> None:
+def export(workdir: Path, kind: str, output: Path, dtype: str = "float32", max_shard_bytes: int = 5 * 10**9) -> None:
   """Writes a new folder, whole or not at all; no training data are needed.
 
   Args:
@@ -78,26 +81,36 @@ def _export_hf(workdir: Path, folder: Path, dtype: str, max_shard_bytes: int) ->
   _write_model(encoder, folder, dtype, max_shard_bytes)
   _copy_tokenizer(workdir, folder)
   pooling, template = encoder.config.encoder.pooling, encoder.config.prompt.template
-  _log.info("the encoder alone: an embedding is the unit-norm %s of its hidden states over an item's tokens "
-            "(prompt.template %r)", "last" if pooling == "last" else "mean", template)
+  _log.info(
+    "the encoder alone: an embedding is the unit-norm %s of its hidden states over an item's tokens "
+    "(prompt.template %r)",
+    "last" if pooling == "last" else "mean",
+    template,
+  )
 
 
 def _export_peft(workdir: Path, folder: Path) -> None:
   """Adapters are small: f32 as they were trained, in one file."""
   wanted = configuration.read(workdir / "config.json").encoder
   if not wanted.get("lora_rank"):
-    raise InputError(f"{workdir}: this run trained its whole encoder, without adapters (encoder.lora_rank=0); use "
-                     "--format=hf")
+    raise InputError(
+      f"{workdir}: this run trained its whole encoder, without adapters (encoder.lora_rank=0); use --format=hf"
+    )
   if wanted.random_init:
-    raise InputError(f"{workdir}: its adapters belong to a base that was drawn at random (encoder.random_init), which "
-                     "no one else has; use --format=hf")
+    raise InputError(
+      f"{workdir}: its adapters belong to a base that was drawn at random (encoder.random_init), which "
+      "no one else has; use --format=hf"
+    )
   encoder = _load(workdir)
   base, revision = _base_name(wanted.pretrained)
   peft.save_adapter(encoder.params["encoder"], folder, base, wanted.lora_alpha, revision)
   _copy_tokenizer(workdir, folder)
   if wanted.bidirectional:
-    _log.warning("these adapters are for a base that sees both ways: load it with is_causal=False, as in "
-                 "AutoModel.from_pretrained(%r, is_causal=False)", base)
+    _log.warning(
+      "these adapters are for a base that sees both ways: load it with is_causal=False, as in "
+      "AutoModel.from_pretrained(%r, is_causal=False)",
+      base,
+    )
 
 
 def _base_name(pretrained: str) -> tuple[str, str | None]:
@@ -111,14 +124,20 @@ def _base_name(pretrained: str) -> tuple[str, str | None]:
 def _export_sentence_transformers(workdir: Path, folder: Path, dtype: str, max_shard_bytes: int) -> None:
   config = configuration.read(workdir / "config.json")
   if config.images and config.fusion.method == "late":
-    raise InputError(f"{workdir}: a layer after the pooling makes the embeddings of this model (fusion.method=late), "
-                     "which sentence-transformers has no module for; use --format=hf for the encoder alone")
+    raise InputError(
+      f"{workdir}: a layer after the pooling makes the embeddings of this model (fusion.method=late), "
+      "which sentence-transformers has no module for; use --format=hf for the encoder alone"
+    )
   if "E" not in config.prompt.template.split():
-    raise InputError(f"{workdir}: its items have no text (prompt.template={config.prompt.template!r} lacks E), and "
-                     "sentence-transformers would encode nothing else")
+    raise InputError(
+      f"{workdir}: its items have no text (prompt.template={config.prompt.template!r} lacks E), and "
+      "sentence-transformers would encode nothing else"
+    )
   if config.images:
-    _log.warning("texts only: a query with pictures gets another embedding from vixml_jax.load than it gets from this "
-                 "folder, one without pictures the same")
+    _log.warning(
+      "texts only: a query with pictures gets another embedding from vixml_jax.load than it gets from this "
+      "folder, one without pictures the same"
+    )
   encoder = _load(workdir)
   _write_model(encoder, folder, dtype, max_shard_bytes)
   template, max_length = without_images(encoder.layout.template), config.dataset.max_length
@@ -130,17 +149,22 @@ def _write_modules(folder: Path, embed_dim: int, config: ConfigDict, max_seq_len
   """What makes a folder of transformers one of sentence-transformers; in the names that all its versions read."""
   last = config.encoder.pooling == "last"
   files = {
-      "modules.json": [
-          {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-          for i, (name, path) in enumerate(_MODULES)],
-      "sentence_bert_config.json": {"max_seq_length": max_seq_length, "do_lower_case": False},
-      "config_sentence_transformers.json": {
-          "prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
-      "1_Pooling/config.json": {
-          "word_embedding_dimension": embed_dim, "pooling_mode_cls_token": False,
-          "pooling_mode_mean_tokens": not last, "pooling_mode_max_tokens": False,
-          "pooling_mode_mean_sqrt_len_tokens": False, "pooling_mode_weightedmean_tokens": False,
-          "pooling_mode_lasttoken": last, "include_prompt": True},
+    "modules.json": [
+      {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+      for i, (name, path) in enumerate(_MODULES)
+    ],
+    "sentence_bert_config.json": {"max_seq_length": max_seq_length, "do_lower_case": False},
+    "config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    "1_Pooling/config.json": {
+      "word_embedding_dimension": embed_dim,
+      "pooling_mode_cls_token": False,
+      "pooling_mode_mean_tokens": not last,
+      "pooling_mode_max_tokens": False,
+      "pooling_mode_mean_sqrt_len_tokens": False,
+      "pooling_mode_weightedmean_tokens": False,
+      "pooling_mode_lasttoken": last,
+      "include_prompt": True,
+    },
   }
   for _, path in _MODULES:
     (folder / path).mkdir(exist_ok=True)
@@ -156,15 +180,25 @@ def _export_embeddings(workdir: Path, folder: Path) -> None:
   ids = np.flatnonzero(~index.deleted)
   names = pa.schema([("id", pa.int32()), ("uid", pa.string()), ("text", pa.string())])
   schema = names.append(pa.field("embedding", pa.list_(pa.float32(), index.dim)))
-  with ArrayFile(folder / "labels.npy", np.float32, (index.dim,)) as array, \
-       pq.ParquetWriter(folder / "labels.parquet", schema) as table:
+  with (
+    ArrayFile(folder / "labels.npy", np.float32, (index.dim,)) as array,
+    pq.ParquetWriter(folder / "labels.parquet", schema) as table,
+  ):
     for start in range(0, len(ids), _BLOCK):
-      block = ids[start:start + _BLOCK]
+      block = ids[start : start + _BLOCK]
       embeddings = np.ascontiguousarray(index.embeddings[block], np.float32)
       array.append(embeddings)
-      table.write_batch(pa.record_batch([
-          pa.array(block, pa.int32()), pa.array(index.uids(block)), pa.array(index.texts(block)),
-          pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), index.dim)], schema=schema))
+      table.write_batch(
+        pa.record_batch(
+          [
+            pa.array(block, pa.int32()),
+            pa.array(index.uids(block)),
+            pa.array(index.texts(block)),
+            pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), index.dim),
+          ],
+          schema=schema,
+        )
+      )
 
 
 def _load(workdir: Path) -> TrainedEncoder:
@@ -182,7 +216,8 @@ def _write_model(encoder: TrainedEncoder, folder: Path, dtype: str, max_shard_by
   """config.json and weights."""
   config = _model_config(encoder, dtype)
   save_pretrained(
-      _merged(encoder), folder, config, TABLES[config["model_type"]], dtype=dtype, max_shard_bytes=max_shard_bytes)
+    _merged(encoder), folder, config, TABLES[config["model_type"]], dtype=dtype, max_shard_bytes=max_shard_bytes
+  )
 
 
 def _model_config(encoder: TrainedEncoder, dtype: str) -> dict[str, Any]:
@@ -192,8 +227,10 @@ def _model_config(encoder: TrainedEncoder, dtype: str) -> dict[str, Any]:
   changed: dict[str, Any] = {"architectures": [_TRANSFORMERS_CLASSES[config["model_type"]]], "dtype": dtype}
   if arguments.get("bidirectional"):
     changed["is_causal"] = False
-    _log.warning("attention of this model goes both ways: config.json says so with is_causal=false, which transformers "
-                 "knows from 5.2 on")
+    _log.warning(
+      "attention of this model goes both ways: config.json says so with is_causal=false, which transformers "
+      "knows from 5.2 on"
+    )
   folder = encoder.workdir / TOKENIZER
   try:
     original = weights_config.read_config(folder)
@@ -231,5 +268,8 @@ class _MergedKernel:
 
   def __getitem__(self, index: Any) -> np.ndarray:
     matrices = {
-        "kernel": self._kernel[index].astype(np.float32), "lora_a": self._lora_a[index], "lora_b": self._lora_b[index]}
+      "kernel": self._kernel[index].astype(np.float32),
+      "lora_a": self._lora_a[index],
+      "lora_b": self._lora_b[index],
+    }
     return np.asarray(layers.merge_lora(matrices, self._scale)["kernel"])

@@ -18,8 +18,8 @@ def max_item_length(template: tuple[Part, ...], max_length: int) -> int:
 
 
 def save_item_tokenizer(
-    tokenizer_folder: str | os.PathLike, template: tuple[Part, ...], max_length: int,
-    folder: str | os.PathLike) -> None:
+  tokenizer_folder: str | os.PathLike, template: tuple[Part, ...], max_length: int, folder: str | os.PathLike
+) -> None:
   """Writes a tokenizer that turns a text into the very ids that a packed row has for an item of that text alone.
 
   Phrases and eos are put around the text as special tokens are, by ids: so they are not merged with the text, and what
@@ -46,31 +46,40 @@ def save_item_tokenizer(
   # Padding is masked wherever it is read, so any token will do where there is none for it.
   padding = original.pad_token or backend.id_to_token((after or before or [0])[-1])
   PreTrainedTokenizerFast(
-      tokenizer_object=backend, pad_token=padding, padding_side="right", truncation_side="right",
-      model_max_length=max_item_length(template, max_length), **named).save_pretrained(folder)
+    tokenizer_object=backend,
+    pad_token=padding,
+    padding_side="right",
+    truncation_side="right",
+    model_max_length=max_item_length(template, max_length),
+    **named,
+  ).save_pretrained(folder)
 
 
 def _around_text(template: tuple[Part, ...]) -> tuple[list[int], list[int]]:
   """Ids of the phrases before and after the text."""
   place = template.index("text")
   before, after = (
-      [token for part in side if isinstance(part, Phrase) for token in part.ids]
-      for side in (template[:place], template[place + 1:]))
+    [token for part in side if isinstance(part, Phrase) for token in part.ids]
+    for side in (template[:place], template[place + 1 :])
+  )
   return before, after
 
 
 def _special_ids(backend: Any) -> tuple[list[int], list[int]]:
   """Ids that a tokenizer puts before and after every text."""
   ids, bare = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
-  start = next(i for i in range(len(ids)) if ids[i:i + len(bare)] == bare)
-  return ids[:start], ids[start + len(bare):]
+  start = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
+  return ids[:start], ids[start + len(bare) :]
 
 
 def _template_processing(backend: Any, before: list[int], after: list[int]) -> Any:
   sides = {"<before>": before, "<after>": after}
   special = [
-      {"id": name, "ids": ids, "tokens": [backend.id_to_token(token) for token in ids]}
-      for name, ids in sides.items() if ids]
+    {"id": name, "ids": ids, "tokens": [backend.id_to_token(token) for token in ids]}
+    for name, ids in sides.items()
+    if ids
+  ]
   single = " ".join([*(["<before>"] if before else []), "$A", *(["<after>"] if after else [])])
   return processors.TemplateProcessing(
-      single=single, pair=f"{single} {single.replace('$A', '$B')}", special_tokens=special)
+    single=single, pair=f"{single} {single.replace('$A', '$B')}", special_tokens=special
+  )

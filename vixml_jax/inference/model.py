@@ -72,8 +72,8 @@ class TrainedEncoder:
     return self.config.features.dim
 
   def embed(
-      self, texts: Sequence[str], vectors: Sequence[Sequence[np.ndarray]] | None = None, *,
-      whole_chunks: bool = False) -> np.ndarray:
+    self, texts: Sequence[str], vectors: Sequence[Sequence[np.ndarray]] | None = None, *, whole_chunks: bool = False
+  ) -> np.ndarray:
     """Unit-norm plain embeddings, float32 [items, D].
 
     Args:
@@ -95,11 +95,12 @@ class TrainedEncoder:
     return self._encoder(self.layout.chunk_rows).prototypes_of(self.params, pooled, clusters, centroids)
 
   def _items(
-      self, texts: Sequence[str], vectors: Sequence[Sequence[np.ndarray]] | None) -> tuple[Items, FeatureBank | None]:
+    self, texts: Sequence[str], vectors: Sequence[Sequence[np.ndarray]] | None
+  ) -> tuple[Items, FeatureBank | None]:
     tokens = self.tokenizer(texts)
     if not self.images:
       return Items.of_texts(tokens), None
-    kept = [given[:self.images] for given in vectors] if vectors is not None else [()] * len(texts)
+    kept = [given[: self.images] for given in vectors] if vectors is not None else [()] * len(texts)
     lengths = [len(given) for given in kept]
     rows = Ragged.of_lengths(np.arange(sum(lengths), dtype=np.int32), lengths)
     # Empty places of packed rows name row 0, which has to exist.
@@ -152,11 +153,18 @@ def load_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEncoder:
   check_base(definition, pretrained, workdir, meta)
   abstract, _ = definition.split(abstract_params(definition, mesh))
   return TrainedEncoder(
-      workdir=workdir, config=config, checkpoint=checkpoint_id(workdir / CHECKPOINTS, step), meta=meta,
-      image_origin=facts["image_features"], definition=definition, tokenizer=tokenizer,
-      layout=_layout(config, tokenizer, mesh), mesh=mesh,
-      params=restore_params(workdir / CHECKPOINTS, step, abstract),
-      frozen=frozen_params(definition, mesh, config.seed, pretrained))
+    workdir=workdir,
+    config=config,
+    checkpoint=checkpoint_id(workdir / CHECKPOINTS, step),
+    meta=meta,
+    image_origin=facts["image_features"],
+    definition=definition,
+    tokenizer=tokenizer,
+    layout=_layout(config, tokenizer, mesh),
+    mesh=mesh,
+    params=restore_params(workdir / CHECKPOINTS, step, abstract),
+    frozen=frozen_params(definition, mesh, config.seed, pretrained),
+  )
 
 
 def _facts(workdir: Path, step: int) -> dict[str, Any]:
@@ -166,11 +174,14 @@ def _facts(workdir: Path, step: int) -> dict[str, Any]:
     return {key: facts[key] for key in ("tokenizer_sha256", "image_features")}
   except FileNotFoundError as error:
     raise InputError(
-        f"{workdir}: has a checkpoint of step {step}, but no {FACTS}, tokenizer or index to answer queries with; where "
-        f"its data set is, run python -m vixml_jax.evaluate --workdir={workdir}") from error
+      f"{workdir}: has a checkpoint of step {step}, but no {FACTS}, tokenizer or index to answer queries with; where "
+      f"its data set is, run python -m vixml_jax.evaluate --workdir={workdir}"
+    ) from error
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); run python -m vixml_jax.evaluate "
-                     f"--workdir={workdir} to write it again") from error
+    raise InputError(
+      f"{path}: damaged ({type(error).__name__}: {error}); run python -m vixml_jax.evaluate "
+      f"--workdir={workdir} to write it again"
+    ) from error
 
 
 def _mesh(config: ConfigDict) -> Mesh:

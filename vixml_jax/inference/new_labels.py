@@ -66,8 +66,10 @@ class LabelFormat(QueryFormat):
     item = QueryFormat.parse(self, {key: given[key] for key in given if key != "positives"}, where, root)
     if not given[self.required].strip():
       raise InputError(f"{where}: {self.required!r} is empty; a label is found by its text")
-    return NewLabel(**vars(item) | {"uid": _checked_uid(str(item.uid), where)},
-                    positives=self._positives(given.get("positives"), where, root))
+    return NewLabel(
+      **vars(item) | {"uid": _checked_uid(str(item.uid), where)},
+      positives=self._positives(given.get("positives"), where, root),
+    )
 
   def _positives(self, given: Any, where: str, root: Path | None) -> tuple[Query, ...]:
     if given is None:
@@ -145,12 +147,15 @@ def check_new(index: LabelIndex, labels: Sequence[NewLabel], free: Mapping[str, 
   seen: dict[str, str] = {}
   for label in labels:
     if label.uid in seen:
-      raise InputError(f"{label.where}: uid {label.uid!r} stands for the label of {seen[label.uid]}, too; every label "
-                       "needs its own")
+      raise InputError(
+        f"{label.where}: uid {label.uid!r} stands for the label of {seen[label.uid]}, too; every label needs its own"
+      )
     seen[label.uid] = label.where
     if label.uid not in free and _is_taken(index, label.uid):
-      raise InputError(f"{label.where}: uid {label.uid!r} stands for a label of {index.folder} already; give it "
-                       "another, or name this one in --delete as well, to replace that label")
+      raise InputError(
+        f"{label.where}: uid {label.uid!r} stands for a label of {index.folder} already; give it "
+        "another, or name this one in --delete as well, to replace that label"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +198,11 @@ def embed_labels(predictor: Predictor, labels: Sequence[NewLabel]) -> EmbeddedLa
   queries = predictor.encode(positives) if positives else own[:0]
   centroids = _centroids(own, queries, counts, predictor.mesh)
   return EmbeddedLabels(
-      predictor.encoder.prototypes(pooled, clusters, centroids), clusters, queries,
-      Ragged.of_lengths(np.repeat(np.arange(len(labels), dtype=np.int32), counts), np.ones(len(queries), np.int64)))
+    predictor.encoder.prototypes(pooled, clusters, centroids),
+    clusters,
+    queries,
+    Ragged.of_lengths(np.repeat(np.arange(len(labels), dtype=np.int32), counts), np.ones(len(queries), np.int64)),
+  )
 
 
 def nearest_clusters(embeddings: np.ndarray, clusters: np.ndarray, mesh: Mesh) -> np.ndarray:
@@ -211,7 +219,8 @@ def nearest_clusters(embeddings: np.ndarray, clusters: np.ndarray, mesh: Mesh) -
 
 
 def add_labels(
-    index: LabelIndex, labels: Sequence[NewLabel], embedded: EmbeddedLabels, delete: np.ndarray) -> LabelIndex:
+  index: LabelIndex, labels: Sequence[NewLabel], embedded: EmbeddedLabels, delete: np.ndarray
+) -> LabelIndex:
   """Writes the next generation of an index; see `LabelIndex.add`.
 
   Args:
@@ -225,9 +234,15 @@ def add_labels(
   """
   categories = [label.categories or () for label in labels]
   return index.add(
-      embedded.prototypes, [label.text for label in labels], [label.uid for label in labels], embedded.clusters,
-      categories if any(categories) else None, queries=embedded.queries if len(embedded.queries) else None,
-      query_labels=embedded.query_labels if len(embedded.queries) else None, delete=delete)
+    embedded.prototypes,
+    [label.text for label in labels],
+    [label.uid for label in labels],
+    embedded.clusters,
+    categories if any(categories) else None,
+    queries=embedded.queries if len(embedded.queries) else None,
+    query_labels=embedded.query_labels if len(embedded.queries) else None,
+    delete=delete,
+  )
 
 
 def read_categories(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -255,8 +270,11 @@ def read_categories(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def check_categories(
-    index: LabelIndex, categories: Mapping[str, tuple[str, tuple[str, ...]]], labels: Sequence[NewLabel],
-    doomed: Mapping[str, str]) -> None:
+  index: LabelIndex,
+  categories: Mapping[str, tuple[str, tuple[str, ...]]],
+  labels: Sequence[NewLabel],
+  doomed: Mapping[str, str],
+) -> None:
   """Refuses categories of labels that there will not be.
 
   Args:

@@ -45,7 +45,7 @@ class PictureEncoder:
     """
     with self._lock:  # The tower is loaded once, whoever comes first.
       tower = self._tower
-    (_, part), = tower.encode_parts(_Given(pictures), [0], "query")
+    ((_, part),) = tower.encode_parts(_Given(pictures), [0], "query")
     return part.features, part.reasons
 
   @functools.cached_property
@@ -54,15 +54,23 @@ class PictureEncoder:
     origin, wanted = self._origin, self._config.features
     published = origin.get("preprocessing") == _PUBLISHED
     if not published and sorted(checkpoint_hashes(checkpoint).values()) != sorted(origin["checkpoint_sha256"]):
-      raise InputError(f"{checkpoint}: is not the tower that made the image features {wanted.name} (another sha256); "
-                       f"name {origin.get('checkpoint', 'that one')} by --image_checkpoint")
+      raise InputError(
+        f"{checkpoint}: is not the tower that made the image features {wanted.name} (another sha256); "
+        f"name {origin.get('checkpoint', 'that one')} by --image_checkpoint"
+      )
     dtype = "float32" if jax.default_backend() == "cpu" else origin.get("dtype", "bfloat16")
     tower = ImageEncoder(
-        checkpoint, origin.get("variant") or None, wanted.preprocessing if published else origin["preprocessing"],
-        self._batch_size, dtype)
+      checkpoint,
+      origin.get("variant") or None,
+      wanted.preprocessing if published else origin["preprocessing"],
+      self._batch_size,
+      dtype,
+    )
     if tower.dim != wanted.dim:
-      raise InputError(f"{checkpoint}: gives features of {tower.dim} numbers, but the model takes {wanted.dim}; name "
-                       "the tower that made its image features by --image_checkpoint")
+      raise InputError(
+        f"{checkpoint}: gives features of {tower.dim} numbers, but the model takes {wanted.dim}; name "
+        "the tower that made its image features by --image_checkpoint"
+      )
     return tower
 
   def _find(self) -> str:
@@ -75,8 +83,10 @@ class PictureEncoder:
       if os.path.exists(os.path.expanduser(place)):
         return place
     made = f"the image features {self._config.features.name} were made by {' or '.join(recorded) or 'a tower'}, "
-    raise InputError(f"{made}which is not here: name its npz file or folder by --image_checkpoint, or give feature "
-                     "vectors in place of pictures")
+    raise InputError(
+      f"{made}which is not here: name its npz file or folder by --image_checkpoint, or give feature "
+      "vectors in place of pictures"
+    )
 
 
 class _Given:

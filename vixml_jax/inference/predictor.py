@@ -127,8 +127,8 @@ class Predictor:
       raise InputError(f"k={k}: must be 1 to {self.index.num_live}, the number of labels")
 
   def encode(
-      self, queries: Sequence[GivenQuery], *, bad_pictures: list[BadPicture] | None = None,
-      whole_chunks: bool = False) -> np.ndarray:
+    self, queries: Sequence[GivenQuery], *, bad_pictures: list[BadPicture] | None = None, whole_chunks: bool = False
+  ) -> np.ndarray:
     """Unit-norm embeddings, float32 [Q, D].
 
     Args:
@@ -163,24 +163,37 @@ class Predictor:
     """Results of `search` with uids and texts, without the empty places."""
     distinct, places = np.unique(ids, return_inverse=True)
     real = distinct >= 0
-    names = dict(enumerate(zip(
-        self.index.uids(distinct[real]), distinct[real].tolist(), self.index.texts(distinct[real]), strict=True),
-        int(np.sum(~real))))
+    names = dict(
+      enumerate(
+        zip(self.index.uids(distinct[real]), distinct[real].tolist(), self.index.texts(distinct[real]), strict=True),
+        int(np.sum(~real)),
+      )
+    )
     found: list[list[int]] = places.reshape(ids.shape).tolist()  # type: ignore[assignment]
-    return [[Prediction(*names[place], score) for place, score in zip(row, of_row, strict=True) if place in names]
-            for row, of_row in zip(found, scores.tolist(), strict=True)]
+    return [
+      [Prediction(*names[place], score) for place, score in zip(row, of_row, strict=True) if place in names]
+      for row, of_row in zip(found, scores.tolist(), strict=True)
+    ]
 
   def settings(self) -> dict[str, Any]:
     """What decides an answer besides the query, as JSON."""
     return {
-        "checkpoint": self.encoder.checkpoint, "index": fingerprint_of(self.index.info),
-        "retrieval": self.retrieval and dataclasses.asdict(self.retrieval),
-        "mesh": dict(self.mesh.shape), "platform": jax.default_backend(), "search": self.index.search_kind}
+      "checkpoint": self.encoder.checkpoint,
+      "index": fingerprint_of(self.index.info),
+      "retrieval": self.retrieval and dataclasses.asdict(self.retrieval),
+      "mesh": dict(self.mesh.shape),
+      "platform": jax.default_backend(),
+      "search": self.index.search_kind,
+    }
 
   def image_vectors(self, queries: Sequence[Query], bad: list[BadPicture] | None) -> list[list[np.ndarray]]:
     """For each query the vectors of its first I images that can be read; pictures go through the tower together."""
-    pictures = [(i, j, image) for i, query in enumerate(queries) for j, image in enumerate(query.images)
-                if not isinstance(image, np.ndarray)]
+    pictures = [
+      (i, j, image)
+      for i, query in enumerate(queries)
+      for j, image in enumerate(query.images)
+      if not isinstance(image, np.ndarray)
+    ]
     features: dict[tuple[int, int], np.ndarray] = {}
     if pictures:
       assert self.pictures is not None  # A model that takes images has it.
@@ -192,26 +205,41 @@ class Predictor:
           raise InputError(f"{queries[i].where}: image {j}: {reason}; mend it or leave it out")
         else:
           bad.append(BadPicture(i, j, reason))
-    return [[image if isinstance(image, np.ndarray) else features[i, j] for j, image in enumerate(query.images)
-             if isinstance(image, np.ndarray) or (i, j) in features] for i, query in enumerate(queries)]
+    return [
+      [
+        image if isinstance(image, np.ndarray) else features[i, j]
+        for j, image in enumerate(query.images)
+        if isinstance(image, np.ndarray) or (i, j) in features
+      ]
+      for i, query in enumerate(queries)
+    ]
 
   def _filters(self, queries: Sequence[Query]) -> Filters | None:
     """What the queries allow and deny, as ids; None where none says anything."""
     if not any(query.allow is not None or query.categories is not None or query.deny for query in queries):
       return None
     return self.index.filters(
-        allow=[query.allow for query in queries], deny=[query.deny or None for query in queries],
-        categories=[query.categories for query in queries])
+      allow=[query.allow for query in queries],
+      deny=[query.deny or None for query in queries],
+      categories=[query.categories for query in queries],
+    )
 
   def _augmented(self, embeddings: np.ndarray, k: int, filters: Filters | None) -> tuple[np.ndarray, np.ndarray]:
     """Retrieval-augmented inference. The label search keeps to the filters, too, so that few allowed are not missed."""
     index, how = self.index, self.retrieval
     assert how is not None
     neighbours = retrieval.Neighbours(
-        *index.search(embeddings, how.hits, filters), *index.query_index.search(embeddings, how.hits))
+      *index.search(embeddings, how.hits, filters), *index.query_index.search(embeddings, how.hits)
+    )
     return retrieval.combine(
-        neighbours, index.query_labels, num_labels=index.num_labels, lambda_=how.lambda_, temperature=how.temperature,
-        k=k, filters=filters)
+      neighbours,
+      index.query_labels,
+      num_labels=index.num_labels,
+      lambda_=how.lambda_,
+      temperature=how.temperature,
+      k=k,
+      filters=filters,
+    )
 
 
 def query_format(config: ConfigDict) -> QueryFormat:
@@ -220,9 +248,16 @@ def query_format(config: ConfigDict) -> QueryFormat:
 
 
 def load(
-    workdir: str | os.PathLike, search: str | None = None, retrieval_augmented: bool = False,
-    mesh: Mesh | None = None, *, retrieval_lambda: float | None = None, retrieval_temperature: float | None = None,
-    image_checkpoint: str | None = None, image_batch_size: int = 8) -> Predictor:
+  workdir: str | os.PathLike,
+  search: str | None = None,
+  retrieval_augmented: bool = False,
+  mesh: Mesh | None = None,
+  *,
+  retrieval_lambda: float | None = None,
+  retrieval_temperature: float | None = None,
+  image_checkpoint: str | None = None,
+  image_batch_size: int = 8,
+) -> Predictor:
   """Loads what training wrote; no training data are needed.
 
   Args:
@@ -252,11 +287,15 @@ def _retrieval(index: LabelIndex, workdir: Path, lambda_: float | None, temperat
   """The settings of the evaluation, but for those that are given."""
   chosen = index.retrieval
   if chosen is None:
-    raise InputError(f"{workdir / INDEX}: holds no training queries, which retrieval augmentation needs; run "
-                     f"python -m vixml_jax.evaluate --workdir={workdir} --retrieval_augmented")
+    raise InputError(
+      f"{workdir / INDEX}: holds no training queries, which retrieval augmentation needs; run "
+      f"python -m vixml_jax.evaluate --workdir={workdir} --retrieval_augmented"
+    )
   how = Retrieval(
-      chosen["lambda"] if lambda_ is None else lambda_, chosen["temperature"] if temperature is None else temperature,
-      chosen["hits"])
+    chosen["lambda"] if lambda_ is None else lambda_,
+    chosen["temperature"] if temperature is None else temperature,
+    chosen["hits"],
+  )
   retrieval.check_setting(how.lambda_, how.temperature)
   _ = index.query_index  # Now, since its files go when labels are added or deleted.
   return how

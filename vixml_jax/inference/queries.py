@@ -122,8 +122,10 @@ class QueryFormat:
       return _png(image)
     if isinstance(image, np.ndarray | Sequence):
       return self._vector(image, where)
-    raise InputError(f"{where}: an image must be a path, bytes, a picture of Pillow or a vector of "
-                     f"{self.feature_dim} numbers, not {_kind(image)}")
+    raise InputError(
+      f"{where}: an image must be a path, bytes, a picture of Pillow or a vector of "
+      f"{self.feature_dim} numbers, not {_kind(image)}"
+    )
 
   def _vector(self, image: Any, where: str) -> np.ndarray:
     try:
@@ -131,12 +133,16 @@ class QueryFormat:
     except (TypeError, ValueError):
       vector = np.zeros(0, np.float32)
     if vector.shape != (self.feature_dim,):
-      raise InputError(f"{where}: a feature vector of an image must be {self.feature_dim} numbers, but one has shape "
-                       f"{np.shape(vector)}")
+      raise InputError(
+        f"{where}: a feature vector of an image must be {self.feature_dim} numbers, but one has shape "
+        f"{np.shape(vector)}"
+      )
     halves = to_float16(vector)
     if halves is None:
-      raise InputError(f"{where}: a feature vector of an image has values that are not finite, or that float16 cannot "
-                       "hold; make it as extract_features does")
+      raise InputError(
+        f"{where}: a feature vector of an image has values that are not finite, or that float16 cannot "
+        "hold; make it as extract_features does"
+      )
     return halves
 
 
@@ -165,8 +171,9 @@ def _decoded(uri: str, where: str) -> bytes:
       raise ValueError("not base64")
     return base64.b64decode(body, validate=True)
   except (ValueError, binascii.Error) as error:
-    raise InputError(f"{where}: an image given as data: must be base64 behind 'data:image/...;base64,' ({error})"
-                     ) from error
+    raise InputError(
+      f"{where}: an image given as data: must be base64 behind 'data:image/...;base64,' ({error})"
+    ) from error
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -115,16 +115,19 @@ class _Csv:
           continue
         where = f"{self._path}:{reader.line_num}"
         if len(cells) != len(self._columns):
-          raise InputError(f"{where}: has {len(cells)} cells for {len(self._columns)} columns; is the file cut off, or "
-                           "a comma not in quotes?")
+          raise InputError(
+            f"{where}: has {len(cells)} cells for {len(self._columns)} columns; is the file cut off, or "
+            "a comma not in quotes?"
+          )
         yield self._wanted.parse(self._record(cells, where), where, self._path.parent)
 
   def _next(self, reader) -> list[str] | None:
     try:
       return next(reader, None)
     except (csv.Error, UnicodeDecodeError) as error:
-      raise InputError(f"{self._path}:{reader.line_num}: not valid CSV in UTF-8 ({error}); is the file cut off?"
-                       ) from error
+      raise InputError(
+        f"{self._path}:{reader.line_num}: not valid CSV in UTF-8 ({error}); is the file cut off?"
+      ) from error
 
   def _record(self, cells: list[str], where: str) -> dict[str, Any]:
     record: dict[str, Any] = {self._wanted.required: ""}
@@ -144,8 +147,9 @@ class _Parquet:
     wanted.check_keys(schema.names, str(path))
     for name in schema.names:
       if not _fits(name, schema.field(name).type):
-        raise InputError(f"{path}: column {name!r} is {schema.field(name).type}; it must be "
-                         f"{_TYPES.get(name, 'string')}")
+        raise InputError(
+          f"{path}: column {name!r} is {schema.field(name).type}; it must be {_TYPES.get(name, 'string')}"
+        )
     self._names = schema.names
     if not self._rows:
       raise InputError(f"{path}: holds no query")
@@ -177,12 +181,18 @@ class _Parquet:
     try:
       return read()
     except (OSError, pa.ArrowException) as error:
-      raise InputError(f"{self._path}: cannot be read as parquet ({str(error).splitlines()[0]}); is the file cut off?"
-                       ) from error
+      raise InputError(
+        f"{self._path}: cannot be read as parquet ({str(error).splitlines()[0]}); is the file cut off?"
+      ) from error
 
 
-_TYPES = {"images": "a list of binary, string or lists of floats", "allow": "a list of strings",
-          "deny": "a list of strings", "categories": "a list of strings", "uid": "string or a whole number"}
+_TYPES = {
+  "images": "a list of binary, string or lists of floats",
+  "allow": "a list of strings",
+  "deny": "a list of strings",
+  "categories": "a list of strings",
+  "uid": "string or a whole number",
+}
 
 
 def _fits(name: str, found: pa.DataType) -> bool:
@@ -212,9 +222,12 @@ def _values(column: pa.Array) -> list[Any]:
   """Python values of a column, but vectors as arrays: a list of a million floats would be a million objects."""
   if not (_is_list(column.type) and _is_list(column.type.value_type)):
     return column.to_pylist()
-  return [None if images is None else [
-      vector.values.to_numpy(zero_copy_only=False) if vector.is_valid else None for vector in images]
-          for images in (scalar.values if scalar.is_valid else None for scalar in column)]
+  return [
+    None
+    if images is None
+    else [vector.values.to_numpy(zero_copy_only=False) if vector.is_valid else None for vector in images]
+    for images in (scalar.values if scalar.is_valid else None for scalar in column)
+  ]
 
 
 def _cell_list(cell: str, where: str) -> list[Any]:

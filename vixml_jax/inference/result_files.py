@@ -14,10 +14,16 @@ from vixml_jax.errors import InputError
 from vixml_jax.inference.predictor import Prediction
 from vixml_jax.inference.queries import Query
 
-_SCHEMA = pa.schema([
-    ("row", pa.int64()), ("uid", pa.string()),
-    ("predictions", pa.list_(pa.struct([
-        ("label", pa.string()), ("id", pa.int32()), ("text", pa.string()), ("score", pa.float32())])))])
+_SCHEMA = pa.schema(
+  [
+    ("row", pa.int64()),
+    ("uid", pa.string()),
+    (
+      "predictions",
+      pa.list_(pa.struct([("label", pa.string()), ("id", pa.int32()), ("text", pa.string()), ("score", pa.float32())])),
+    ),
+  ]
+)
 _CSV_COLUMNS = ("row", "uid", "rank", "label", "id", "text", "score")
 
 
@@ -47,7 +53,6 @@ def result_format(path: Path) -> ResultFormat:
 
 
 class _JsonLines:
-
   def write(self, path: Path, first_row: int, queries: Sequence[Query], answers: Sequence[list[Prediction]]) -> None:
     with path.open("w", encoding="utf-8") as file:
       for record in _records(first_row, queries, answers):
@@ -58,7 +63,6 @@ class _JsonLines:
 
 
 class _Csv:
-
   def write(self, path: Path, first_row: int, queries: Sequence[Query], answers: Sequence[list[Prediction]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
       writer = csv.writer(file, lineterminator="\n")
@@ -72,7 +76,6 @@ class _Csv:
 
 
 class _Parquet:
-
   def write(self, path: Path, first_row: int, queries: Sequence[Query], answers: Sequence[list[Prediction]]) -> None:
     pq.write_table(pa.Table.from_pylist(list(_records(first_row, queries, answers)), _SCHEMA), path)
 

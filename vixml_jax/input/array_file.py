@@ -43,5 +43,6 @@ class ArrayFile:
 
   def _write_header(self) -> None:
     # numpy pads a header so that its size does not depend on the length of the array.
-    np.lib.format.write_array_header_1_0(self._file, {
-        "descr": self._dtype.str, "fortran_order": False, "shape": (self.rows, *self._row_shape)})
+    np.lib.format.write_array_header_1_0(
+      self._file, {"descr": self._dtype.str, "fortran_order": False, "shape": (self.rows, *self._row_shape)}
+    )

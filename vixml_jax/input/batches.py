@@ -85,8 +85,8 @@ def in_batch_positives(labels: Ragged, batch_labels: np.ndarray) -> np.ndarray:
 
 
 def make_batch(
-    data: TrainingQueries, order: np.ndarray, batch_size: int, layout: PackedLayout, *, seed: int, epoch: int,
-    step: int) -> Batch:
+  data: TrainingQueries, order: np.ndarray, batch_size: int, layout: PackedLayout, *, seed: int, epoch: int, step: int
+) -> Batch:
   """The batch of `step` (0-based within the epoch).
 
   Args:
@@ -96,7 +96,7 @@ def make_batch(
     layout: shape of packed rows.
     seed, epoch, step: with `order`, all that the batch depends on.
   """
-  chosen = order[step * batch_size:(step + 1) * batch_size]
+  chosen = order[step * batch_size : (step + 1) * batch_size]
   labels = data.labels.take(chosen)
   rng = np.random.default_rng((seed, _POSITIVES_STREAM, epoch, step))
   drawn = draw_positives(labels, data.label_weights, rng)
@@ -111,7 +111,7 @@ def make_batch(
   positives[:filled, :filled] = in_batch_positives(labels, drawn)
   # Empty places point at the first item: they are computed at no cost and count nowhere.
   slots = np.zeros(2 * batch_size, np.int32)
-  slots[:filled], slots[batch_size:batch_size + filled] = packed.slots[:filled], packed.slots[filled:]
+  slots[:filled], slots[batch_size : batch_size + filled] = packed.slots[:filled], packed.slots[filled:]
 
   def padded(ids):
     return np.pad(ids.astype(np.int32), (0, batch_size - filled))

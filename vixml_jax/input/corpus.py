@@ -67,9 +67,13 @@ class Corpus:
     return _texts(self.builder, split, ids, self.text_fields)
 
 
-def load_corpus(builder: tfds.core.DatasetBuilder, tokenizer_dir: str | os.PathLike,
-                max_length: int, text_fields: Sequence[str] | None,
-                cache_dir: str | os.PathLike) -> Corpus:
+def load_corpus(
+  builder: tfds.core.DatasetBuilder,
+  tokenizer_dir: str | os.PathLike,
+  max_length: int,
+  text_fields: Sequence[str] | None,
+  cache_dir: str | os.PathLike,
+) -> Corpus:
   """Tokenises a prepared data set, or opens what an earlier call left in `cache_dir`.
 
   Args:
@@ -102,33 +106,44 @@ def load_corpus(builder: tfds.core.DatasetBuilder, tokenizer_dir: str | os.PathL
           _write_split(builder, split, tokenizer, fields, work)
   arrays = {name: Ragged.load(folder / name) for name in _array_names()}
   return Corpus(
-    **arrays, num_labels=len(arrays["label_tokens"]), vocab_size=tokenizer.vocab_size,
-    fingerprint=fingerprint, builder=builder, text_fields=fields)
+    **arrays,
+    num_labels=len(arrays["label_tokens"]),
+    vocab_size=tokenizer.vocab_size,
+    fingerprint=fingerprint,
+    builder=builder,
+    text_fields=fields,
+  )
 
 
 def _array_names() -> list[str]:
   return [*_TOKENS.values(), "train_labels", "test_labels", "train_filter", "test_filter"]
 
 
-def _fingerprint(builder: tfds.core.DatasetBuilder, tokenizer: Tokenizer,
-                 fields: tuple[str, ...]) -> str:
-  return fingerprint_of({
-    "format": _FORMAT, "dataset": builder.name, "version": str(builder.version),
-    "raw": builder.info.metadata["sha256"], "tokenizer": tokenizer.fingerprint,
-    "max_length": tokenizer.max_length, "fields": fields,
-  })
+def _fingerprint(builder: tfds.core.DatasetBuilder, tokenizer: Tokenizer, fields: tuple[str, ...]) -> str:
+  return fingerprint_of(
+    {
+      "format": _FORMAT,
+      "dataset": builder.name,
+      "version": str(builder.version),
+      "raw": builder.info.metadata["sha256"],
+      "tokenizer": tokenizer.fingerprint,
+      "max_length": tokenizer.max_length,
+      "fields": fields,
+    }
+  )
 
 
-def _write_split(builder: tfds.core.DatasetBuilder, split: str, tokenizer: Tokenizer,
-                 fields: tuple[str, ...], folder: pathlib.Path) -> None:
+def _write_split(
+  builder: tfds.core.DatasetBuilder, split: str, tokenizer: Tokenizer, fields: tuple[str, ...], folder: pathlib.Path
+) -> None:
   records = Records(builder, split)
   lists = {} if split == "labels" else {"labels": "target_ind", "filter": "filter_ind"}
   with contextlib.ExitStack() as stack:
     tokens = stack.enter_context(_RaggedWriter(folder / _TOKENS[split]))
-    writers = {feature: stack.enter_context(_RaggedWriter(folder / f"{split}_{name}"))
-               for name, feature in lists.items()}
-    bar = stack.enter_context(
-      tqdm(total=len(records), desc=f"tokenise {split}", unit=" rows", disable=None))
+    writers = {
+      feature: stack.enter_context(_RaggedWriter(folder / f"{split}_{name}")) for name, feature in lists.items()
+    }
+    bar = stack.enter_context(tqdm(total=len(records), desc=f"tokenise {split}", unit=" rows", disable=None))
     for batch in records.batches():
       tokens.append(tokenizer([record.text(fields) for record in batch]))
       for feature, writer in writers.items():
@@ -140,8 +155,7 @@ def _numbers(batch: list[Record], feature: str) -> Ragged:
   return Ragged.from_rows([record.numbers(feature, np.int32) for record in batch])
 
 
-def _texts(builder: tfds.core.DatasetBuilder, split: str, ids: Sequence[int],
-           fields: tuple[str, ...]) -> list[str]:
+def _texts(builder: tfds.core.DatasetBuilder, split: str, ids: Sequence[int], fields: tuple[str, ...]) -> list[str]:
   return [record.text(fields) for record in Records(builder, split).take(ids)]
 
 

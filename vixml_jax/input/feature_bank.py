@@ -48,8 +48,10 @@ class FeatureBank:
     if where == "host":
       return self
     rows = _ZeroPadded(self.values, sharding.padded_rows(len(self.values)))
-    return dataclasses.replace(self, on_devices=jax.make_array_from_callback(
-        rows.shape, sharding.named_sharding(mesh, "image", "vector"), rows.read))
+    return dataclasses.replace(
+      self,
+      on_devices=jax.make_array_from_callback(rows.shape, sharding.named_sharding(mesh, "image", "vector"), rows.read),
+    )
 
   def on_mesh(self, images: PackedImages, mesh: Mesh) -> dict[str, jax.Array]:
     """What a program needs of packed images, spread over the mesh by row.
@@ -108,8 +110,9 @@ def _write(features: FeatureSet, images: int, folder: pathlib.Path) -> None:
   with ArrayFile(folder / "values.npy", np.float16, (features.dim,)) as file:
     for split in _SPLITS:
       first, lengths = file.rows, [np.zeros(0, np.int64)]
-      with tqdm(total=features.metadata["rows"][split], desc=f"load {split} features", unit=" rows", disable=None,
-                leave=False) as bar:
+      with tqdm(
+        total=features.metadata["rows"][split], desc=f"load {split} features", unit=" rows", disable=None, leave=False
+      ) as bar:
         for kept, values in _first_images(features, split, images):
           file.append(values)
           lengths.append(kept)
@@ -156,6 +159,6 @@ class _ZeroPadded:
   def read(self, index) -> np.ndarray:
     rows = np.arange(self.num_rows)[index[0]]
     part = np.zeros((len(rows), self.values.shape[1]), self.values.dtype)
-    known = self.values[rows[0]:min(rows[-1] + 1, len(self.values))]
-    part[:len(known)] = known
+    known = self.values[rows[0] : min(rows[-1] + 1, len(self.values))]
+    part[: len(known)] = known
     return part

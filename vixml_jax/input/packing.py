@@ -36,8 +36,7 @@ Part = Literal["text", "images"] | Phrase
 
 def without_images(template: tuple[Part, ...]) -> tuple[Part, ...]:
   """The parts of an item without images; of every item where images do not stand among the tokens."""
-  return tuple(
-      part for part in template if part != "images" and not (isinstance(part, Phrase) and part.beside_images))
+  return tuple(part for part in template if part != "images" and not (isinstance(part, Phrase) and part.beside_images))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +198,12 @@ def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedIte
   positions.reshape(-1)[places] = places - np.repeat(first, lengths)
   first_images = _write_tokens(tokens.reshape(-1), first, sizes, items.tokens, layout) - rows * layout.row_length
   return PackedItems(
-      tokens, segments, positions, (rows * layout.slots + slots).astype(np.int32),
-      _pack_images(items.images, rows, slots, first_images, layout, chunked) if layout.images else None)
+    tokens,
+    segments,
+    positions,
+    (rows * layout.slots + slots).astype(np.int32),
+    _pack_images(items.images, rows, slots, first_images, layout, chunked) if layout.images else None,
+  )
 
 
 def _sizes(part: Part, items: Items) -> np.ndarray:
@@ -222,7 +225,8 @@ def _check(items: Items, lengths: np.ndarray, layout: PackedLayout) -> None:
 
 
 def _write_tokens(
-    tokens: np.ndarray, first: np.ndarray, sizes: list[np.ndarray], texts: Ragged, layout: PackedLayout) -> np.ndarray:
+  tokens: np.ndarray, first: np.ndarray, sizes: list[np.ndarray], texts: Ragged, layout: PackedLayout
+) -> np.ndarray:
   """Writes texts and phrases into the flat rows, from each item's place `first` on.
 
   Returns:
@@ -241,12 +245,15 @@ def _write_tokens(
 
 
 def _pack_images(
-    images: Ragged, rows: np.ndarray, slots: np.ndarray, first: np.ndarray, layout: PackedLayout,
-    chunked: tuple[int, int]) -> PackedImages:
+  images: Ragged, rows: np.ndarray, slots: np.ndarray, first: np.ndarray, layout: PackedLayout, chunked: tuple[int, int]
+) -> PackedImages:
   """Places of the images, given each item's row, slot and the place of its first image in the row."""
   shape = (*chunked, layout.image_places)
-  ids, segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full(
-      shape, layout.row_length, np.int32)
+  ids, segments, positions = (
+    np.zeros(shape, np.int32),
+    np.zeros(shape, np.int32),
+    np.full(shape, layout.row_length, np.int32),
+  )
   # The items of a row take its places one after the other.
   starts = _starts(rows, slots, images.lengths, chunked[0] * chunked[1])
   places = spread(rows * layout.image_places + starts, images.lengths)

@@ -22,8 +22,10 @@ def template_words(template: str, phrases: Collection[str], images: bool) -> lis
   words = template.split()
   for i, word in enumerate(words):
     if word not in {"E", "V", "eos", *phrases}:
-      raise InputError(f"config.prompt.template={template!r}: unknown word {word}; known are E (text), V "
-                       f"(images), eos and the phrases {', '.join(phrases)}")
+      raise InputError(
+        f"config.prompt.template={template!r}: unknown word {word}; known are E (text), V "
+        f"(images), eos and the phrases {', '.join(phrases)}"
+      )
     if word in words[:i]:
       raise InputError(f"config.prompt.template={template!r}: {word} stands twice; give it once")
   if images and "V" not in words:
@@ -34,7 +36,8 @@ def template_words(template: str, phrases: Collection[str], images: bool) -> lis
 
 
 def parse_template(
-    template: str, phrases: Mapping[str, str], eos: str, tokenizer: Tokenizer, images: bool) -> tuple[Part, ...]:
+  template: str, phrases: Mapping[str, str], eos: str, tokenizer: Tokenizer, images: bool
+) -> tuple[Part, ...]:
   """Turns a template into the parts of an item, as `PackedLayout` takes them.
 
   The phrase directly before V introduces the images: it is left out, like V, of an item without images. All others
@@ -60,8 +63,9 @@ def parse_template(
   """
   words = template_words(template, phrases, images)
   parts = tuple(
-      _part(word, following == "V", phrases, eos, tokenizer)
-      for word, following in zip(words, [*words[1:], ""], strict=True))
+    _part(word, following == "V", phrases, eos, tokenizer)
+    for word, following in zip(words, [*words[1:], ""], strict=True)
+  )
   return parts if images else without_images(parts)
 
 
@@ -73,11 +77,14 @@ def _part(word: str, beside_images: bool, phrases: Mapping[str, str], eos: str, 
     return "images"
   if word != "eos":
     if not phrases[word].strip():
-      raise InputError(f"config.prompt.phrases.{word}={phrases[word]!r}: says nothing; leave {word} out of "
-                       "prompt.template")
+      raise InputError(
+        f"config.prompt.phrases.{word}={phrases[word]!r}: says nothing; leave {word} out of prompt.template"
+      )
     return Phrase(tokenizer.uncut(phrases[word]), beside_images)
   token = tokenizer.token_id(eos)
   if token is None:
-    raise InputError(f"config.prompt.eos={eos!r}: the tokenizer has no such token; name the one that ends its texts, "
-                     "or leave eos out of prompt.template")
+    raise InputError(
+      f"config.prompt.eos={eos!r}: the tokenizer has no such token; name the one that ends its texts, "
+      "or leave eos out of prompt.template"
+    )
   return Phrase((token,))

@@ -37,8 +37,10 @@ class Tokenizer:
     tokenizer = load_fast(os.fspath(path))
     self.special_tokens = tokenizer.num_special_tokens_to_add()
     if max_length <= self.special_tokens:
-      raise InputError(f"max_length {max_length} leaves no room for text: the tokenizer {path} "
-                       f"adds {self.special_tokens} special tokens")
+      raise InputError(
+        f"max_length {max_length} leaves no room for text: the tokenizer {path} "
+        f"adds {self.special_tokens} special tokens"
+      )
     self.vocab_size = len(tokenizer)
     self.max_length = max_length
     self._backend = tokenizer.backend_tokenizer
@@ -68,18 +70,21 @@ def load_fast(path: str) -> Any:
   """The tokenizer of transformers that lies in a folder, or on the hub; arguments and errors as of `Tokenizer`."""
   local = os.path.isdir(path)
   if local and not os.path.isfile(os.path.join(path, "tokenizer.json")):
-    raise InputError(f"{path}: no tokenizer.json in this folder; set encoder.pretrained to a "
-                     "folder that holds a fast Hugging Face tokenizer")
+    raise InputError(
+      f"{path}: no tokenizer.json in this folder; set encoder.pretrained to a "
+      "folder that holds a fast Hugging Face tokenizer"
+    )
   # On import it advises to install torch, which nothing here needs, and takes seconds.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   from transformers import AutoTokenizer
 
   try:
-    tokenizer = AutoTokenizer.from_pretrained(
-      path, local_files_only=local, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
   except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-    raise InputError(f"{path}: no tokenizer can be loaded ({_first_line(error)}); set "
-                     "encoder.pretrained to a folder or a hub name that has one") from error
+    raise InputError(
+      f"{path}: no tokenizer can be loaded ({_first_line(error)}); set "
+      "encoder.pretrained to a folder or a hub name that has one"
+    ) from error
   if not tokenizer.is_fast:
     raise InputError(f"{path}: its tokenizer has no fast version (tokenizer.json); save it as one")
   return tokenizer

@@ -28,12 +28,12 @@ LABEL_BLOCK = 32768
 
 
 def label_centroids(
-    embeddings: jax.Array | np.ndarray,
-    labels_of_queries: Ragged,
-    num_labels: int,
-    *,
-    mesh: Mesh | None = None,
-    dtype: jnp.dtype = jnp.float32,
+  embeddings: jax.Array | np.ndarray,
+  labels_of_queries: Ragged,
+  num_labels: int,
+  *,
+  mesh: Mesh | None = None,
+  dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
   """Mean of the embeddings of each label's training queries (PRIME, arXiv 2410.20401).
 
@@ -52,11 +52,7 @@ def label_centroids(
 
 
 def mean_of_rows(
-    embeddings: jax.Array | np.ndarray,
-    members: Ragged,
-    *,
-    mesh: Mesh | None = None,
-    dtype: jnp.dtype = jnp.float32,
+  embeddings: jax.Array | np.ndarray, members: Ragged, *, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32
 ) -> jax.Array:
   """Mean of the embeddings that each row of `members` lists: `label_centroids`, transposed already.
 
@@ -87,7 +83,7 @@ def mean_of_rows(
     means, sums = _finish(means, sums, to_global(counts, replicated), unit, np.int32(start), mesh=mesh)
   if len(means) == len(members):
     return means
-  return jax.jit(lambda x: x[:len(members)], out_shardings=replicated)(means)
+  return jax.jit(lambda x: x[: len(members)], out_shardings=replicated)(means)
 
 
 class _Layout:
@@ -125,10 +121,12 @@ class _Layout:
   def pairs(self, members: Ragged, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows of each device and the slots that they go to, int32 [devices, PAIR_BLOCK] each."""
     labels = self.labels(start).reshape(self.num_devices, self.width)
-    rows = np.concatenate([
-        members.values[members.offsets[first]:members.offsets[min(last + 1, self.num_labels)]]
+    rows = np.concatenate(
+      [
+        members.values[members.offsets[first] : members.offsets[min(last + 1, self.num_labels)]]
         for first, last in labels[:, [0, -1]]
-    ])
+      ]
+    )
     slots = np.repeat(np.arange(labels.size, dtype=np.int32), self.counts(members, start))
     owners = rows // self.rows_per_device
     order = np.argsort(owners, kind="stable")
@@ -139,7 +137,7 @@ class _Layout:
       block_slots = np.full((self.num_devices, PAIR_BLOCK), labels.size, np.int32)
       for device in range(self.num_devices):
         count = max(0, min(PAIR_BLOCK, held[device] - done))
-        chosen = order[first[device] + done:first[device] + done + count]
+        chosen = order[first[device] + done : first[device] + done + count]
         block_rows[device, :count] = rows[chosen] - device * self.rows_per_device
         block_slots[device, :count] = slots[chosen]
       yield block_rows, block_slots
@@ -165,9 +163,9 @@ def _add(sums, embeddings, rows, slots, unit, *, mesh: Mesh) -> jax.Array:
     return sums[0].at[slots[0]].add(summand, mode="drop", indices_are_sorted=True)[None]
 
   split = PartitionSpec(mesh.axis_names)
-  return jax.shard_map(
-      add, mesh=mesh, in_specs=(split, split, split, split, PartitionSpec()), out_specs=split,
-  )(sums, embeddings, rows, slots, unit)
+  return jax.shard_map(add, mesh=mesh, in_specs=(split, split, split, split, PartitionSpec()), out_specs=split)(
+    sums, embeddings, rows, slots, unit
+  )
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames="mesh")
@@ -181,9 +179,9 @@ def _finish(means, sums, counts, unit, start, *, mesh: Mesh):
 
   split = PartitionSpec(mesh.axis_names)
   factor = 1 / (unit * jnp.maximum(counts, 1))
-  return jax.shard_map(
-      finish, mesh=mesh, in_specs=(split, split, split, PartitionSpec()), out_specs=split,
-  )(means, sums, factor, start)
+  return jax.shard_map(finish, mesh=mesh, in_specs=(split, split, split, PartitionSpec()), out_specs=split)(
+    means, sums, factor, start
+  )
 
 
 def _ceil_log2(value: float) -> int:

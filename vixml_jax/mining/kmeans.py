@@ -72,13 +72,13 @@ class _Rows(NamedTuple):
 
 
 def balanced_kmeans(
-    embeddings: jax.Array | np.ndarray,
-    num_clusters: int,
-    *,
-    seed: int,
-    iterations: int = 50,
-    mesh: Mesh | None = None,
-    num_rows: int | None = None,
+  embeddings: jax.Array | np.ndarray,
+  num_clusters: int,
+  *,
+  seed: int,
+  iterations: int = 50,
+  mesh: Mesh | None = None,
+  num_rows: int | None = None,
 ) -> np.ndarray:
   """Splits rows into clusters of equal size (to within one) by recursive balanced 2-means.
 
@@ -120,8 +120,14 @@ def balanced_kmeans(
   mesh = mesh or mesh_of(embeddings)
   top_levels = min(levels, MAX_TOP_LEVELS, max(0, _ceil_log2(num_rows) - _ceil_log2(GROUP_ROWS)))
   order = _order_by_cluster(
-      shard_rows(embeddings, mesh, BLOCK_ROWS), np.int32(num_rows), _draw_pairs(seed, num_rows, levels),
-      num_rows=num_rows, top_levels=top_levels, iterations=iterations, mesh=mesh)
+    shard_rows(embeddings, mesh, BLOCK_ROWS),
+    np.int32(num_rows),
+    _draw_pairs(seed, num_rows, levels),
+    num_rows=num_rows,
+    top_levels=top_levels,
+    iterations=iterations,
+    mesh=mesh,
+  )
   sizes = np.array([num_rows])
   for _ in range(levels):
     sizes = _halve(sizes, np)
@@ -151,11 +157,11 @@ def _order_by_cluster(embeddings, size, pairs, *, num_rows, top_levels, iteratio
   """
   axes = mesh.axis_names
   arrange = functools.partial(
-      _arrange_shares, num_rows=num_rows, top_levels=top_levels, iterations=iterations, axes=axes)
+    _arrange_shares, num_rows=num_rows, top_levels=top_levels, iterations=iterations, axes=axes
+  )
   replicated = PartitionSpec()
   return jax.shard_map(
-      arrange, mesh=mesh, in_specs=(PartitionSpec(axes), replicated, replicated),
-      out_specs=replicated, check_vma=False,
+    arrange, mesh=mesh, in_specs=(PartitionSpec(axes), replicated, replicated), out_specs=replicated, check_vma=False
   )(embeddings, size, pairs)
 
 
@@ -287,24 +293,26 @@ def _split(rows: _Rows, node, order, sizes, totals, pairs, unit: float, iteratio
   def step(state):
     score = _score_rows(rows, node, state.directions)
     sort_key = _sort_key(node, score)
-    sorted_key, order = lax.sort(
-        (rows.gather(sort_key), jnp.arange(len(state.order))), num_keys=1, is_stable=True)
+    sorted_key, order = lax.sort((rows.gather(sort_key), jnp.arange(len(state.order))), num_keys=1, is_stable=True)
     mine = jnp.minimum(node, len(sizes) - 1)
     bound_key, bound_row = sorted_key[last_of_first][mine], order[last_of_first][mine]
     second = (sort_key > bound_key) | ((sort_key == bound_key) & (row_id > bound_row))
     halves = _sum_rows(rows, node, ~second, len(sizes), unit)
     norms = jnp.linalg.norm(_both(halves, totals).astype(jnp.float32), axis=-1)
     return _Split(
-        iteration=state.iteration + 1,
-        before=state.similarity,
-        similarity=jnp.sum(norms) / (unit * jnp.sum(sizes)),
-        directions=_directions(halves, totals),
-        order=order,
-        second=second,
-        halves=halves,
+      iteration=state.iteration + 1,
+      before=state.similarity,
+      similarity=jnp.sum(norms) / (unit * jnp.sum(sizes)),
+      directions=_directions(halves, totals),
+      order=order,
+      second=second,
+      halves=halves,
     )
 
-  state = lax.while_loop(improves, step, _Split(
+  state = lax.while_loop(
+    improves,
+    step,
+    _Split(
       iteration=jnp.int32(0),
       before=jnp.float32(-jnp.inf),
       similarity=jnp.float32(-2),
@@ -312,7 +320,8 @@ def _split(rows: _Rows, node, order, sizes, totals, pairs, unit: float, iteratio
       order=order,
       second=jnp.zeros(len(node), bool),
       halves=totals,
-  ))
+    ),
+  )
   return state.order, state.second, _both(state.halves, totals).reshape(-1, totals.shape[1])
 
 
@@ -377,8 +386,7 @@ def _sum_rows(rows: _Rows, node, chosen, num_nodes: int, unit: float) -> jax.Arr
   whole, rest = divmod(len(node), rows.block)
   total = jnp.zeros((num_nodes, rows.values.shape[1]), jnp.int32)
   if whole:
-    total = lax.fori_loop(
-        0, whole, lambda i, total: total + block(*_slices(arrays, i * rows.block, rows.block)), total)
+    total = lax.fori_loop(0, whole, lambda i, total: total + block(*_slices(arrays, i * rows.block, rows.block)), total)
   if rest:
     total += block(*_padded_rest(arrays, rows.block))
   return rows.add(total)

@@ -47,9 +47,7 @@ def cluster_size_at(epoch: int, base: int, doubling_epochs: Collection[int]) -> 
   return base << sum(doubling <= epoch for doubling in doubling_epochs)
 
 
-def epoch_order(
-    seed: int, epoch: int, num_queries: int, clusters: np.ndarray | None = None
-) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, num_queries: int, clusters: np.ndarray | None = None) -> np.ndarray:
   """Queries in the order in which `epoch` reads them (NGAME, arXiv 2207.04452, algorithm 1).
 
   Args:

@@ -33,22 +33,22 @@ class BertEncoder(nnx.Module):
   """
 
   def __init__(
-      self,
-      vocab_size: int,
-      num_layers: int,
-      embed_dim: int,
-      num_heads: int,
-      mlp_dim: int,
-      max_position: int,
-      num_token_types: int,
-      dropout: float = 0.1,
-      attention_dropout: float = 0.1,
-      projection_dropout: float = 0.1,
-      layer_norm_eps: float = 1e-12,
-      dtype: str = "float32",
-      remat: bool = False,
-      *,
-      rngs: nnx.Rngs,
+    self,
+    vocab_size: int,
+    num_layers: int,
+    embed_dim: int,
+    num_heads: int,
+    mlp_dim: int,
+    max_position: int,
+    num_token_types: int,
+    dropout: float = 0.1,
+    attention_dropout: float = 0.1,
+    projection_dropout: float = 0.1,
+    layer_norm_eps: float = 1e-12,
+    dtype: str = "float32",
+    remat: bool = False,
+    *,
+    rngs: nnx.Rngs,
   ):
     self.num_layers = num_layers
     self.embed_dim = embed_dim
@@ -57,26 +57,30 @@ class BertEncoder(nnx.Module):
     self.remat = remat
     self.word_embedding = _embedding("vocab", vocab_size, embed_dim, rngs)
     self.position_embedding = _embedding("position", max_position, embed_dim, rngs)
-    self.token_type_embedding = (
-        _embedding("token_type", num_token_types, embed_dim, rngs) if num_token_types else None
-    )
+    self.token_type_embedding = _embedding("token_type", num_token_types, embed_dim, rngs) if num_token_types else None
     self.embedding_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
 
     def make_layer(layer_rngs: nnx.Rngs) -> layers.PostNormLayer:
       return layers.PostNormLayer(
-          embed_dim, num_heads, mlp_dim, dropout=dropout, attention_dropout=attention_dropout,
-          projection_dropout=projection_dropout, layer_norm_eps=layer_norm_eps, dtype=dtype,
-          rngs=layer_rngs,
+        embed_dim,
+        num_heads,
+        mlp_dim,
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        projection_dropout=projection_dropout,
+        layer_norm_eps=layer_norm_eps,
+        dtype=dtype,
+        rngs=layer_rngs,
       )
 
     self.layers = layers.stack_layers(make_layer, num_layers, rngs)
 
   def __call__(
-      self,
-      tokens: Int[Array, "R T"],
-      segments: Int[Array, "R T"],
-      positions: Int[Array, "R T"],
-      key: Key[Array, ""] | None = None,
+    self,
+    tokens: Int[Array, "R T"],
+    segments: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    key: Key[Array, ""] | None = None,
   ) -> Float[Array, "R T D"]:
     """Encodes packed rows.
 
@@ -96,21 +100,21 @@ class BertEncoder(nnx.Module):
     return self.word_embedding[...][tokens].astype(self.dtype)
 
   def encode(
-      self,
-      x: Float[Array, "R T D"],
-      segments: Int[Array, "R T"],
-      positions: Int[Array, "R T"],
-      key: Key[Array, ""] | None = None,
+    self,
+    x: Float[Array, "R T D"],
+    segments: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    key: Key[Array, ""] | None = None,
   ) -> Float[Array, "R T D"]:
     """Runs the encoder over embedded rows [R, T, D]; arguments as in `__call__`."""
     return self._run(x, segments, positions, key, return_layers=False)[1]
 
   def encode_layers(
-      self,
-      x: Float[Array, "R T D"],
-      segments: Int[Array, "R T"],
-      positions: Int[Array, "R T"],
-      key: Key[Array, ""] | None = None,
+    self,
+    x: Float[Array, "R T D"],
+    segments: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    key: Key[Array, ""] | None = None,
   ) -> Float[Array, "layers R T D"]:
     """As `encode`, but the layers' input and every layer's output: [num_layers + 1, R, T, D]."""
     x, _, outputs = self._run(x, segments, positions, key, return_layers=True)

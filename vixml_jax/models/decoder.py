@@ -48,31 +48,32 @@ class Decoder(nnx.Module):
   """
 
   def __init__(
-      self,
-      vocab_size: int,
-      num_layers: int,
-      embed_dim: int,
-      num_heads: int,
-      num_kv_heads: int,
-      head_dim: int,
-      mlp_dim: int,
-      rope_theta: float,
-      rope_scaling: tuple[float, float, float, int] | None = None,
-      norm_eps: float = 1e-6,
-      qkv_bias: bool = False,
-      qk_norm: bool = False,
-      bidirectional: bool = False,
-      lora_rank: int = 0,
-      lora_alpha: float = 0.0,
-      param_dtype: str = "float32",
-      dtype: str = "float32",
-      remat: bool = False,
-      *,
-      rngs: nnx.Rngs,
+    self,
+    vocab_size: int,
+    num_layers: int,
+    embed_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    mlp_dim: int,
+    rope_theta: float,
+    rope_scaling: tuple[float, float, float, int] | None = None,
+    norm_eps: float = 1e-6,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    bidirectional: bool = False,
+    lora_rank: int = 0,
+    lora_alpha: float = 0.0,
+    param_dtype: str = "float32",
+    dtype: str = "float32",
+    remat: bool = False,
+    *,
+    rngs: nnx.Rngs,
   ):
     if num_heads % num_kv_heads or head_dim % 2:
       raise ValueError(
-          f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}, and head_dim {head_dim} even")
+        f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}, and head_dim {head_dim} even"
+      )
     self.embed_dim = embed_dim
     self.head_dim = head_dim
     self.rope_theta = rope_theta
@@ -86,23 +87,35 @@ class Decoder(nnx.Module):
 
     def make_layer(layer_rngs: nnx.Rngs) -> DecoderLayer:
       linear = functools.partial(
-          layers.Linear, dtype=dtype, param_dtype=param_dtype, lora_rank=lora_rank, lora_alpha=lora_alpha,
-          rngs=layer_rngs)
+        layers.Linear, dtype=dtype, param_dtype=param_dtype, lora_rank=lora_rank, lora_alpha=lora_alpha, rngs=layer_rngs
+      )
       return DecoderLayer(
-          GroupedAttention(
-              embed_dim, num_heads, num_kv_heads, head_dim, qkv_bias=qkv_bias, qk_norm=qk_norm,
-              causal=not bidirectional, linear=linear, norm=norm),
-          embed_dim, mlp_dim, linear=linear, norm=norm)
+        GroupedAttention(
+          embed_dim,
+          num_heads,
+          num_kv_heads,
+          head_dim,
+          qkv_bias=qkv_bias,
+          qk_norm=qk_norm,
+          causal=not bidirectional,
+          linear=linear,
+          norm=norm,
+        ),
+        embed_dim,
+        mlp_dim,
+        linear=linear,
+        norm=norm,
+      )
 
     self.layers = layers.stack_layers(make_layer, num_layers, rngs)
     self.final_norm = norm(embed_dim)
 
   def __call__(
-      self,
-      tokens: Int[Array, "R T"],
-      segments: Int[Array, "R T"],
-      positions: Int[Array, "R T"],
-      key: Key[Array, ""] | None = None,
+    self,
+    tokens: Int[Array, "R T"],
+    segments: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    key: Key[Array, ""] | None = None,
   ) -> Float[Array, "R T D"]:
     """Encodes packed rows.
 
@@ -122,18 +135,18 @@ class Decoder(nnx.Module):
     return self.word_embedding[...][tokens].astype(self.dtype)
 
   def encode(
-      self,
-      x: Float[Array, "R T D"],
-      segments: Int[Array, "R T"],
-      positions: Int[Array, "R T"],
-      key: Key[Array, ""] | None = None,
+    self,
+    x: Float[Array, "R T D"],
+    segments: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    key: Key[Array, ""] | None = None,
   ) -> Float[Array, "R T D"]:
     """Runs the decoder over embedded rows [R, T, D]; arguments as in `__call__`."""
     del key
     return self.final_norm(self._run(x, segments, positions, return_layers=False)[0])
 
   def encode_layers(
-      self, x: Float[Array, "R T D"], segments: Int[Array, "R T"], positions: Int[Array, "R T"]
+    self, x: Float[Array, "R T D"], segments: Int[Array, "R T"], positions: Int[Array, "R T"]
   ) -> Float[Array, "layers R T D"]:
     """The input and every layer's output, [num_layers + 1, R, T, D]; the final norm is not applied."""
     _, outputs = self._run(x, segments, positions, return_layers=True)
@@ -146,8 +159,7 @@ class Decoder(nnx.Module):
     def apply(layer, hidden, _):
       return layer(hidden, segments, cos, sin)
 
-    return layers.scan_layers(
-        self.layers, x.astype(self.dtype), apply, remat=self.remat, return_layers=return_layers)
+    return layers.scan_layers(self.layers, x.astype(self.dtype), apply, remat=self.remat, return_layers=return_layers)
 
 
 class DecoderLayer(nnx.Module):
@@ -162,13 +174,13 @@ class DecoderLayer(nnx.Module):
   """
 
   def __init__(
-      self,
-      attention: "GroupedAttention",
-      embed_dim: int,
-      mlp_dim: int,
-      *,
-      linear: Callable[..., layers.Linear],
-      norm: Callable[..., layers.RMSNorm],
+    self,
+    attention: "GroupedAttention",
+    embed_dim: int,
+    mlp_dim: int,
+    *,
+    linear: Callable[..., layers.Linear],
+    norm: Callable[..., layers.RMSNorm],
   ):
     self.attention_norm = norm(embed_dim)
     self.attention = attention
@@ -178,11 +190,11 @@ class DecoderLayer(nnx.Module):
     self.down = linear({"mlp": mlp_dim}, {"embed": embed_dim}, bias=False)
 
   def __call__(
-      self,
-      x: Float[Array, "R T D"],
-      segments: Int[Array, "R T"],
-      cos: Float[Array, "R T half"],
-      sin: Float[Array, "R T half"],
+    self,
+    x: Float[Array, "R T D"],
+    segments: Int[Array, "R T"],
+    cos: Float[Array, "R T half"],
+    sin: Float[Array, "R T half"],
   ) -> Float[Array, "R T D"]:
     """[R, T, D] -> [R, T, D]; the other arguments as in `GroupedAttention`."""
     x = x + self.attention(self.attention_norm(x), segments, cos, sin)
@@ -206,17 +218,17 @@ class GroupedAttention(nnx.Module):
   """
 
   def __init__(
-      self,
-      embed_dim: int,
-      num_heads: int,
-      num_kv_heads: int,
-      head_dim: int,
-      *,
-      qkv_bias: bool,
-      qk_norm: bool,
-      causal: bool,
-      linear: Callable[..., layers.Linear],
-      norm: Callable[..., layers.RMSNorm],
+    self,
+    embed_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    qkv_bias: bool,
+    qk_norm: bool,
+    causal: bool,
+    linear: Callable[..., layers.Linear],
+    norm: Callable[..., layers.RMSNorm],
   ):
     self.causal = causal
     embed = {"embed": embed_dim}
@@ -230,11 +242,11 @@ class GroupedAttention(nnx.Module):
     self.key_norm = norm(head_dim, axis="head_dim") if qk_norm else None
 
   def __call__(
-      self,
-      x: Float[Array, "R T D"],
-      segments: Int[Array, "R T"],
-      cos: Float[Array, "R T half"],
-      sin: Float[Array, "R T half"],
+    self,
+    x: Float[Array, "R T D"],
+    segments: Int[Array, "R T"],
+    cos: Float[Array, "R T half"],
+    sin: Float[Array, "R T half"],
   ) -> Float[Array, "R T D"]:
     """Attention of packed rows.
 
@@ -255,7 +267,7 @@ class GroupedAttention(nnx.Module):
 
 
 def rotary_frequencies(
-    head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None = None
+  head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None = None
 ) -> np.ndarray:
   """Angles, in radians a position, by which the pairs of a head are rotated.
 
@@ -280,7 +292,7 @@ def rotary_frequencies(
 
 
 def rotate(
-    x: Float[Array, "R T H head_dim"], cos: Float[Array, "R T half"], sin: Float[Array, "R T half"]
+  x: Float[Array, "R T H head_dim"], cos: Float[Array, "R T half"], sin: Float[Array, "R T half"]
 ) -> Float[Array, "R T H head_dim"]:
   """Rotates the pairs (i, i + head_dim / 2) of every head, in f32; `x` in its own dtype.
 

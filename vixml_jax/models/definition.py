@@ -51,11 +51,21 @@ class ModelDefinition:
 
 
 def define_model(
-    encoder: dict, prototype: dict, num_free_vectors: int, fusion: dict | None = None, architecture: str = "bert",
-    pooling: str = "mean") -> ModelDefinition:
+  encoder: dict,
+  prototype: dict,
+  num_free_vectors: int,
+  fusion: dict | None = None,
+  architecture: str = "bert",
+  pooling: str = "mean",
+) -> ModelDefinition:
   """Shapes and axes of a `DualEncoder` of these arguments, computing nothing."""
   arguments: dict[str, Any] = {
-      "encoder": dict(encoder), "prototype": dict(prototype), "num_free_vectors": num_free_vectors,
-      "fusion": fusion, "architecture": architecture, "pooling": pooling}
+    "encoder": dict(encoder),
+    "prototype": dict(prototype),
+    "num_free_vectors": num_free_vectors,
+    "fusion": fusion,
+    "architecture": architecture,
+    "pooling": pooling,
+  }
   abstract = nnx.eval_shape(lambda: DualEncoder(**arguments, rngs=nnx.Rngs(0)))
   return ModelDefinition(arguments, *layers.split_params(abstract))

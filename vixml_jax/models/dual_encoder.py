@@ -37,25 +37,46 @@ class DualEncoder(nnx.Module):
   """
 
   def __init__(
-      self, encoder: dict, prototype: dict, num_free_vectors: int, fusion: dict | None = None,
-      architecture: str = "bert", pooling: str = "mean", *, rngs: nnx.Rngs):
+    self,
+    encoder: dict,
+    prototype: dict,
+    num_free_vectors: int,
+    fusion: dict | None = None,
+    architecture: str = "bert",
+    pooling: str = "mean",
+    *,
+    rngs: nnx.Rngs,
+  ):
     if architecture not in ARCHITECTURES or pooling not in POOLINGS:
       raise ValueError(
-          f"architecture {architecture!r} and pooling {pooling!r}: known are {tuple(ARCHITECTURES)} and {POOLINGS}")
+        f"architecture {architecture!r} and pooling {pooling!r}: known are {tuple(ARCHITECTURES)} and {POOLINGS}"
+      )
     self.pooling = pooling
     self.encoder = ARCHITECTURES[architecture](**encoder, rngs=rngs)
     embed_dim = self.encoder.embed_dim
     self.prototype = PrototypeNetwork(embed_dim, **prototype, rngs=rngs)
     xavier = jax.nn.initializers.xavier_uniform()
     self.free_vectors = nnx.Param(
-        xavier(rngs.params(), (num_free_vectors, embed_dim), jnp.float32), axes=("free_vector", "vector"))
+      xavier(rngs.params(), (num_free_vectors, embed_dim), jnp.float32), axes=("free_vector", "vector")
+    )
     shared = ("num_heads", "mlp_dim", "dropout", "layer_norm_eps", "dtype")
-    self.fusion = None if fusion is None else ImageFusion(
-        embed_dim=embed_dim, **{name: encoder[name] for name in shared if name in encoder}, **fusion, rngs=rngs)
+    self.fusion = (
+      None
+      if fusion is None
+      else ImageFusion(
+        embed_dim=embed_dim, **{name: encoder[name] for name in shared if name in encoder}, **fusion, rngs=rngs
+      )
+    )
 
   def pool(
-      self, tokens: Int[Array, "R T"], segments: Int[Array, "R T"], positions: Int[Array, "R T"],
-      num_slots: int, images: ImageTokens | None = None, key: Array | None = None) -> Float[Array, "R S D"]:
+    self,
+    tokens: Int[Array, "R T"],
+    segments: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    num_slots: int,
+    images: ImageTokens | None = None,
+    key: Array | None = None,
+  ) -> Float[Array, "R S D"]:
     """Pooled encoder output of every item of packed rows, before the norm; zeros for empty slots.
 
     Args:
@@ -81,8 +102,12 @@ class DualEncoder(nnx.Module):
     return self.fusion.add_residual(pooled, images)
 
   def prototypes(
-      self, pooled: Float[Array, "B D"], clusters: Int[Array, "B"], centroids: Float[Array, "B D"],
-      key: Array | None = None) -> Float[Array, "B D"]:
+    self,
+    pooled: Float[Array, "B D"],
+    clusters: Int[Array, "B"],
+    centroids: Float[Array, "B D"],
+    key: Array | None = None,
+  ) -> Float[Array, "B D"]:
     """Unit-norm prototypes of labels.
 
     Args:

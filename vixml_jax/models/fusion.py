@@ -62,19 +62,19 @@ class ImageFusion(nnx.Module):
   """
 
   def __init__(
-      self,
-      feature_dim: int,
-      embed_dim: int,
-      num_heads: int,
-      mlp_dim: int,
-      *,
-      method: str = "early",
-      adapter: str = "linear",
-      residual: bool = False,
-      dropout: float = 0.1,
-      layer_norm_eps: float = 1e-12,
-      dtype: str = "float32",
-      rngs: nnx.Rngs,
+    self,
+    feature_dim: int,
+    embed_dim: int,
+    num_heads: int,
+    mlp_dim: int,
+    *,
+    method: str = "early",
+    adapter: str = "linear",
+    residual: bool = False,
+    dropout: float = 0.1,
+    layer_norm_eps: float = 1e-12,
+    dtype: str = "float32",
+    rngs: nnx.Rngs,
   ):
     if method not in METHODS or adapter not in ADAPTERS:
       raise ValueError(f"method {method!r} and adapter {adapter!r}: known are {METHODS} and {ADAPTERS}")
@@ -85,16 +85,27 @@ class ImageFusion(nnx.Module):
     self.adapter = adapter
 
     def linear(inputs):
-      return layers.Linear(
-          inputs, {"embed": embed_dim}, dtype=dtype, kernel_init=layers.fan_in_uniform, rngs=rngs)
+      return layers.Linear(inputs, {"embed": embed_dim}, dtype=dtype, kernel_init=layers.fan_in_uniform, rngs=rngs)
 
     self.project = linear({"feature": feature_dim})
     self.hidden = linear({"vector": embed_dim}) if adapter == "mlp" else None
     self.gate = linear({"feature": feature_dim}) if adapter == "gated" else None
     self.residual = linear({"feature": feature_dim}) if residual else None
-    self.mixer = layers.PostNormLayer(
-        embed_dim, num_heads, mlp_dim, dropout=dropout, attention_dropout=dropout, projection_dropout=dropout,
-        layer_norm_eps=layer_norm_eps, dtype=dtype, rngs=rngs) if method == "late" else None
+    self.mixer = (
+      layers.PostNormLayer(
+        embed_dim,
+        num_heads,
+        mlp_dim,
+        dropout=dropout,
+        attention_dropout=dropout,
+        projection_dropout=dropout,
+        layer_norm_eps=layer_norm_eps,
+        dtype=dtype,
+        rngs=rngs,
+      )
+      if method == "late"
+      else None
+    )
 
   def adapt(self, features: Float[Array, "R J F"]) -> Float[Array, "R J D"]:
     """Image features at the token width."""
@@ -125,7 +136,7 @@ class ImageFusion(nnx.Module):
     return pooled + jnp.where(has_images, added, 0)
 
   def mix(
-      self, pooled: Float[Array, "R S D"], images: ImageTokens, key: Key[Array, ""] | None = None
+    self, pooled: Float[Array, "R S D"], images: ImageTokens, key: Key[Array, ""] | None = None
   ) -> Float[Array, "R S D"]:
     """Late fusion: pooled texts [R, S, D] and their images become embeddings, f32 [R, S, D]."""
     if self.mixer is None:

@@ -61,9 +61,7 @@ def merge_params(graphdef: nnx.GraphDef, params: dict[str, Any]) -> Any:
   return nnx.merge(graphdef, params)
 
 
-def stack_layers(
-    make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs
-) -> nnx.Module:
+def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
   """One module that holds `num_layers` layers, each parameter with a leading axis `layers`.
 
   Args:
@@ -78,12 +76,12 @@ def stack_layers(
 
 
 def scan_layers(
-    stack: nnx.Module,
-    x: jax.Array,
-    apply: Callable[[Any, jax.Array, jax.Array | None], jax.Array],
-    keys: jax.Array | None = None,
-    remat: bool = False,
-    return_layers: bool = False,
+  stack: nnx.Module,
+  x: jax.Array,
+  apply: Callable[[Any, jax.Array, jax.Array | None], jax.Array],
+  keys: jax.Array | None = None,
+  remat: bool = False,
+  return_layers: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
   """Runs stacked layers one after the other under `lax.scan`.
 
@@ -116,9 +114,7 @@ def split_key(key: jax.Array | None, num: int) -> Any:
   return [None] * num if key is None else jax.random.split(key, num)
 
 
-def dropout(
-    x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None
-) -> Float[Array, "..."]:
+def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
   """Zeroes each element with probability `rate` and scales the others so the mean stays.
 
   The probability is rounded to a multiple of 1/256 and the scale is that of the rounded value:
@@ -207,17 +203,17 @@ class Linear(nnx.Module):
   """
 
   def __init__(
-      self,
-      inputs: dict[str, int],
-      outputs: dict[str, int],
-      *,
-      bias: bool = True,
-      dtype: str = "float32",
-      param_dtype: str = "float32",
-      kernel_init: Initializer = normal_init,
-      lora_rank: int = 0,
-      lora_alpha: float = 0.0,
-      rngs: nnx.Rngs,
+    self,
+    inputs: dict[str, int],
+    outputs: dict[str, int],
+    *,
+    bias: bool = True,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    kernel_init: Initializer = normal_init,
+    lora_rank: int = 0,
+    lora_alpha: float = 0.0,
+    rngs: nnx.Rngs,
   ):
     self.dtype = dtype
     self.num_inputs = len(inputs)
@@ -311,13 +307,13 @@ def _merge_kernel(kernel, lora_a, lora_b, scale):
 
 
 def segment_attention(
-    query: Float[Array, "R Q H head_dim"],
-    key: Float[Array, "R T G head_dim"],
-    value: Float[Array, "R T G head_dim"],
-    segments: Int[Array, "R T"] | None,
-    dropout_rate: float = 0.0,
-    dropout_key: Key[Array, ""] | None = None,
-    causal: bool = False,
+  query: Float[Array, "R Q H head_dim"],
+  key: Float[Array, "R T G head_dim"],
+  value: Float[Array, "R T G head_dim"],
+  segments: Int[Array, "R T"] | None,
+  dropout_rate: float = 0.0,
+  dropout_key: Key[Array, ""] | None = None,
+  causal: bool = False,
 ) -> Float[Array, "R Q H head_dim"]:
   """Scaled dot-product attention in which a token sees the tokens of its own segment only.
 
@@ -355,7 +351,7 @@ def segment_attention(
 
 
 def pool_segments(
-    hidden: Float[Array, "R T D"], segments: Int[Array, "R T"], num_segments: int
+  hidden: Float[Array, "R T D"], segments: Int[Array, "R T"], num_segments: int
 ) -> Float[Array, "R S D"]:
   """Mean over the tokens of each segment: sentence embeddings before the norm.
 
@@ -369,9 +365,7 @@ def pool_segments(
   """
   slots = jnp.arange(1, num_segments + 1, dtype=segments.dtype)
   members = (segments[:, None, :] == slots[:, None]).astype(jnp.float32)  # [R, S, T]
-  sums = jnp.einsum(
-      "rst,rtd->rsd", members, hidden.astype(jnp.float32), precision=lax.Precision.HIGHEST
-  )
+  sums = jnp.einsum("rst,rtd->rsd", members, hidden.astype(jnp.float32), precision=lax.Precision.HIGHEST)
   return sums / jnp.maximum(members.sum(-1, keepdims=True), 1.0)
 
 
@@ -401,14 +395,14 @@ class Attention(nnx.Module):
   """
 
   def __init__(
-      self,
-      embed_dim: int,
-      num_heads: int,
-      *,
-      dropout: float = 0.0,
-      dtype: str = "float32",
-      kernel_init: Initializer = normal_init,
-      rngs: nnx.Rngs,
+    self,
+    embed_dim: int,
+    num_heads: int,
+    *,
+    dropout: float = 0.0,
+    dtype: str = "float32",
+    kernel_init: Initializer = normal_init,
+    rngs: nnx.Rngs,
   ):
     if embed_dim % num_heads:
       raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
@@ -422,15 +416,10 @@ class Attention(nnx.Module):
     self.output = Linear(heads, embed, **options)
 
   def __call__(
-      self,
-      x: Float[Array, "R T D"],
-      segments: Int[Array, "R T"] | None,
-      key: Key[Array, ""] | None = None,
+    self, x: Float[Array, "R T D"], segments: Int[Array, "R T"] | None, key: Key[Array, ""] | None = None
   ) -> Float[Array, "R T D"]:
     """[R, T, D] -> [R, T, D]; `segments` as in `segment_attention`."""
-    mixed = segment_attention(
-        self.query(x), self.key(x), self.value(x), segments, self.dropout, key
-    )
+    mixed = segment_attention(self.query(x), self.key(x), self.value(x), segments, self.dropout, key)
     return self.output(mixed)
 
   def cross(self, x: Float[Array, "R Q D"], context: Float[Array, "R T D"]) -> Float[Array, "R Q D"]:
@@ -457,19 +446,19 @@ class PostNormLayer(nnx.Module):
   """
 
   def __init__(
-      self,
-      embed_dim: int,
-      num_heads: int,
-      mlp_dim: int,
-      *,
-      dropout: float = 0.1,
-      attention_dropout: float = 0.1,
-      projection_dropout: float = 0.1,
-      activation_dropout: float = 0.0,
-      layer_norm_eps: float = 1e-12,
-      dtype: str = "float32",
-      kernel_init: Initializer = normal_init,
-      rngs: nnx.Rngs,
+    self,
+    embed_dim: int,
+    num_heads: int,
+    mlp_dim: int,
+    *,
+    dropout: float = 0.1,
+    attention_dropout: float = 0.1,
+    projection_dropout: float = 0.1,
+    activation_dropout: float = 0.0,
+    layer_norm_eps: float = 1e-12,
+    dtype: str = "float32",
+    kernel_init: Initializer = normal_init,
+    rngs: nnx.Rngs,
   ):
     self.dropout = dropout
     self.projection_dropout = projection_dropout
@@ -482,10 +471,7 @@ class PostNormLayer(nnx.Module):
     self.mlp_norm = LayerNorm(embed_dim, layer_norm_eps)
 
   def __call__(
-      self,
-      x: Float[Array, "R T D"],
-      segments: Int[Array, "R T"] | None,
-      key: Key[Array, ""] | None = None,
+    self, x: Float[Array, "R T D"], segments: Int[Array, "R T"] | None, key: Key[Array, ""] | None = None
   ) -> Float[Array, "R T D"]:
     """[R, T, D] -> [R, T, D]; `segments` as in `segment_attention`, key None for no dropout."""
     attention_key, projection_key, activation_key, output_key = split_key(key, 4)

@@ -24,26 +24,34 @@ class PrototypeNetwork(nnx.Module):
   """
 
   def __init__(
-      self,
-      embed_dim: int,
-      num_heads: int = 8,
-      mlp_dim: int = 1024,
-      dropout: float = 0.1,
-      layer_norm_eps: float = 1e-5,
-      *,
-      rngs: nnx.Rngs,
+    self,
+    embed_dim: int,
+    num_heads: int = 8,
+    mlp_dim: int = 1024,
+    dropout: float = 0.1,
+    layer_norm_eps: float = 1e-5,
+    *,
+    rngs: nnx.Rngs,
   ):
     self.layer = layers.PostNormLayer(
-        embed_dim, num_heads, mlp_dim, dropout=dropout, attention_dropout=dropout,
-        projection_dropout=dropout, activation_dropout=dropout, layer_norm_eps=layer_norm_eps,
-        kernel_init=layers.fan_in_uniform, rngs=rngs)
+      embed_dim,
+      num_heads,
+      mlp_dim,
+      dropout=dropout,
+      attention_dropout=dropout,
+      projection_dropout=dropout,
+      activation_dropout=dropout,
+      layer_norm_eps=layer_norm_eps,
+      kernel_init=layers.fan_in_uniform,
+      rngs=rngs,
+    )
 
   def __call__(
-      self,
-      pooled: Float[Array, "B D"],
-      free_vectors: Float[Array, "B D"],
-      centroids: Float[Array, "B D"],
-      key: Array | None = None,
+    self,
+    pooled: Float[Array, "B D"],
+    free_vectors: Float[Array, "B D"],
+    centroids: Float[Array, "B D"],
+    key: Array | None = None,
   ) -> Float[Array, "B D"]:
     """Prototypes before the norm.
 

@@ -34,18 +34,18 @@ class SiglipVision(nnx.Module):
   """
 
   def __init__(
-      self,
-      image_size: int,
-      patch_size: int,
-      num_layers: int,
-      embed_dim: int,
-      num_heads: int,
-      mlp_dim: int,
-      dtype: str = "float32",
-      remat: bool = False,
-      layer_norm_eps: float = 1e-6,
-      *,
-      rngs: nnx.Rngs,
+    self,
+    image_size: int,
+    patch_size: int,
+    num_layers: int,
+    embed_dim: int,
+    num_heads: int,
+    mlp_dim: int,
+    dtype: str = "float32",
+    remat: bool = False,
+    layer_norm_eps: float = 1e-6,
+    *,
+    rngs: nnx.Rngs,
   ):
     self.patch_size = patch_size
     self.grid = image_size // patch_size
@@ -53,10 +53,13 @@ class SiglipVision(nnx.Module):
     self.dtype = dtype
     self.remat = remat
     self.patch_embedding = layers.Linear(
-        {"patch_height": patch_size, "patch_width": patch_size, "channel": 3}, {"embed": embed_dim},
-        dtype=dtype, kernel_init=jax.nn.initializers.lecun_normal(), rngs=rngs)
-    positions = jax.nn.initializers.normal(embed_dim**-0.5)(
-        rngs.params(), (self.grid**2, embed_dim), jnp.float32)
+      {"patch_height": patch_size, "patch_width": patch_size, "channel": 3},
+      {"embed": embed_dim},
+      dtype=dtype,
+      kernel_init=jax.nn.initializers.lecun_normal(),
+      rngs=rngs,
+    )
+    positions = jax.nn.initializers.normal(embed_dim**-0.5)(rngs.params(), (self.grid**2, embed_dim), jnp.float32)
     self.position_embedding = nnx.Param(positions, axes=("position", "embed"))
 
     def make_layer(layer_rngs: nnx.Rngs) -> PreNormLayer:
@@ -86,9 +89,10 @@ class SiglipVision(nnx.Module):
     size, grid = self.patch_size, self.grid
     if (height // size, width // size) != (grid, grid):
       raise ValueError(
-          f"images of {height} x {width} pixels have {height // size} x {width // size} patches of {size}"
-          f" pixels; the tower has positions for {grid} x {grid}")
-    patches = pixels[:, :grid * size, :grid * size].reshape(batch, grid, size, grid, size, 3)
+        f"images of {height} x {width} pixels have {height // size} x {width // size} patches of {size}"
+        f" pixels; the tower has positions for {grid} x {grid}"
+      )
+    patches = pixels[:, : grid * size, : grid * size].reshape(batch, grid, size, grid, size, 3)
     x = self.patch_embedding(patches.swapaxes(2, 3)).reshape(batch, grid**2, self.embed_dim)
     return x + self.position_embedding[...].astype(x.dtype)
 
@@ -105,8 +109,7 @@ class SiglipVision(nnx.Module):
     def apply(layer, hidden, _):
       return layer(hidden)
 
-    return layers.scan_layers(
-        self.layers, x, apply, remat=self.remat, return_layers=return_layers)
+    return layers.scan_layers(self.layers, x, apply, remat=self.remat, return_layers=return_layers)
 
 
 class _Block(nnx.Module):
@@ -122,14 +125,7 @@ class _Block(nnx.Module):
   """
 
   def __init__(
-      self,
-      embed_dim: int,
-      num_heads: int,
-      mlp_dim: int,
-      layer_norm_eps: float,
-      dtype: str,
-      *,
-      rngs: nnx.Rngs,
+    self, embed_dim: int, num_heads: int, mlp_dim: int, layer_norm_eps: float, dtype: str, *, rngs: nnx.Rngs
   ):
     options: dict[str, Any] = {"dtype": dtype, "kernel_init": _xavier, "rngs": rngs}
     self.attention = layers.Attention(embed_dim, num_heads, **options)
@@ -145,8 +141,9 @@ class _Block(nnx.Module):
 class PreNormLayer(_Block):
   """Transformer layer with the norms before attention and feed-forward part; arguments are those of `_Block`."""
 
-  def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, layer_norm_eps: float, dtype: str, *,
-               rngs: nnx.Rngs):
+  def __init__(
+    self, embed_dim: int, num_heads: int, mlp_dim: int, layer_norm_eps: float, dtype: str, *, rngs: nnx.Rngs
+  ):
     super().__init__(embed_dim, num_heads, mlp_dim, layer_norm_eps, dtype, rngs=rngs)
     self.attention_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
 
@@ -158,8 +155,9 @@ class PreNormLayer(_Block):
 class AttentionPool(_Block):
   """Attention pooling: a learnt probe attends to all tokens; arguments are those of `_Block`."""
 
-  def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, layer_norm_eps: float, dtype: str, *,
-               rngs: nnx.Rngs):
+  def __init__(
+    self, embed_dim: int, num_heads: int, mlp_dim: int, layer_norm_eps: float, dtype: str, *, rngs: nnx.Rngs
+  ):
     self.probe = nnx.Param(_xavier(rngs.params(), (1, embed_dim), jnp.float32)[0], axes=("embed",))
     super().__init__(embed_dim, num_heads, mlp_dim, layer_norm_eps, dtype, rngs=rngs)
 

@@ -65,11 +65,7 @@ class ExactIndex:
     self._labels = self._place(embeddings)
 
   def search(
-    self,
-    queries: np.ndarray | jax.Array,
-    k: int,
-    masks: np.ndarray | None = None,
-    mask_of: np.ndarray | None = None,
+    self, queries: np.ndarray | jax.Array, k: int, masks: np.ndarray | None = None, mask_of: np.ndarray | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
     """The k labels of highest inner product, the lower id first where scores are equal.
 
@@ -90,9 +86,7 @@ class ExactIndex:
     if k < 1:
       raise ValueError(f"k is {k}, must be at least 1")
     if queries.ndim != 2 or queries.shape[1] != self._dim:
-      raise InputError(
-        f"queries have shape {queries.shape} but label embeddings have {self._dim} columns"
-      )
+      raise InputError(f"queries have shape {queries.shape} but label embeddings have {self._dim} columns")
     queries = _to_host(queries, self._replicated).astype(np.float32)
     program = _program(self._mesh, self.num_labels, k, masks is not None)
     placed = () if masks is None else (self._place_masks(masks),)
@@ -192,10 +186,11 @@ def _program(mesh: Mesh, num_labels: int, k: int, masked: bool):
   search = functools.partial(_search_shard, axes=axes, num_labels=num_labels, k=k)
   # Results are the same on all devices after the gather at the end, which JAX cannot infer.
   in_specs = (PartitionSpec(axes), PartitionSpec())
-  return jax.jit(jax.shard_map(
-    search, mesh=mesh, check_vma=False, in_specs=2 * in_specs if masked else in_specs,
-    out_specs=PartitionSpec(),
-  ))
+  return jax.jit(
+    jax.shard_map(
+      search, mesh=mesh, check_vma=False, in_specs=2 * in_specs if masked else in_specs, out_specs=PartitionSpec()
+    )
+  )
 
 
 def _search_shard(labels, queries, masks=None, mask_of=None, *, axes, num_labels: int, k: int):
@@ -205,9 +200,7 @@ def _search_shard(labels, queries, masks=None, mask_of=None, *, axes, num_labels
 
   def step(best, inputs):
     number, block_labels, block_masks = inputs
-    scores = jnp.einsum(
-      "qd,ld->ql", queries, block_labels.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
+    scores = jnp.einsum("qd,ld->ql", queries, block_labels.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     start = first + number * block
     scores = jnp.where(start + jnp.arange(block) < num_labels, scores, -jnp.inf)
     if block_masks is not None:
@@ -224,9 +217,7 @@ def _search_shard(labels, queries, masks=None, mask_of=None, *, axes, num_labels
 
 def _merge(left, right, k: int):
   """Top k of two lists of (values, ids); the left one holds the lower ids and wins ties."""
-  return _top_of(
-    jnp.concatenate([left[0], right[0]], axis=1), jnp.concatenate([left[1], right[1]], axis=1), k
-  )
+  return _top_of(jnp.concatenate([left[0], right[0]], axis=1), jnp.concatenate([left[1], right[1]], axis=1), k)
 
 
 def _top_of(values, ids, k: int):

@@ -116,8 +116,7 @@ class Filters:
     return permitted
 
 
-def keep_permitted(
-    scores: np.ndarray, ids: np.ndarray, permitted: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def keep_permitted(scores: np.ndarray, ids: np.ndarray, permitted: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
   """The first k of each row that are permitted, in their order; -inf and -1 where fewer are.
 
   Args:
@@ -132,7 +131,7 @@ def keep_permitted(
 
 
 def search_filtered(
-    index: Index, embeddings: np.ndarray, live: np.ndarray, queries: np.ndarray, k: int, filters: Filters,
+  index: Index, embeddings: np.ndarray, live: np.ndarray, queries: np.ndarray, k: int, filters: Filters
 ) -> tuple[np.ndarray, np.ndarray]:
   """The k best of the labels that each query may have.
 
@@ -184,14 +183,16 @@ class _Search:
   most `OVERFETCH_AT_MOST`: for these so many more labels are searched for, as in way 2, and the denied ones dropped.
   """
 
-  def __init__(self, index: Index, embeddings: np.ndarray, live: np.ndarray, queries: np.ndarray, k: int,
-               filters: Filters):
+  def __init__(
+    self, index: Index, embeddings: np.ndarray, live: np.ndarray, queries: np.ndarray, k: int, filters: Filters
+  ):
     self.scores = np.full((len(queries), k), -np.inf, np.float32)
     self.ids = np.full((len(queries), k), -1, np.int32)
     self._index, self._embeddings, self._live = index, embeddings, live
     self._queries, self._k, self._filters = queries, k, filters
     self._allow, self._deny = (
-        IdSets.from_rows([None] * len(queries)) if part is None else part for part in (filters.allow, filters.deny))
+      IdSets.from_rows([None] * len(queries)) if part is None else part for part in (filters.allow, filters.deny)
+    )
     many = self._deny.sizes > OVERFETCH_AT_MOST
     self._many_denied_of = np.where(many, self._deny.of_query, -1)
     self._few_denied = np.where(many, 0, self._deny.sizes)
@@ -200,8 +201,12 @@ class _Search:
     """Way 1: what is allowed is read and scored once for all queries of a group."""
     for members in self._groups(queries):
       rows = np.flatnonzero(self._mask(members[0]))
-      self._set(members, *search_rows(
-          self._embeddings, rows, self._queries[members], min(self._width(members), max(len(rows), self._k))))
+      self._set(
+        members,
+        *search_rows(
+          self._embeddings, rows, self._queries[members], min(self._width(members), max(len(rows), self._k))
+        ),
+      )
 
   def by_overfetching(self, queries: np.ndarray) -> None:
     """Way 2."""
@@ -217,7 +222,7 @@ class _Search:
     assert isinstance(self._index, ExactIndex)
     groups = self._groups(queries)
     for start in range(0, len(groups), MASKS_AT_ONCE):
-      part = groups[start:start + MASKS_AT_ONCE]
+      part = groups[start : start + MASKS_AT_ONCE]
       members = np.concatenate(part)
       masks = np.stack([self._mask(group[0]) for group in part])
       mask_of = np.repeat(np.arange(len(part)), [len(group) for group in part])

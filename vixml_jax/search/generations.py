@@ -23,8 +23,10 @@ LOCK = ".lock"
 
 def remedy(folder: Path) -> str:
   """What to do about an index that cannot be used."""
-  return (f"delete {folder} and run `python -m vixml_jax.evaluate --workdir={folder.parent}`, which writes it anew "
-          "(labels that were added must be added again)")
+  return (
+    f"delete {folder} and run `python -m vixml_jax.evaluate --workdir={folder.parent}`, which writes it anew "
+    "(labels that were added must be added again)"
+  )
 
 
 def read_current(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -36,8 +38,10 @@ def read_current(folder: Path) -> tuple[Path, dict[str, Any]]:
   try:
     name, _, digest = (folder / CURRENT).read_text(encoding="utf-8").strip().partition(" ")
   except FileNotFoundError as error:
-    raise InputError(f"{folder / CURRENT} is missing, so there is no label index: "
-                     f"`python -m vixml_jax.evaluate --workdir={folder.parent}` writes it") from error
+    raise InputError(
+      f"{folder / CURRENT} is missing, so there is no label index: "
+      f"`python -m vixml_jax.evaluate --workdir={folder.parent}` writes it"
+    ) from error
   except (OSError, UnicodeDecodeError) as error:
     raise InputError(f"{folder / CURRENT}: cannot be read ({error}); {remedy(folder)}") from error
   if not name.isdigit():
@@ -77,7 +81,8 @@ def check_files(generation: Path, files: dict[str, dict[str, Any]], *, contents:
 
 
 def write_generation(
-    folder: Path, fill: Callable[[Path], dict[str, Any]], known: dict[str, dict[str, Any]] | None = None) -> None:
+  folder: Path, fill: Callable[[Path], dict[str, Any]], known: dict[str, dict[str, Any]] | None = None
+) -> None:
   """Writes the next generation, makes it the valid one and removes all others. Call it under the lock `LOCK`.
 
   Args:
@@ -90,8 +95,9 @@ def write_generation(
   with new_folder(target) as work:
     info = fill(work)
     info["files"] = {
-        path.relative_to(work).as_posix(): (known or {}).get(path.relative_to(work).as_posix()) or _describe(path)
-        for path in sorted(work.rglob("*")) if path.is_file()
+      path.relative_to(work).as_posix(): (known or {}).get(path.relative_to(work).as_posix()) or _describe(path)
+      for path in sorted(work.rglob("*"))
+      if path.is_file()
     }
     content = (json.dumps(info, indent=2) + "\n").encode()
     (work / INDEX).write_bytes(content)

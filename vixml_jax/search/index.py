@@ -52,12 +52,7 @@ def make_index(
 
 
 def search_excluding(
-  index: Index,
-  queries: np.ndarray | jax.Array,
-  k: int,
-  exclude: Ragged | None,
-  *,
-  query_chunk: int = 4096,
+  index: Index, queries: np.ndarray | jax.Array, k: int, exclude: Ragged | None, *, query_chunk: int = 4096
 ) -> tuple[np.ndarray, np.ndarray]:
   """The k best of the labels that a query may have, filtered before the cut at k.
 
@@ -86,9 +81,7 @@ def search_excluding(
     raise ValueError(f"{len(queries)} queries but {len(exclude)} rows of exclusions")
   scores = np.empty((len(queries), k), np.float32)
   ids = np.empty((len(queries), k), np.int32)
-  with tqdm.tqdm(
-    total=len(queries), desc="search", unit="query", disable=None, leave=False
-  ) as progress:
+  with tqdm.tqdm(total=len(queries), desc="search", unit="query", disable=None, leave=False) as progress:
     for start in range(0, len(queries), query_chunk):
       rows = slice(start, min(start + query_chunk, len(queries)))
       excluded = None if exclude is None else exclude.take(np.arange(rows.start, rows.stop))

@@ -72,8 +72,11 @@ class IndexContents:
   categories: Sequence[Sequence[str]] | None = None
 
   def __post_init__(self):
-    counts = {name: len(value) for name in ("embeddings", "texts", "uids", "label_clusters", "deleted", "categories")
-              if (value := getattr(self, name)) is not None}
+    counts = {
+      name: len(value)
+      for name in ("embeddings", "texts", "uids", "label_clusters", "deleted", "categories")
+      if (value := getattr(self, name)) is not None
+    }
     if len(set(counts.values())) > 1:
       raise ValueError(f"different numbers of labels: {counts}")
     numbers = [-1 if part is None else len(part) for part in (self.queries, self.query_labels)]
@@ -82,8 +85,14 @@ class IndexContents:
 
 
 def write_index(
-    folder: str | Path, contents: IndexContents, *, checkpoint: dict[str, Any], search: str,
-    retrieval: dict[str, Any] | None = None, mesh: Mesh | None = None) -> None:
+  folder: str | Path,
+  contents: IndexContents,
+  *,
+  checkpoint: dict[str, Any],
+  search: str,
+  retrieval: dict[str, Any] | None = None,
+  mesh: Mesh | None = None,
+) -> None:
   """Writes an index in the place of whatever is in the folder; it appears whole or not at all.
 
   With search="scann" ScaNN is built, over the training queries too, and its recall against exact search is measured,
@@ -129,9 +138,13 @@ def write_index(
       if contents.queries is not None:
         _save(ScannIndex(contents.queries), work / "scann_queries")
     return {
-        "format": FORMAT, "checkpoint": checkpoint, "edits": 0, "retrieval": retrieval,
-        "categories": None if contents.categories is None else names,
-        **_counts(embeddings, deleted), **_search_info(search, scann, embeddings, deleted, contents.queries, mesh),
+      "format": FORMAT,
+      "checkpoint": checkpoint,
+      "edits": 0,
+      "retrieval": retrieval,
+      "categories": None if contents.categories is None else names,
+      **_counts(embeddings, deleted),
+      **_search_info(search, scann, embeddings, deleted, contents.queries, mesh),
     }
 
   with locked(folder / generations.LOCK):
@@ -177,8 +190,14 @@ class LabelIndex:
 
   @classmethod
   def open(
-      cls, folder: str | Path, *, checkpoint: dict[str, Any] | None, search: str | None = None,
-      mesh: Mesh | None = None, verify: bool = True) -> Self:
+    cls,
+    folder: str | Path,
+    *,
+    checkpoint: dict[str, Any] | None,
+    search: str | None = None,
+    mesh: Mesh | None = None,
+    verify: bool = True,
+  ) -> Self:
     """Opens the valid generation.
 
     Args:
@@ -284,8 +303,11 @@ class LabelIndex:
     return ids
 
   def filters(
-      self, allow: Sequence[Sequence[str] | None] | None = None, deny: Sequence[Sequence[str] | None] | None = None,
-      categories: Sequence[Sequence[str] | None] | None = None) -> Filters:
+    self,
+    allow: Sequence[Sequence[str] | None] | None = None,
+    deny: Sequence[Sequence[str] | None] | None = None,
+    categories: Sequence[Sequence[str] | None] | None = None,
+  ) -> Filters:
     """Filters by names, for `search`.
 
     A query that has both allowed labels and categories may have the allowed labels that are in one of the categories
@@ -302,15 +324,19 @@ class LabelIndex:
     num_queries = next((len(part) for part in (allow, categories) if part is not None), 0)
     nothing = [None] * num_queries
     keys = [
-        None if uids is None and names is None else (
-            uids if uids is None else tuple(uids), names if names is None else tuple(names))
-        for uids, names in zip(allow or nothing, categories or nothing, strict=True)]
+      None
+      if uids is None and names is None
+      else (uids if uids is None else tuple(uids), names if names is None else tuple(names))
+      for uids, names in zip(allow or nothing, categories or nothing, strict=True)
+    ]
     return Filters(
-        _shared_sets(keys, lambda key: self._allowed(*key)),
-        _shared_sets([tuple(uids) if uids else None for uids in deny or ()], self._known_ids))
+      _shared_sets(keys, lambda key: self._allowed(*key)),
+      _shared_sets([tuple(uids) if uids else None for uids in deny or ()], self._known_ids),
+    )
 
   def search(
-      self, queries: np.ndarray | jax.Array, k: int, filters: Filters | None = None) -> tuple[np.ndarray, np.ndarray]:
+    self, queries: np.ndarray | jax.Array, k: int, filters: Filters | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
     """The k best labels of each query, of those that are not deleted and that its filter allows.
 
     Args:
@@ -327,9 +353,17 @@ class LabelIndex:
     return search_filtered(self.label_index, self.embeddings, ~self.deleted, queries, k, filters)
 
   def add(
-      self, embeddings: np.ndarray, texts: Sequence[str], uids: Sequence[str], label_clusters: np.ndarray,
-      categories: Sequence[Sequence[str]] | None = None, *, queries: np.ndarray | None = None,
-      query_labels: Ragged | None = None, delete: Sequence[int] | np.ndarray = ()) -> "LabelIndex":
+    self,
+    embeddings: np.ndarray,
+    texts: Sequence[str],
+    uids: Sequence[str],
+    label_clusters: np.ndarray,
+    categories: Sequence[Sequence[str]] | None = None,
+    *,
+    queries: np.ndarray | None = None,
+    query_labels: Ragged | None = None,
+    delete: Sequence[int] | np.ndarray = (),
+  ) -> "LabelIndex":
     """Adds labels, into ScaNN too where it is stored, and measures its recall again.
 
     Their ids follow those of the labels that are there: the last `len(uids)` below `num_labels` of what is returned.
@@ -351,13 +385,22 @@ class LabelIndex:
     Raises:
       InputError: a uid stands for a label already, there is no such id to delete, or no label would be left.
     """
-    new = IndexContents(np.asarray(embeddings, np.float32), texts, uids, np.asarray(label_clusters, np.int32),
-                        self.clusters, categories=categories, queries=queries, query_labels=query_labels)
+    new = IndexContents(
+      np.asarray(embeddings, np.float32),
+      texts,
+      uids,
+      np.asarray(label_clusters, np.int32),
+      self.clusters,
+      categories=categories,
+      queries=queries,
+      query_labels=query_labels,
+    )
     if new.embeddings.shape[1:] != (self.dim,):
       raise ValueError(f"embeddings have shape {new.embeddings.shape} instead of [n, {self.dim}]")
     doomed = np.asarray(delete, np.int64)
     return self._edit(
-        lambda latest, work: latest._write_added(work, new, doomed), _QUERIES if queries is not None else ())
+      lambda latest, work: latest._write_added(work, new, doomed), _QUERIES if queries is not None else ()
+    )
 
   def delete(self, ids: Sequence[int] | np.ndarray) -> "LabelIndex":
     """Deletes labels, for good; their ids are not used again, their uids may be.
@@ -392,16 +435,20 @@ class LabelIndex:
 
   def _stored_queries(self) -> np.ndarray:
     if self._queries is None:
-      raise InputError(f"{self.folder}: was written without the training queries, which retrieval-augmented inference "
-                       f"needs; {generations.remedy(self.folder)} with --retrieval_augmented")
+      raise InputError(
+        f"{self.folder}: was written without the training queries, which retrieval-augmented inference "
+        f"needs; {generations.remedy(self.folder)} with --retrieval_augmented"
+      )
     return self._queries
 
   def _known_ids(self, uids: Sequence[str]) -> np.ndarray:
     ids = self._uids.find(uids)
     for uid, label in zip(uids, ids, strict=True):
       if label < 0:
-        raise InputError(f"label {uid!r} is not in {self.folder}; uids are those of the data set's labels and of "
-                         "labels that were added")
+        raise InputError(
+          f"label {uid!r} is not in {self.folder}; uids are those of the data set's labels and of "
+          "labels that were added"
+        )
     return ids
 
   @functools.cached_property
@@ -418,8 +465,10 @@ class LabelIndex:
     for name in names:
       if name not in self._labels_of_categories:
         known = ", ".join(self.categories[:10]) or "none"
-        raise InputError(f"category {name!r} is not in {self.folder}, which has {len(self.categories)}: {known}"
-                         f"{', ...' if len(self.categories) > 10 else ''}")
+        raise InputError(
+          f"category {name!r} is not in {self.folder}, which has {len(self.categories)}: {known}"
+          f"{', ...' if len(self.categories) > 10 else ''}"
+        )
     members = functools.reduce(np.union1d, (self._labels_of_categories[name] for name in names), np.zeros(0, np.int32))
     return members if uids is None else np.intersect1d(members, self._known_ids(uids))
 
@@ -431,14 +480,18 @@ class LabelIndex:
     with locked(self.folder / generations.LOCK):
       generation, _ = generations.read_current(self.folder)
       latest = self if generation == self._generation else self._reopened()
-      known = {name: described for name, described in latest.info["files"].items()
-               if name.split("/")[0] in _UNCHANGED and name.split("/")[0] not in changed}
+      known = {
+        name: described
+        for name, described in latest.info["files"].items()
+        if name.split("/")[0] in _UNCHANGED and name.split("/")[0] not in changed
+      }
       generations.write_generation(self.folder, lambda work: write(latest, work), known)
     return self._reopened()
 
   def _reopened(self) -> "LabelIndex":
     return LabelIndex.open(
-        self.folder, checkpoint=self.info["checkpoint"], search=self.search_kind, mesh=self._mesh, verify=False)
+      self.folder, checkpoint=self.info["checkpoint"], search=self.search_kind, mesh=self._mesh, verify=False
+    )
 
   def _write_added(self, work: Path, new: IndexContents, doomed: np.ndarray) -> dict[str, Any]:
     deleted = self._deleted_with(doomed)
@@ -467,7 +520,8 @@ class LabelIndex:
       scann.add(new.embeddings, np.arange(self.num_labels, len(deleted)))
 
     return self._finish(work, deleted, change) | {
-        "categories": names if names or self._categories is not None else None}
+      "categories": names if names or self._categories is not None else None
+    }
 
   def _write_queries(self, work: Path, queries: np.ndarray, labels: Ragged) -> None:
     """The training queries, if there are any, and more, whose labels are numbered from the first new one."""
@@ -547,12 +601,16 @@ def _check_left(folder: Path, deleted: np.ndarray) -> None:
 
 def _check_info(folder: Path, info: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
   if info.get("format") != FORMAT:
-    raise InputError(f"{folder}: is an index of format {info.get('format')!r}, but this version reads format {FORMAT}; "
-                     f"{generations.remedy(folder)}")
+    raise InputError(
+      f"{folder}: is an index of format {info.get('format')!r}, but this version reads format {FORMAT}; "
+      f"{generations.remedy(folder)}"
+    )
   if checkpoint is not None and info["checkpoint"] != checkpoint:
     described = ["step {step}, sha256 {sha256:.12}".format(**each) for each in (info["checkpoint"], checkpoint)]
-    raise InputError(f"{folder}: was made from another checkpoint ({described[0]}) than the one in use "
-                     f"({described[1]}); {generations.remedy(folder)}")
+    raise InputError(
+      f"{folder}: was made from another checkpoint ({described[0]}) than the one in use "
+      f"({described[1]}); {generations.remedy(folder)}"
+    )
 
 
 def _counts(embeddings: np.ndarray, deleted: np.ndarray) -> dict[str, Any]:
@@ -560,8 +618,13 @@ def _counts(embeddings: np.ndarray, deleted: np.ndarray) -> dict[str, Any]:
 
 
 def _search_info(
-    kind: str, scann: ScannIndex | None, embeddings: np.ndarray, deleted: np.ndarray, queries: np.ndarray | None,
-    mesh: Mesh | None) -> dict[str, Any]:
+  kind: str,
+  scann: ScannIndex | None,
+  embeddings: np.ndarray,
+  deleted: np.ndarray,
+  queries: np.ndarray | None,
+  mesh: Mesh | None,
+) -> dict[str, Any]:
   """What index.json says of the search: its parameters, and ScaNN's recall on a sample of queries."""
   if scann is None:
     return {"search": {"kind": kind}, "recall": None}
@@ -573,8 +636,12 @@ def _search_info(
   _, wanted = ExactIndex(embeddings, mesh, rows=live).search(sample, k)
   _, found = scann.search(sample, k)
   recall = {f"recall@{at}": 100 * overlap(found[:, :at], wanted[:, :at]) for at in RECALL_AT}
-  _log.info("ScaNN finds %s of what exact search finds, for %s %s", " and ".join(
-      f"{value:.2f} % ({name})" for name, value in recall.items()), f"{len(sample):,}", name)
+  _log.info(
+    "ScaNN finds %s of what exact search finds, for %s %s",
+    " and ".join(f"{value:.2f} % ({name})" for name, value in recall.items()),
+    f"{len(sample):,}",
+    name,
+  )
   parameters = dataclasses.asdict(scann.parameters)
   return {"search": {"kind": kind, "parameters": parameters}, "recall": recall | {"queries": len(sample), "of": name}}
 
@@ -587,11 +654,12 @@ def _save(scann: ScannIndex, folder: Path) -> None:
 def _save_joined(path: Path, first: np.ndarray, second: np.ndarray) -> None:
   """One array file of the rows of both, without holding them in memory."""
   joined = np.lib.format.open_memmap(
-      path, mode="w+", dtype=np.float32, shape=(len(first) + len(second), first.shape[1]))
+    path, mode="w+", dtype=np.float32, shape=(len(first) + len(second), first.shape[1])
+  )
   for start in range(0, len(first), _ROWS_AT_ONCE):
-    part = first[start:start + _ROWS_AT_ONCE]
-    joined[start:start + len(part)] = part
-  joined[len(first):] = second
+    part = first[start : start + _ROWS_AT_ONCE]
+    joined[start : start + len(part)] = part
+  joined[len(first) :] = second
   joined.flush()
 
 
@@ -612,4 +680,5 @@ def _shared_sets(keys: Sequence[Any], ids_of) -> IdSets | None:
   if not distinct:
     return None
   return IdSets.of(
-      Ragged.from_rows([ids_of(key) for key in distinct]), np.asarray([distinct.get(key, -1) for key in keys]))
+    Ragged.from_rows([ids_of(key) for key in distinct]), np.asarray([distinct.get(key, -1) for key in keys])
+  )

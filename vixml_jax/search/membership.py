@@ -33,9 +33,7 @@ def is_in_row(ids: np.ndarray, rows: Ragged, row_of: np.ndarray | None = None) -
   return (held[places] == wanted) & (ids >= 0)
 
 
-def drop_members(
-  scores: np.ndarray, ids: np.ndarray, rows: Ragged, k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def drop_members(scores: np.ndarray, ids: np.ndarray, rows: Ragged, k: int) -> tuple[np.ndarray, np.ndarray]:
   """The first k results of each query that do not stand in its row.
 
   Args:

@@ -6,8 +6,7 @@ _LABELS_AT_ONCE = 65_536
 _QUERIES_AT_ONCE = 512
 
 
-def search_rows(
-    embeddings: np.ndarray, rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def search_rows(embeddings: np.ndarray, rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
   """The k labels of highest inner product among the given ones.
 
   Args:
@@ -23,7 +22,7 @@ def search_rows(
   scores = np.full((len(queries), k), -np.inf, np.float32)
   ids = np.full((len(queries), k), -1, np.int32)
   for start in range(0, len(rows), _LABELS_AT_ONCE):
-    block = rows[start:start + _LABELS_AT_ONCE]
+    block = rows[start : start + _LABELS_AT_ONCE]
     labels = np.asarray(embeddings[block], np.float32).T
     for first in range(0, len(queries), _QUERIES_AT_ONCE):
       part = slice(first, first + _QUERIES_AT_ONCE)

@@ -224,8 +224,10 @@ class ScannIndex:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
       raise InputError(f"{folder}: cannot be read as ScaNN's ({error}); write the label index anew") from error
     if index._searcher.size() != len(index._slots):
-      raise InputError(f"{folder}: ScaNN holds {index._searcher.size()} labels but slots.npy names "
-                       f"{len(index._slots)}; write the label index anew")
+      raise InputError(
+        f"{folder}: ScaNN holds {index._searcher.size()} labels but slots.npy names "
+        f"{len(index._slots)}; write the label index anew"
+      )
     return index
 
   def _search(self, queries: np.ndarray, k: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -236,7 +238,9 @@ class ScannIndex:
       reach = min(width, len(self._slots))
       reorder = max(self.parameters.reorder, reach) if self.parameters.reorder else None
       places, found = self._searcher.search_batched_parallel(
-        queries, final_num_neighbors=reach, pre_reorder_num_neighbors=reorder,
+        queries,
+        final_num_neighbors=reach,
+        pre_reorder_num_neighbors=reorder,
         leaves_to_search=self.parameters.leaves_to_search or None,
       )
       real = ~np.isnan(found)  # ScaNN fills up with NaN where it found fewer
@@ -282,9 +286,7 @@ def _build(embeddings: np.ndarray, parameters: ScannParameters, k: int):
   if not parameters.reorder:
     return builder.score_brute_force().build()
   builder = builder.score_ah(
-    parameters.dimensions_per_block,
-    anisotropic_quantization_threshold=0.2,
-    training_sample_size=sample,
+    parameters.dimensions_per_block, anisotropic_quantization_threshold=0.2, training_sample_size=sample
   )
   quantize = scann.ReorderType.BFLOAT16 if parameters.bfloat16 else scann.ReorderType.FLOAT32
   return builder.reorder(min(parameters.reorder, num_labels), quantize=quantize).build()

@@ -50,7 +50,7 @@ class TextTable:
     first, last = (np.searchsorted(hashes, wanted, side=side) for side in ("left", "right"))
     found = np.full(len(texts), -1, np.int32)
     for place, text in enumerate(texts):
-      candidates = order[first[place]:last[place]]
+      candidates = order[first[place] : last[place]]
       for row, candidate in zip(candidates[::-1], reversed(self.take(candidates)), strict=True):
         if candidate == text:
           found[place] = row

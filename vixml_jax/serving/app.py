@@ -27,26 +27,42 @@ from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.refusal import Refused
 
 _PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
-               "/page.js": ("page.js", "text/javascript")}
+_PAGE_FILES = {
+  "/": ("page.html", "text/html"),
+  "/page.css": ("page.css", "text/css"),
+  "/page.js": ("page.js", "text/javascript"),
+}
 # Nothing may come from elsewhere, and nothing in a text of a data set may run.
 _PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob: data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
-    "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+  "Content-Security-Policy": (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob: data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+  ),
+  "X-Content-Type-Options": "nosniff",
+  "Cache-Control": "no-cache",
+}
 _FAILURES: dict[int | str, dict[str, Any]] = {
-    status: {"model": schema.Failure, "description": description} for status, description in (
-        (400, "The body is not JSON."), (408, "The body came too slowly."), (413, "The body is too large."),
-        (422, "A field is wrong."), (503, "Starting, or too much to do; try again."))}
+  status: {"model": schema.Failure, "description": description}
+  for status, description in (
+    (400, "The body is not JSON."),
+    (408, "The body came too slowly."),
+    (413, "The body is too large."),
+    (422, "A field is wrong."),
+    (503, "Starting, or too much to do; try again."),
+  )
+}
 _LINGER_SECONDS = 5.0
 
 
 def make_app(engine: Engine, batcher: Batcher[Asked, list[Prediction]], limits: Limits, metrics: Metrics) -> FastAPI:
   """The application around an engine, which may still have to start."""
   app = FastAPI(
-      title="vixml_jax", version=vixml_jax.__version__, description="The labels of texts and images.",
-      docs_url=None, redoc_url=None)  # Their pages load scripts from elsewhere.
+    title="vixml_jax",
+    version=vixml_jax.__version__,
+    description="The labels of texts and images.",
+    docs_url=None,
+    redoc_url=None,
+  )  # Their pages load scripts from elsewhere.
   _add_api(app, engine, batcher, limits)
   _add_operations(app, engine, batcher, limits, metrics)
   _add_page(app)
@@ -65,8 +81,14 @@ def _add_api(app: FastAPI, engine: Engine, batcher: Batcher[Asked, list[Predicti
   intake = Intake(limits)
   pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="intake")  # No more images are decoded at a time.
 
-  @app.post("/v1/predict", response_model=schema.Answers, responses=_FAILURES, openapi_extra={
-      "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(intake.model)}}}})
+  @app.post(
+    "/v1/predict",
+    response_model=schema.Answers,
+    responses=_FAILURES,
+    openapi_extra={
+      "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(intake.model)}}}
+    },
+  )
   async def predict(request: Request) -> Response:
     """The labels of highest score for each query."""
     model = _ready(engine)
@@ -78,8 +100,10 @@ def _add_api(app: FastAPI, engine: Engine, batcher: Batcher[Asked, list[Predicti
       except QueueFull as error:
         raise Refused(503, "too many queries are waiting; send this request again later") from error
       answers = await asyncio.gather(*map(asyncio.wrap_future, waiting))
-    found = [{"uid": each.query.uid, "predictions": [label._asdict() for label in labels]}
-             for each, labels in zip(asked, answers, strict=True)]
+    found = [
+      {"uid": each.query.uid, "predictions": [label._asdict() for label in labels]}
+      for each, labels in zip(asked, answers, strict=True)
+    ]
     return Response(to_json({"answers": found}), media_type="application/json")
 
   @app.get("/v1/labels/{uid:path}", responses={404: {"model": schema.Failure, "description": "No such label."}})
@@ -108,7 +132,8 @@ def _reference(model: type) -> dict[str, str]:
 
 
 def _add_operations(
-    app: FastAPI, engine: Engine, batcher: Batcher[Asked, list[Prediction]], limits: Limits, metrics: Metrics) -> None:
+  app: FastAPI, engine: Engine, batcher: Batcher[Asked, list[Prediction]], limits: Limits, metrics: Metrics
+) -> None:
   metrics.queue_queries.set_function(lambda: len(batcher))
 
   @app.get("/healthz", responses={503: {"model": schema.Health, "description": "Not yet."}})
@@ -120,9 +145,16 @@ def _add_operations(
       return schema.Health(status="starting")
     encoder = model.predictor.encoder
     return schema.Health(
-        status="ready", step=encoder.checkpoint["step"], labels=model.index.num_live, search=model.index.search_kind,
-        retrieval_augmented=model.predictor.retrieval is not None, texts=list(encoder.config.dataset.text_fields),
-        images=encoder.images, pictures=model.reads_pictures, max_k=min(limits.k, model.index.num_live))
+      status="ready",
+      step=encoder.checkpoint["step"],
+      labels=model.index.num_live,
+      search=model.index.search_kind,
+      retrieval_augmented=model.predictor.retrieval is not None,
+      texts=list(encoder.config.dataset.text_fields),
+      images=encoder.images,
+      pictures=model.reads_pictures,
+      max_k=min(limits.k, model.index.num_live),
+    )
 
   @app.get("/metrics", response_class=Response)
   def measured() -> Response:

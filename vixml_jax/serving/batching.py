@@ -36,8 +36,14 @@ class Batcher(Generic[Asked, Answered]):
     max_queue: the most that wait.
   """
 
-  def __init__(self, answer: Callable[[Sequence[Asked]], Sequence[Answered | Exception]], *, max_batch: int,
-               max_wait: float, max_queue: int):
+  def __init__(
+    self,
+    answer: Callable[[Sequence[Asked]], Sequence[Answered | Exception]],
+    *,
+    max_batch: int,
+    max_wait: float,
+    max_queue: int,
+  ):
     self._answer = answer
     self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait, max_queue
     self._waiting: deque[_Job[Asked, Answered]] = deque()

@@ -83,8 +83,12 @@ class Engine:
       program()
     index, generation = self._open_index(predictor)
     self.model = Model(dataclasses.replace(predictor, index=index), index, generation, reads_pictures)
-    _log.info("ready after %.1f s: %d labels, step %d", time.monotonic() - started, index.num_live,
-              predictor.encoder.checkpoint["step"])
+    _log.info(
+      "ready after %.1f s: %d labels, step %d",
+      time.monotonic() - started,
+      index.num_live,
+      predictor.encoder.checkpoint["step"],
+    )
 
   def answer(self, asked: Sequence[Asked]) -> list[list[Prediction] | Exception]:
     """Labels for each query of a batch; `Refused` for one whose pictures cannot be read."""
@@ -98,11 +102,9 @@ class Engine:
         embeddings = predictor.encode(queries, bad_pictures=bad)
       with self._metrics.search_seconds.time():
         found = predictor.named(*predictor.search(embeddings, max(each.k for each in asked), queries))
-    answers: list[list[Prediction] | Exception] = [
-        labels[:each.k] for labels, each in zip(found, asked, strict=True)]
+    answers: list[list[Prediction] | Exception] = [labels[: each.k] for labels, each in zip(found, asked, strict=True)]
     for picture in reversed(bad):  # Of several bad pictures of a query the first is named.
-      answers[picture.query] = Refused(
-          422, picture.reason, f"{queries[picture.query].where}.images[{picture.image}]")
+      answers[picture.query] = Refused(422, picture.reason, f"{queries[picture.query].where}.images[{picture.image}]")
     return answers
 
   def reload_index(self) -> bool:
@@ -124,8 +126,7 @@ class Engine:
       _log.warning("the new label index is not used: %s", error, exc_info=not isinstance(error, InputError))
       self.model = dataclasses.replace(model, generation=_generation(model.index))  # It is not tried again.
       return False
-    self.model = Model(
-        dataclasses.replace(model.predictor, index=index), index, generation, model.reads_pictures)
+    self.model = Model(dataclasses.replace(model.predictor, index=index), index, generation, model.reads_pictures)
     self._metrics.reloads.labels("done").inc()
     _log.info("new label index: %d labels", index.num_live)
     return True
@@ -135,7 +136,8 @@ class Engine:
     former, limits = predictor.index, self._limits
     generation = _generation(former)
     index = ServedIndex.open(
-        former.folder, checkpoint=predictor.encoder.checkpoint, search=former.search_kind, mesh=predictor.mesh)
+      former.folder, checkpoint=predictor.encoder.checkpoint, search=former.search_kind, mesh=predictor.mesh
+    )
     hits = None if predictor.retrieval is None else predictor.retrieval.hits
     for program in index.warm_up(max(limits.k, hits or 0) + limits.names, limits.batch, hits):
       with self._devices:

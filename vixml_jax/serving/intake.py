@@ -76,8 +76,9 @@ class Intake:
     return bytes(body)
 
   def _too_large(self) -> Refused:
-    return Refused(413, f"the body has more than {self._limits.body_bytes:,} bytes; send fewer queries, or smaller "
-                        "images")
+    return Refused(
+      413, f"the body has more than {self._limits.body_bytes:,} bytes; send fewer queries, or smaller images"
+    )
 
   def parse(self, body: bytes, model: Model) -> list[Asked]:
     """What a body asks, checked down to the pixels of its images. Takes a while: call it in a thread.
@@ -101,15 +102,15 @@ class Intake:
     _check_names(given, "", index)
     common = {key: given[key] for key in _FILTERS if key in given}
     wanted = query_format(model.predictor.encoder.config)
-    return [Asked(_query(query, f"queries[{i}]", common, model, wanted), k)
-            for i, query in enumerate(given["queries"])]
+    return [Asked(_query(query, f"queries[{i}]", common, model, wanted), k) for i, query in enumerate(given["queries"])]
 
 
 def _query(given: dict[str, Any], where: str, common: dict[str, Any], model: Model, wanted: QueryFormat) -> Query:
   _check_names(given, f"{where}.", model.index)
   if "images" in given:
-    given["images"] = [_image(image, f"{where}.images[{i}]", model.reads_pictures)
-                       for i, image in enumerate(given["images"])]
+    given["images"] = [
+      _image(image, f"{where}.images[{i}]", model.reads_pictures) for i, image in enumerate(given["images"])
+    ]
   if not given["title"].strip() and not given.get("content") and not given.get("images"):
     raise Refused(422, "is empty; give a title" + (" or an image" if wanted.images else ""), f"{where}.title")
   try:

@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-_SECONDS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30)
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -17,10 +17,10 @@ class Metrics:
       return kind(f"vixml_{name}", text, labels, registry=self.registry, **options)
 
     self.requests = make(Counter, "requests", "Requests by route and status.", "route", "status")
-    self.request_seconds = make(Histogram, "request_seconds", "From a request's head to its answer's end.", "route",
-                                buckets=_SECONDS)
-    self.encode_seconds = make(Histogram, "encode_seconds", "Encoding of a batch, pictures included.",
-                               buckets=_SECONDS)
+    self.request_seconds = make(
+      Histogram, "request_seconds", "From a request's head to its answer's end.", "route", buckets=_SECONDS
+    )
+    self.encode_seconds = make(Histogram, "encode_seconds", "Encoding of a batch, pictures included.", buckets=_SECONDS)
     self.search_seconds = make(Histogram, "search_seconds", "Search and naming of a batch's labels.", buckets=_SECONDS)
     self.batch_queries = make(Histogram, "batch_queries", "Queries of a batch.", buckets=_SIZES)
     self.queue_queries = make(Gauge, "queue_queries", "Queries that wait for the devices.")

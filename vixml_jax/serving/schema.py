@@ -86,7 +86,8 @@ def request_model(limits: Limits) -> type[Strict]:
     title: text
     content: text | None = None
     images: pictures | None = Field(
-        None, description="PNG, JPEG, WebP, GIF or BMP files in base64, bare or as data: URLs; or feature vectors.")
+      None, description="PNG, JPEG, WebP, GIF or BMP files in base64, bare or as data: URLs; or feature vectors."
+    )
     allow: names | None = Field(default=None, description="Uids of the only labels that it may have.")
     deny: names | None = Field(default=None, description="Uids of labels that it may not have.")
     categories: names | None = Field(default=None, description="The only categories whose labels it may have.")

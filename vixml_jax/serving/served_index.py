@@ -57,7 +57,8 @@ class ServedIndex(LabelIndex):
     self.query_index.search(queries, hits)
 
   def search(
-      self, queries: np.ndarray | jax.Array, k: int, filters: Filters | None = None) -> tuple[np.ndarray, np.ndarray]:
+    self, queries: np.ndarray | jax.Array, k: int, filters: Filters | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
     """As `LabelIndex.search`."""
     if self.search_kind != "exact":
       return super().search(queries, k, filters)
@@ -70,7 +71,7 @@ class ServedIndex(LabelIndex):
     for rows in (np.flatnonzero(~allow.has), *np.flatnonzero(allow.has & ~few)[:, None]):
       if len(rows):
         found = self._search_wide(queries[rows], k, filters.take(rows))
-        scores[rows, :found[0].shape[1]], ids[rows, :found[1].shape[1]] = found
+        scores[rows, : found[0].shape[1]], ids[rows, : found[1].shape[1]] = found
     return scores, ids
 
   def _search_wide(self, queries: np.ndarray, k: int, filters: Filters) -> tuple[np.ndarray, np.ndarray]:

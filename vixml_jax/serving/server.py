@@ -39,17 +39,31 @@ class Server:
     InputError: the address cannot be taken.
   """
 
-  def __init__(self, load: Callable[[], Predictor], host: str = "127.0.0.1", port: int = 0,
-               limits: Limits | None = None, reload_seconds: float | None = None):
+  def __init__(
+    self,
+    load: Callable[[], Predictor],
+    host: str = "127.0.0.1",
+    port: int = 0,
+    limits: Limits | None = None,
+    reload_seconds: float | None = None,
+  ):
     limits, metrics = limits or Limits(), Metrics()
     self._engine = Engine(load, limits, metrics)
     self._batcher: Batcher[Asked, list[Prediction]] = Batcher(
-        self._engine.answer, max_batch=limits.batch, max_wait=limits.wait_seconds, max_queue=limits.queue)
+      self._engine.answer, max_batch=limits.batch, max_wait=limits.wait_seconds, max_queue=limits.queue
+    )
     app = make_app(self._engine, self._batcher, limits, metrics)
     # What requests do is in /metrics; of each a line in a log would cost more than its answer.
-    self._http = uvicorn.Server(uvicorn.Config(
-        app, lifespan="off", access_log=False, log_config=None, server_header=False,
-        timeout_graceful_shutdown=_STOP_SECONDS))
+    self._http = uvicorn.Server(
+      uvicorn.Config(
+        app,
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=_STOP_SECONDS,
+      )
+    )
     self._reload_seconds = reload_seconds
     self._told, self._stopping = threading.Event(), False
     self._failure: Exception | None = None
@@ -102,8 +116,10 @@ def _signals(reload: Callable[[], None]):
   if threading.current_thread() is not threading.main_thread():
     yield
     return
-  former = {signal.SIGHUP: signal.signal(signal.SIGHUP, lambda *_: reload()),
-            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None)}
+  former = {
+    signal.SIGHUP: signal.signal(signal.SIGHUP, lambda *_: reload()),
+    signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None),
+  }
   try:
     yield
   finally:

@@ -38,9 +38,9 @@ class Checkpoint:
 def provenance(data_fingerprint: str, weights_sha256: dict[str, str]) -> dict[str, Any]:
   """Where a run comes from: package versions, data and pretrained weights."""
   return {
-      "packages": {name: importlib.metadata.version(name) for name in _PACKAGES} | {"vixml_jax": vixml_jax.__version__},
-      "data_fingerprint": data_fingerprint,
-      "weights_sha256": weights_sha256,
+    "packages": {name: importlib.metadata.version(name) for name in _PACKAGES} | {"vixml_jax": vixml_jax.__version__},
+    "data_fingerprint": data_fingerprint,
+    "weights_sha256": weights_sha256,
   }
 
 
@@ -75,11 +75,15 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return
     state, clusters = checkpoint.state, checkpoint.query_clusters
-    self._manager.save(step, args=ocp.args.Composite(
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
         model=ocp.args.StandardSave(_model_part(state)),
         training=ocp.args.StandardSave(_training_part(state)),
         mining=ocp.args.StandardSave({"query_clusters": _no_clusters() if clusters is None else clusters}),
-        meta=ocp.args.JsonSave(checkpoint.meta)))
+        meta=ocp.args.JsonSave(checkpoint.meta),
+      ),
+    )
 
   def wait(self) -> None:
     """Returns when everything is on disk."""
@@ -97,19 +101,30 @@ class Checkpointer:
       abstract: shapes and shardings to restore into; the mesh may differ from the one that saved.
       num_queries: N, for the query clusters.
     """
-    restored = _restoring(self._manager.directory, lambda: self._manager.restore(step, args=ocp.args.Composite(
-        model=ocp.args.StandardRestore(_model_part(abstract)),
-        training=ocp.args.StandardRestore(_training_part(abstract)),
-        mining=ocp.args.StandardRestore(),
-        meta=ocp.args.JsonRestore())))
+    restored = _restoring(
+      self._manager.directory,
+      lambda: self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          model=ocp.args.StandardRestore(_model_part(abstract)),
+          training=ocp.args.StandardRestore(_training_part(abstract)),
+          mining=ocp.args.StandardRestore(),
+          meta=ocp.args.JsonRestore(),
+        ),
+      ),
+    )
     clusters = np.asarray(restored["mining"]["query_clusters"])
     state = TrainState(**restored["model"], **restored["training"])
     return Checkpoint(state, clusters if len(clusters) == num_queries else None, restored["meta"])
 
   def restore_model(self, step: int, abstract: TrainState) -> dict[str, Any]:
     """Parameters, centroids and label clusters only: no optimizer state is read."""
-    return _restoring(self._manager.directory, lambda: self._manager.restore(
-        step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_model_part(abstract))))["model"])
+    return _restoring(
+      self._manager.directory,
+      lambda: self._manager.restore(
+        step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_model_part(abstract)))
+      )["model"],
+    )
 
 
 def newest_checkpoint(directory: Path) -> tuple[int, dict[str, Any]]:
@@ -140,7 +155,8 @@ def restore_params(directory: Path, step: int, abstract: Tree) -> Tree:
   """
   wanted = {"params": abstract}
   how = ocp.args.PyTreeRestore(
-      wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
+    wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+  )
 
   def read() -> Tree:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -167,8 +183,10 @@ def _restoring(directory: Any, read: Callable[[], Any]) -> Any:
     return read()
   except (ValueError, KeyError, FileNotFoundError) as error:
     first_line = str(error).strip().split("\n")[0]
-    raise InputError(f"{directory}: its checkpoint does not fit this config or is damaged ({first_line}); "
-                     "use the config that wrote it, or another --workdir") from error
+    raise InputError(
+      f"{directory}: its checkpoint does not fit this config or is damaged ({first_line}); "
+      "use the config that wrote it, or another --workdir"
+    ) from error
 
 
 def _model_part(state: TrainState) -> dict[str, Any]:

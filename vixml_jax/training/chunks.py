@@ -10,7 +10,8 @@ from vixml_jax.typing import Array, Tree
 
 
 def map_chunks(
-    encode: Callable[[Tree, Any, Any], Array], params: Tree, constants: Any, chunks: Any, filled: Array) -> Array:
+  encode: Callable[[Tree, Any, Any], Array], params: Tree, constants: Any, chunks: Any, filled: Array
+) -> Array:
   """`encode(params, constants, chunk)` of every filled chunk, stacked; zeros for the others, which cost nothing.
 
   All chunks' activations are kept for the backward pass: what a small encoder can afford.
@@ -30,13 +31,15 @@ def map_chunks(
   def body(_, inputs):
     is_filled, chunk = inputs
     return None, jax.lax.cond(
-        is_filled, lambda chunk: encode(params, constants, chunk), lambda _: jnp.zeros(empty.shape, empty.dtype), chunk)
+      is_filled, lambda chunk: encode(params, constants, chunk), lambda _: jnp.zeros(empty.shape, empty.dtype), chunk
+    )
 
   return jax.lax.scan(body, None, (filled, chunks))[1]
 
 
 def map_chunks_recomputed(
-    encode: Callable[[Tree, Any, Any], Array], params: Tree, constants: Any, chunks: Any, filled: Array) -> Array:
+  encode: Callable[[Tree, Any, Any], Array], params: Tree, constants: Any, chunks: Any, filled: Array
+) -> Array:
   """As `map_chunks`, but the forward pass keeps nothing, and the backward pass runs it again, chunk by chunk.
 
   The derivative is written out, since that of `lax.cond` would keep all that a branch needs, the parameters among it,

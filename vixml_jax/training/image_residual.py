@@ -29,11 +29,12 @@ def start_residual(fusion: Tree, bank: FeatureBank, norm: float, seed: int) -> T
   """
   old = fusion["residual"]
   dim, embed_dim = old["kernel"].shape
-  kernel, bias = whitened_map(np.asarray(bank.values[::-(-len(bank.values) // _SAMPLE)], np.float64), embed_dim, seed)
+  kernel, bias = whitened_map(np.asarray(bank.values[:: -(-len(bank.values) // _SAMPLE)], np.float64), embed_dim, seed)
   scale = norm * np.sqrt(dim)  # The model divides by it.
   new = {"kernel": kernel * scale, "bias": bias * scale}
-  return fusion | {"residual": jax.tree.map(
-      lambda value, like: sharding.to_global(value.astype(like.dtype), like.sharding), new, old)}
+  return fusion | {
+    "residual": jax.tree.map(lambda value, like: sharding.to_global(value.astype(like.dtype), like.sharding), new, old)
+  }
 
 
 def whitened_map(features: np.ndarray, embed_dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +50,7 @@ def whitened_map(features: np.ndarray, embed_dim: int, seed: int) -> tuple[np.nd
   """
   mean = features.mean(0)
   variances, directions = np.linalg.eigh((features - mean).T @ (features - mean) / len(features))
-  kept = np.argsort(-variances)[:min(embed_dim, (variances > 1e-9 * variances.max()).sum())]
+  kept = np.argsort(-variances)[: min(embed_dim, (variances > 1e-9 * variances.max()).sum())]
   white = directions[:, kept] * variances[kept] ** -_POWER
   rotation = np.linalg.qr(np.random.default_rng((seed, 4)).normal(size=(embed_dim, len(kept))))[0].T
   kernel = white @ rotation / np.sqrt((variances[kept] ** (1 - 2 * _POWER)).sum())

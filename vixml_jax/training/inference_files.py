@@ -24,13 +24,26 @@ _log = logging.getLogger(__name__)
 
 # Of a pretrained folder: all that decides token ids, and the config that says whose tokenizer it is.
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "config.json")
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.txt",
+  "vocab.json",
+  "merges.txt",
+  "config.json",
+)
 
 
 def write_inference_files(
-    run: Run, step: int, retrieval: dict[str, Any] | None, prototypes: np.ndarray, label_clusters: np.ndarray,
-    cluster_means: np.ndarray, train_embeddings: np.ndarray) -> None:
+  run: Run,
+  step: int,
+  retrieval: dict[str, Any] | None,
+  prototypes: np.ndarray,
+  label_clusters: np.ndarray,
+  cluster_means: np.ndarray,
+  train_embeddings: np.ndarray,
+) -> None:
   """Writes `tokenizer/`, `inference.json` and `index/`; the first process writes, the others wait for it.
 
   An index of the same checkpoint to which labels were added, or from which some were deleted, is left as it is.
@@ -49,17 +62,30 @@ def write_inference_files(
     tokenizer_hashes = _copy_tokenizer(source.resolve(run.config.encoder.pretrained), run.workdir / TOKENIZER)
     write_json(run.workdir / FACTS, {"tokenizer_sha256": tokenizer_hashes, "image_features": _origin(run)})
     if is_edited(run.workdir / INDEX, checkpoint):
-      _log.warning("%s: labels were added to it or deleted; it is left as it is. Delete it to have it written again",
-                   run.workdir / INDEX)
+      _log.warning(
+        "%s: labels were added to it or deleted; it is left as it is. Delete it to have it written again",
+        run.workdir / INDEX,
+      )
     else:
       texts, uids = _label_names(run)
       contents = IndexContents(
-          prototypes, texts, uids, label_clusters, cluster_means,
-          queries=train_embeddings if retrieval else None,
-          query_labels=run.corpus.train_labels if retrieval else None)
+        prototypes,
+        texts,
+        uids,
+        label_clusters,
+        cluster_means,
+        queries=train_embeddings if retrieval else None,
+        query_labels=run.corpus.train_labels if retrieval else None,
+      )
       # This process alone is here, so the index is measured on its own devices.
-      write_index(run.workdir / INDEX, contents, checkpoint=checkpoint, search=run.config.eval.search,
-                  retrieval=retrieval, mesh=sharding.make_mesh(devices=jax.local_devices()))
+      write_index(
+        run.workdir / INDEX,
+        contents,
+        checkpoint=checkpoint,
+        search=run.config.eval.search,
+        retrieval=retrieval,
+        mesh=sharding.make_mesh(devices=jax.local_devices()),
+      )
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("inference files written")
 

@@ -61,8 +61,15 @@ class _Trainer:
     self.meta = checkpoint.meta
     self.step = int(jax.device_get(self.state.step))
     self.step_fn = make_train_step(
-        run.abstract, model=run.model, optimizer=run.optimizer, layout=run.layout, loss_config=run.loss,
-        base_key=run.base_key, remat=run.config.train.remat, mesh=run.mesh)
+      run.abstract,
+      model=run.model,
+      optimizer=run.optimizer,
+      layout=run.layout,
+      loss_config=run.loss,
+      base_key=run.base_key,
+      remat=run.config.train.remat,
+      mesh=run.mesh,
+    )
     self.pending: tuple[int, dict[str, jax.Array]] | None = None
     self.epoch_losses: list[float] = []
     self.stop_asked = False
@@ -94,7 +101,8 @@ class _Trainer:
 
     def batch_of(step):
       return make_batch(
-          run.queries, order, config.train.batch_size, run.layout, seed=config.seed, epoch=epoch, step=step)
+        run.queries, order, config.train.batch_size, run.layout, seed=config.seed, epoch=epoch, step=step
+      )
 
     started = time.monotonic()
     with ThreadPoolExecutor(1, "batches") as pool:
@@ -127,8 +135,12 @@ class _Trainer:
     if is_cluster_update(epoch, mining.start_epoch, mining.update_epochs):
       size = cluster_size_at(epoch, mining.cluster_size, tuple(mining.doubling_epochs))
       self.query_clusters = balanced_kmeans(
-          self.state.bank, num_query_clusters(num_queries, size), seed=run.config.seed + epoch, mesh=run.mesh,
-          num_rows=num_queries)
+        self.state.bank,
+        num_query_clusters(num_queries, size),
+        seed=run.config.seed + epoch,
+        mesh=run.mesh,
+        num_rows=num_queries,
+      )
     if self.step == run.total_steps:
       centroids = fresh_centroids(run, self.state)
     else:
@@ -155,8 +167,9 @@ class _Trainer:
     if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
       self.checkpointer.wait()
       raise InputError(
-          f"step {step}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; the last good "
-          f"checkpoint is of step {self.checkpointer.latest_step()}; lower train.learning_rate and start again")
+        f"step {step}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; the last good "
+        f"checkpoint is of step {self.checkpointer.latest_step()}; lower train.learning_rate and start again"
+      )
     self.epoch_losses.append(values["loss"])
     if step % self.run.config.train.log_every_steps == 0:
       self.writer.write(step, (step - 1) // self.run.steps_per_epoch, "train", values)
@@ -188,8 +201,10 @@ class _Trainer:
       return None
     checkpoint = self.checkpointer.restore(step, run.abstract, len(run.queries))
     if checkpoint.meta["data_fingerprint"] != run.data_fingerprint:
-      raise InputError(f"{run.workdir}: its checkpoint was trained on other data than {run.config.dataset.name} holds "
-                       "now; use another --workdir")
+      raise InputError(
+        f"{run.workdir}: its checkpoint was trained on other data than {run.config.dataset.name} holds "
+        "now; use another --workdir"
+      )
     check_base(run.model, run.weights_folder, run.workdir, checkpoint.meta)
     _log.info("resuming at step %d of %d", step, run.total_steps)
     return checkpoint

@@ -12,14 +12,14 @@ from vixml_jax.errors import InputError
 # Pattern of a parameter's path -> (which learning rate, whether weight decay applies). Every parameter
 # matches exactly one rule. The prototype layer's norm scales are decayed, as in the published code.
 RULES: tuple[tuple[str, tuple[str, bool]], ...] = (
-    (r"encoder/.*/bias", ("encoder", False)),
-    (r"encoder/.*norm/scale", ("encoder", False)),
-    (r"encoder/.*(/kernel|_embedding|/lora_[ab])", ("encoder", True)),
-    (r"prototype/.*/bias", ("new", False)),
-    (r"prototype/.*(/kernel|norm/scale)", ("new", True)),
-    (r"free_vectors", ("free_vectors", False)),
-    (r"fusion/.*/bias", ("new", False)),
-    (r"fusion/.*(/kernel|norm/scale)", ("new", True)),
+  (r"encoder/.*/bias", ("encoder", False)),
+  (r"encoder/.*norm/scale", ("encoder", False)),
+  (r"encoder/.*(/kernel|_embedding|/lora_[ab])", ("encoder", True)),
+  (r"prototype/.*/bias", ("new", False)),
+  (r"prototype/.*(/kernel|norm/scale)", ("new", True)),
+  (r"free_vectors", ("free_vectors", False)),
+  (r"fusion/.*/bias", ("new", False)),
+  (r"fusion/.*(/kernel|norm/scale)", ("new", True)),
 )
 
 
@@ -60,16 +60,16 @@ def schedule(warmup_steps: int, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    params: Any,
-    *,
-    learning_rate: float,
-    new_learning_rate: float,
-    free_vector_learning_rate: float,
-    warmup_steps: int,
-    total_steps: int,
-    weight_decay: float = 0.01,
-    adam_eps: float = 1e-6,
-    clip_norm: float | None = None,
+  params: Any,
+  *,
+  learning_rate: float,
+  new_learning_rate: float,
+  free_vector_learning_rate: float,
+  warmup_steps: int,
+  total_steps: int,
+  weight_decay: float = 0.01,
+  adam_eps: float = 1e-6,
+  clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
   """AdamW (METHOD "Recipe").
 
@@ -92,9 +92,9 @@ def make_optimizer(
   scale_leaves = optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: -rate * u, updates, leaf_rates))
   steps = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   steps += [
-      optax.scale_by_adam(eps=adam_eps),
-      optax.add_decayed_weights(weight_decay, mask=decayed),
-      scale_leaves,
-      optax.scale_by_schedule(schedule(warmup_steps, total_steps)),
+    optax.scale_by_adam(eps=adam_eps),
+    optax.add_decayed_weights(weight_decay, mask=decayed),
+    scale_leaves,
+    optax.scale_by_schedule(schedule(warmup_steps, total_steps)),
   ]
   return optax.chain(*steps)

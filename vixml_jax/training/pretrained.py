@@ -37,7 +37,8 @@ def load_encoder(folder: Path, model: ModelDefinition, mesh: Mesh) -> Tree:
 
 
 def trainable_params(
-    model: ModelDefinition, mesh: Mesh, seed: int, folder: Path | None, adapter: Path | None = None) -> Tree:
+  model: ModelDefinition, mesh: Mesh, seed: int, folder: Path | None, adapter: Path | None = None
+) -> Tree:
   """Initial values of what is trained.
 
   Args:
@@ -53,8 +54,7 @@ def trainable_params(
   drawn = init_params(model, mesh, seed, lambda tree: model.split_base(tree)[0])
   if adapter is not None:
     shapes, axes = (model.split_base(tree)[0]["encoder"] for tree in (model.shapes, model.axes))
-    drawn |= {"encoder": peft.load_adapter(
-        adapter, shapes, _alpha(model), sharding.tree_shardings(mesh, shapes, axes))}
+    drawn |= {"encoder": peft.load_adapter(adapter, shapes, _alpha(model), sharding.tree_shardings(mesh, shapes, axes))}
   return drawn if model.freezes_encoder else layers.join_params(drawn, _base(model, mesh, seed, folder))
 
 

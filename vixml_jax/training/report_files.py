@@ -15,8 +15,13 @@ from vixml_jax.training.setup import Run
 def describe(run: Run, result: Evaluation) -> dict[str, Any]:
   """What evaluation.json says of the queries: which, how many, and metrics by whether they have images."""
   evaluation = run.config.eval
-  return {"split": evaluation.split, "search": evaluation.search, "labels": run.corpus.num_labels,
-          "queries": len(result.per_query["plain"]), "by_images": _by_images(run, result)}
+  return {
+    "split": evaluation.split,
+    "search": evaluation.search,
+    "labels": run.corpus.num_labels,
+    "queries": len(result.per_query["plain"]),
+    "by_images": _by_images(run, result),
+  }
 
 
 def write_report_files(run: Run, result: Evaluation, queries: Queries) -> None:
@@ -24,7 +29,8 @@ def write_report_files(run: Run, result: Evaluation, queries: Queries) -> None:
   data, split = run.config.dataset, run.config.eval.split
   source, rows = _rows(run)
   of = per_query.evaluated_on(
-      run.corpus.builder, split, None if split == "test" else rows, (data.propensity_a, data.propensity_b))
+    run.corpus.builder, split, None if split == "test" else rows, (data.propensity_a, data.propensity_b)
+  )
   per_query.PerQuery(of, result.per_query).save(run.workdir / per_query.FILE)
   examples = collect_examples(run.corpus, source, rows, queries.labels, result.ids, result.scores)
   write_report(run.workdir, examples, _learning_rates(run))
@@ -44,15 +50,19 @@ def _by_images(run: Run, result: Evaluation) -> dict[str, Any]:
   source, rows = _rows(run)
   has_images = run.items[source].images.lengths[rows] > 0
   groups = {"with images": np.flatnonzero(has_images), "without images": np.flatnonzero(~has_images)}
-  return {name: result.of_queries(group, run.config.eval.bootstrap_samples)
-          for name, group in groups.items() if len(group)}
+  return {
+    name: result.of_queries(group, run.config.eval.bootstrap_samples) for name, group in groups.items() if len(group)
+  }
 
 
 def _learning_rates(run: Run) -> dict[str, list[tuple[float, float]]]:
   """For each group of parameters the steps at which its rate turns, with the rates there."""
   train = run.config.train
   factor = schedule(train.warmup_steps, run.total_steps)
-  peaks = {"encoder": train.learning_rate, "new parameters": train.new_learning_rate,
-           "free vectors": train.free_vector_learning_rate}
+  peaks = {
+    "encoder": train.learning_rate,
+    "new parameters": train.new_learning_rate,
+    "free vectors": train.free_vector_learning_rate,
+  }
   turns = (0, min(train.warmup_steps, run.total_steps), run.total_steps)
   return {name: [(step, peak * float(factor(step))) for step in turns] for name, peak in peaks.items()}

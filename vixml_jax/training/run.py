@@ -13,13 +13,13 @@ from vixml_jax import configuration, sharding
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation.encode import normalize
 from vixml_jax.evaluation.evaluator import (
-    Evaluation,
-    EvaluationConfig,
-    IndexedMemory,
-    Memory,
-    Queries,
-    choose_setting,
-    evaluate,
+  Evaluation,
+  EvaluationConfig,
+  IndexedMemory,
+  Memory,
+  Queries,
+  choose_setting,
+  evaluate,
 )
 from vixml_jax.evaluation.metrics import inverse_propensity
 from vixml_jax.evaluation.report import metrics_table
@@ -76,8 +76,10 @@ def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     restored = checkpointer.restore_model(step, run.abstract)
   labels = run.corpus.num_labels
   model = TrainedModel(
-      restored["params"], sharding.to_host(restored["centroids"])[:labels],
-      sharding.to_host(restored["label_clusters"])[:labels])
+    restored["params"],
+    sharding.to_host(restored["centroids"])[:labels],
+    sharding.to_host(restored["label_clusters"])[:labels],
+  )
   return _finish(run, model, step, meta)
 
 
@@ -99,15 +101,17 @@ def _check_held_out(run: Run) -> None:
   choose = wanted.retrieval_augmented and wanted.retrieval_choose
   if (choose or wanted.split == "validation") and not len(run.validation_rows):
     raise InputError(
-        f"config.dataset.validation_fraction={data.validation_fraction}: holds out none of the "
-        f"{len(run.corpus.train_tokens)} training queries of {data.name}; raise it, or set "
-        "config.eval.retrieval_choose=False and config.eval.split=test")
+      f"config.dataset.validation_fraction={data.validation_fraction}: holds out none of the "
+      f"{len(run.corpus.train_tokens)} training queries of {data.name}; raise it, or set "
+      "config.eval.retrieval_choose=False and config.eval.split=test"
+    )
 
 
 def _trained(run: Run, state: TrainState) -> TrainedModel:
   labels = run.corpus.num_labels
   return TrainedModel(
-      state.params, sharding.to_host(state.centroids)[:labels], sharding.to_host(state.label_clusters)[:labels])
+    state.params, sharding.to_host(state.centroids)[:labels], sharding.to_host(state.label_clusters)[:labels]
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +133,14 @@ def _evaluate(run: Run, model: TrainedModel) -> _Evaluated:
   """Encodes everything, chooses retrieval settings where asked to, and evaluates the split."""
   corpus, encoder, config = run.corpus, run.encoder, run.config.eval
   evaluation = EvaluationConfig(
-      ks=tuple(config.ks), recall_ks=tuple(config.recall_ks), bootstrap_samples=config.bootstrap_samples,
-      retrieval_augmented=config.retrieval_augmented, retrieval_hits=config.retrieval_hits,
-      retrieval_lambda=config.retrieval_lambda, retrieval_temperature=config.retrieval_temperature)
+    ks=tuple(config.ks),
+    recall_ks=tuple(config.recall_ks),
+    bootstrap_samples=config.bootstrap_samples,
+    retrieval_augmented=config.retrieval_augmented,
+    retrieval_hits=config.retrieval_hits,
+    retrieval_lambda=config.retrieval_lambda,
+    retrieval_temperature=config.retrieval_temperature,
+  )
   train_embeddings = encoder.queries(model.params, run.items["train"], "training queries")
   pooled = encoder.pooled(model.params, run.items["labels"], "labels")
   choose = config.retrieval_augmented and config.retrieval_choose
@@ -144,7 +153,8 @@ def _evaluate(run: Run, model: TrainedModel) -> _Evaluated:
     memory = Memory(prototypes, train_embeddings, corpus.train_labels, _propensity(run))
     indexed = IndexedMemory(memory, config.search, run.mesh)
     queries = Queries(
-        encoder.queries(model.params, run.items["test"], "test queries"), corpus.test_labels, corpus.test_filter)
+      encoder.queries(model.params, run.items["test"], "test queries"), corpus.test_labels, corpus.test_filter
+    )
   return _Evaluated(evaluate(indexed, queries, evaluation), evaluation, indexed, queries, pooled, train_embeddings)
 
 
@@ -160,7 +170,8 @@ def _with_fewer_images(run: Run, model: TrainedModel, evaluated: _Evaluated) -> 
 
 
 def _held_out(
-    run: Run, model: TrainedModel, train_embeddings: np.ndarray, pooled: np.ndarray) -> tuple[IndexedMemory, Queries]:
+  run: Run, model: TrainedModel, train_embeddings: np.ndarray, pooled: np.ndarray
+) -> tuple[IndexedMemory, Queries]:
   """The held-out queries, and a memory and centroids that do not know them."""
   corpus, rows = run.corpus, run.validation_rows
   known = train_embeddings[run.query_rows]
@@ -172,15 +183,20 @@ def _held_out(
 
 
 def _with_chosen_setting(
-    run: Run, indexed: IndexedMemory, held_out: Queries, evaluation: EvaluationConfig) -> EvaluationConfig:
+  run: Run, indexed: IndexedMemory, held_out: Queries, evaluation: EvaluationConfig
+) -> EvaluationConfig:
   """Chooses lambda and temperature on the held-out queries."""
   best, settings = choose_setting(indexed, held_out, evaluation)
   if jax.process_index() == 0:
     write_json(run.workdir / "retrieval_settings.json", [dataclasses.asdict(setting) for setting in settings])
-    _log.info("retrieval augmentation: lambda %g and temperature %g, best of %d on %d held-out queries",
-              best.lambda_, best.temperature, len(settings), len(held_out.labels))
-  return dataclasses.replace(
-      evaluation, retrieval_lambda=best.lambda_, retrieval_temperature=best.temperature)
+    _log.info(
+      "retrieval augmentation: lambda %g and temperature %g, best of %d on %d held-out queries",
+      best.lambda_,
+      best.temperature,
+      len(settings),
+      len(held_out.labels),
+    )
+  return dataclasses.replace(evaluation, retrieval_lambda=best.lambda_, retrieval_temperature=best.temperature)
 
 
 def _finish(run: Run, model: TrainedModel, step: int, meta: dict[str, Any]) -> dict[str, Any]:
@@ -190,12 +206,8 @@ def _finish(run: Run, model: TrainedModel, step: int, meta: dict[str, Any]) -> d
   seconds = meta["train_seconds"]
   final = evaluated.result.final_metrics()
   if evaluated.config.retrieval_augmented:
-    final |= {"RA/lambda": evaluated.config.retrieval_lambda,
-              "RA/temperature": evaluated.config.retrieval_temperature}
-  final |= {
-      "train_seconds": seconds,
-      "tokens_per_second": meta["tokens"] / max(seconds, 1e-9),
-  }
+    final |= {"RA/lambda": evaluated.config.retrieval_lambda, "RA/temperature": evaluated.config.retrieval_temperature}
+  final |= {"train_seconds": seconds, "tokens_per_second": meta["tokens"] / max(seconds, 1e-9)}
   if jax.process_index() == 0:
     _write(run, final, evaluated, fewer)
     write_report_files(run, evaluated.result, evaluated.queries)
@@ -211,11 +223,20 @@ def _write_for_inference(run: Run, model: TrainedModel, step: int, evaluated: _E
   if run.config.eval.split != "test":
     prototypes = run.encoder.prototypes_of(model.params, pooled, model.label_clusters, model.centroids)
   means = cluster_means(normalize(pooled), model.label_clusters, run.config.train.free_vectors, run.mesh)
-  retrieval = {"lambda": config.retrieval_lambda, "temperature": config.retrieval_temperature,
-               "hits": config.retrieval_hits}
+  retrieval = {
+    "lambda": config.retrieval_lambda,
+    "temperature": config.retrieval_temperature,
+    "hits": config.retrieval_hits,
+  }
   write_inference_files(
-      run, step, retrieval if config.retrieval_augmented else None, prototypes, model.label_clusters,
-      sharding.to_host(means), evaluated.train_queries)
+    run,
+    step,
+    retrieval if config.retrieval_augmented else None,
+    prototypes,
+    model.label_clusters,
+    sharding.to_host(means),
+    evaluated.train_queries,
+  )
 
 
 def _propensity(run: Run) -> np.ndarray:
@@ -228,14 +249,25 @@ def _propensity(run: Run) -> np.ndarray:
 def _write(run: Run, final: dict[str, Any], evaluated: _Evaluated, fewer: dict[int, Evaluation]) -> None:
   folder, memory, result = run.workdir / EMBEDDINGS, evaluated.indexed.memory, evaluated.result
   folder.mkdir(exist_ok=True)
-  embeddings = {"labels": memory.prototypes, "train_queries": memory.queries,
-                f"{run.config.eval.split}_queries": evaluated.queries.embeddings}
+  embeddings = {
+    "labels": memory.prototypes,
+    "train_queries": memory.queries,
+    f"{run.config.eval.split}_queries": evaluated.queries.embeddings,
+  }
   for name, values in embeddings.items():
     np.save(folder / f"{name}.npy", values)
-  write_json(run.workdir / "evaluation.json", describe(run, result) | {
-      "intervals_95": result.intervals, "by_label_frequency": result.deciles, "scann_recall": result.scann_recall,
-      "by_test_images": {count: {"metrics": other.final_metrics(), "intervals_95": other.intervals}
-                         for count, other in fewer.items()}})
+  write_json(
+    run.workdir / "evaluation.json",
+    describe(run, result)
+    | {
+      "intervals_95": result.intervals,
+      "by_label_frequency": result.deciles,
+      "scann_recall": result.scann_recall,
+      "by_test_images": {
+        count: {"metrics": other.final_metrics(), "intervals_95": other.intervals} for count, other in fewer.items()
+      },
+    },
+  )
   write_json(run.workdir / "final_metrics.json", final)
 
 
@@ -245,7 +277,8 @@ def _table(run: Run, evaluated: _Evaluated, fewer: dict[int, Evaluation]) -> str
   rows: dict[str, dict[str, float]] = {}
   intervals = {}
   named = {run.config.name: result} | {
-      f"at most {count} image{'' if count == 1 else 's'} a query": other for count, other in fewer.items()}
+    f"at most {count} image{'' if count == 1 else 's'} a query": other for count, other in fewer.items()
+  }
   for name, other in named.items():
     below = retrieval if other is result else f"{name} {retrieval.split(' (')[0]}"
     rows |= {name: other.plain} | ({below: other.augmented} if other.augmented else {})

@@ -118,10 +118,12 @@ def model_of(config: ConfigDict) -> ModelDefinition:
   fusion = None
   if config.images:
     fusion = dict(
-        feature_dim=config.features.dim, method=config.fusion.method, adapter=config.fusion.adapter,
-        residual=config.fusion.residual > 0)
-  return define_model(
-      encoder, config.prototype.to_dict(), config.train.free_vectors, fusion, architecture, pooling)
+      feature_dim=config.features.dim,
+      method=config.fusion.method,
+      adapter=config.fusion.adapter,
+      residual=config.fusion.residual > 0,
+    )
+  return define_model(encoder, config.prototype.to_dict(), config.train.free_vectors, fusion, architecture, pooling)
 
 
 def adapter_folder(config: ConfigDict) -> Path | None:
@@ -149,8 +151,10 @@ def layout_of(config: ConfigDict, tokenizer: Tokenizer) -> PackedLayout:
     rooms["encoder.max_position"] = config.encoder.max_position
   for key, room in rooms.items():
     if layout.longest(length) > room:
-      raise InputError(f"config.{key}={room}: an item may have {layout.longest(length)} tokens (dataset.max_length="
-                       f"{length}, images={config.images} and the phrases of prompt.template); raise it")
+      raise InputError(
+        f"config.{key}={room}: an item may have {layout.longest(length)} tokens (dataset.max_length="
+        f"{length}, images={config.images} and the phrases of prompt.template); raise it"
+      )
   return layout
 
 
@@ -158,10 +162,16 @@ def optimizer_of(config: ConfigDict, model: ModelDefinition, total_steps: int) -
   """The optimizer that a config describes."""
   train = config.train
   return make_optimizer(
-      model.split(model.shapes)[0], learning_rate=train.learning_rate, new_learning_rate=train.new_learning_rate,
-      free_vector_learning_rate=train.free_vector_learning_rate,
-      warmup_steps=train.warmup_steps, total_steps=total_steps, weight_decay=train.weight_decay,
-      adam_eps=train.adam_eps, clip_norm=train.clip_norm or None)
+    model.split(model.shapes)[0],
+    learning_rate=train.learning_rate,
+    new_learning_rate=train.new_learning_rate,
+    free_vector_learning_rate=train.free_vector_learning_rate,
+    warmup_steps=train.warmup_steps,
+    total_steps=total_steps,
+    weight_decay=train.weight_decay,
+    adam_eps=train.adam_eps,
+    clip_norm=train.clip_norm or None,
+  )
 
 
 def set_up(config: ConfigDict, workdir: Path, extract: bool = True) -> Run:
@@ -193,29 +203,33 @@ def set_up(config: ConfigDict, workdir: Path, extract: bool = True) -> Run:
   labels = corpus.train_labels if whole else corpus.train_labels.take(query_rows)
   frequencies = np.bincount(labels.values, minlength=corpus.num_labels)
   queries = TrainingQueries(
-      train_items, labels, items["labels"], label_weights(config, frequencies, len(query_rows)),
-      config.fusion.modality_dropout if config.images else 0.0)
+    train_items,
+    labels,
+    items["labels"],
+    label_weights(config, frequencies, len(query_rows)),
+    config.fusion.modality_dropout if config.images else 0.0,
+  )
   config = settle_free_vectors(config, corpus.num_labels)
   _check_sizes(config, corpus, mesh)
   model = model_of(config)
   total = config.train.epochs * steps_per_epoch(len(queries), config.train.batch_size)
   optimizer = optimizer_of(config, model, total)
   return Run(
-      config=config,
-      workdir=workdir,
-      mesh=mesh,
-      weights_folder=None if config.encoder.random_init else folder,
-      corpus=corpus,
-      bank=bank,
-      items=items,
-      query_rows=query_rows,
-      validation_rows=np.flatnonzero(labelled & held_out),
-      queries=queries,
-      model=model,
-      optimizer=optimizer,
-      abstract=abstract_state(model, optimizer, len(queries), corpus.num_labels, config.train.bank_dtype, mesh),
-      layout=layout,
-      loss=LossConfig(**config.loss.to_dict()),
+    config=config,
+    workdir=workdir,
+    mesh=mesh,
+    weights_folder=None if config.encoder.random_init else folder,
+    corpus=corpus,
+    bank=bank,
+    items=items,
+    query_rows=query_rows,
+    validation_rows=np.flatnonzero(labelled & held_out),
+    queries=queries,
+    model=model,
+    optimizer=optimizer,
+    abstract=abstract_state(model, optimizer, len(queries), corpus.num_labels, config.train.bank_dtype, mesh),
+    layout=layout,
+    loss=LossConfig(**config.loss.to_dict()),
   )
 
 
@@ -226,8 +240,13 @@ def _open_bank(config: ConfigDict, builder, mesh: Mesh, extract: bool) -> Featur
   data_dir, wanted = config.dataset.data_dir, config.features
   if extract and wanted.checkpoint:
     features = prepare_features(
-        builder, data_dir, wanted.checkpoint, name=wanted.name, variant=wanted.variant or None,
-        preprocessing=wanted.preprocessing)
+      builder,
+      data_dir,
+      wanted.checkpoint,
+      name=wanted.name,
+      variant=wanted.variant or None,
+      preprocessing=wanted.preprocessing,
+    )
   else:
     features = open_features(builder, data_dir, wanted.name)
   _check_features(config, features)
@@ -236,8 +255,10 @@ def _open_bank(config: ConfigDict, builder, mesh: Mesh, extract: bool) -> Featur
 
 def _check_features(config: ConfigDict, features: FeatureSet) -> None:
   if features.dim != config.features.dim:
-    raise InputError(f"config.features.dim={config.features.dim}: the features {config.features.name} of "
-                     f"{config.dataset.name} have {features.dim}; set it to that")
+    raise InputError(
+      f"config.features.dim={config.features.dim}: the features {config.features.name} of "
+      f"{config.dataset.name} have {features.dim}; set it to that"
+    )
 
 
 def _items(corpus: Corpus, bank: FeatureBank | None) -> dict[str, Items]:
@@ -262,11 +283,15 @@ def _check_sizes(config: ConfigDict, corpus: Corpus, mesh: Mesh) -> None:
   free_vectors = config.train.free_vectors
   one_each = 1 << (corpus.num_labels - 1).bit_length()
   if free_vectors > one_each:
-    raise InputError(f"train.free_vectors={free_vectors}: {one_each} give each of the {corpus.num_labels} labels its "
-                     "own; use a power of two up to that")
+    raise InputError(
+      f"train.free_vectors={free_vectors}: {one_each} give each of the {corpus.num_labels} labels its "
+      "own; use a power of two up to that"
+    )
   if corpus.vocab_size > config.encoder.vocab_size:
-    raise InputError(f"encoder.vocab_size={config.encoder.vocab_size}: the tokenizer in {config.encoder.pretrained} "
-                     f"has {corpus.vocab_size} tokens; name weights that know them all")
+    raise InputError(
+      f"encoder.vocab_size={config.encoder.vocab_size}: the tokenizer in {config.encoder.pretrained} "
+      f"has {corpus.vocab_size} tokens; name weights that know them all"
+    )
   rows = mesh.shape["data"] * mesh.shape["fsdp"]
   for key in ("batch_size", "chunk_rows"):
     if config.train[key] % rows:

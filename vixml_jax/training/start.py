@@ -34,15 +34,21 @@ def start(run: Run) -> Checkpoint:
   if free_vectors is not None:
     params |= {"free_vectors": padded_like(free_vectors, params["free_vectors"])}
   centroids = label_centroids(
-      run.encoder.queries(params, run.queries.items, "training queries"), run.queries.labels, run.corpus.num_labels,
-      mesh=run.mesh)
+    run.encoder.queries(params, run.queries.items, "training queries"),
+    run.queries.labels,
+    run.corpus.num_labels,
+    mesh=run.mesh,
+  )
   state = create_state(run.abstract, params, run.optimizer)
   state = dataclasses.replace(
-      state, label_clusters=padded_like(clusters, state.label_clusters),
-      centroids=padded_like(centroids, state.centroids))
+    state, label_clusters=padded_like(clusters, state.label_clusters), centroids=padded_like(centroids, state.centroids)
+  )
   meta = provenance(run.data_fingerprint, _weight_hashes(run.weights_folder)) | {
-      "adapter_sha256": source.weight_hashes(adapter) if adapter else {},
-      "config": run.config.to_dict(), "train_seconds": 0.0, "tokens": 0}
+    "adapter_sha256": source.weight_hashes(adapter) if adapter else {},
+    "config": run.config.to_dict(),
+    "train_seconds": 0.0,
+    "tokens": 0,
+  }
   return Checkpoint(state, None, meta)
 
 
@@ -64,8 +70,9 @@ def check_base(model: ModelDefinition, weights_folder: Path | None, workdir: Pat
   for name in sorted(wanted.keys() | found.keys()):
     if found.get(name) != wanted.get(name):
       raise InputError(
-          f"{weights_folder}: {name} has sha256 {found.get(name)}, but what is in {workdir} was trained on "
-          f"{meta['config']['encoder']['pretrained']} with {wanted.get(name)}; set config.encoder.pretrained to that")
+        f"{weights_folder}: {name} has sha256 {found.get(name)}, but what is in {workdir} was trained on "
+        f"{meta['config']['encoder']['pretrained']} with {wanted.get(name)}; set config.encoder.pretrained to that"
+      )
 
 
 def cluster_means(embeddings: np.ndarray, clusters: np.ndarray, num_vectors: int, mesh: Mesh) -> jax.Array:

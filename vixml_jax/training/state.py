@@ -42,7 +42,8 @@ class TrainState:
 
 
 def init_params(
-    model: ModelDefinition, mesh: Mesh, seed: int, part: Callable[[Tree], Tree] = lambda tree: tree) -> Tree:
+  model: ModelDefinition, mesh: Mesh, seed: int, part: Callable[[Tree], Tree] = lambda tree: tree
+) -> Tree:
   """Random parameters, each device making its own part.
 
   Args:
@@ -65,8 +66,13 @@ def abstract_params(model: ModelDefinition, mesh: Mesh) -> Tree:
 
 
 def abstract_state(
-    model: ModelDefinition, optimizer: optax.GradientTransformation, num_queries: int, num_labels: int,
-    bank_dtype: str, mesh: Mesh) -> TrainState:
+  model: ModelDefinition,
+  optimizer: optax.GradientTransformation,
+  num_queries: int,
+  num_labels: int,
+  bank_dtype: str,
+  mesh: Mesh,
+) -> TrainState:
   """The state as `jax.ShapeDtypeStruct`s that carry their shardings.
 
   Restoring, ahead-of-time compilation and `create_state` all start from this. `optimizer` is made for what the model
@@ -78,30 +84,32 @@ def abstract_state(
   params, _ = model.split(abstract_params(model, mesh))
   opt_shapes = jax.eval_shape(optimizer.init, params)
   opt_shardings = optax.tree_utils.tree_map_params(
-      optimizer, lambda _, param: param.sharding, opt_shapes, params, transform_non_params=lambda _: replicated)
+    optimizer, lambda _, param: param.sharding, opt_shapes, params, transform_non_params=lambda _: replicated
+  )
 
   def struct(shape, dtype, where):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
   return TrainState(
-      step=struct((), jnp.int32, replicated),
-      params=params,
-      opt_state=_structs(opt_shapes, opt_shardings),
-      bank=struct((queries, model.embed_dim), jnp.dtype(bank_dtype), sharding.named_sharding(mesh, "query", "vector")),
-      centroids=struct((labels, model.embed_dim), jnp.float32, sharding.named_sharding(mesh, "label", "vector")),
-      label_clusters=struct((labels,), jnp.int32, sharding.named_sharding(mesh, "label")),
+    step=struct((), jnp.int32, replicated),
+    params=params,
+    opt_state=_structs(opt_shapes, opt_shardings),
+    bank=struct((queries, model.embed_dim), jnp.dtype(bank_dtype), sharding.named_sharding(mesh, "query", "vector")),
+    centroids=struct((labels, model.embed_dim), jnp.float32, sharding.named_sharding(mesh, "label", "vector")),
+    label_clusters=struct((labels,), jnp.int32, sharding.named_sharding(mesh, "label")),
   )
 
 
 def _structs(shapes: Tree, shardings: Tree) -> Tree:
   return jax.tree.map(
-      lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+  )
 
 
 def padded_like(rows: np.ndarray | jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
   """Rows in the place of an array of the state that has some more; those are zero."""
   host = np.zeros(like.shape, like.dtype)
-  host[:len(rows)] = sharding.to_host(rows)
+  host[: len(rows)] = sharding.to_host(rows)
   return sharding.to_global(host, like.sharding)
 
 
@@ -115,10 +123,12 @@ def create_state(abstract: TrainState, params: Tree, optimizer: optax.GradientTr
 
   def rest(params):
     zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
-    return optimizer.init(params), *(zeros(x) for x in (
-        abstract.step, abstract.bank, abstract.centroids, abstract.label_clusters))
+    return optimizer.init(params), *(
+      zeros(x) for x in (abstract.step, abstract.bank, abstract.centroids, abstract.label_clusters)
+    )
 
   where = shardings_of(abstract)
-  opt_state, step, bank, centroids, label_clusters = jax.jit(rest, out_shardings=(
-      where.opt_state, where.step, where.bank, where.centroids, where.label_clusters))(params)
+  opt_state, step, bank, centroids, label_clusters = jax.jit(
+    rest, out_shardings=(where.opt_state, where.step, where.bank, where.centroids, where.label_clusters)
+  )(params)
   return TrainState(step, params, opt_state, bank, centroids, label_clusters)

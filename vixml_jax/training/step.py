@@ -37,23 +37,29 @@ def device_batch(batch: Batch, mesh: Mesh, bank: FeatureBank | None = None) -> d
   items = batch.items
   images = None if bank is None or items.images is None else bank.on_mesh(items.images, mesh)
   return {
-      "tokens": sharding.to_global(items.tokens, rows),
-      "segments": sharding.to_global(items.segments, rows),
-      "positions": sharding.to_global(items.positions, rows),
-      "images": images,
-      "image_bank": None if bank is None else bank.on_devices,
-      "filled": sharding.to_global(np.asarray((items.segments > 0).any(axis=(1, 2))), replicated),
-      "slots": sharding.to_global(items.slots, replicated),
-      "query_ids": sharding.to_global(batch.query_ids, by_batch),
-      "label_ids": sharding.to_global(batch.label_ids, by_batch),
-      "positives": sharding.to_global(batch.positives, sharding.named_sharding(mesh, "batch", "vector")),
-      "valid": sharding.to_global(batch.valid, by_batch),
+    "tokens": sharding.to_global(items.tokens, rows),
+    "segments": sharding.to_global(items.segments, rows),
+    "positions": sharding.to_global(items.positions, rows),
+    "images": images,
+    "image_bank": None if bank is None else bank.on_devices,
+    "filled": sharding.to_global(np.asarray((items.segments > 0).any(axis=(1, 2))), replicated),
+    "slots": sharding.to_global(items.slots, replicated),
+    "query_ids": sharding.to_global(batch.query_ids, by_batch),
+    "label_ids": sharding.to_global(batch.label_ids, by_batch),
+    "positives": sharding.to_global(batch.positives, sharding.named_sharding(mesh, "batch", "vector")),
+    "valid": sharding.to_global(batch.valid, by_batch),
   }
 
 
 def encode_chunks(
-    model: ModelDefinition, params: Tree, batch: dict[str, Any], layout: PackedLayout, key: Array | None,
-    remat: bool, mesh: Mesh) -> Array:
+  model: ModelDefinition,
+  params: Tree,
+  batch: dict[str, Any],
+  layout: PackedLayout,
+  key: Array | None,
+  remat: bool,
+  mesh: Mesh,
+) -> Array:
   """Pooled vectors of the batch's items, one chunk of rows at a time.
 
   With `remat` a chunk's activations are recomputed in the backward pass, so that memory does not grow with the batch.
@@ -81,8 +87,16 @@ def encode_chunks(
 
 
 def batch_loss(
-    model: ModelDefinition, params: Tree, state: TrainState, batch: dict[str, Any], layout: PackedLayout,
-    loss_config: LossConfig, key: Array, remat: bool, mesh: Mesh) -> tuple[Array, tuple[dict[str, Array], Array]]:
+  model: ModelDefinition,
+  params: Tree,
+  state: TrainState,
+  batch: dict[str, Any],
+  layout: PackedLayout,
+  loss_config: LossConfig,
+  key: Array,
+  remat: bool,
+  mesh: Mesh,
+) -> tuple[Array, tuple[dict[str, Array], Array]]:
   """Loss of a batch, its parts, and the query embeddings [B, D] for the bank."""
   dropout_key, prototype_key, loss_key = jax.random.split(key, 3)
   pooled = encode_chunks(model, params, batch, layout, dropout_key, remat, mesh)
@@ -90,17 +104,28 @@ def batch_loss(
   query_pooled, label_pooled = jnp.split(pooled, 2)
   label_ids = batch["label_ids"]
   prototypes = model.bind(params).prototypes(
-      label_pooled, state.label_clusters[label_ids], state.centroids[label_ids], prototype_key)
+    label_pooled, state.label_clusters[label_ids], state.centroids[label_ids], prototype_key
+  )
   queries = l2_normalize(query_pooled)
   loss, parts = prime_loss(
-      queries, l2_normalize(label_pooled), prototypes, batch["positives"], batch["valid"], loss_key, loss_config)
+    queries, l2_normalize(label_pooled), prototypes, batch["positives"], batch["valid"], loss_key, loss_config
+  )
   return loss, (parts, queries)
 
 
 def train_step(
-    state: TrainState, frozen: Tree, batch: dict[str, Any], *, model: ModelDefinition,
-    optimizer: optax.GradientTransformation, layout: PackedLayout, loss_config: LossConfig, base_key: Array,
-    remat: bool, mesh: Mesh) -> tuple[TrainState, dict[str, Array]]:
+  state: TrainState,
+  frozen: Tree,
+  batch: dict[str, Any],
+  *,
+  model: ModelDefinition,
+  optimizer: optax.GradientTransformation,
+  layout: PackedLayout,
+  loss_config: LossConfig,
+  base_key: Array,
+  remat: bool,
+  mesh: Mesh,
+) -> tuple[TrainState, dict[str, Array]]:
   """One optimizer step; see `make_train_step`."""
   key = jax.random.fold_in(base_key, state.step)
 
@@ -113,21 +138,30 @@ def train_step(
   # Padded places point past the end, where the scatter drops them.
   bank_rows = jnp.where(batch["valid"], batch["query_ids"], state.bank.shape[0])
   bank = state.bank.at[bank_rows].set(
-      jax.lax.stop_gradient(queries).astype(state.bank.dtype), mode="drop", unique_indices=False)
+    jax.lax.stop_gradient(queries).astype(state.bank.dtype), mode="drop", unique_indices=False
+  )
   metrics = parts | {"gradient_norm": optax.tree.norm(gradients)}
   return TrainState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
-      bank=bank,
-      centroids=state.centroids,
-      label_clusters=state.label_clusters,
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    opt_state=opt_state,
+    bank=bank,
+    centroids=state.centroids,
+    label_clusters=state.label_clusters,
   ), metrics
 
 
 def make_train_step(
-    abstract: TrainState, *, model: ModelDefinition, optimizer: optax.GradientTransformation, layout: PackedLayout,
-    loss_config: LossConfig, base_key: Array, remat: bool, mesh: Mesh) -> jax.stages.Wrapped:
+  abstract: TrainState,
+  *,
+  model: ModelDefinition,
+  optimizer: optax.GradientTransformation,
+  layout: PackedLayout,
+  loss_config: LossConfig,
+  base_key: Array,
+  remat: bool,
+  mesh: Mesh,
+) -> jax.stages.Wrapped:
   """Compiles `(state, frozen, batch) -> (state, metrics)`.
 
   The state is donated and keeps its shardings; `frozen` are the parameters that are not trained, read only.
@@ -140,6 +174,13 @@ def make_train_step(
     mesh: the devices.
   """
   step = functools.partial(
-      train_step, model=model, optimizer=optimizer, layout=layout, loss_config=loss_config, base_key=base_key,
-      remat=remat, mesh=mesh)
+    train_step,
+    model=model,
+    optimizer=optimizer,
+    layout=layout,
+    loss_config=loss_config,
+    base_key=base_key,
+    remat=remat,
+    mesh=mesh,
+  )
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(abstract), None))

@@ -10,63 +10,67 @@ from vixml_jax.errors import InputError
 
 # Qwen2, Qwen3 and Llama differ in two switches; what does not stand under one key is in `_derived_arguments`.
 _DECODER: dict[str, str | float] = {
+  "vocab_size": "vocab_size",
+  "num_layers": "num_hidden_layers",
+  "embed_dim": "hidden_size",
+  "num_heads": "num_attention_heads",
+  "mlp_dim": "intermediate_size",
+  "norm_eps": "rms_norm_eps",
+  "qkv_bias": False,
+  "qk_norm": False,
+}
+
+# Argument of models.bert.BertEncoder or models.decoder.Decoder -> key in config.json; a number stands for itself.
+_ARGUMENTS: dict[str, dict[str, str | float]] = {
+  "bert": {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
     "embed_dim": "hidden_size",
     "num_heads": "num_attention_heads",
     "mlp_dim": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "qkv_bias": False,
-    "qk_norm": False,
-}
-
-# Argument of models.bert.BertEncoder or models.decoder.Decoder -> key in config.json; a number stands for itself.
-_ARGUMENTS: dict[str, dict[str, str | float]] = {
-    "bert": {
-        "vocab_size": "vocab_size",
-        "num_layers": "num_hidden_layers",
-        "embed_dim": "hidden_size",
-        "num_heads": "num_attention_heads",
-        "mlp_dim": "intermediate_size",
-        "max_position": "max_position_embeddings",
-        "num_token_types": "type_vocab_size",
-        "dropout": "hidden_dropout_prob",
-        "attention_dropout": "attention_probs_dropout_prob",
-        "projection_dropout": "hidden_dropout_prob",
-        "layer_norm_eps": "layer_norm_eps",
-    },
-    "distilbert": {
-        "vocab_size": "vocab_size",
-        "num_layers": "n_layers",
-        "embed_dim": "dim",
-        "num_heads": "n_heads",
-        "mlp_dim": "hidden_dim",
-        "max_position": "max_position_embeddings",
-        "num_token_types": 0,
-        "dropout": "dropout",
-        "attention_dropout": "attention_dropout",
-        "projection_dropout": 0.0,
-        "layer_norm_eps": 1e-12,
-    },
-    "qwen2": _DECODER | {"qkv_bias": True},
-    "qwen3": _DECODER | {"qk_norm": True, "head_dim": "head_dim"},  # Without the key, it does not follow.
-    "llama": _DECODER,
+    "max_position": "max_position_embeddings",
+    "num_token_types": "type_vocab_size",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "projection_dropout": "hidden_dropout_prob",
+    "layer_norm_eps": "layer_norm_eps",
+  },
+  "distilbert": {
+    "vocab_size": "vocab_size",
+    "num_layers": "n_layers",
+    "embed_dim": "dim",
+    "num_heads": "n_heads",
+    "mlp_dim": "hidden_dim",
+    "max_position": "max_position_embeddings",
+    "num_token_types": 0,
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "projection_dropout": 0.0,
+    "layer_norm_eps": 1e-12,
+  },
+  "qwen2": _DECODER | {"qkv_bias": True},
+  "qwen3": _DECODER | {"qk_norm": True, "head_dim": "head_dim"},  # Without the key, it does not follow.
+  "llama": _DECODER,
 }
 _DECODERS = ("qwen2", "qwen3", "llama")
 
 # What the encoder does, and the only value of the key that asks for it.
 _REQUIRED: dict[str, dict[str, Any]] = {
-    "bert": {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False},
-    "distilbert": {"activation": "gelu"},
-    "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
-    "qwen3": {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
-    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+  "bert": {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False},
+  "distilbert": {"activation": "gelu"},
+  "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
+  "qwen3": {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
+  "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
 }
 
 # Keys that configs written before they existed lack, with their meaning then.
 _IMPLIED = {
-    "layer_norm_eps": 1e-12, "position_embedding_type": "absolute", "is_decoder": False,
-    "use_sliding_window": False, "attention_bias": False, "mlp_bias": False,
+  "layer_norm_eps": 1e-12,
+  "position_embedding_type": "absolute",
+  "is_decoder": False,
+  "use_sliding_window": False,
+  "attention_bias": False,
+  "mlp_bias": False,
 }
 
 # Of Llama 3's rotary positions, in the order of the decoder's `rope_scaling`.
@@ -114,8 +118,7 @@ def encoder_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if _value(config, key, path) != wanted:
       raise InputError(f"{path}: {key} is {config[key]!r}; the encoder only does {wanted!r}")
   arguments = {
-      argument: _value(config, key, path) if isinstance(key, str) else key
-      for argument, key in _ARGUMENTS[kind].items()
+    argument: _value(config, key, path) if isinstance(key, str) else key for argument, key in _ARGUMENTS[kind].items()
   }
   return arguments | (_derived_arguments(config, path) if kind in _DECODERS else {})
 
@@ -138,8 +141,8 @@ def check_arguments(folder: str | os.PathLike[str], arguments: Mapping[str, Any]
       continue
     if theirs[argument] != value:
       raise InputError(
-          f"{path}: the weights have {argument}={theirs[argument]}, but encoder.{argument} is"
-          f" {value}; set it to {theirs[argument]} or choose other weights"
+        f"{path}: the weights have {argument}={theirs[argument]}, but encoder.{argument} is"
+        f" {value}; set it to {theirs[argument]} or choose other weights"
       )
 
 
@@ -163,14 +166,19 @@ def config_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(key, str):
       config[key] = arguments[argument]
     elif not argument.endswith("dropout") and arguments[argument] != key:
-      raise InputError(f"encoder.{argument} is {arguments[argument]}, but a {kind} model has {key}: it cannot be"
-                       " written as one of transformers")
+      raise InputError(
+        f"encoder.{argument} is {arguments[argument]}, but a {kind} model has {key}: it cannot be"
+        " written as one of transformers"
+      )
   if kind in _DECODERS:
-    config |= {"num_key_value_heads": arguments["num_kv_heads"], "head_dim": arguments["head_dim"],
-               "rope_theta": arguments["rope_theta"], "tie_word_embeddings": True}
+    config |= {
+      "num_key_value_heads": arguments["num_kv_heads"],
+      "head_dim": arguments["head_dim"],
+      "rope_theta": arguments["rope_theta"],
+      "tie_word_embeddings": True,
+    }
     if arguments["rope_scaling"]:
-      config["rope_scaling"] = {"rope_type": "llama3"} | dict(
-          zip(_LLAMA3_KEYS, arguments["rope_scaling"], strict=True))
+      config["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(_LLAMA3_KEYS, arguments["rope_scaling"], strict=True))
     if arguments.get("bidirectional"):
       config["is_causal"] = False
   return config
@@ -184,8 +192,10 @@ def _kind_of(arguments: Mapping[str, Any]) -> str:
   for kind in _DECODERS:
     if switches == (_ARGUMENTS[kind]["qkv_bias"], _ARGUMENTS[kind]["qk_norm"]):
       return kind
-  raise InputError("encoder.qkv_bias and encoder.qk_norm are both True, which no model of transformers that is known"
-                   " here has: it cannot be written as one")
+  raise InputError(
+    "encoder.qkv_bias and encoder.qk_norm are both True, which no model of transformers that is known"
+    " here has: it cannot be written as one"
+  )
 
 
 def _derived_arguments(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
@@ -199,11 +209,12 @@ def _derived_arguments(config: Mapping[str, Any], path: pathlib.Path) -> dict[st
     head_dim, rest = divmod(embed_dim, num_heads)
     if rest:
       raise InputError(
-          f"{path}: hidden_size {embed_dim} does not divide by num_attention_heads {num_heads}; add head_dim")
+        f"{path}: hidden_size {embed_dim} does not divide by num_attention_heads {num_heads}; add head_dim"
+      )
   return {
-      "num_kv_heads": config.get("num_key_value_heads") or num_heads,
-      "head_dim": head_dim,
-      **_rotary_arguments(config, path),
+    "num_kv_heads": config.get("num_key_value_heads") or num_heads,
+    "head_dim": head_dim,
+    **_rotary_arguments(config, path),
   }
 
 

@@ -63,8 +63,11 @@ def match(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> It
   wanted = flatten(abstract)
   theirs, twice = original_names(table, source)
   _check(table, source, theirs, twice, wanted)
-  return (Match(rule.ours, layer, layout, theirs[name])
-          for rule in table.rules for name, layer, layout in targets(rule, wanted[rule.ours].shape))
+  return (
+    Match(rule.ours, layer, layout, theirs[name])
+    for rule in table.rules
+    for name, layer, layout in targets(rule, wanted[rule.ours].shape)
+  )
 
 
 def apply(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,11 +110,14 @@ class Inverse:
     self.name = f"parameters for a {table.name} checkpoint"
     ours = flatten(params)
     ruled = [rule.ours for rule in table.rules]
-    _raise_any(self.name, [
+    _raise_any(
+      self.name,
+      [
         _listed("unmapped", "+", set(ours) - set(ruled)),
         _listed("unfilled", "-", set(ruled) - set(ours)),
         _listed("duplicate", "", {name for name in ruled if ruled.count(name) > 1}),
-    ])
+      ],
+    )
     self._parts: dict[str, list[Any]] = {}
     for rule in table.rules:
       number, count = rule.part
@@ -130,8 +136,8 @@ class Inverse:
   def read(self, name: str) -> np.ndarray:
     """The tensor; contiguous, since safetensors writes an array's memory whatever its strides."""
     found = [
-        layout.to_theirs(np.asarray(leaf[... if layer is None else layer]))
-        for leaf, layer, layout in self._parts[name]]
+      layout.to_theirs(np.asarray(leaf[... if layer is None else layer])) for leaf, layer, layout in self._parts[name]
+    ]
     return np.ascontiguousarray(np.concatenate(found) if len(found) > 1 else found[0])
 
 
@@ -197,11 +203,7 @@ def original_names(table: Table, source: TensorSource) -> tuple[dict[str, str], 
 
 
 def _check(
-    table: Table,
-    source: TensorSource,
-    theirs: Mapping[str, str],
-    twice: list[str],
-    wanted: Mapping[str, Any],
+  table: Table, source: TensorSource, theirs: Mapping[str, str], twice: list[str], wanted: Mapping[str, Any]
 ) -> None:
   """Raises InputError unless rules, tensors and parameters match one to one, shapes included."""
   readers: dict[tuple[str, tuple[int, int]], int] = {}
@@ -224,16 +226,22 @@ def _check(
   read = {name for name, _ in readers}
   unmapped = [name for plain, name in theirs.items() if plain not in read and not ignored.fullmatch(plain)]
   unmapped += {
-      f"{name} (part {number + 1} of {count})"
-      for name, (_, count) in readers for number in range(count) if (name, (number, count)) not in readers}
+    f"{name} (part {number + 1} of {count})"
+    for name, (_, count) in readers
+    for number in range(count)
+    if (name, (number, count)) not in readers
+  }
   twice = twice + [name for (name, _), count in readers.items() if count > 1]
   twice += [name for name, count in fillers.items() if count > 1]
-  _raise_any(f"{source.name}: weights that do not fit a {table.name} model of this size", [
+  _raise_any(
+    f"{source.name}: weights that do not fit a {table.name} model of this size",
+    [
       _listed("unmapped", "+", unmapped),
       _listed("unfilled", "-", missing + [name for name in wanted if name not in fillers]),
       _listed("duplicate", "", twice),
       _listed("wrong shape", "", misshapen),
-  ])
+    ],
+  )
 
 
 def _listed(kind: str, sign: str, names: Iterable[str]) -> str:
@@ -275,8 +283,10 @@ class Layout:
     """The layout of a rule for a parameter (or a layer of one) of `shape`."""
     letters = " ".join(f"_{i}" for i in range(len(shape)))
     theirs, ours = (side.strip() for side in (rule.layout or f"{letters} -> {letters}").split("->"))
-    groups = [[letter for letter in group.strip("()").split() if letter != "1"]
-              for group in re.findall(r"\([^)]*\)|\S+", theirs)]
+    groups = [
+      [letter for letter in group.strip("()").split() if letter != "1"]
+      for group in re.findall(r"\([^)]*\)|\S+", theirs)
+    ]
     split = [letter for group in groups for letter in group]
     if sorted(split) != sorted(ours.split()) or len(split) != len(shape):
       raise ValueError(f"layout {rule.layout!r} does not fit a parameter of shape {tuple(shape)}")
@@ -284,12 +294,12 @@ class Layout:
     first, *rest = (math.prod(sizes[letter] for letter in group) for group in groups)
     number, count = rule.part
     return cls(
-        theirs=(first * count, *rest),
-        start=first * number,
-        shape=(first, *rest),
-        split=tuple(sizes[letter] for letter in split),
-        order=tuple(split.index(letter) for letter in ours.split()),
-        outer=tuple(ours.split().index(group[0]) if group else None for group in groups),
+      theirs=(first * count, *rest),
+      start=first * number,
+      shape=(first, *rest),
+      split=tuple(sizes[letter] for letter in split),
+      order=tuple(split.index(letter) for letter in ours.split()),
+      outer=tuple(ours.split().index(group[0]) if group else None for group in groups),
     )
 
   @property

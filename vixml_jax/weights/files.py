@@ -66,15 +66,13 @@ class SafetensorsFolder:
   def _checked(self, name: str, tensor: np.ndarray) -> np.ndarray:
     if tensor.dtype.name not in ("float32", "float16", "bfloat16"):
       raise InputError(
-          f"{self._file_of[name]}: tensor {name} is {tensor.dtype.name}; float32, float16 and"
-          " bfloat16 are read (quantised weights have to be converted first)"
+        f"{self._file_of[name]}: tensor {name} is {tensor.dtype.name}; float32, float16 and"
+        " bfloat16 are read (quantised weights have to be converted first)"
       )
     return tensor
 
 
-def load_pretrained(
-    folder: str | os.PathLike[str], table: Table, abstract: Mapping[str, Any]
-) -> dict[str, Any]:
+def load_pretrained(folder: str | os.PathLike[str], table: Table, abstract: Mapping[str, Any]) -> dict[str, Any]:
   """Reads a Hugging Face folder into our parameters; see `engine.apply`.
 
   Args:
@@ -92,12 +90,12 @@ def load_pretrained(
 
 
 def save_pretrained(
-    params: Mapping[str, Any],
-    folder: str | os.PathLike[str],
-    config: Mapping[str, Any],
-    table: Table,
-    dtype: str | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+  params: Mapping[str, Any],
+  folder: str | os.PathLike[str],
+  config: Mapping[str, Any],
+  table: Table,
+  dtype: str | None = None,
+  max_shard_bytes: int = 5 * 10**9,
 ) -> None:
   """Writes `config.json` and the weights as safetensors, which `transformers.AutoModel` loads.
 
@@ -117,8 +115,8 @@ def save_pretrained(
   """
   if config.get("model_type") != table.name:
     raise InputError(
-        f"model_type is {config.get('model_type')!r} in the config to write to {folder}, but the"
-        f" weights are those of a {table.name} model"
+      f"model_type is {config.get('model_type')!r} in the config to write to {folder}, but the"
+      f" weights are those of a {table.name} model"
     )
   source = engine.Inverse(table, params)
   folder = pathlib.Path(folder)
@@ -139,8 +137,11 @@ def _write_shards(source: engine.Inverse, folder: pathlib.Path, dtype: str | Non
       free = max_bytes
     shards[-1].append(name)
     free -= needed
-  files = [f"{_MODEL}{_ENDING}"] if len(shards) == 1 else [
-      f"{_MODEL}-{number:05}-of-{len(shards):05}{_ENDING}" for number in range(1, len(shards) + 1)]
+  files = (
+    [f"{_MODEL}{_ENDING}"]
+    if len(shards) == 1
+    else [f"{_MODEL}-{number:05}-of-{len(shards):05}{_ENDING}" for number in range(1, len(shards) + 1)]
+  )
   total = 0
   for file, names in zip(files, shards, strict=True):
     tensors = {name: source.read(name) for name in names}
@@ -150,8 +151,9 @@ def _write_shards(source: engine.Inverse, folder: pathlib.Path, dtype: str | Non
     save_file(tensors, folder / file, metadata={"format": "pt"})  # transformers asks for this.
   if len(files) > 1:
     index = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names}}
+      "metadata": {"total_size": total},
+      "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+    }
     (folder / f"{_MODEL}{_INDEX_ENDING}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -163,9 +165,9 @@ def _weight_files(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
     return _shards(index)
   if list(folder.glob("*.bin")):
     raise InputError(
-        f"{folder}: only pickled weights (*.bin), which are not read; where transformers and torch"
-        " are installed, write safetensors with: python -c 'from transformers import AutoModel;"
-        f" AutoModel.from_pretrained(\"{folder}\").save_pretrained(\"{folder}\")'"
+      f"{folder}: only pickled weights (*.bin), which are not read; where transformers and torch"
+      " are installed, write safetensors with: python -c 'from transformers import AutoModel;"
+      f' AutoModel.from_pretrained("{folder}").save_pretrained("{folder}")\''
     )
   raise InputError(f"{folder}: holds neither {single.name} nor {index.name}; name a folder that does")
 

@@ -38,8 +38,7 @@ class NpzFile:
     try:
       with self._zip.open(f"{name}.npy") as file:
         version = np.lib.format.read_magic(file)
-        read_header = (np.lib.format.read_array_header_1_0 if version == (1, 0) else
-                       np.lib.format.read_array_header_2_0)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         return read_header(file)[0]
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
       raise self._broken(error, name) from error
@@ -54,8 +53,7 @@ class NpzFile:
     if tensor.dtype == _RAW:
       tensor = tensor.view(_BFLOAT16)
     if tensor.dtype.name not in ("float32", "float16", "bfloat16"):
-      raise InputError(
-          f"{self.name}: tensor {name} is {tensor.dtype.name}; float32, float16 and bfloat16 are read")
+      raise InputError(f"{self.name}: tensor {name} is {tensor.dtype.name}; float32, float16 and bfloat16 are read")
     return tensor
 
   def _broken(self, error: Exception, name: str = "") -> InputError:

@@ -22,49 +22,58 @@ _PREFIX = "base_model.model."  # What PEFT puts before the names of an AutoModel
 
 # Our projection -> theirs, and the layouts of A (theirs is r x inputs) and B (outputs x r).
 _PROJECTIONS: dict[str, tuple[str, str, str]] = {
-    "attention/query": ("self_attn.q_proj", "r d -> d r", "(h k) r -> r h k"),
-    "attention/key": ("self_attn.k_proj", "r d -> d r", "(h k) r -> r h k"),
-    "attention/value": ("self_attn.v_proj", "r d -> d r", "(h k) r -> r h k"),
-    "attention/output": ("self_attn.o_proj", "r (h k) -> h k r", "d r -> r d"),
-    "gate": ("mlp.gate_proj", "r d -> d r", "m r -> r m"),
-    "up": ("mlp.up_proj", "r d -> d r", "m r -> r m"),
-    "down": ("mlp.down_proj", "r m -> m r", "d r -> r d"),
+  "attention/query": ("self_attn.q_proj", "r d -> d r", "(h k) r -> r h k"),
+  "attention/key": ("self_attn.k_proj", "r d -> d r", "(h k) r -> r h k"),
+  "attention/value": ("self_attn.v_proj", "r d -> d r", "(h k) r -> r h k"),
+  "attention/output": ("self_attn.o_proj", "r (h k) -> h k r", "d r -> r d"),
+  "gate": ("mlp.gate_proj", "r d -> d r", "m r -> r m"),
+  "up": ("mlp.up_proj", "r d -> d r", "m r -> r m"),
+  "down": ("mlp.down_proj", "r m -> m r", "d r -> r d"),
 }
 _TARGETS = sorted(theirs.partition(".")[2] for theirs, _, _ in _PROJECTIONS.values())
 
 # Adapters of a Qwen2, Qwen3 or Llama, which call their projections alike.
 TABLE = Table(
-    name="PEFT LoRA",
-    rules=tuple(
-        Rule(f"layers/{ours}/lora_{side}", f"layers.{{layer}}.{theirs}.lora_{side.upper()}.weight", layout)
-        for ours, (theirs, *layouts) in _PROJECTIONS.items()
-        for side, layout in zip("ab", layouts, strict=True)
-    ),
-    ignored={},
-    prefixes=(_PREFIX, "model."),  # The second stands there if the base was a CausalLM.
+  name="PEFT LoRA",
+  rules=tuple(
+    Rule(f"layers/{ours}/lora_{side}", f"layers.{{layer}}.{theirs}.lora_{side.upper()}.weight", layout)
+    for ours, (theirs, *layouts) in _PROJECTIONS.items()
+    for side, layout in zip("ab", layouts, strict=True)
+  ),
+  ignored={},
+  prefixes=(_PREFIX, "model."),  # The second stands there if the base was a CausalLM.
 )
 
 # What a config has to say, if it speaks of it at all.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    # Other ways to begin (pissa, olora, corda, ...) also change the base, which then is not the published one.
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+  "peft_type": ("LORA",),
+  "bias": ("none",),
+  # Other ways to begin (pissa, olora, corda, ...) also change the base, which then is not the published one.
+  "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
 # Keys that do not change what the adapters compute. Any other key that is set asks for something we do not do.
-_IMMATERIAL = frozenset((
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "inference_mode", "lora_dropout",
-    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-))
+_IMMATERIAL = frozenset(
+  (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+  )
+)
 _OURS = ("r", "lora_alpha", "use_rslora", "target_modules")
 
 
 def load_adapter(
-    folder: str | os.PathLike[str],
-    abstract: Mapping[str, Any],
-    alpha: float,
-    shardings: Mapping[str, Any] | None = None,
+  folder: str | os.PathLike[str], abstract: Mapping[str, Any], alpha: float, shardings: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
   """Reads the adapters of a PEFT folder, of an AutoModel or a CausalLM.
 
@@ -99,17 +108,14 @@ def _open(folder: pathlib.Path, abstract: Mapping[str, Any], alpha: float) -> Sa
   _check_config(folder / _CONFIG, abstract, alpha)
   if not (folder / f"{_WEIGHTS}.safetensors").is_file():
     raise InputError(
-        f"{folder}: has no {_WEIGHTS}.safetensors; save the adapter again with PEFT's save_pretrained, which writes it"
-        " unless told safe_serialization=False")
+      f"{folder}: has no {_WEIGHTS}.safetensors; save the adapter again with PEFT's save_pretrained, which writes it"
+      " unless told safe_serialization=False"
+    )
   return SafetensorsFolder(folder, _WEIGHTS)
 
 
 def save_adapter(
-    params: Mapping[str, Any],
-    folder: str | os.PathLike[str],
-    base: str,
-    alpha: float,
-    revision: str | None = None,
+  params: Mapping[str, Any], folder: str | os.PathLike[str], base: str, alpha: float, revision: str | None = None
 ) -> None:
   """Writes a folder that `peft.PeftModel.from_pretrained` puts onto the base's AutoModel.
 
@@ -125,17 +131,17 @@ def save_adapter(
   """
   tensors = {f"{_PREFIX}{name}": tensor for name, tensor in engine.invert(TABLE, params).items()}
   config = {
-      "peft_type": "LORA",
-      "task_type": "FEATURE_EXTRACTION",
-      "base_model_name_or_path": base,
-      "revision": revision,
-      "r": _rank(params),
-      "lora_alpha": _short(alpha),
-      "use_rslora": True,
-      "lora_dropout": 0.0,
-      "bias": "none",
-      "target_modules": _TARGETS,
-      "inference_mode": True,
+    "peft_type": "LORA",
+    "task_type": "FEATURE_EXTRACTION",
+    "base_model_name_or_path": base,
+    "revision": revision,
+    "r": _rank(params),
+    "lora_alpha": _short(alpha),
+    "use_rslora": True,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "target_modules": _TARGETS,
+    "inference_mode": True,
   }
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -170,8 +176,10 @@ def _check_config(path: pathlib.Path, abstract: Mapping[str, Any], alpha: float)
   targets = config.get("target_modules")
   # A pattern (`all-linear`) is PEFT's business; what it hit is seen from the tensors.
   if isinstance(targets, list) and sorted({str(name).rpartition(".")[2] for name in targets}) != _TARGETS:
-    raise InputError(f"{path}: target_modules are {', '.join(sorted(map(str, targets)))}; the encoder has adapters on"
-                     f" {', '.join(_TARGETS)}: train these")
+    raise InputError(
+      f"{path}: target_modules are {', '.join(sorted(map(str, targets)))}; the encoder has adapters on"
+      f" {', '.join(_TARGETS)}: train these"
+    )
 
 
 def _check_scale(path: pathlib.Path, config: Mapping[str, Any], rank: int, alpha: float) -> None:
@@ -182,9 +190,10 @@ def _check_scale(path: pathlib.Path, config: Mapping[str, Any], rank: int, alpha
   if not config.get("use_rslora", False):
     stable = f"{theirs / math.sqrt(rank):.8g}"
     raise InputError(
-        f"{path}: use_rslora is false, a scale of lora_alpha / r, but the encoder's is lora_alpha / sqrt(r); write"
-        f" use_rslora true and lora_alpha {stable} (= {theirs} / sqrt({rank})) there, which computes the same, and set"
-        f" encoder.lora_alpha to {stable}")
+      f"{path}: use_rslora is false, a scale of lora_alpha / r, but the encoder's is lora_alpha / sqrt(r); write"
+      f" use_rslora true and lora_alpha {stable} (= {theirs} / sqrt({rank})) there, which computes the same, and set"
+      f" encoder.lora_alpha to {stable}"
+    )
   if theirs != alpha:
     raise InputError(f"{path}: lora_alpha is {theirs}, but encoder.lora_alpha is {_short(alpha)}; set it to {theirs}")
 

