@@ -25,7 +25,7 @@ from PIL import Image
 import torch
 import transformers
 
-from vixml_jax.image_encoder import ImageEncoder
+from vixml_jax.images.tower import ImageEncoder
 from vixml_jax.models import layers
 from vixml_jax.models.siglip import SiglipVision, define_siglip
 from vixml_jax.weights.siglip import save_siglip, siglip_arguments

@@ -27,7 +27,7 @@ from vixml_jax import sharding
 from vixml_jax.models import layers
 from vixml_jax.models.decoder import Decoder
 from vixml_jax.weights import engine
-from vixml_jax.weights.files import SafetensorsFolder, load_pretrained
+from vixml_jax.weights.hf_folder import SafetensorsFolder, load_pretrained
 from vixml_jax.weights.placement import place
 from vixml_jax.weights.tables import QWEN2
 

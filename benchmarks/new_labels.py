@@ -31,18 +31,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import vixml_jax
-from vixml_jax import cli, configuration
+from vixml_jax import cli
 from vixml_jax.datasets import raw
-from vixml_jax.evaluation import retrieval_augmented
 from vixml_jax.evaluation.metrics import evaluate
-from vixml_jax.folders import new_folder, write_json
+from vixml_jax.experiment import train_and_evaluate
+from vixml_jax.files import new_folder, write_json
 from vixml_jax.inference.new_labels import LabelFormat, add_labels, embed_labels
 from vixml_jax.inference.predictor import Predictor, query_format
 from vixml_jax.ragged import Ragged
+from vixml_jax.run import configuration
+from vixml_jax.run.workdir import EMBEDDINGS, INDEX
+from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.index import search_excluding
 from vixml_jax.search.label_index import LabelIndex
-from vixml_jax.training.run import train_and_evaluate
-from vixml_jax.training.workdir import EMBEDDINGS, INDEX
 
 _DEPTH = 100
 _SHOWN = [

@@ -12,7 +12,7 @@ import argparse
 import collections
 import gzip
 import json
-import pathlib
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -28,14 +28,14 @@ _ROWS_A_DRAW = 4096
 def main() -> None:
   """Reads the flags and writes the folder."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--output", type=pathlib.Path, required=True, help="folder to write")
+  parser.add_argument("--output", type=Path, required=True, help="folder to write")
   parser.add_argument("--scale", type=float, default=1.0, help="share of the rows of every split")
   parser.add_argument("--seed", type=int, default=0)
   arguments = parser.parse_args()
   write(arguments.output, arguments.scale, arguments.seed)
 
 
-def write(folder: pathlib.Path, scale: float, seed: int) -> None:
+def write(folder: Path, scale: float, seed: int) -> None:
   """Writes all raw files of a set of `scale` times the published rows."""
   folder.mkdir(parents=True, exist_ok=True)
   rows = {split: max(1, int(count * scale)) for split, count in ROWS.items()}
@@ -62,7 +62,7 @@ class Titles:
   def __init__(self, rng: np.random.Generator, num_labels: int):
     counts = collections.Counter()
     for split in ("trn", "tst", "lbl"):
-      path = pathlib.Path(prepared.__file__).parent / "mm_icons_9k" / f"{split}.json.gz"
+      path = Path(prepared.__file__).parent / "mm_icons_9k" / f"{split}.json.gz"
       with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
           counts.update(json.loads(line)["title"].split())
@@ -117,7 +117,7 @@ def _targets(rng: np.random.Generator, num_topics: int, topic: int, size: int, n
   return np.unique(targets).tolist()
 
 
-def _write_filter(rng: np.random.Generator, path: pathlib.Path, num_rows: int, num_labels: int) -> None:
+def _write_filter(rng: np.random.Generator, path: Path, num_rows: int, num_labels: int) -> None:
   with path.open("w") as file:
     for start in range(0, num_rows, _ROWS_A_DRAW):
       rows = np.arange(start, min(start + _ROWS_A_DRAW, num_rows))

@@ -35,8 +35,8 @@ from vixml_jax.input.packing import PackedLayout
 from vixml_jax.losses import LossConfig
 from vixml_jax.models.definition import define_model
 from vixml_jax.ragged import Ragged
+from vixml_jax.run.state import abstract_state, create_state, init_params
 from vixml_jax.training.optimizer import make_optimizer
-from vixml_jax.training.state import abstract_state, create_state, init_params
 from vixml_jax.training.step import device_batch, make_train_step
 
 DATA = Path(vixml_jax.__file__).parent / "datasets" / "mm_icons_9k"

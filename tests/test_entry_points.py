@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.miniature import write_tokenizer
-from tests.workplace import run_commands
+from tests.helpers.miniature import write_tokenizer
+from tests.helpers.miniature_runs import run_commands
 
 _CUSTOM = "--config=configs/custom.py"
 # Name -> command line, and what its line must name.

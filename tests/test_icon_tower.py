@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-import pathlib
+from pathlib import Path
 import re
 
 import jax
@@ -12,18 +12,18 @@ import pytest
 import scipy.ndimage
 import torch
 
-from tests.miniature import write_raw_folder
-from tests.workplace import load_config, shrink
+from tests.helpers.miniature import write_raw_folder
+from tests.helpers.miniature_runs import load_config, shrink
 from tools import train_icon_tower as tool
 from vixml_jax.datasets.prepared import prepare
-from vixml_jax.image_encoder import ImageEncoder
+from vixml_jax.images.tower import ImageEncoder
+from vixml_jax.input.hold_out import hold_out
 from vixml_jax.input.tokenizer import Tokenizer
-from vixml_jax.input.validation import hold_out
 from vixml_jax.ragged import Ragged
 from vixml_jax.weights import source
 from vixml_jax.weights.siglip import load_siglip, save_npz
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "vixml_jax/datasets/mm_icons_9k/icon_tower.npz"
 TINY = {"image_size": 16, "patch_size": 8, "num_layers": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 32}
 LABELS = 120
@@ -157,7 +157,7 @@ def test_a_pictures_own_name_is_ranked_among_the_distinct_names():
 
 
 def test_only_training_icons_that_are_not_held_out_are_trained_on(tmp_path, monkeypatch):
-  encoder = pathlib.Path(shrink(load_config("custom", "encoder=minilm-l6"), tmp_path, "").encoder.pretrained)
+  encoder = Path(shrink(load_config("custom", "encoder=minilm-l6"), tmp_path, "").encoder.pretrained)
   builder = prepare("custom", write_raw_folder(tmp_path / "raw", images=True), tmp_path / "data")
   read, given = [], {}
 

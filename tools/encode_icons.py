@@ -10,7 +10,7 @@ same input gives the same bytes.
 import argparse
 import gzip
 import io
-import pathlib
+from pathlib import Path
 import shutil
 
 import numpy as np
@@ -31,8 +31,8 @@ split, texts, labels and licences are as above. `build_icons.py` and `baseline.p
 def main() -> None:
   """Reads the flags and writes the folder."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("source", type=pathlib.Path, help="folder of the published set")
-  parser.add_argument("target", type=pathlib.Path, help="folder to write")
+  parser.add_argument("source", type=Path, help="folder of the published set")
+  parser.add_argument("target", type=Path, help="folder to write")
   arguments = parser.parse_args()
   arguments.target.mkdir(parents=True, exist_ok=True)
   for name in ("trn.json.gz", "tst.json.gz", "lbl.json.gz"):
@@ -49,7 +49,7 @@ def main() -> None:
     encode_images(arguments.source / name, arguments.target / name)
 
 
-def encode_images(source: pathlib.Path, target: pathlib.Path) -> None:
+def encode_images(source: Path, target: Path) -> None:
   """Re-encodes the `png` column of a parquet file as `image`, lossless WebP, and checks it."""
   table = pq.read_table(source)
   images = [to_webp(png) for png in tqdm(table.column("png").to_pylist(), disable=None)]

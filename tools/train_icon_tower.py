@@ -16,7 +16,7 @@ import argparse
 from collections.abc import Iterator
 import dataclasses
 import functools
-import pathlib
+from pathlib import Path
 import time
 
 from flax import nnx
@@ -27,22 +27,22 @@ import optax
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from vixml_jax.datasets.images import decode
 from vixml_jax.datasets.prepared import prepare
 from vixml_jax.datasets.records import Records
 from vixml_jax.evaluation.metrics import evaluate
-from vixml_jax.evaluation.retrieval_augmented import Neighbours, combine
+from vixml_jax.images.decoding import decode
+from vixml_jax.input.hold_out import hold_out
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, pack
 from vixml_jax.input.tokenizer import Tokenizer
-from vixml_jax.input.validation import hold_out
 from vixml_jax.models import layers
 from vixml_jax.models.bert import BertEncoder
 from vixml_jax.models.siglip import SiglipVision, define_siglip
 from vixml_jax.ragged import Ragged
+from vixml_jax.search.retrieval_augmented import Neighbours, combine
 from vixml_jax.weights import source
-from vixml_jax.weights.config import encoder_arguments
-from vixml_jax.weights.files import load_pretrained
+from vixml_jax.weights.hf_config import encoder_arguments
+from vixml_jax.weights.hf_folder import load_pretrained
 from vixml_jax.weights.siglip import load_siglip, save_npz
 from vixml_jax.weights.tables import TABLES
 
@@ -117,8 +117,8 @@ class Recipe:
 def main() -> None:
   """Reads the flags, trains, saves and evaluates."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--data_dir", type=pathlib.Path, default=pathlib.Path("data"), help="folder of prepared data")
-  parser.add_argument("--output", type=pathlib.Path, required=True, help="the .npz file to write")
+  parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of prepared data")
+  parser.add_argument("--output", type=Path, required=True, help="the .npz file to write")
   parser.add_argument("--steps", type=int, default=2500)
   parser.add_argument("--held_out", type=float, default=0.05, help="share of the training icons")
   parser.add_argument("--seed", type=int, default=0)
@@ -160,7 +160,7 @@ def read_labels(builder: tfds.core.DatasetBuilder) -> list[str]:
   return [record.text(("title",)) for batch in Records(builder, "labels").batches() for record in batch]
 
 
-def embed_texts(folder: pathlib.Path, texts: list[str]) -> np.ndarray:
+def embed_texts(folder: Path, texts: list[str]) -> np.ndarray:
   """Unit-norm mean-pooled embeddings of texts, float32 [texts, D], by the frozen BERT in a folder."""
   arguments = encoder_arguments(folder)
   graphdef, shapes, _ = layers.split_params(nnx.eval_shape(lambda: BertEncoder(**arguments, rngs=nnx.Rngs(0))))

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 import jax
 
-from vixml_jax import cli, configuration
+from vixml_jax import cli
 from vixml_jax.errors import InputError
 from vixml_jax.inference.new_labels import (
   LabelFormat,
@@ -31,9 +31,10 @@ from vixml_jax.inference.new_labels import (
   set_categories,
 )
 from vixml_jax.inference.predictor import Predictor, load, query_format
+from vixml_jax.run import configuration
+from vixml_jax.run.checkpoint import checkpoint_id, newest_checkpoint
+from vixml_jax.run.workdir import CHECKPOINTS, INDEX
 from vixml_jax.search.label_index import LabelIndex
-from vixml_jax.training.checkpoint import checkpoint_id, newest_checkpoint
-from vixml_jax.training.workdir import CHECKPOINTS, INDEX
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A folder that vixml_jax.main wrote.")
 _LABELS = flags.DEFINE_string("labels", None, "The file of new labels, .jsonl.")

@@ -15,10 +15,11 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from vixml_jax import cli, configuration
+from vixml_jax import cli
 from vixml_jax.ahead_of_time.chips import tpu_slice
 from vixml_jax.ahead_of_time.report import check_fit
 from vixml_jax.ahead_of_time.sizes import data_size
+from vixml_jax.run import configuration
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; variants stand after a colon.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the slice: v5e:4x4, v5p:2x2x4, v6e:16x16, ...")

@@ -15,10 +15,11 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from vixml_jax import cli, configuration
+from vixml_jax import cli
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation.compare import compare_workdirs
-from vixml_jax.training.run import evaluate_workdir
+from vixml_jax.experiment import evaluate_workdir
+from vixml_jax.report.compare import compare_workdirs
+from vixml_jax.run import configuration
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A folder that vixml_jax.main wrote.")
 _SEARCH = flags.DEFINE_enum("search", None, ["exact", "scann"], "How to search; by default as in training.")

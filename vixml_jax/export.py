@@ -15,7 +15,7 @@ from absl import flags
 
 from vixml_jax import cli
 from vixml_jax.errors import InputError
-from vixml_jax.inference.exporting import FORMATS, export
+from vixml_jax.exporting.export import FORMATS, export
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A folder that vixml_jax.main wrote.")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What to write.")

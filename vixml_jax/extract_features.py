@@ -12,12 +12,13 @@ folders, from URLs and in parquet files, and of what becomes of bad ones.
 from absl import flags
 from ml_collections import config_flags
 
-from vixml_jax import cli, configuration
+from vixml_jax import cli
 from vixml_jax.datasets import prepare
-from vixml_jax.datasets.preprocess import PREPROCESSING
-from vixml_jax.datasets.published_features import import_published
 from vixml_jax.errors import InputError
-from vixml_jax.extraction import prepare_features
+from vixml_jax.images.extraction import prepare_features
+from vixml_jax.images.preprocess import PREPROCESSING
+from vixml_jax.images.published_features import import_published
+from vixml_jax.run import configuration
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; variants stand after a colon.")
 _CHECKPOINT = flags.DEFINE_string(

@@ -12,8 +12,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from vixml_jax import cli, configuration
-from vixml_jax.training.run import train_and_evaluate
+from vixml_jax import cli
+from vixml_jax.experiment import train_and_evaluate
+from vixml_jax.run import configuration
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; variants stand after a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where outputs go; by default runs/ and the config's name.")

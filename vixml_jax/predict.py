@@ -14,11 +14,12 @@ from typing import Any
 from absl import flags
 import jax
 
-from vixml_jax import cli, configuration
+from vixml_jax import cli
 from vixml_jax.errors import InputError
-from vixml_jax.inference.answering import answer_file, prepare_output
+from vixml_jax.inference.batch_prediction import answer_file, prepare_output
 from vixml_jax.inference.predictor import load, query_format
 from vixml_jax.inference.query_files import open_queries
+from vixml_jax.run import configuration
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A folder that vixml_jax.main wrote.")
 _QUERIES = flags.DEFINE_string("queries", None, "The file of queries: .jsonl, .csv or .parquet.")

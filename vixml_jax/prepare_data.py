@@ -8,8 +8,9 @@ if there are images, {trn,tst,lbl}_images.parquet. The prepared set goes to conf
 
 from ml_collections import config_flags
 
-from vixml_jax import cli, configuration
+from vixml_jax import cli
 from vixml_jax.datasets import prepare
+from vixml_jax.run import configuration
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; variants stand after a colon.")
 

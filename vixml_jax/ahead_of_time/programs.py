@@ -14,19 +14,19 @@ import numpy as np
 from vixml_jax import sharding
 from vixml_jax.ahead_of_time.chips import Slice
 from vixml_jax.ahead_of_time.sizes import DataSize
+from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation.encode import ItemEncoder
-from vixml_jax.input import feature_bank
+from vixml_jax.images import features
+from vixml_jax.images.features import FeatureBank
 from vixml_jax.input.batches import Batch, TrainingQueries, make_batch, steps_per_epoch
-from vixml_jax.input.feature_bank import FeatureBank
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.losses import LossConfig
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.ragged import Ragged
-from vixml_jax.training.setup import layout_of, model_of, optimizer_of, settle_free_vectors
-from vixml_jax.training.state import TrainState, abstract_params, abstract_state
+from vixml_jax.run.from_config import layout_of, model_of, optimizer_of, settle_free_vectors
+from vixml_jax.run.state import TrainState, abstract_params, abstract_state
 from vixml_jax.training.step import device_batch, make_train_step
 from vixml_jax.typing import Tree
 
@@ -224,8 +224,8 @@ def _feature_bank(config: ConfigDict, size: DataSize, mesh: Mesh, memory: float)
     return None
   vectors, dim = max(size.num_images, 1), config.features.dim
   values = np.broadcast_to(np.zeros((), np.float16), (vectors, dim))
-  needed = feature_bank.bytes_per_device(vectors, dim, mesh.shape["data"] * mesh.shape["fsdp"])
-  fits = needed <= feature_bank._SHARE * memory
+  needed = features.bytes_per_device(vectors, dim, mesh.shape["data"] * mesh.shape["fsdp"])
+  fits = needed <= features._SHARE * memory
   on_devices: Any = None
   if config.fusion.bank == "device" or (config.fusion.bank == "auto" and fits):
     on_devices = jax.ShapeDtypeStruct(

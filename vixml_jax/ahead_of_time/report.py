@@ -15,7 +15,7 @@ from vixml_jax.ahead_of_time.programs import Plan, Workload, item_lengths, sprea
 from vixml_jax.ahead_of_time.roofline import Roofline, model_flops
 from vixml_jax.ahead_of_time.sizes import DataSize
 from vixml_jax.errors import InputError
-from vixml_jax.folders import write_json
+from vixml_jax.files import write_json
 
 _MOST_COLLECTIVES = 12
 

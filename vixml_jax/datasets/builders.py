@@ -7,7 +7,7 @@ memory and, beyond 1 GB, needs TensorFlow to spill it.
 
 from collections.abc import Callable, Iterator
 import itertools
-import pathlib
+from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -60,7 +60,7 @@ class RawFolder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: i
   def _shard_iterators_per_split(
     self, dl_manager: tfds.download.DownloadManager
   ) -> dict[str, list[Callable[[], Iterator[tuple[int, dict]]]]]:
-    folder = pathlib.Path(dl_manager.manual_dir)
+    folder = Path(dl_manager.manual_dir)
     raw.check_folder(folder)
     counts = {split: _count(folder / files.rows) for split, files in raw.SPLITS.items()}
     _check_counts(self.name, folder, counts)
@@ -117,14 +117,14 @@ def _numbers(dtype: type, doc: str) -> tfds.features.Tensor:
   return tfds.features.Tensor(shape=(None,), dtype=dtype, encoding=tfds.features.Encoding.BYTES, doc=doc)
 
 
-def _count(path: pathlib.Path) -> int:
+def _count(path: Path) -> int:
   rows = raw.count_rows(path)
   if not rows:
     raise InputError(f"{path}: the file is empty; it must have one JSON object a line")
   return rows
 
 
-def _check_counts(name: str, folder: pathlib.Path, counts: dict[str, int]) -> None:
+def _check_counts(name: str, folder: Path, counts: dict[str, int]) -> None:
   for split, expected in EXPECTED_COUNTS.get(name, {}).items():
     if counts[split] != expected:
       raise InputError(
@@ -133,7 +133,7 @@ def _check_counts(name: str, folder: pathlib.Path, counts: dict[str, int]) -> No
       )
 
 
-def _shards(folder: pathlib.Path, split: str, counts: dict[str, int]) -> list[Callable[[], Iterator[tuple[int, dict]]]]:
+def _shards(folder: Path, split: str, counts: dict[str, int]) -> list[Callable[[], Iterator[tuple[int, dict]]]]:
   """One generator function a shard; they are called in order and share one pass over the files."""
   num_rows = counts[split]
   examples = _examples(folder, split, counts)
@@ -142,7 +142,7 @@ def _shards(folder: pathlib.Path, split: str, counts: dict[str, int]) -> list[Ca
   return [lambda: itertools.islice(examples, ROWS_A_SHARD)] * full_shards + [lambda: examples]
 
 
-def _examples(folder: pathlib.Path, split: str, counts: dict[str, int]) -> Iterator[tuple[int, dict]]:
+def _examples(folder: Path, split: str, counts: dict[str, int]) -> Iterator[tuple[int, dict]]:
   """Row number and features of every row of a split."""
   files, oddities = raw.SPLITS[split], raw.Oddities()
   num_rows, num_labels = counts[split], counts["labels"]

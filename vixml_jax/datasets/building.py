@@ -3,7 +3,7 @@
 import contextlib
 import io
 import os
-import pathlib
+from pathlib import Path
 import shutil
 
 import tensorflow_datasets as tfds
@@ -23,11 +23,11 @@ def build(
   tfds.disable_progress_bar()  # Ours counts towards a known total.
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads.
     builder.download_and_prepare(
-      download_dir=pathlib.Path(data_dir) / "downloads", download_config=config, file_format="array_record"
+      download_dir=Path(data_dir) / "downloads", download_config=config, file_format="array_record"
     )
 
 
-def remove_leftovers(target: pathlib.Path) -> None:
+def remove_leftovers(target: Path) -> None:
   """Removes what a killed build of the folder `target` left; call it under a lock."""
   for folder in target.parent.glob(f"*incomplete*{target.name}*"):
     shutil.rmtree(folder)

@@ -2,16 +2,16 @@
 
 import logging
 import os
-import pathlib
+from pathlib import Path
 
 import tensorflow_datasets as tfds
 
 from vixml_jax.datasets import builders, building, raw
 from vixml_jax.errors import InputError
-from vixml_jax.folders import locked
+from vixml_jax.files import locked
 
-_LOGGER = logging.getLogger(__name__)
-_EMBEDDED = {"mm_icons_9k": pathlib.Path(__file__).parent / "mm_icons_9k"}
+_log = logging.getLogger(__name__)
+_EMBEDDED = {"mm_icons_9k": Path(__file__).parent / "mm_icons_9k"}
 
 
 def prepare(name: str, raw_dir: str | os.PathLike | None, data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
@@ -32,8 +32,8 @@ def prepare(name: str, raw_dir: str | os.PathLike | None, data_dir: str | os.Pat
       other raw files than those in `raw_dir`.
   """
   builder_class = _builder_class(name)
-  folder = pathlib.Path(raw_dir) if raw_dir else _EMBEDDED.get(name)
-  with locked(pathlib.Path(data_dir) / f"{name}.lock"):
+  folder = Path(raw_dir) if raw_dir else _EMBEDDED.get(name)
+  with locked(Path(data_dir) / f"{name}.lock"):
     target = _folder(name, data_dir)
     if target.is_dir():
       if folder is not None:
@@ -47,13 +47,11 @@ def prepare(name: str, raw_dir: str | os.PathLike | None, data_dir: str | os.Pat
     raw.check_folder(folder)
     building.remove_leftovers(target)
     builder = builder_class(data_dir=data_dir)
-    _LOGGER.info("preparing %s from %s", name, folder)
+    _log.info("preparing %s from %s", name, folder)
     building.build(builder, data_dir, folder)
     builder = open_dataset(name, data_dir)
     counts = builder.info.metadata["counts"]
-    _LOGGER.info(
-      "prepared %s in %s: %s", name, target, ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    )
+    _log.info("prepared %s in %s: %s", name, target, ", ".join(f"{count:,} {split}" for split, count in counts.items()))
     return builder
 
 
@@ -76,11 +74,11 @@ def _builder_class(name: str) -> type[builders.RawFolder]:
   return builders.BUILDERS[name]
 
 
-def _folder(name: str, data_dir: str | os.PathLike) -> pathlib.Path:
-  return pathlib.Path(data_dir) / name / str(builders.BUILDERS[name].VERSION)
+def _folder(name: str, data_dir: str | os.PathLike) -> Path:
+  return Path(data_dir) / name / str(builders.BUILDERS[name].VERSION)
 
 
-def _check_same_files(name: str, folder: pathlib.Path, target: pathlib.Path, data_dir: str | os.PathLike) -> None:
+def _check_same_files(name: str, folder: Path, target: Path, data_dir: str | os.PathLike) -> None:
   raw.check_folder(folder)
   prepared = open_dataset(name, data_dir).info.metadata["sha256"]
   found = raw.sha256_of_files(folder)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 import math
-import pathlib
+from pathlib import Path
 from typing import Any
 import zlib
 
@@ -58,7 +58,7 @@ class Oddities:
   def __init__(self):
     self._seen: dict[tuple[str, str], list[int]] = {}
 
-  def add(self, path: pathlib.Path, line: int, what: str) -> None:
+  def add(self, path: Path, line: int, what: str) -> None:
     """Counts `what` for `line` of `path`; the first line of each kind is remembered."""
     self._seen.setdefault((str(path), what), [0, line])[0] += 1
 
@@ -76,7 +76,7 @@ class Oddities:
     self._seen.clear()
 
 
-def check_folder(folder: pathlib.Path) -> None:
+def check_folder(folder: Path) -> None:
   """Raises InputError unless `folder` exists and holds every file that the format requires."""
   if not folder.is_dir():
     raise InputError(
@@ -97,13 +97,13 @@ def check_folder(folder: pathlib.Path) -> None:
       )
 
 
-def present_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def present_files(folder: Path) -> list[Path]:
   """The files of the raw format that `folder` holds, in a fixed order."""
   names = [name for files in SPLITS.values() for name in (files.rows, files.images, files.filter)]
   return [folder / name for name in names if name and (folder / name).is_file()]
 
 
-def sha256_of_files(folder: pathlib.Path) -> dict[str, str]:
+def sha256_of_files(folder: Path) -> dict[str, str]:
   """File name -> sha256 in hex of every raw file, read in chunks."""
   paths = present_files(folder)
   total = sum(path.stat().st_size for path in paths)
@@ -119,7 +119,7 @@ def sha256_of_files(folder: pathlib.Path) -> dict[str, str]:
   return digests
 
 
-def count_rows(path: pathlib.Path) -> int:
+def count_rows(path: Path) -> int:
   """Number of lines of a gzip file; the last one may lack its newline.
 
   Raises:
@@ -137,7 +137,7 @@ def count_rows(path: pathlib.Path) -> int:
   return rows + (last != b"\n")
 
 
-def read_queries(path: pathlib.Path, num_labels: int, oddities: Oddities) -> Iterator[dict]:
+def read_queries(path: Path, num_labels: int, oddities: Oddities) -> Iterator[dict]:
   """Yields `uid, title, content` (text), `target_ind` (int32) and `target_rel` (float32) by row.
 
   Args:
@@ -154,7 +154,7 @@ def read_queries(path: pathlib.Path, num_labels: int, oddities: Oddities) -> Ite
     yield row
 
 
-def read_labels(path: pathlib.Path, oddities: Oddities) -> Iterator[dict]:
+def read_labels(path: Path, oddities: Oddities) -> Iterator[dict]:
   """Yields `uid, title, content` (text) of every label; its row is its id.
 
   Args:
@@ -173,7 +173,7 @@ def read_labels(path: pathlib.Path, oddities: Oddities) -> Iterator[dict]:
   _check_unique(path, np.frombuffer(hashes, np.int64))
 
 
-def read_filter(path: pathlib.Path, num_rows: int, num_labels: int) -> Ragged:
+def read_filter(path: Path, num_rows: int, num_labels: int) -> Ragged:
   """Reads a filter file: row i of the result holds the ascending labels to take out for query i.
 
   Args:
@@ -214,7 +214,7 @@ def read_filter(path: pathlib.Path, num_rows: int, num_labels: int) -> Ragged:
   return Ragged.of_lengths((unique % num_labels).astype(np.int32), counts)
 
 
-def read_images(path: pathlib.Path, num_rows: int) -> Iterator[tuple[list[int], list[bytes]]]:
+def read_images(path: Path, num_rows: int) -> Iterator[tuple[list[int], list[bytes]]]:
   """Yields for each of the `num_rows` rows its image slots and the encoded images, as stored.
 
   Args:
@@ -236,7 +236,7 @@ def read_images(path: pathlib.Path, num_rows: int) -> Iterator[tuple[list[int], 
     yield slots, blobs
 
 
-def _records(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+def _records(path: Path) -> Iterator[tuple[int, dict]]:
   """Line number and JSON object of every line."""
   line = 0
   try:
@@ -247,7 +247,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
     raise _damaged(path, line + 1, error) from error
 
 
-def _parse(path: pathlib.Path, line: int, raw: bytes) -> dict:
+def _parse(path: Path, line: int, raw: bytes) -> dict:
   try:
     # Editors on Windows put a byte order mark in front of the first line.
     text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
@@ -270,7 +270,7 @@ def _parse(path: pathlib.Path, line: int, raw: bytes) -> dict:
   return record
 
 
-def _damaged(path: pathlib.Path, line: int, error: Exception) -> InputError:
+def _damaged(path: Path, line: int, error: Exception) -> InputError:
   if isinstance(error, gzip.BadGzipFile) and line == 1:
     return InputError(f"{path}:1: not a gzip file ({error}); compress it with gzip")
   if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
@@ -278,7 +278,7 @@ def _damaged(path: pathlib.Path, line: int, error: Exception) -> InputError:
   return InputError(f"{path}:{line}: cannot be read ({error})")
 
 
-def _text_fields(path: pathlib.Path, line: int, record: dict, oddities: Oddities) -> dict:
+def _text_fields(path: Path, line: int, record: dict, oddities: Oddities) -> dict:
   uid = _required(path, line, record, "uid")
   if type(uid) not in (str, int):
     raise InputError(f"{path}:{line}: key 'uid' must be text or a whole number, found {_excerpt(uid)}")
@@ -295,7 +295,7 @@ def _text_fields(path: pathlib.Path, line: int, record: dict, oddities: Oddities
   return {key: _encodable(path, line, text, oddities) for key, text in texts.items()}
 
 
-def _encodable(path: pathlib.Path, line: int, text: str, oddities: Oddities) -> str:
+def _encodable(path: Path, line: int, text: str, oddities: Oddities) -> str:
   """JSON can spell half of a surrogate pair, which no encoding of text can store."""
   try:
     text.encode()
@@ -305,9 +305,7 @@ def _encodable(path: pathlib.Path, line: int, text: str, oddities: Oddities) -> 
     return text.encode(errors="surrogatepass").decode(errors="replace")
 
 
-def _targets(
-  path: pathlib.Path, line: int, record: dict, num_labels: int, oddities: Oddities
-) -> tuple[np.ndarray, np.ndarray]:
+def _targets(path: Path, line: int, record: dict, num_labels: int, oddities: Oddities) -> tuple[np.ndarray, np.ndarray]:
   ids = _list(path, line, record, "target_ind", (int,), "whole numbers")
   relevance = _list(path, line, record, "target_rel", (int, float), "numbers")
   if len(ids) != len(relevance):
@@ -332,13 +330,13 @@ def _targets(
   return np.asarray(ids, np.int32), np.asarray(relevance, np.float32)
 
 
-def _required(path: pathlib.Path, line: int, record: dict, key: str) -> Any:
+def _required(path: Path, line: int, record: dict, key: str) -> Any:
   if key not in record:
     raise InputError(f"{path}:{line}: key '{key}' is missing; found {', '.join(record) or 'none'}")
   return record[key]
 
 
-def _list(path: pathlib.Path, line: int, record: dict, key: str, types: tuple, what: str) -> list:
+def _list(path: Path, line: int, record: dict, key: str, types: tuple, what: str) -> list:
   values = _required(path, line, record, key)
   if not isinstance(values, list):
     raise InputError(f"{path}:{line}: key '{key}' must be a list of {what}, found {_excerpt(values)}")
@@ -348,7 +346,7 @@ def _list(path: pathlib.Path, line: int, record: dict, key: str, types: tuple, w
   return values
 
 
-def _check_unique(path: pathlib.Path, hashes: np.ndarray) -> None:
+def _check_unique(path: Path, hashes: np.ndarray) -> None:
   order = np.argsort(hashes, kind="stable")
   same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
   if len(same):
@@ -359,7 +357,7 @@ def _check_unique(path: pathlib.Path, hashes: np.ndarray) -> None:
     )
 
 
-def _image_records(path: pathlib.Path, num_rows: int) -> Iterator[tuple[int, int, bytes]]:
+def _image_records(path: Path, num_rows: int) -> Iterator[tuple[int, int, bytes]]:
   """Row, slot and bytes of every image, checked."""
   last, record = (-1, -1), 0
   try:
@@ -382,9 +380,7 @@ def _image_records(path: pathlib.Path, num_rows: int) -> Iterator[tuple[int, int
     ) from error
 
 
-def _check_image(
-  path: pathlib.Path, record: int, num_rows: int, row: Any, slot: Any, blob: Any, last: tuple[int, int]
-) -> None:
+def _check_image(path: Path, record: int, num_rows: int, row: Any, slot: Any, blob: Any, last: tuple[int, int]) -> None:
   if type(row) is not int or type(slot) is not int or not isinstance(blob, bytes):
     raise InputError(f"{path}: record {record}: row and slot must be whole numbers and the image bytes")
   if not 0 <= row < num_rows or not 0 <= slot <= _MAX_INT32:

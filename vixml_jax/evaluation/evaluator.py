@@ -7,9 +7,10 @@ from typing import Any
 from jax.sharding import Mesh
 import numpy as np
 
-from vixml_jax.evaluation import metrics, retrieval_augmented
+from vixml_jax.evaluation import metrics
 from vixml_jax.evaluation.bootstrap import bootstrap_intervals
 from vixml_jax.ragged import Ragged
+from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.index import Index, make_index, search_excluding
 from vixml_jax.search.membership import overlap
 from vixml_jax.search.scann_index import scann_available

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation.metrics import QueryMetrics
-from vixml_jax.folders import fingerprint_of, new_file
+from vixml_jax.files import fingerprint_of, new_file
 
 FILE = "per_query.npz"
 

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 import numpy as np
 
 from vixml_jax import sharding
+from vixml_jax.encoding.item_encoder import normalize
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation.encode import normalize
 from vixml_jax.inference.predictor import Predictor
 from vixml_jax.inference.queries import Query, QueryFormat
 from vixml_jax.inference.query_files import open_queries

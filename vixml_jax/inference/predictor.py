@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation import retrieval_augmented as retrieval
-from vixml_jax.folders import fingerprint_of
-from vixml_jax.inference.model import TrainedEncoder, load_encoder
-from vixml_jax.inference.pictures import PictureEncoder
+from vixml_jax.files import fingerprint_of
 from vixml_jax.inference.queries import Query, QueryFormat
+from vixml_jax.inference.query_images import PictureEncoder
+from vixml_jax.inference.trained_encoder import TrainedEncoder, load_encoder
+from vixml_jax.run.workdir import INDEX
+from vixml_jax.search import retrieval_augmented as retrieval
 from vixml_jax.search.label_index import Filters, LabelIndex
-from vixml_jax.training.workdir import INDEX
 
 GivenQuery = str | Mapping[str, Any] | Query
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vixml_jax.datasets.features import to_float16
 from vixml_jax.datasets.records import join_texts
 from vixml_jax.errors import InputError
+from vixml_jax.images.feature_set import to_float16
 
 LISTS = ("images", "allow", "deny", "categories")
 KEYS = ("uid", "title", "content", *LISTS)

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import os
-import pathlib
+from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from vixml_jax.array_file import ArrayFile
 from vixml_jax.datasets.records import Record, Records
 from vixml_jax.errors import InputError
-from vixml_jax.folders import fingerprint_of, locked, new_folder
-from vixml_jax.input.array_file import ArrayFile
+from vixml_jax.files import fingerprint_of, locked, new_folder
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.ragged import Ragged, offsets_of
 
@@ -98,7 +98,7 @@ def load_corpus(
     raise InputError(f"unknown text field '{unknown[0]}'; known are {', '.join(_TEXT_FEATURES)}")
   tokenizer = Tokenizer(tokenizer_dir, max_length)
   fingerprint = _fingerprint(builder, tokenizer, fields)
-  folder = pathlib.Path(cache_dir) / f"{builder.name}-{fingerprint[:16]}"
+  folder = Path(cache_dir) / f"{builder.name}-{fingerprint[:16]}"
   with locked(f"{folder}.lock"):
     if not folder.is_dir():
       with new_folder(folder) as work:
@@ -134,7 +134,7 @@ def _fingerprint(builder: tfds.core.DatasetBuilder, tokenizer: Tokenizer, fields
 
 
 def _write_split(
-  builder: tfds.core.DatasetBuilder, split: str, tokenizer: Tokenizer, fields: tuple[str, ...], folder: pathlib.Path
+  builder: tfds.core.DatasetBuilder, split: str, tokenizer: Tokenizer, fields: tuple[str, ...], folder: Path
 ) -> None:
   records = Records(builder, split)
   lists = {} if split == "labels" else {"labels": "target_ind", "filter": "filter_ind"}
@@ -162,7 +162,7 @@ def _texts(builder: tfds.core.DatasetBuilder, split: str, ids: Sequence[int], fi
 class _RaggedWriter:
   """Appends rows of int32 to the files that `Ragged.load` maps, without holding the values in memory."""
 
-  def __init__(self, path: pathlib.Path):
+  def __init__(self, path: Path):
     self._path = path
     self._values = ArrayFile(f"{path}.values.npy", np.int32)
     self._lengths = [np.zeros(0, np.int64)]

@@ -9,9 +9,9 @@ import numpy as np
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged, offsets_of
 from vixml_jax.search.exact import ExactIndex, power_of_two
+from vixml_jax.search.host_search import search_rows
 from vixml_jax.search.index import Index, search_excluding
 from vixml_jax.search.membership import is_in_row
-from vixml_jax.search.on_host import search_rows
 
 GATHER_AT_MOST = 16_384
 """Allowed labels up to which they alone are scored, on the host."""

@@ -25,9 +25,9 @@ from jax.sharding import Mesh
 import numpy as np
 
 from vixml_jax.errors import InputError
-from vixml_jax.folders import locked
+from vixml_jax.files import locked
 from vixml_jax.ragged import Ragged
-from vixml_jax.search import generations
+from vixml_jax.search import snapshots
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.filters import Filters, IdSets, search_filtered
 from vixml_jax.search.index import KINDS, Index, make_index
@@ -147,14 +147,14 @@ def write_index(
       **_search_info(search, scann, embeddings, deleted, contents.queries, mesh),
     }
 
-  with locked(folder / generations.LOCK):
-    generations.write_generation(folder, fill)
+  with locked(folder / snapshots.LOCK):
+    snapshots.write_generation(folder, fill)
 
 
 def is_edited(folder: str | Path, checkpoint: dict[str, Any]) -> bool:
   """Whether there is an index of this checkpoint to which labels were added or from which some were deleted."""
   try:
-    _, info = generations.read_current(Path(folder))
+    _, info = snapshots.read_current(Path(folder))
   except InputError:
     return False
   return info.get("format") == FORMAT and info["checkpoint"] == checkpoint and info["edits"] > 0
@@ -214,17 +214,17 @@ class LabelIndex:
     """
     folder = Path(folder)
     while True:
-      generation, info = generations.read_current(folder)
+      generation, info = snapshots.read_current(folder)
       try:
         _check_info(folder, info, checkpoint)
-        generations.check_files(generation, info["files"], contents=verify)
+        snapshots.check_files(generation, info["files"], contents=verify)
         return cls(folder, generation, info, search or info["search"]["kind"], mesh)
       except (OSError, ValueError) as error:  # InputError is one, too.
         # It may have been replaced, and removed, in the meantime.
-        if generations.read_current(folder)[0] == generation:
+        if snapshots.read_current(folder)[0] == generation:
           if isinstance(error, InputError):
             raise
-          raise InputError(f"{generation}: cannot be read ({error}); {generations.remedy(folder)}") from error
+          raise InputError(f"{generation}: cannot be read ({error}); {snapshots.remedy(folder)}") from error
 
   @property
   def num_labels(self) -> int:
@@ -437,7 +437,7 @@ class LabelIndex:
     if self._queries is None:
       raise InputError(
         f"{self.folder}: was written without the training queries, which retrieval-augmented inference "
-        f"needs; {generations.remedy(self.folder)} with --retrieval_augmented"
+        f"needs; {snapshots.remedy(self.folder)} with --retrieval_augmented"
       )
     return self._queries
 
@@ -477,15 +477,15 @@ class LabelIndex:
 
     Of `_UNCHANGED`, `changed` are changed after all.
     """
-    with locked(self.folder / generations.LOCK):
-      generation, _ = generations.read_current(self.folder)
+    with locked(self.folder / snapshots.LOCK):
+      generation, _ = snapshots.read_current(self.folder)
       latest = self if generation == self._generation else self._reopened()
       known = {
         name: described
         for name, described in latest.info["files"].items()
         if name.split("/")[0] in _UNCHANGED and name.split("/")[0] not in changed
       }
-      generations.write_generation(self.folder, lambda work: write(latest, work), known)
+      snapshots.write_generation(self.folder, lambda work: write(latest, work), known)
     return self._reopened()
 
   def _reopened(self) -> "LabelIndex":
@@ -565,14 +565,14 @@ class LabelIndex:
     categories.take(order).save(work / "categories")
     for name in {name.split("/")[0] for name in self.info["files"]}:
       if not name.startswith("categories."):
-        generations.take_over(self._generation / name, work / name)
+        snapshots.take_over(self._generation / name, work / name)
     return self.info | {"edits": self.info["edits"] + 1, "categories": names}
 
   def _write_deleted(self, work: Path, ids: np.ndarray) -> dict[str, Any]:
     deleted = self._deleted_with(ids)
     _check_left(self.folder, deleted)
     for name in {name.split("/")[0] for name in self.info["files"]} - {"deleted.npy", "scann", *_UNCHANGED}:
-      generations.take_over(self._generation / name, work / name)
+      snapshots.take_over(self._generation / name, work / name)
     return self._finish(work, deleted, lambda scann: scann.delete(ids))
 
   def _finish(self, work: Path, deleted: np.ndarray, change) -> dict[str, Any]:
@@ -580,7 +580,7 @@ class LabelIndex:
     np.save(work / "deleted.npy", deleted)
     for name in _UNCHANGED:
       if (self._generation / name).exists() and not (work / name).exists():
-        generations.take_over(self._generation / name, work / name)
+        snapshots.take_over(self._generation / name, work / name)
     embeddings = np.load(work / "labels.npy", mmap_mode="r", allow_pickle=False)
     kind, scann = self.info["search"]["kind"], None
     if kind == "scann":
@@ -603,13 +603,13 @@ def _check_info(folder: Path, info: dict[str, Any], checkpoint: dict[str, Any] |
   if info.get("format") != FORMAT:
     raise InputError(
       f"{folder}: is an index of format {info.get('format')!r}, but this version reads format {FORMAT}; "
-      f"{generations.remedy(folder)}"
+      f"{snapshots.remedy(folder)}"
     )
   if checkpoint is not None and info["checkpoint"] != checkpoint:
     described = ["step {step}, sha256 {sha256:.12}".format(**each) for each in (info["checkpoint"], checkpoint)]
     raise InputError(
       f"{folder}: was made from another checkpoint ({described[0]}) than the one in use "
-      f"({described[1]}); {generations.remedy(folder)}"
+      f"({described[1]}); {snapshots.remedy(folder)}"
     )
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
+from pathlib import Path
 import platform
 
 import jax
@@ -197,7 +197,7 @@ class ScannIndex:
       self._slots[place] = self._slots[-1]
       self._slots = self._slots[:-1]
 
-  def save(self, folder: pathlib.Path) -> None:
+  def save(self, folder: Path) -> None:
     """Writes the index to an empty folder, to be found again wherever that is moved."""
     self._searcher.serialize(str(folder), relative_path=True)
     np.save(folder / "slots.npy", self._slots)
@@ -205,7 +205,7 @@ class ScannIndex:
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
   @classmethod
-  def load(cls, folder: pathlib.Path) -> "ScannIndex":
+  def load(cls, folder: Path) -> "ScannIndex":
     """Reads what `save` wrote.
 
     Raises:

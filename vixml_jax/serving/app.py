@@ -21,10 +21,10 @@ from vixml_jax.inference.predictor import Prediction
 from vixml_jax.serving import schema
 from vixml_jax.serving.batching import Batcher, QueueFull
 from vixml_jax.serving.engine import Asked, Engine, Model
-from vixml_jax.serving.intake import Intake
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
-from vixml_jax.serving.refusal import Refused
+from vixml_jax.serving.request_error import Refused
+from vixml_jax.serving.request_parser import Intake
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {

@@ -16,10 +16,10 @@ from PIL import Image
 from vixml_jax.errors import InputError
 from vixml_jax.inference.predictor import BadPicture, Prediction, Predictor
 from vixml_jax.inference.queries import Query
-from vixml_jax.search import generations
+from vixml_jax.search import snapshots
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
-from vixml_jax.serving.refusal import Refused
+from vixml_jax.serving.request_error import Refused
 from vixml_jax.serving.served_index import ServedIndex
 
 _log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def _encoders(predictor: Predictor, most: int) -> Iterator[Callable[[], Any]]:
 
 def _generation(index: Any) -> str:
   try:
-    return (index.folder / generations.CURRENT).read_text(encoding="utf-8")
+    return (index.folder / snapshots.CURRENT).read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError):
     return ""  # Whoever opens it says what is wrong.
 

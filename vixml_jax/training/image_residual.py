@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from vixml_jax import sharding
-from vixml_jax.input.feature_bank import FeatureBank
+from vixml_jax.images.features import FeatureBank
 from vixml_jax.typing import Tree
 
 _SAMPLE = 65536  # Images that the covariance is taken of.

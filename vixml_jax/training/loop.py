@@ -17,11 +17,11 @@ from vixml_jax.input.batches import make_batch
 from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.mining.kmeans import balanced_kmeans
 from vixml_jax.mining.order import cluster_size_at, epoch_order, is_cluster_update, num_query_clusters
-from vixml_jax.training.checkpoint import Checkpoint, Checkpointer
+from vixml_jax.run.checkpoint import Checkpoint, Checkpointer
+from vixml_jax.run.from_config import Run
+from vixml_jax.run.state import TrainState, padded_like
 from vixml_jax.training.metric_writer import MetricWriter
-from vixml_jax.training.setup import Run
 from vixml_jax.training.start import check_base, start
-from vixml_jax.training.state import TrainState, padded_like
 from vixml_jax.training.step import device_batch, make_train_step
 
 _log = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.mining.kmeans import balanced_kmeans
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.ragged import Ragged
-from vixml_jax.training.checkpoint import Checkpoint, provenance
+from vixml_jax.run.checkpoint import Checkpoint, provenance
+from vixml_jax.run.from_config import Run, adapter_folder
+from vixml_jax.run.pretrained import trainable_params
+from vixml_jax.run.state import create_state, padded_like
 from vixml_jax.training.image_residual import start_residual
-from vixml_jax.training.pretrained import trainable_params
-from vixml_jax.training.setup import Run, adapter_folder
-from vixml_jax.training.state import create_state, padded_like
 from vixml_jax.typing import Tree
 from vixml_jax.weights import source
 

@@ -10,16 +10,16 @@ import numpy as np
 import optax
 
 from vixml_jax import sharding
+from vixml_jax.encoding.chunks import map_chunks, map_chunks_recomputed
+from vixml_jax.images.features import FeatureBank
 from vixml_jax.input.batches import Batch
-from vixml_jax.input.feature_bank import FeatureBank
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.losses import LossConfig, prime_loss
 from vixml_jax.models import layers
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.models.dual_encoder import l2_normalize
 from vixml_jax.models.fusion import image_tokens
-from vixml_jax.training.chunks import map_chunks, map_chunks_recomputed
-from vixml_jax.training.state import TrainState, shardings_of
+from vixml_jax.run.state import TrainState, shardings_of
 from vixml_jax.typing import Array, Tree
 
 

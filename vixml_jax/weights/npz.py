@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import os
-import pathlib
+from pathlib import Path
 from typing import Any
 import zipfile
 
@@ -68,7 +68,7 @@ def write_npz(tensors: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     tensors: arrays of f32, f16 or bf16.
     path: the file; its folder is made if it does not exist.
   """
-  path = pathlib.Path(path)
+  path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   arrays: dict[str, Any] = {}
   for name, tensor in tensors.items():

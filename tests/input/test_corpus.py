@@ -1,0 +1,176 @@
+"""The tokenised corpus: tokens as transformers gives them, cached under what decides them, in bounded memory."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from tests.helpers import miniature
+from vixml_jax import datasets
+from vixml_jax.datasets import records
+from vixml_jax.errors import InputError
+from vixml_jax.input import corpus as corpus_module
+from vixml_jax.input.corpus import load_corpus
+from vixml_jax.input.tokenizer import Tokenizer
+
+SPLITS = {"train": "train_tokens", "test": "test_tokens", "labels": "label_tokens"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  place = tmp_path_factory.mktemp("corpus")
+  miniature.write_raw_folder(place / "raw", images=True)
+  miniature.write_tokenizer(place / "tokenizer")
+  return place
+
+
+@pytest.fixture(scope="module")
+def builder(place):
+  return datasets.prepare("custom", place / "raw", place / "data")
+
+
+def _lines(place, split):
+  return miniature.read_lines(place / "raw" / f"{miniature.SPLIT_NAMES[split]}.json.gz")
+
+
+def _filter_lines(place, split):
+  return (place / "raw" / f"filter_labels_{split}.txt").read_text().splitlines()
+
+
+def _load(builder, place, cache, max_length=6, fields=("title",)):
+  return load_corpus(builder, place / "tokenizer", max_length, fields, cache)
+
+
+@pytest.mark.parametrize("fields", [("title",), ("title", "content"), ("content",)])
+def test_tokens_are_those_of_transformers_cut_on_the_right(builder, place, tmp_path, fields, monkeypatch):
+  monkeypatch.setattr(records, "_ROWS_A_READ", 10)
+  corpus = _load(builder, place, tmp_path, fields=fields)
+  reference = AutoTokenizer.from_pretrained(place / "tokenizer", local_files_only=True)
+  lengths = []
+  for split, name in SPLITS.items():
+    texts = [" ".join(line[field] for field in fields) for line in _lines(place, split)]
+    expected = reference(texts, truncation=True, max_length=6)["input_ids"]
+    tokens = getattr(corpus, name)
+    assert [tokens[i].tolist() for i in range(len(tokens))] == expected
+    assert tokens.values.dtype == np.int32
+    lengths += map(len, expected)
+  assert max(lengths) == 6
+  assert "content" in fields or min(lengths) < 6
+  assert reference.unk_token_id not in corpus.train_tokens.values
+
+
+def test_labels_and_filters_are_those_of_the_raw_files(builder, place, tmp_path):
+  corpus = _load(builder, place, tmp_path)
+  for split in ("train", "test"):
+    targets, excluded = getattr(corpus, f"{split}_labels"), getattr(corpus, f"{split}_filter")
+    pairs = [line.split() for line in _filter_lines(place, split)]
+    for row, line in enumerate(_lines(place, split)):
+      assert targets[row].tolist() == line["target_ind"]
+      assert excluded[row].tolist() == [int(b) for a, b in pairs if int(a) == row]
+  assert corpus.num_labels == 24
+  assert corpus.vocab_size == len(AutoTokenizer.from_pretrained(place / "tokenizer"))
+
+
+def test_text_is_read_back_by_row(builder, place, tmp_path):
+  corpus = _load(builder, place, tmp_path, fields=("title", "content"))
+  train, labels = _lines(place, "train"), _lines(place, "labels")
+  joined = [f"{train[i]['title']} {train[i]['content']}" for i in (5, 0, 63)]
+  assert corpus.query_text("train", np.int32([5, 0, 63])) == joined
+  assert corpus.label_text([3]) == [f"{labels[3]['title']} {labels[3]['content']}"]
+  assert corpus.label_text([]) == []
+
+
+def test_second_load_reads_the_cache_and_no_record(builder, place, tmp_path, monkeypatch):
+  first = _load(builder, place, tmp_path)
+  monkeypatch.setattr(corpus_module, "Records", None)
+  second = _load(builder, place, tmp_path)
+  assert second.fingerprint == first.fingerprint
+  np.testing.assert_array_equal(second.train_tokens.values, first.train_tokens.values)
+  np.testing.assert_array_equal(second.test_filter.offsets, first.test_filter.offsets)
+  assert isinstance(second.train_tokens.values, np.memmap)
+
+
+def test_whatever_decides_the_tokens_decides_the_fingerprint(builder, place, tmp_path):
+  raw = miniature.write_raw_folder(tmp_path / "raw", seed=1)
+  other_data = datasets.prepare("custom", raw, tmp_path / "data")
+  tokenizer = miniature.write_tokenizer(tmp_path / "tokenizer")
+  content = json.loads((tokenizer / "tokenizer.json").read_text())
+  vocabulary = content["model"]["vocab"]
+  vocabulary["arrow"], vocabulary["left"] = vocabulary["left"], vocabulary["arrow"]
+  (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+  corpora = [
+    _load(builder, place, tmp_path / "cache"),
+    _load(builder, place, tmp_path / "cache", max_length=7),
+    _load(builder, place, tmp_path / "cache", fields=("content",)),
+    load_corpus(other_data, place / "tokenizer", 6, ("title",), tmp_path / "cache"),
+    load_corpus(builder, tokenizer, 6, ("title",), tmp_path / "cache"),
+  ]
+  assert len({corpus.fingerprint for corpus in corpora}) == len(corpora)
+
+
+def test_fields_default_to_those_that_the_set_is_published_with(place, tmp_path, monkeypatch):
+  miniature.expect_miniature(monkeypatch, "lf_amazon_131k", place / "raw")
+  builder = datasets.prepare("lf_amazon_131k", place / "raw", tmp_path / "data")
+  corpus = _load(builder, place, tmp_path / "cache", fields=None)
+  assert corpus.text_fields == ("title", "content")
+
+
+def test_interrupted_build_leaves_no_cache_and_the_next_succeeds(builder, place, tmp_path, monkeypatch):
+  def stop(*arguments):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(corpus_module, "_numbers", stop)
+    with pytest.raises(KeyboardInterrupt):
+      _load(builder, place, tmp_path)
+  assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+  # What SIGKILL leaves is a folder under another name.
+  fingerprint = _load(builder, place, tmp_path / "other").fingerprint
+  (tmp_path / f"custom-{fingerprint[:16]}.incomplete").mkdir()
+  assert len(_load(builder, place, tmp_path).train_tokens) == 64
+  assert len([path for path in tmp_path.glob("custom-*") if path.is_dir()]) == 1
+
+
+def test_row_without_text_has_the_special_tokens_alone(place, tmp_path):
+  raw = miniature.write_raw_folder(tmp_path / "raw")
+  lines = miniature.read_lines(raw / "tst.json.gz")
+  lines[2] |= {"title": "", "target_ind": [], "target_rel": []}
+  miniature.write_lines(raw / "tst.json.gz", lines)
+  corpus = _load(datasets.prepare("custom", raw, tmp_path / "data"), place, tmp_path / "cache")
+  assert len(corpus.test_tokens[2]) == 2
+  assert len(corpus.test_labels[2]) == 0
+
+
+def test_bad_requests_are_named(builder, place, tmp_path):
+  with pytest.raises(InputError, match="unknown text field 'body'; known are title, content"):
+    _load(builder, place, tmp_path, fields=("body",))
+  with pytest.raises(InputError, match="max_length 2 leaves no room for text"):
+    _load(builder, place, tmp_path, max_length=2)
+  with pytest.raises(InputError, match="no tokenizer.json in this folder"):
+    load_corpus(builder, tmp_path, 6, ("title",), tmp_path)
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(InputError, match="no tokenizer can be loaded"):
+    load_corpus(builder, tmp_path, 6, ("title",), tmp_path)
+
+
+def test_hub_name_that_cannot_be_reached_is_named(builder, tmp_path):
+  with pytest.raises(InputError, match="nobody/nothing: no tokenizer can be loaded"):
+    load_corpus(builder, "nobody/nothing", 6, ("title",), tmp_path)
+
+
+def test_damaged_cache_is_named(builder, place, tmp_path):
+  corpus = _load(builder, place, tmp_path)
+  path = tmp_path / f"custom-{corpus.fingerprint[:16]}" / "train_tokens.values.npy"
+  path.write_bytes(path.read_bytes()[:100])
+  with pytest.raises(InputError, match="train_tokens.values.npy: cannot be read"):
+    _load(builder, place, tmp_path)
+
+
+def test_tokenizer_gives_the_same_ids_in_any_batch(place):
+  tokenizer = Tokenizer(place / "tokenizer", 5)
+  texts = ["arrow left circle square", "", "Cloud!"]
+  whole = tokenizer(texts)
+  for row, text in enumerate(texts):
+    np.testing.assert_array_equal(whole[row], tokenizer([text]).values)
+  assert len(tokenizer([])) == 0

@@ -1,0 +1,225 @@
+"""Fusion of images and texts against transformers and torch; packed rows against single items."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import tiny_encoders
+from vixml_jax.input.items import Items
+from vixml_jax.input.packing import PackedLayout, pack
+from vixml_jax.models import layers
+from vixml_jax.models.definition import define_model
+from vixml_jax.models.dual_encoder import DualEncoder
+from vixml_jax.models.fusion import ADAPTERS, ImageTokens, image_tokens
+from vixml_jax.ragged import Ragged
+from vixml_jax.weights import hf_config
+
+FEATURES, IMAGES = 12, 3
+TEMPLATES = {"before": ("images", "text"), "after": ("text", "images"), "apart": ("text",)}
+
+
+@pytest.fixture(scope="module", params=["bert", "distilbert"])
+def encoders(request, tmp_path_factory):
+  """transformers' encoder and the arguments and parameters of ours."""
+  theirs = tiny_encoders.hf_encoder(request.param)
+  folder = tmp_path_factory.mktemp(request.param)
+  theirs.save_pretrained(folder)
+  arguments = hf_config.encoder_arguments(folder)
+  _, params = tiny_encoders.our_encoder(folder)
+  return theirs, arguments, jax.tree.map(jnp.asarray, params)
+
+
+def model_of(encoders, **fusion):
+  """Our model with the encoder's weights and random ones elsewhere."""
+  _, arguments, params = encoders
+  fusion = dict(feature_dim=FEATURES) | fusion
+  definition = define_model(arguments, dict(num_heads=4, mlp_dim=16), 4, fusion)
+  fresh = layers.split_params(DualEncoder(**definition.arguments, rngs=nnx.Rngs(1)))[1]
+  noise = np.random.default_rng(2)
+  fresh["fusion"] = jax.tree.map(
+    lambda x: jnp.asarray(x + 0.1 * noise.normal(size=x.shape), jnp.float32), fresh["fusion"]
+  )
+  return definition.bind(fresh | {"encoder": params})
+
+
+def items(seed=0, count=9):
+  rng = np.random.default_rng(seed)
+  bank = rng.normal(size=(30, FEATURES)).astype(np.float16)
+  tokens = Ragged.from_rows(tiny_encoders.texts(rng.integers(2, 9, count), seed))
+  counts = np.array([0, 3, 1, 2, 0, 3, 3, 1, 2][:count])
+  return Items(tokens, Ragged.from_rows([rng.integers(0, 30, n) for n in counts])), bank
+
+
+@functools.lru_cache
+def compiled(model, slots):
+  """`model.pool` as a program, made once for each shape."""
+  return jax.jit(lambda tokens, segments, positions, images: model.pool(tokens, segments, positions, slots, images))
+
+
+def pooled(model, packed_items, bank, layout):
+  """Pooled vectors of all items, in their order."""
+
+  def merged(x):
+    return jnp.asarray(x.reshape(-1, x.shape[-1]))
+
+  images = packed_items.images
+  tokens = image_tokens(
+    {"segments": merged(images.segments), "positions": merged(images.positions), "rows": merged(images.rows)},
+    jnp.asarray(bank),
+  )
+  out = compiled(model, layout.slots)(
+    merged(packed_items.tokens), merged(packed_items.segments), merged(packed_items.positions), tokens
+  )
+  return np.asarray(out).reshape(-1, out.shape[-1])[packed_items.slots]
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_early_fusion_is_transformers_with_projected_images_among_its_input_embeddings(encoders, adapter, order):
+  theirs, _, _ = encoders
+  model = model_of(encoders, adapter=adapter)
+  layout = PackedLayout(16, 4, IMAGES, TEMPLATES[order])
+  queries, bank = items()
+  ours = pooled(model, pack(queries, layout), bank, layout)
+
+  def linear(name, x):
+    module = getattr(model.fusion, name)
+    return torch.nn.functional.linear(
+      x, torch.tensor(np.asarray(module.kernel[...]).T), torch.tensor(np.asarray(module.bias[...]))
+    )
+
+  words = theirs.get_input_embeddings()
+  for i in range(len(queries)):
+    features = torch.tensor(bank[queries.images[i]].astype(np.float32).reshape(-1, FEATURES))
+    tokens = linear("project", features)
+    if adapter == "mlp":
+      tokens = linear("hidden", torch.nn.functional.gelu(tokens))
+    if adapter == "gated":
+      tokens = tokens * torch.sigmoid(linear("gate", features))
+    parts = [tokens, words(torch.tensor(queries.tokens[i]).long())]
+    embeddings = torch.cat(parts if order == "before" else parts[::-1])[None]
+    with torch.no_grad():
+      wanted = theirs(inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2])).last_hidden_state[0]
+    np.testing.assert_allclose(ours[i], wanted.mean(0).numpy(), atol=2e-5)
+
+
+def test_late_fusion_is_the_mean_of_torch_s_layer_over_text_and_images(encoders):
+  _, arguments, _ = encoders
+  model = model_of(encoders, method="late")
+  layout = PackedLayout(16, 4, IMAGES, TEMPLATES["apart"])
+  queries, bank = items()
+  ours = pooled(model, pack(queries, layout), bank, layout)
+  dim, heads = arguments["embed_dim"], arguments["num_heads"]
+  theirs = torch.nn.TransformerEncoderLayer(
+    dim, heads, arguments["mlp_dim"], activation="gelu", batch_first=True, layer_norm_eps=1e-12
+  ).eval()
+  mixer, value = model.fusion.mixer, lambda param: torch.tensor(np.asarray(param[...]))
+  parts = [getattr(mixer.attention, name) for name in ("query", "key", "value")]
+  theirs.load_state_dict(
+    {
+      "self_attn.in_proj_weight": torch.cat([value(part.kernel).reshape(dim, dim).T for part in parts]),
+      "self_attn.in_proj_bias": torch.cat([value(part.bias).reshape(dim) for part in parts]),
+      "self_attn.out_proj.weight": value(mixer.attention.output.kernel).reshape(dim, dim).T,
+      "self_attn.out_proj.bias": value(mixer.attention.output.bias),
+      "linear1.weight": value(mixer.up.kernel).T,
+      "linear1.bias": value(mixer.up.bias),
+      "linear2.weight": value(mixer.down.kernel).T,
+      "linear2.bias": value(mixer.down.bias),
+      "norm1.weight": value(mixer.attention_norm.scale),
+      "norm1.bias": value(mixer.attention_norm.bias),
+      "norm2.weight": value(mixer.mlp_norm.scale),
+      "norm2.bias": value(mixer.mlp_norm.bias),
+    }
+  )
+  texts = pooled(
+    model_of(encoders),
+    pack(Items.of_texts(queries.tokens), PackedLayout(16, 4, IMAGES)),
+    bank,
+    PackedLayout(16, 4, IMAGES),
+  )
+  for i in range(len(queries)):
+    features = bank[queries.images[i]].astype(np.float32).reshape(-1, FEATURES)
+    tokens = features @ np.asarray(model.fusion.project.kernel[...]) + np.asarray(model.fusion.project.bias[...])
+    with torch.no_grad():
+      wanted = theirs(torch.tensor(np.concatenate([texts[i : i + 1], tokens]))[None])[0].mean(0)
+    np.testing.assert_allclose(ours[i], wanted.numpy(), atol=2e-5)
+
+
+def test_a_residual_adds_a_map_of_the_mean_features_to_items_with_images_and_nothing_to_others(encoders):
+  queries, bank = items()
+  layout = PackedLayout(16, 4, IMAGES)
+  model = model_of(encoders, residual=True)
+  kernel, bias = (np.asarray(param[...]) for param in (model.fusion.residual.kernel, model.fusion.residual.bias))
+  found = pooled(model, pack(queries, layout), bank, layout)
+  model.fusion.residual = None
+  compiled.cache_clear()  # The module is its key.
+  without = pooled(model, pack(queries, layout), bank, layout)
+  for i in range(len(queries)):
+    features = bank[queries.images[i]].astype(np.float32)
+    added = (features.mean(0) @ kernel + bias) / np.sqrt(FEATURES) if len(features) else np.zeros(len(bias))
+    np.testing.assert_allclose(found[i] - without[i], added, atol=1e-5)
+  assert (found == without).all(1).sum() == (queries.images.lengths == 0).sum() > 0
+
+
+def test_an_item_without_images_gets_the_text_only_model_s_vector(encoders):
+  _, arguments, params = encoders
+  queries, bank = items()
+  texts = Items.of_texts(queries.tokens)
+  layout = PackedLayout(16, 4, IMAGES)
+  with_slots = pooled(model_of(encoders), pack(texts, layout), bank, layout)
+  definition = define_model(arguments, dict(num_heads=4, mlp_dim=16), 4)
+  fresh = layers.split_params(DualEncoder(**definition.arguments, rngs=nnx.Rngs(1)))[1]
+  text_layout = PackedLayout(16, 4)
+  rows = pack(texts, text_layout)
+  out = definition.bind(fresh | {"encoder": params}).pool(
+    *(jnp.asarray(x.reshape(-1, 16)) for x in (rows.tokens, rows.segments, rows.positions)), text_layout.slots
+  )
+  np.testing.assert_allclose(with_slots, np.asarray(out).reshape(-1, out.shape[-1])[rows.slots], atol=1e-6)
+
+
+@pytest.mark.parametrize("method,order", [("early", "before"), ("early", "after"), ("late", "apart")])
+def test_what_shares_a_row_changes_nothing_and_empty_places_get_no_gradient(encoders, method, order):
+  model = model_of(encoders, method=method)
+  layout = PackedLayout(24, 2, IMAGES, TEMPLATES[order])
+  queries, bank = items()
+  together = pooled(model, pack(queries, layout), bank, layout)
+  for i in range(len(queries)):
+    alone = pooled(model, pack(queries.take(np.array([i])), layout), bank, layout)
+    np.testing.assert_allclose(together[i], alone[0], atol=2e-5)
+  packed = pack(queries, layout)
+
+  def total(features):
+    def merged(x):
+      return jnp.asarray(x.reshape(-1, x.shape[-1]))
+
+    images = ImageTokens(features, merged(packed.images.segments), merged(packed.images.positions))
+    out = model.pool(merged(packed.tokens), merged(packed.segments), merged(packed.positions), layout.slots, images)
+    return (out.reshape(-1, out.shape[-1])[packed.slots] ** 2).sum()
+
+  features = jnp.asarray(bank[packed.images.rows].astype(np.float32).reshape(-1, layout.image_places, FEATURES))
+  gradient = np.abs(np.asarray(jax.jit(jax.grad(total))(features))).sum(-1)
+  filled = packed.images.segments.reshape(-1, layout.image_places) > 0
+  assert (gradient[filled] > 0).all() and (gradient[~filled] == 0).all()
+
+
+def test_images_without_fusion_and_fusion_without_images_are_refused(encoders):
+  model = model_of(encoders)
+  row = jnp.ones((1, 8), jnp.int32)
+  with pytest.raises(ValueError, match="takes images if it was made with `fusion`"):
+    model.pool(row, row, row, 2)
+
+
+def test_a_residual_belongs_to_early_fusion(encoders):
+  with pytest.raises(ValueError, match="residual belongs to early fusion"):
+    model_of(encoders, method="late", residual=True)
+
+
+@pytest.mark.parametrize("unknown", [dict(method="middle"), dict(adapter="conv")])
+def test_an_unknown_method_or_adapter_is_refused(encoders, unknown):
+  with pytest.raises(ValueError, match=next(iter(unknown.values()))):
+    model_of(encoders, **unknown)

@@ -1,0 +1,211 @@
+"""Every config and variant: started for two steps on a miniature, and built abstractly at full size."""
+
+import math
+import re
+
+import jax
+from ml_collections import ConfigDict
+import pytest
+
+from tests.helpers import tiny_decoders
+from tests.helpers.image_features import write_random_features
+from tests.helpers.miniature import expect_miniature, write_raw_folder
+from tests.helpers.miniature_runs import load_config, shrink
+from vixml_jax import datasets, sharding
+from vixml_jax.errors import InputError
+from vixml_jax.models import layers
+from vixml_jax.run import configuration
+from vixml_jax.run.from_config import model_of, optimizer_of, set_up, settle_free_vectors
+from vixml_jax.run.state import abstract_state
+from vixml_jax.training.loop import train
+
+ENCODERS = ("minilm-l3", "minilm-l6", "distilbert", "bert")
+# The decoders that the paper reports.
+DECODERS = {
+  "lf_amazon_titles_131k": ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b"),
+  "lf_amazon_131k": ("qwen2.5-0.5b", "qwen2.5-3b"),
+  "mm_amazon_titles_300k": ("qwen2.5-0.5b", "qwen2.5-3b"),
+  "lf_amazon_1.3m": ("qwen2.5-0.5b", "qwen2.5-3b"),
+}
+PUBLISHED = {
+  "lf_amazon_titles_131k": (294_805, 131_073),
+  "lf_amazon_131k": (294_805, 131_073),
+  "mm_amazon_titles_300k": (586_781, 303_296),
+  "lf_amazon_1.3m": (2_248_619, 1_305_265),
+}
+ALL = [(name, f"encoder={encoder}") for name in (*PUBLISHED, "custom") for encoder in ENCODERS]
+ALL += [("quickstart", variant) for variant in (None, "reference", "full")]
+OF_DECODERS = [(name, f"encoder={encoder}") for name, encoders in DECODERS.items() for encoder in encoders]
+OF_DECODERS += [("custom", f"encoder={encoder}") for encoder in tiny_decoders.PARAMETERS]
+OF_DECODERS += [("quickstart", "encoder=qwen2.5-tiny")]
+WITH_IMAGES = [(name, f"{variant},images=3") for name, variant in ALL if name != "quickstart"]
+WITH_IMAGES += [("quickstart", "images=3"), ("quickstart", "full,images=3")]
+DECODERS_WITH_IMAGES = [(name, f"{variant},images=3") for name, variant in OF_DECODERS]
+# Encoder parameters without heads, as transformers counts them for the published checkpoints.
+ENCODER_PARAMETERS = {
+  "minilm-l3": 17_389_824 - 147_840,
+  "minilm-l6": 22_713_216 - 147_840,
+  "distilbert": 66_362_880,
+  "bert": 109_482_240 - 590_592,
+  "qwen2.5-tiny": 10_963_712,
+} | tiny_decoders.PARAMETERS
+
+
+@pytest.mark.parametrize("name,variant", ALL + WITH_IMAGES + OF_DECODERS + DECODERS_WITH_IMAGES)
+def test_full_size_state_is_built_abstractly(name, variant):
+  config = load_config(name, variant)
+  configuration.check(config)
+  queries, labels = PUBLISHED.get(name, (17_083, 9_527))
+  config = settle_free_vectors(config, labels)
+  mesh = sharding.make_mesh()
+  model = model_of(config)
+  steps = config.train.epochs * math.ceil(queries / config.train.batch_size)
+  state = abstract_state(model, optimizer_of(config, model, steps), queries, labels, config.train.bank_dtype, mesh)
+  assert state.bank.shape[0] >= queries and state.bank.shape[0] % 8 == 0
+  assert state.centroids.shape[0] >= labels
+  per_device = state.bank.sharding.shard_shape(state.bank.shape)
+  assert per_device[0] * 8 == state.bank.shape[0], "the bank must be spread over the devices"
+  encoder = next((e for e in ENCODER_PARAMETERS if f"encoder={e}" in (variant or "").split(",")), "minilm-l6")
+  base, adapters = layers.split_lora(model.shapes["encoder"])
+  assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(base)) == ENCODER_PARAMETERS[encoder]
+  if encoder in tiny_decoders.PARAMETERS:
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state.params["encoder"]) == jax.tree.map(
+      lambda leaf: (leaf.shape, leaf.dtype), adapters
+    ), "of the encoder, adapters alone are trained"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(base)} == {"bfloat16"}
+    assert adapters["layers"]["up"]["lora_a"].shape[-1] == 256
+  fusion = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params.get("fusion", {})))
+  maps = (1 + (config.fusion.residual > 0)) if config.images else 0
+  assert fusion == maps * (config.features.dim + 1) * config.encoder.embed_dim, "a linear adapter, and the residual"
+  assert config.features.dim == (192 if config.features.checkpoint else 1152)
+
+
+# With images every config once, each with another encoder; the quickstart's with the tower that it ships.
+@pytest.mark.parametrize(
+  "name,variant",
+  ALL
+  + WITH_IMAGES[::5]
+  + WITH_IMAGES[-1:]
+  + [
+    ("lf_amazon_1.3m", "encoder=qwen2.5-3b,images=3"),
+    ("lf_amazon_131k", "encoder=qwen2.5-0.5b"),
+    ("custom", "encoder=qwen3-0.6b"),
+    ("custom", "encoder=llama-3.2-1b,images=3"),
+    ("quickstart", "encoder=qwen2.5-tiny,images=3"),
+  ],
+)
+def test_two_steps_run_on_a_miniature(name, variant, tmp_path, monkeypatch):
+  config = load_config(name, variant)
+  raw = write_raw_folder(tmp_path / "raw", num_train=32, images=bool(config.features.checkpoint))
+  if name != "custom":
+    expect_miniature(monkeypatch, config.dataset.name, raw)
+  config = shrink(config, tmp_path, raw)
+  config.train.epochs = 1
+  if config.train.bank_dtype == "bfloat16":
+    config.encoder.dtype = "bfloat16"
+  if config.images and not config.features.checkpoint:
+    builder = datasets.prepare(config.dataset.name, raw, config.dataset.data_dir)
+    write_random_features(builder, config.dataset.data_dir, config.features.name, 6)
+    config.features.dim = 6
+  configuration.check(config)
+  run = set_up(config, tmp_path)
+  assert run.steps_per_epoch == 2 or config.dataset.validation_fraction
+  checkpoint = train(run, lambda state: {})
+  assert int(checkpoint.state.step) == run.total_steps
+  assert all(math.isfinite(float(abs(leaf).sum())) for leaf in jax.tree.leaves(checkpoint.state.params))
+
+
+def test_configs_hold_the_paper_s_recipe():
+  config = load_config("lf_amazon_1.3m", "encoder=minilm-l3")
+  assert (config.train.learning_rate, config.train.batch_size, config.train.epochs) == (5e-4, 2048, 300)
+  assert config.train.free_vectors == 65_536 and config.dataset.max_length == 32
+  long_texts = load_config("lf_amazon_131k", "encoder=bert")
+  assert (long_texts.train.batch_size, long_texts.train.learning_rate) == (512, 5e-5)
+  assert long_texts.dataset.max_length == 128 and tuple(long_texts.dataset.text_fields) == ("title", "content")
+
+
+@pytest.mark.parametrize(
+  "name,encoder,epochs,batch_size,learning_rate",
+  [
+    ("lf_amazon_titles_131k", "qwen2.5-3b", 30, 2048, 5e-5),
+    ("lf_amazon_titles_131k", "qwen2.5-7b", 30, 1024, 5e-5),
+    ("mm_amazon_titles_300k", "qwen2.5-0.5b", 30, 2048, 5e-5),
+    ("lf_amazon_1.3m", "qwen2.5-3b", 40, 2048, 5e-5),
+    ("lf_amazon_131k", "qwen2.5-3b", 30, 512, 2e-5),
+  ],
+)
+def test_configs_hold_the_paper_s_recipe_of_decoders(name, encoder, epochs, batch_size, learning_rate):
+  config = load_config(name, f"encoder={encoder},images=3")
+  train, mining = config.train, config.mining
+  assert (train.epochs, train.batch_size, train.learning_rate) == (epochs, batch_size, learning_rate)
+  assert (train.new_learning_rate, train.free_vector_learning_rate, train.clip_norm) == (5e-4, 5e-4, 1.0)
+  assert (mining.cluster_size, mining.start_epoch, mining.update_epochs) == (16, 4, 2)
+  assert mining.doubling_epochs == (8, 12, 16, 20, 24) and train.free_vector_init == "cluster_mean"
+  assert (config.encoder.lora_rank, config.encoder.lora_alpha, config.encoder.pooling) == (256, 256.0, "mean")
+  assert not config.encoder.bidirectional and config.prompt.template == "T E I V eos"
+  assert (
+    config.prompt.phrases.to_dict() == {"T": "This product text", "I": "and its image", "T2": "and its text"}
+    and config.prompt.eos == "<|endoftext|>"
+  )
+
+
+@pytest.mark.parametrize("name,variant", [("custom", "encoder=gpt"), ("quickstart", "fast"), ("custom", "images=6")])
+def test_an_unknown_variant_is_refused_by_name(name, variant):
+  with pytest.raises(ValueError, match=re.escape(variant.split("=")[-1]) if variant != "images=6" else "images"):
+    load_config(name, variant)
+
+
+@pytest.mark.parametrize(
+  "key,value,message",
+  [
+    ("train.epochs", 0, "must be above 0"),
+    ("train.free_vectors", 1000, "power of two"),
+    ("train.positive_sampling", "random", "propensity, uniform"),
+    ("dataset.max_length", 2, "at least 3"),
+    ("dataset.max_length", 4096, "must not exceed"),
+    ("dataset.validation_fraction", 1.0, "below 1"),
+    ("encoder.dtype", "float8", "must be one of"),
+    ("prototype.num_heads", 7, "must divide"),
+    ("loss.margin_min", 0.5, "must not exceed config.loss.margin_max"),
+    ("eval.split", "validation", "held-out"),
+    ("eval.retrieval_lambda", 1.5, "between 0 and 1"),
+    ("dataset.text_fields", (), "title and content"),
+  ],
+)
+def test_a_bad_value_is_refused_by_key(key, value, message):
+  config = load_config("custom")
+  section, name = key.split(".")
+  config[section][name] = value
+  with pytest.raises(InputError, match=message) as error:
+    configuration.check(config)
+  assert key in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "change,message",
+  [
+    ({"lora_rank": 0}, "config.encoder.param_dtype='bfloat16': must be float32 where config.encoder.lora_rank=0"),
+    ({"lora_rank": -1}, "config.encoder.lora_rank=-1: must not be negative"),
+    ({"lora_alpha": 0.0}, "config.encoder.lora_alpha=0.0: must be above 0"),
+    ({"num_kv_heads": 3}, "config.encoder.num_kv_heads=3: must divide config.encoder.num_heads=14"),
+    ({"head_dim": 63}, "config.encoder.head_dim=63: must be even"),
+    ({"rope_scaling": (8.0, 1.0)}, "config.encoder.rope_scaling=(8.0, 1.0): must be empty, or factor"),
+    ({"rope_scaling": (8.0, 4.0, 1.0, 64)}, "config.encoder.rope_scaling=(8.0, 4.0, 1.0, 64): must be empty"),
+    ({"param_dtype": "float16"}, "config.encoder.param_dtype='float16': must be one of float32, bfloat16"),
+    ({"pooling": "first"}, "config.encoder.pooling='first': must be one of mean, last"),
+    ({"architecture": "gpt"}, "config.encoder.architecture='gpt': must be one of bert, decoder"),
+    ({"architecture": "bert"}, "config.encoder.max_position: missing"),
+  ],
+)
+def test_bad_settings_of_a_decoder_are_refused_by_key(change, message):
+  config = load_config("custom", "encoder=qwen2.5-0.5b")
+  config.encoder.update(change)
+  with pytest.raises(InputError, match=re.escape(message)):
+    configuration.check(config)
+
+
+def test_a_missing_key_is_refused_by_name():
+  config = load_config("custom").to_dict()
+  del config["train"]["epochs"]
+  with pytest.raises(InputError, match="config.train.epochs: missing"):
+    configuration.check(ConfigDict(config))

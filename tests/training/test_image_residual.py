@@ -1,0 +1,56 @@
+"""The residual map of images at the start: lengths, angles, fewer dimensions than features."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vixml_jax.images.features import FeatureBank
+from vixml_jax.training.image_residual import start_residual, whitened_map
+
+
+def features(count=400, dim=6, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=(count, dim)) * (1 + np.arange(dim)) @ rng.normal(size=(dim, dim)) + 3
+
+
+def cosines(x):
+  x = x / np.linalg.norm(x, axis=1, keepdims=True)
+  return x @ x.T
+
+
+def test_the_map_keeps_the_angles_of_features_whitened_halfway_and_gives_unit_length():
+  x = features()
+  kernel, bias = whitened_map(x, 16, seed=0)
+  mapped = x @ kernel + bias
+  assert np.isclose(np.square(mapped).sum(1).mean(), 1)
+  np.testing.assert_allclose(mapped.mean(0), 0, atol=1e-12)
+  # Halfway to white: the covariance to the power of minus a quarter, by another way than eigenvectors of it.
+  centred = x - x.mean(0)
+  u, s, v = np.linalg.svd(centred / np.sqrt(len(x)), full_matrices=False)
+  np.testing.assert_allclose(cosines(mapped), cosines(u * s**0.5 @ v), atol=1e-9)
+
+
+def test_of_more_features_than_the_embedding_has_dimensions_the_strongest_directions_stay():
+  x = features(dim=6)
+  mapped = np.add(*(lambda kernel, bias: (x @ kernel, bias))(*whitened_map(x, 3, seed=1)))
+  u, s, _ = np.linalg.svd((x - x.mean(0)) / np.sqrt(len(x)), full_matrices=False)
+  np.testing.assert_allclose(cosines(mapped), cosines((u * s**0.5)[:, :3]), atol=1e-9)
+
+
+def test_a_constant_feature_does_no_harm():
+  x = features()
+  x[:, 2] = 7
+  kernel, bias = whitened_map(x, 16, seed=0)
+  assert np.isfinite(kernel).all() and np.isclose(np.square(x @ kernel + bias).sum(1).mean(), 1)
+
+
+@pytest.mark.parametrize("norm", [0.5, 2.0])
+def test_vectors_that_are_added_have_the_length_asked_for(norm):
+  values = features().astype(np.float16)
+  bank = FeatureBank(values, {}, "")
+  fusion = {"project": {"kernel": jnp.ones((6, 16))}, "residual": {"kernel": jnp.ones((6, 16)), "bias": jnp.zeros(16)}}
+  started = start_residual(fusion, bank, norm, seed=0)
+  assert started["project"] is fusion["project"]
+  residual = started["residual"]
+  added = (values.astype(np.float32) @ np.asarray(residual["kernel"]) + np.asarray(residual["bias"])) / np.sqrt(6)
+  np.testing.assert_allclose(np.sqrt(np.square(added).sum(1).mean()), norm, rtol=1e-3)

@@ -1,0 +1,1 @@
+"""Trained encoders and label embeddings in the formats of other libraries."""

@@ -1,0 +1,1 @@
+"""Images, from encoded files to feature vectors on the devices."""

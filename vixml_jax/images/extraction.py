@@ -1,0 +1,163 @@
+"""Makes a features set of images: opens their source, encodes what is missing in parts, puts the parts together."""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+import shutil
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import tensorflow_datasets as tfds
+
+from vixml_jax.errors import InputError
+from vixml_jax.files import fingerprint_of, locked
+from vixml_jax.images import feature_set, sources
+from vixml_jax.images.feature_parts import FeatureParts, MergedParts
+from vixml_jax.images.feature_set import FeatureSet
+from vixml_jax.images.preprocess import PREPROCESSING
+from vixml_jax.images.sources import ImageSource
+from vixml_jax.images.tower import ImageEncoder
+from vixml_jax.weights import siglip
+
+BAD_IMAGES = "bad_images.jsonl"
+"""Beside the features: a line for each image that has none, with split, row, slot and reason."""
+
+_log = logging.getLogger(__name__)
+
+
+def prepare_features(
+  builder: tfds.core.DatasetBuilder,
+  data_dir: str | os.PathLike,
+  checkpoint: str,
+  *,
+  name: str = "",
+  variant: str | None = None,
+  preprocessing: str = "big_vision",
+  images: str = "",
+  batch_size: int = 64,
+  dtype: str = "",
+) -> FeatureSet:
+  """Makes features of a data set's images unless that has been done, and opens them.
+
+  A run that was killed and is started again keeps the parts that were finished, of about 2,000 images each. With
+  several processes each makes its share of the parts, on the devices of its own, and the first writes the set:
+  `data_dir` has to be a folder that they share.
+
+  Args:
+    builder: the prepared data set.
+    data_dir: folder for all prepared data.
+    checkpoint: an `.npz` of big_vision, a Hugging Face folder, or a name on the hub; see `weights.siglip.load_siglip`.
+    name: what to call the features; by default the variant, else the checkpoint's file or folder.
+    variant: of `weights.siglip.VARIANTS`, which the checkpoint then has to be.
+    preprocessing: of `images.preprocess.PREPROCESSING`.
+    images: where they are; see `images.sources.open_sources`. "" for those in the data set.
+    batch_size: images a step of each process, rounded up so that its devices share them evenly.
+    dtype: in which the tower computes. By default float32 on CPUs and bfloat16 elsewhere.
+
+  Returns:
+    The features. Beside them, `bad_images.jsonl` lists the images that have none.
+
+  Raises:
+    InputError: the checkpoint or the images are not as they must be, or there are other features of that name.
+  """
+  if preprocessing not in PREPROCESSING:
+    raise InputError(f"preprocessing {preprocessing!r} is not known; known are {', '.join(PREPROCESSING)}")
+  if batch_size < 1:
+    raise InputError(f"batch_size {batch_size}: must be at least 1")
+  name = name or variant or Path(checkpoint).name.removesuffix(".npz")
+  target = feature_set.features_folder(builder, data_dir, name)
+  splits = sources.open_sources(images, builder)
+  made_by = {
+    "checkpoint_sha256": sorted(siglip.checkpoint_hashes(checkpoint).values()),
+    "preprocessing": preprocessing,
+    "images": fingerprint_of([source.identity for source in splits.values()]) if images else "dataset",
+  }
+  # One run at a time; its first process speaks for it.
+  with locked(f"{target.parent}.lock") if jax.process_index() == 0 else contextlib.nullcontext():
+    found = feature_set.find_features(builder, data_dir, name, made_by)
+    if found:
+      _log.info("%s: features of this checkpoint and pre-processing are there; nothing to do", target)
+      return found
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    encoder = ImageEncoder(checkpoint, variant, preprocessing, batch_size, dtype)
+    key = fingerprint_of([made_by, dtype, builder.info.metadata["sha256"], sources.PART_IMAGES, sources.PART_ROWS])
+    parts = FeatureParts(target.parent / f"parts-{key[:16]}", encoder.dim)
+    _encode(encoder, splits, parts)
+    if jax.process_index() == 0:
+      how = made_by | {"checkpoint": checkpoint, "variant": variant or "", "dtype": dtype, "dim": encoder.dim}
+      _finish(builder, data_dir, name, parts, how)
+    _wait_for_all("features written")
+    return feature_set.open_features(builder, data_dir, name)
+
+
+def _wait_for_all(what: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+def _encode(encoder: ImageEncoder, sources: dict[str, ImageSource], parts: FeatureParts) -> None:
+  """Makes this process's share of the parts that are missing."""
+  missing = {
+    split: np.setdiff1d(np.arange(source.num_parts), parts.finished(split)) for split, source in sources.items()
+  }
+  _wait_for_all("parts listed")  # All share out the same list.
+  kept = sum(source.num_parts - len(missing[split]) for split, source in sources.items())
+  if kept:
+    _log.info("%d parts were finished by an earlier run and are kept", kept)
+  start, count = time.monotonic(), 0
+  for split, source in sources.items():
+    share = np.array_split(missing[split], jax.process_count())[jax.process_index()].tolist()
+    for number, part in encoder.encode_parts(source, share, split):
+      parts.write(split, number, part)
+      count += sum(reason is None for reason in part.reasons)
+  seconds = time.monotonic() - start
+  _log.info("encoded %s images in %.1f s: %.1f images/s", f"{count:,}", seconds, count / max(seconds, 1e-9))
+  _wait_for_all("parts written")
+
+
+def _finish(
+  builder: tfds.core.DatasetBuilder,
+  data_dir: str | os.PathLike,
+  name: str,
+  parts: FeatureParts,
+  metadata: dict[str, Any],
+) -> None:
+  """Puts the parts together to a TFDS set and removes them."""
+  folder = feature_set.features_folder(builder, data_dir, name).parent
+  merged = {split: parts.merge(split) for split in feature_set.SPLITS}
+  _report_bad_images(folder / BAD_IMAGES, merged)
+  counts = {
+    "num_images": {split: part.num_images for split, part in merged.items()},
+    "num_bad_images": {split: part.num_bad_images for split, part in merged.items()},
+  }
+  feature_set.write_features(
+    builder, data_dir, name, metadata | counts, lambda split, start, stop: merged[split].rows(start, stop)
+  )
+  for leftover in folder.glob("parts-*"):
+    shutil.rmtree(leftover)
+
+
+def _report_bad_images(path: Path, merged: dict[str, MergedParts]) -> None:
+  reasons: dict[str, int] = {}
+  with path.open("w") as file:
+    for record in _bad_images(merged):
+      reasons[record["reason"]] = reasons.get(record["reason"], 0) + 1
+      file.write(json.dumps(record) + "\n")
+  if reasons:
+    total = sum(part.num_images + part.num_bad_images for part in merged.values())
+    kinds = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+    _log.warning(
+      "%s of %s images have no features (%s); %s lists them", f"{sum(reasons.values()):,}", f"{total:,}", kinds, path
+    )
+
+
+def _bad_images(merged: dict[str, MergedParts]) -> Iterator[dict[str, Any]]:
+  for split, part in merged.items():
+    for row, slot, reason in part.bad_images():
+      yield {"split": split, "row": row, "slot": slot, "reason": reason}

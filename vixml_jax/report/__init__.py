@@ -1,0 +1,1 @@
+"""Results for people: tables, charts, the HTML report, comparisons of runs."""

@@ -1,0 +1,1 @@
+"""What training, evaluation, inference and compilation share: config, model, state, checkpoint, workdir."""

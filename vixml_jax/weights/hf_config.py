@@ -1,0 +1,246 @@
+"""The `config.json` of Hugging Face: read into the arguments of our encoders, and written from them."""
+
+from collections.abc import Mapping
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vixml_jax.errors import InputError
+
+# Qwen2, Qwen3 and Llama differ in two switches; what does not stand under one key is in `_derived_arguments`.
+_DECODER: dict[str, str | float] = {
+  "vocab_size": "vocab_size",
+  "num_layers": "num_hidden_layers",
+  "embed_dim": "hidden_size",
+  "num_heads": "num_attention_heads",
+  "mlp_dim": "intermediate_size",
+  "norm_eps": "rms_norm_eps",
+  "qkv_bias": False,
+  "qk_norm": False,
+}
+
+# Argument of models.bert.BertEncoder or models.decoder.Decoder -> key in config.json; a number stands for itself.
+_ARGUMENTS: dict[str, dict[str, str | float]] = {
+  "bert": {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "embed_dim": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "max_position": "max_position_embeddings",
+    "num_token_types": "type_vocab_size",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "projection_dropout": "hidden_dropout_prob",
+    "layer_norm_eps": "layer_norm_eps",
+  },
+  "distilbert": {
+    "vocab_size": "vocab_size",
+    "num_layers": "n_layers",
+    "embed_dim": "dim",
+    "num_heads": "n_heads",
+    "mlp_dim": "hidden_dim",
+    "max_position": "max_position_embeddings",
+    "num_token_types": 0,
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "projection_dropout": 0.0,
+    "layer_norm_eps": 1e-12,
+  },
+  "qwen2": _DECODER | {"qkv_bias": True},
+  "qwen3": _DECODER | {"qk_norm": True, "head_dim": "head_dim"},  # Without the key, it does not follow.
+  "llama": _DECODER,
+}
+_DECODERS = ("qwen2", "qwen3", "llama")
+
+# What the encoder does, and the only value of the key that asks for it.
+_REQUIRED: dict[str, dict[str, Any]] = {
+  "bert": {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False},
+  "distilbert": {"activation": "gelu"},
+  "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
+  "qwen3": {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
+  "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+}
+
+# Keys that configs written before they existed lack, with their meaning then.
+_IMPLIED = {
+  "layer_norm_eps": 1e-12,
+  "position_embedding_type": "absolute",
+  "is_decoder": False,
+  "use_sliding_window": False,
+  "attention_bias": False,
+  "mlp_bias": False,
+}
+
+# Of Llama 3's rotary positions, in the order of the decoder's `rope_scaling`.
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """The contents of `config.json` in a folder."""
+  path = Path(folder) / "config.json"
+  return read_json_object(path, absent="name a model's folder", damaged="fetch it again")
+
+
+def read_json_object(path: Path, absent: str, damaged: str) -> dict[str, Any]:
+  """The object that a JSON file holds; `absent` and `damaged` say what to do about a file that is so."""
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise InputError(f"{path}: cannot be read ({error.strerror}); {absent}") from error
+  except ValueError as error:
+    raise InputError(f"{path}: is not JSON ({error}); {damaged}") from error
+  if not isinstance(value, dict):
+    raise InputError(f"{path}: is not a JSON object; {damaged}")
+  return value
+
+
+def encoder_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """Arguments with which our encoder is the model in a folder.
+
+  Args:
+    folder: holds `config.json`, of `model_type` bert or distilbert (for `models.bert.BertEncoder`), or qwen2, qwen3
+      or llama (for `models.decoder.Decoder`).
+
+  Returns:
+    All arguments that the file speaks of: none of dtypes, `remat`, adapters, `bidirectional` and `rngs`.
+
+  Raises:
+    InputError: another architecture, a variant that the encoder does not do, or a missing key.
+  """
+  config = read_config(folder)
+  path = Path(folder) / "config.json"
+  kind = config.get("model_type")
+  if kind not in _ARGUMENTS:
+    raise InputError(f"{path}: model_type is {kind!r}; known are {', '.join(_ARGUMENTS)}")
+  for key, wanted in _REQUIRED[kind].items():
+    if _value(config, key, path) != wanted:
+      raise InputError(f"{path}: {key} is {config[key]!r}; the encoder only does {wanted!r}")
+  arguments = {
+    argument: _value(config, key, path) if isinstance(key, str) else key for argument, key in _ARGUMENTS[kind].items()
+  }
+  return arguments | (_derived_arguments(config, path) if kind in _DECODERS else {})
+
+
+def check_arguments(folder: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
+  """Refuses encoder arguments that contradict a folder's `config.json`.
+
+  Args:
+    folder: holds `config.json`.
+    arguments: arguments of the encoder, any subset; those that the file does not speak of
+      (`dtype`, `remat`, adapters) and the dropout rates, which do not concern the weights, pass.
+
+  Raises:
+    InputError: names the key, both values and what to set.
+  """
+  theirs = encoder_arguments(folder)
+  path = Path(folder) / "config.json"
+  for argument, value in arguments.items():
+    if argument.endswith("dropout") or argument not in theirs:
+      continue
+    if theirs[argument] != value:
+      raise InputError(
+        f"{path}: the weights have {argument}={theirs[argument]}, but encoder.{argument} is"
+        f" {value}; set it to {theirs[argument]} or choose other weights"
+      )
+
+
+def config_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+  """Contents of a `config.json` that says what the arguments of an encoder say; `encoder_arguments` reads it back.
+
+  Of architectures that the arguments do not tell apart it takes the one that needs no more than they say: an encoder
+  without token types is a DistilBERT, a decoder with neither biases nor norms of heads is a Llama. Keys that our
+  encoders know nothing of, such as a tokenizer's ids, are left to the defaults of transformers.
+
+  Args:
+    arguments: of `models.bert.BertEncoder` or `models.decoder.Decoder`; those of dtypes, `remat` and adapters are
+      passed over. Of a bidirectional decoder the config says `is_causal` false, which transformers knows from 5.2 on.
+
+  Raises:
+    InputError: no architecture of transformers has all that they ask for.
+  """
+  kind = _kind_of(arguments)
+  config: dict[str, Any] = {"model_type": kind} | _REQUIRED[kind]
+  for argument, key in _ARGUMENTS[kind].items():
+    if isinstance(key, str):
+      config[key] = arguments[argument]
+    elif not argument.endswith("dropout") and arguments[argument] != key:
+      raise InputError(
+        f"encoder.{argument} is {arguments[argument]}, but a {kind} model has {key}: it cannot be"
+        " written as one of transformers"
+      )
+  if kind in _DECODERS:
+    config |= {
+      "num_key_value_heads": arguments["num_kv_heads"],
+      "head_dim": arguments["head_dim"],
+      "rope_theta": arguments["rope_theta"],
+      "tie_word_embeddings": True,
+    }
+    if arguments["rope_scaling"]:
+      config["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(_LLAMA3_KEYS, arguments["rope_scaling"], strict=True))
+    if arguments.get("bidirectional"):
+      config["is_causal"] = False
+  return config
+
+
+def _kind_of(arguments: Mapping[str, Any]) -> str:
+  """The `model_type` of an encoder."""
+  if "num_token_types" in arguments:
+    return "bert" if arguments["num_token_types"] else "distilbert"
+  switches = arguments["qkv_bias"], arguments["qk_norm"]
+  for kind in _DECODERS:
+    if switches == (_ARGUMENTS[kind]["qkv_bias"], _ARGUMENTS[kind]["qk_norm"]):
+      return kind
+  raise InputError(
+    "encoder.qkv_bias and encoder.qk_norm are both True, which no model of transformers that is known"
+    " here has: it cannot be written as one"
+  )
+
+
+def _derived_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+  """Arguments of a decoder that follow from several keys, or from what an absent key means."""
+  kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+  if kinds:
+    raise InputError(f"{path}: layer_types has {', '.join(sorted(kinds))}; the encoder only does full_attention")
+  num_heads, embed_dim = (_value(config, key, path) for key in ("num_attention_heads", "hidden_size"))
+  head_dim = config.get("head_dim")
+  if head_dim is None:
+    head_dim, rest = divmod(embed_dim, num_heads)
+    if rest:
+      raise InputError(
+        f"{path}: hidden_size {embed_dim} does not divide by num_attention_heads {num_heads}; add head_dim"
+      )
+  return {
+    "num_kv_heads": config.get("num_key_value_heads") or num_heads,
+    "head_dim": head_dim,
+    **_rotary_arguments(config, path),
+  }
+
+
+def _rotary_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+  """`rope_theta` and `rope_scaling`, as transformers 5 writes them or as it was done before."""
+  key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+  rope = config.get(key) or {}
+  theta = float(rope["rope_theta"] if "rope_theta" in rope else _value(config, "rope_theta", path))
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind not in ("default", "llama3"):
+    raise InputError(f"{path}: {key} is of type {kind!r}; the encoder only does 'default' and 'llama3'")
+  fraction = rope.get("partial_rotary_factor", 1.0)
+  if fraction != 1.0:
+    raise InputError(f"{path}: {key} has partial_rotary_factor={fraction}; the encoder rotates whole heads")
+  if kind == "default":
+    return {"rope_theta": theta, "rope_scaling": None}
+  missing = [name for name in _LLAMA3_KEYS if name not in rope]
+  if missing:
+    raise InputError(f"{path}: {key} has no {', '.join(missing)}; fetch the file again")
+  *factors, original_max_position = (rope[name] for name in _LLAMA3_KEYS)
+  return {"rope_theta": theta, "rope_scaling": (*map(float, factors), int(original_max_position))}
+
+
+def _value(config: Mapping[str, Any], key: str, path: Path) -> Any:
+  if key in config:
+    return config[key]
+  if key in _IMPLIED:
+    return _IMPLIED[key]
+  raise InputError(f"{path}: has no key {key}; add it or fetch the file again")
