@@ -20,17 +20,17 @@ from vixml_jax.mining.order import epoch_order, num_query_clusters
 from vixml_jax.ragged import Ragged
 
 
-def _normalise(rows: np.ndarray) -> np.ndarray:
+def _normalize(rows: np.ndarray) -> np.ndarray:
   return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def _embeddings(num_rows: int, dim: int, generator: np.random.Generator) -> np.ndarray:
-  """Unit rows f32 around num_rows / 40 centres."""
-  centres = generator.standard_normal((num_rows // 40 + 1, dim), dtype=np.float32)
+  """Unit rows f32 around num_rows / 40 centers."""
+  centers = generator.standard_normal((num_rows // 40 + 1, dim), dtype=np.float32)
   rows = generator.standard_normal((num_rows, dim), dtype=np.float32)
   rows *= 0.7
-  rows += centres[generator.integers(len(centres), size=num_rows)]
-  return _normalise(rows)
+  rows += centers[generator.integers(len(centers), size=num_rows)]
+  return _normalize(rows)
 
 
 def _labels(num_queries: int, num_labels: int, generator: np.random.Generator) -> Ragged:
@@ -42,13 +42,13 @@ def _labels(num_queries: int, num_labels: int, generator: np.random.Generator) -
 def _split(rows: np.ndarray, members: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
   """Two-way balanced spherical k-means of the members, as in pyxclib."""
   rows = rows[members]
-  centres = rows[generator.choice(len(rows), 2, replace=False)]
-  products = rows @ centres.T
+  centers = rows[generator.choice(len(rows), 2, replace=False)]
+  products = rows @ centers.T
   before, similarity = -1e6, -2.0
   while similarity - before >= 1e-4:
     halves = np.array_split(np.argsort(products[:, 1] - products[:, 0]), 2)
-    centres = _normalise(np.stack([rows[half].mean(axis=0) for half in halves]))
-    products = rows @ centres.T
+    centers = _normalize(np.stack([rows[half].mean(axis=0) for half in halves]))
+    products = rows @ centers.T
     before = similarity
     similarity = sum(products[half, i].sum() for i, half in enumerate(halves)) / len(rows)
   return [members[half] for half in halves]
@@ -81,7 +81,7 @@ def reference_centroids(rows: np.ndarray, labels: Ragged, num_labels: int) -> np
 
 
 def objective(rows: np.ndarray, clusters: np.ndarray) -> float:
-  """Mean similarity of rows to the normalised mean of their cluster."""
+  """Mean similarity of rows to the normalized mean of their cluster."""
   members = Ragged(clusters, np.arange(len(clusters) + 1, dtype=np.int64))
   sums = _by_label(members, clusters.max() + 1) @ rows
   return float(np.sum(np.linalg.norm(sums, axis=1)) / len(rows))

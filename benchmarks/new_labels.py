@@ -173,11 +173,11 @@ def evaluated(index: LabelIndex, workdir: Path, data: _Data) -> dict[str, Any]:
   }
   how = index.retrieval
   if how is not None:
-    neighbours = retrieval_augmented.search_both(
+    neighbors = retrieval_augmented.search_both(
       index.label_index, index.query_index, queries, label_hits=how["hits"], query_hits=how["hits"]
     )
     searches["retrieval"] = lambda exclude: retrieval_augmented.combine(
-      neighbours,
+      neighbors,
       index.query_labels,
       num_labels=index.num_labels,
       lambda_=how["lambda"],

@@ -1,9 +1,9 @@
 """Everything between raw files and the first step, at the size of LF-AmazonTitles-1.3M: seconds and peak memory.
 
   python benchmarks/synthetic_1_3m.py --output=RAW
-  python benchmarks/scale.py --raw_dir=RAW --data_dir=DATA --tokenizer=FOLDER [--stages=prepare,tokenise,...]
+  python benchmarks/scale.py --raw_dir=RAW --data_dir=DATA --tokenizer=FOLDER [--stages=prepare,tokenize,...]
 
-Stages: prepare (raw -> TFDS), tokenise, order (epoch orders), batches (draw, in-batch positives, packing), pack
+Stages: prepare (raw -> TFDS), tokenize, order (epoch orders), batches (draw, in-batch positives, packing), pack
 (all training queries), mine (balanced clusters of 16), centroids, exact (index and 1,024 queries), scann (the same).
 Embeddings are synthetic unit vectors in 50,000 groups: random vectors would make clustering meaningless.
 """
@@ -26,7 +26,7 @@ from vixml_jax.mining.kmeans import balanced_kmeans
 from vixml_jax.mining.order import epoch_order, num_query_clusters
 from vixml_jax.search.index import make_index
 
-_STAGES = ("prepare", "tokenise", "order", "batches", "pack", "mine", "centroids", "exact", "scann")
+_STAGES = ("prepare", "tokenize", "order", "batches", "pack", "mine", "centroids", "exact", "scann")
 _RAW_DIR = flags.DEFINE_string("raw_dir", None, "Raw folder; needed until the set is prepared.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared set goes.", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder of a fast tokenizer.", required=True)
@@ -70,12 +70,12 @@ def _stage(name: str, work, note=lambda result: ""):
 def _embeddings(rows: int, seed: int) -> np.ndarray:
   """float32 [rows, D], unit norm, in 50,000 groups."""
   rng = np.random.default_rng(0)
-  centres = rng.standard_normal((50_000, _DIM.value), np.float32)
+  centers = rng.standard_normal((50_000, _DIM.value), np.float32)
   rng = np.random.default_rng(seed)
   out = np.empty((rows, _DIM.value), np.float32)
   for start in range(0, rows, 65_536):
     part = out[start : start + 65_536]
-    part[:] = centres[rng.integers(0, len(centres), len(part))]
+    part[:] = centers[rng.integers(0, len(centers), len(part))]
     part += rng.standard_normal(part.shape, np.float32)
     part /= np.linalg.norm(part, axis=1, keepdims=True)
   return out
@@ -108,7 +108,7 @@ def main(argv):
   chosen = _CHOSEN.value
   builder = _stage("prepare", lambda: datasets.prepare(_DATASET.value, _RAW_DIR.value, _DATA_DIR.value))
   corpus = _stage(
-    "tokenise",
+    "tokenize",
     lambda: load_corpus(builder, _TOKENIZER.value, 32, None, Path(_DATA_DIR.value) / "tokens"),
     lambda c: (
       f"{len(c.train_tokens):,} + {len(c.test_tokens):,} queries, {c.num_labels:,} labels, "

@@ -4,7 +4,7 @@
   python -m benchmarks.search --part=approximate --labels=131073        # ScaNN against faiss's HNSW
 
 faiss is no dependency of this package: pip install faiss-cpu. Embeddings are synthetic unit vectors around
-`--groups` centres; queries are drawn like labels. Both use all CPUs that the process may run on.
+`--groups` centers; queries are drawn like labels. Both use all CPUs that the process may run on.
 """
 
 import argparse
@@ -31,13 +31,13 @@ _REORDER = (50, 100, 200, 500)
 
 
 def embeddings(rows: int, dim: int, groups: int, seed: int) -> np.ndarray:
-  """float32 [rows, D], unit norm, around centres that are the same for every seed."""
-  centres = np.random.default_rng(0).standard_normal((groups, dim), np.float32)
+  """float32 [rows, D], unit norm, around centers that are the same for every seed."""
+  centers = np.random.default_rng(0).standard_normal((groups, dim), np.float32)
   rng = np.random.default_rng(seed)
   out = np.empty((rows, dim), np.float32)
   for start in range(0, rows, 65_536):
     part = out[start : start + 65_536]
-    part[:] = centres[rng.integers(0, groups, len(part))]
+    part[:] = centers[rng.integers(0, groups, len(part))]
     part += rng.standard_normal(part.shape, np.float32)
     part /= np.linalg.norm(part, axis=1, keepdims=True)
   return out

@@ -66,7 +66,7 @@ def pretrained_folder() -> Path:
 
 
 def load_data(max_length: int) -> TrainingQueries:
-  """Tokenised titles of the embedded set's training queries and labels."""
+  """Tokenized titles of the embedded set's training queries and labels."""
   tokenizer = Tokenizer.from_file(str(pretrained_folder() / "tokenizer.json"))
   tokenizer.enable_truncation(max_length)
   tokenizer.no_padding()

@@ -6,7 +6,7 @@
 Hardware: one 80 GB accelerator in the paper; any mesh here. Hours: not measured by us (the paper, with images
 on one H100: DistilBERT 4.3 h, Qwen2.5-3B 178 h).
 Published P@1 / P@5 / PSP@1 / R@100 (ViXML, arXiv 2511.13189, text only; 300 epochs,
-40 of decoders with rank-stabilised LoRA of rank 256):
+40 of decoders with rank-stabilized LoRA of rank 256):
   minilm-l3     51.59 / 39.28 / 29.50 / 58.44
   distilbert    58.49 / 45.27 / 33.28 / 63.76   (default)
   bert          59.10 / 45.62 / 34.10 / 64.30

@@ -5,7 +5,7 @@
 
 Hardware: one 80 GB accelerator in the paper; any mesh here. Hours: not measured by us.
 Published P@1 / P@5 / PSP@1 / R@100 (ViXML, arXiv 2511.13189, text only; 300 epochs,
-30 of decoders with rank-stabilised LoRA of rank 256):
+30 of decoders with rank-stabilized LoRA of rank 256):
   minilm-l3     41.99 / 20.42 / 35.44 / 68.37
   distilbert    47.98 / 23.21 / 40.99 / 76.22   (default; batch 1024 at 1e-4)
   bert          49.15 / 23.71 / 42.18 / 78.94   (batch 512 at 5e-5)

@@ -6,7 +6,7 @@ r"""LF-AmazonTitles-131K: 294,805 training queries, 131,073 labels.
 
 Hardware: one 80 GB accelerator in the paper; any mesh here. Hours: not measured by us.
 Published P@1 / P@5 / PSP@1 / R@100 (ViXML, arXiv 2511.13189, text only; 300 epochs,
-30 of decoders with rank-stabilised LoRA of rank 256):
+30 of decoders with rank-stabilized LoRA of rank 256):
   minilm-l3     41.72 / 20.16 / 36.17 / 64.68
   distilbert    44.86 / 21.45 / 39.62 / 68.05   (default)
   bert          45.87 / 21.88 / 40.54 / 69.67

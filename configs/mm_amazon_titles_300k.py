@@ -6,7 +6,7 @@ r"""MM-AmazonTitles-300K: 586,781 training queries, 303,296 labels.
 
 Hardware: one 80 GB accelerator in the paper; any mesh here. Hours: not measured by us.
 Published P@1 / P@5 / PSP@1 / R@100 (ViXML, arXiv 2511.13189, text only; 300 epochs,
-30 of decoders with rank-stabilised LoRA of rank 256):
+30 of decoders with rank-stabilized LoRA of rank 256):
   minilm-l3     49.54 / 31.93 / 33.83 / 69.30
   distilbert    52.40 / 34.29 / 36.36 / 72.59   (default)
   bert          52.95 / 34.57 / 36.85 / 73.34

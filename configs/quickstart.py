@@ -26,7 +26,7 @@ _TOWER = Path(vixml_jax.__file__).parent / "datasets" / "mm_icons_9k" / "icon_to
 
 # What training has to beat on this split with text only, in percent.
 _BASELINES = {
-  "TF-IDF labels + neighbours": {
+  "TF-IDF labels + neighbors": {
     "P@1": 62.33,
     "P@3": 53.12,
     "P@5": 47.64,

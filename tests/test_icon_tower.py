@@ -140,8 +140,8 @@ def test_tags_come_from_the_nearest_icons_by_name_and_picture():
   for query in range(4):
     similarity = vectors.text[query] @ memory.text.T + 0.5 * (vectors.image[query] @ memory.image.T)
     votes = np.zeros(LABELS)
-    for neighbour in np.argsort(-similarity)[:50]:
-      votes[training.labels[neighbour][0]] += np.exp(similarity[neighbour] / 0.1)
+    for neighbor in np.argsort(-similarity)[:50]:
+      votes[training.labels[neighbor][0]] += np.exp(similarity[neighbor] / 0.1)
     hits.append(votes.argmax() == icons.labels[query][0])
   assert 0 < np.mean(hits) < 1
   assert found["P@1"] == 100 * np.mean(hits)

@@ -20,7 +20,7 @@ def test_axes_become_mesh_axes():
   [
     (("mlp", "heads"), "kernel: 'mlp' and 'heads' both map to mesh axis 'tensor'"),
     (("query", "embed"), "kernel: 'query' and 'embed' both map to mesh axis 'fsdp'"),
-    (("embed", "colour"), "kernel: no sharding rule for its logical axis 'colour'"),
+    (("embed", "color"), "kernel: no sharding rule for its logical axis 'color'"),
   ],
 )
 def test_axes_that_collide_or_have_no_rule_are_refused_by_name(axes, message):

@@ -24,7 +24,7 @@ _ROWS_A_GROUP = 2048
 _NOTE = """
 ## In this repository
 `tools/encode_icons.py` re-encoded the images as lossless WebP, in the column `image` instead of `png`; rows, order,
-split, texts, labels and licences are as above. `build_icons.py` and `baseline.py` are not part of this repository.
+split, texts, labels and licenses are as above. `build_icons.py` and `baseline.py` are not part of this repository.
 """
 
 
@@ -39,9 +39,9 @@ def main() -> None:
     text = gzip.decompress((arguments.source / name).read_bytes())
     (arguments.target / name).write_bytes(gzip.compress(text, 9, mtime=0))
   (arguments.target / "LICENSES").mkdir(exist_ok=True)
-  licences = [path.relative_to(arguments.source) for path in arguments.source.glob("LICENSES/*")]
+  licenses = [path.relative_to(arguments.source) for path in arguments.source.glob("LICENSES/*")]
   names = ("filter_labels_train.txt", "filter_labels_test.txt", "stats.json")
-  for name in (*names, *licences):
+  for name in (*names, *licenses):
     shutil.copyfile(arguments.source / name, arguments.target / name)
   readme = (arguments.source / "README.md").read_text("utf-8")
   (arguments.target / "README.md").write_text(readme + _NOTE, "utf-8")

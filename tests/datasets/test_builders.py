@@ -247,9 +247,9 @@ def test_embedded_set_opens_without_a_raw_folder(tmp_path):
   assert images == 8765
 
 
-def test_embedded_set_travels_with_its_licences_and_provenance():
+def test_embedded_set_travels_with_its_licenses_and_provenance():
   assert len(list((EMBEDDED / "LICENSES").iterdir())) == 17
-  assert "Provenance and licences" in (EMBEDDED / "README.md").read_text()
+  assert "Provenance and licenses" in (EMBEDDED / "README.md").read_text()
   sizes = {path.suffix: 0 for path in EMBEDDED.rglob("*")}
   for path in EMBEDDED.rglob("*"):
     sizes[path.suffix] += path.stat().st_size

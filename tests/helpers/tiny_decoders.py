@@ -121,7 +121,7 @@ def with_adapters(folder, adapters, **arguments):
 
 
 def peft_decoder(base, rank, alpha, seed=1):
-  """`base` with rank-stabilised adapters of peft on all seven projections, A and B random."""
+  """`base` with rank-stabilized adapters of peft on all seven projections, A and B random."""
   with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that is to go.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
     model = peft.get_peft_model(

@@ -43,12 +43,12 @@ def test_alpha_is_laid_on_white():
   np.testing.assert_allclose(decode(encoded(Image.fromarray(rgba)))[0].astype(int), expected, atol=1)
 
 
-def test_grey_with_alpha_is_laid_on_white():
+def test_gray_with_alpha_is_laid_on_white():
   image = Image.fromarray(np.array([[[0, 255], [0, 0]]], np.uint8), "LA")
   np.testing.assert_array_equal(decode(encoded(image))[0], [[0] * 3, [255] * 3])
 
 
-def test_transparent_colour_of_a_palette_becomes_white():
+def test_transparent_color_of_a_palette_becomes_white():
   image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
   image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
   np.testing.assert_array_equal(decode(encoded(image))[0], [[10, 20, 30], [40, 50, 60], [70, 80, 90]])
@@ -57,20 +57,20 @@ def test_transparent_colour_of_a_palette_becomes_white():
   )
 
 
-def test_transparent_colour_of_rgb_becomes_white():
+def test_transparent_color_of_rgb_becomes_white():
   image = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
   np.testing.assert_array_equal(decode(encoded(image, transparency=(4, 5, 6)))[0], [[1, 2, 3], [255, 255, 255]])
 
 
-def test_16_bit_grey_keeps_its_upper_byte():
+def test_16_bit_gray_keeps_its_upper_byte():
   image = Image.fromarray(np.array([[0x0000, 0x12FF, 0x8001, 0xFFFF]], np.uint16))
   assert image.mode == "I;16"
   np.testing.assert_array_equal(decode(encoded(image))[0, :, 0], [0x00, 0x12, 0x80, 0xFF])
 
 
-def test_one_bit_and_grey_become_rgb():
-  grey = decode(encoded(Image.fromarray(np.array([[7, 200]], np.uint8))))
-  np.testing.assert_array_equal(grey[0], [[7] * 3, [200] * 3])
+def test_one_bit_and_gray_become_rgb():
+  gray = decode(encoded(Image.fromarray(np.array([[7, 200]], np.uint8))))
+  np.testing.assert_array_equal(gray[0], [[7] * 3, [200] * 3])
   bits = decode(encoded(Image.new("1", (2, 1), 1)))
   np.testing.assert_array_equal(bits[0], [[255] * 3] * 2)
 
@@ -83,7 +83,7 @@ def test_cmyk_jpeg_becomes_rgb():
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_animation_gives_its_first_frame(kind):
-  frames = [Image.new("RGB", (6, 4), colour) for colour in ("#ff0000", "#00ff00", "#0000ff")]
+  frames = [Image.new("RGB", (6, 4), color) for color in ("#ff0000", "#00ff00", "#0000ff")]
   options = {"lossless": True} if kind == "WEBP" else {}
   blob = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
   assert Image.open(io.BytesIO(blob)).n_frames == 3

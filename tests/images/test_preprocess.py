@@ -18,7 +18,7 @@ def picture(shape):
 
 
 def per_pixel(pixels, size):
-  """TensorFlow's bilinear kernel (resize_bilinear_op.cc, half-pixel centres), a pixel at a time in float32."""
+  """TensorFlow's bilinear kernel (resize_bilinear_op.cc, half-pixel centers), a pixel at a time in float32."""
   f = np.float32
   height, width, _ = pixels.shape
   out = np.zeros((size, size, 3), f)
@@ -58,11 +58,11 @@ def _line(values, size):
 
 
 def test_big_vision_by_hand():
-  # Centres at -0.25, 0.25, 0.75, 1.25 of the source.
+  # Centers at -0.25, 0.25, 0.75, 1.25 of the source.
   assert _line([0, 100], 4) == [0, 25, 75, 100]
   # 63.75 and 191.25: the cast to uint8 cuts off, it does not round.
   assert _line([0, 255], 4) == [0, 63, 191, 255]
-  # Without antialiasing only the two pixels beside each centre (1.5 and 5.5) count.
+  # Without antialiasing only the two pixels beside each center (1.5 and 5.5) count.
   assert _line([255, 10, 20, 255, 255, 30, 60, 255], 2) == [15, 45]
 
 

@@ -1,4 +1,4 @@
-"""The tokenised corpus: tokens as transformers gives them, cached under what decides them, in bounded memory."""
+"""The tokenized corpus: tokens as transformers gives them, cached under what decides them, in bounded memory."""
 
 import json
 

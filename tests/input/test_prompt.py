@@ -38,7 +38,7 @@ def ids(tokenizer, text):
 
 
 def joined(tokenizer, template, title, images):
-  """The published input: tokens of separately tokenised pieces, one after the other; -1 - row stands for an image."""
+  """The published input: tokens of separately tokenized pieces, one after the other; -1 - row stands for an image."""
   pieces = {name: ids(tokenizer, text) for name, text in PHRASES.items()} | {
     "E": ids(tokenizer, title),
     "V": [-1 - row for row in images],
@@ -63,7 +63,7 @@ def packed_rows(items, layout):
 
 @pytest.mark.parametrize("begin", ["", "<|begin|>"])
 @pytest.mark.parametrize("template", ABLATION)
-def test_every_row_of_the_ablation_is_its_pieces_tokenised_apart(tmp_path, template, begin):
+def test_every_row_of_the_ablation_is_its_pieces_tokenized_apart(tmp_path, template, begin):
   folder = tiny_tokenizers.write_byte_bpe(tmp_path, begin)
   theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder, 16)
   assert ours.special_tokens == len(ids(theirs, "")) == bool(begin)

@@ -9,34 +9,34 @@ from vixml_jax.mining.kmeans import balanced_kmeans
 from vixml_jax.sharding import make_mesh, to_global
 
 
-def _normalise(rows):
+def _normalize(rows):
   norms = np.linalg.norm(rows, axis=1, keepdims=True)
   return (rows / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
 def _random_rows(num_rows, dim, seed=0):
-  return _normalise(np.random.default_rng(seed).standard_normal((num_rows, dim)))
+  return _normalize(np.random.default_rng(seed).standard_normal((num_rows, dim)))
 
 
-def _clustered_rows(num_rows, dim, num_centres, noise=0.5, seed=0):
-  """Unit rows around random centres, and the centre of each."""
+def _clustered_rows(num_rows, dim, num_centers, noise=0.5, seed=0):
+  """Unit rows around random centers, and the center of each."""
   generator = np.random.default_rng(seed)
-  centres = _normalise(generator.standard_normal((num_centres, dim)))
-  owner = generator.permutation(np.arange(num_rows) % num_centres)
+  centers = _normalize(generator.standard_normal((num_centers, dim)))
+  owner = generator.permutation(np.arange(num_rows) % num_centers)
   noise = noise * generator.standard_normal((num_rows, dim)) / np.sqrt(dim)
-  return _normalise(centres[owner] + noise), owner
+  return _normalize(centers[owner] + noise), owner
 
 
 def _reference_split(rows, members, generator):
   """pyxclib's two-way balanced split, as published, one cluster at a time."""
   rows = rows[members]
-  centres = rows[generator.choice(len(rows), 2, replace=False)]
+  centers = rows[generator.choice(len(rows), 2, replace=False)]
   before, similarity = -1e6, -2.0
   while similarity - before >= 1e-4:
-    products = rows @ centres.T
+    products = rows @ centers.T
     halves = np.array_split(np.argsort(products[:, 1] - products[:, 0], kind="stable"), 2)
-    centres = _normalise(np.stack([rows[half].mean(axis=0) for half in halves]))
-    products = rows @ centres.T
+    centers = _normalize(np.stack([rows[half].mean(axis=0) for half in halves]))
+    products = rows @ centers.T
     before = similarity
     similarity = sum(products[half, i].sum() for i, half in enumerate(halves)) / len(rows)
   return [members[half] for half in halves]
@@ -54,10 +54,10 @@ def _reference(rows, num_clusters, seed=0):
 
 
 def _objective(rows, clusters):
-  """Mean similarity of rows to the normalised mean of their cluster."""
+  """Mean similarity of rows to the normalized mean of their cluster."""
   sums = np.zeros((clusters.max() + 1, rows.shape[1]))
   np.add.at(sums, clusters, rows)
-  return np.sum(rows * _normalise(sums)[clusters]) / len(rows)
+  return np.sum(rows * _normalize(sums)[clusters]) / len(rows)
 
 
 @pytest.mark.parametrize(
@@ -99,12 +99,12 @@ def test_one_split_is_the_published_one_from_the_same_two_rows():
 
 
 def test_planted_clusters_are_recovered():
-  # Centres on the corners of nested pairs, so that each balanced split has one right answer.
+  # Centers on the corners of nested pairs, so that each balanced split has one right answer.
   generator = np.random.default_rng(0)
   owner = generator.permutation(np.arange(800) % 8)
   bits = (owner[:, None] >> np.arange(3)) & 1
   corners = np.concatenate([np.eye(8)[owner], (2 * bits - 1) * [3, 1.5, 0.75]], axis=1)
-  rows = _normalise(corners + 0.02 * generator.standard_normal(corners.shape))
+  rows = _normalize(corners + 0.02 * generator.standard_normal(corners.shape))
   clusters = balanced_kmeans(rows, 8, seed=0)
   for cluster in range(8):
     assert len(set(owner[clusters == cluster])) == 1
@@ -142,7 +142,7 @@ def test_rows_beyond_num_rows_do_not_count():
   np.testing.assert_array_equal(balanced_kmeans(padded, 16, seed=0, num_rows=300), balanced_kmeans(rows, 16, seed=0))
 
 
-def test_rows_never_seen_are_shared_out_and_do_not_move_the_others_centres():
+def test_rows_never_seen_are_shared_out_and_do_not_move_the_others_centers():
   rows = _clustered_rows(600, 16, 4, noise=0.1)[0]
   rows[::3] = 0
   clusters = balanced_kmeans(rows, 32, seed=0)

@@ -97,7 +97,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(implementation, shape):
   rate = 26 / 256
   assert abs(kept.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / y.size)
   np.testing.assert_allclose(y[kept], 1 / (1 - rate), rtol=1e-6)
-  # Neighbours share a random word, yet have to be independent: so have rows.
+  # Neighbors share a random word, yet have to be independent: so have rows.
   assert abs(np.corrcoef(kept[..., :-1].ravel(), kept[..., 1:].ravel())[0, 1]) < 0.03
   assert abs(np.corrcoef(kept[:-1].ravel(), kept[1:].ravel())[0, 1]) < 0.03
 

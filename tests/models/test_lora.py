@@ -1,4 +1,4 @@
-"""Rank-stabilised LoRA against peft: forward, gradients, merging, initial values."""
+"""Rank-stabilized LoRA against peft: forward, gradients, merging, initial values."""
 
 import copy
 

@@ -81,7 +81,7 @@ def test_initial_kernels_spread_like_torch_linear_layers():
     np.testing.assert_allclose(np.abs(kernel).max(), np.abs(wanted).max(), rtol=0.01)
 
 
-def test_normalising_a_zero_vector_gives_zero_and_a_finite_gradient():
+def test_normalizing_a_zero_vector_gives_zero_and_a_finite_gradient():
   x = jnp.asarray([[3.0, 4.0], [0.0, 0.0]])
   np.testing.assert_allclose(l2_normalize(x), [[0.6, 0.8], [0, 0]], rtol=1e-6)
   assert np.isfinite(jax.grad(lambda x: l2_normalize(x).sum())(x)).all()

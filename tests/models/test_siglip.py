@@ -49,7 +49,7 @@ def test_features_and_every_layer_are_those_of_transformers(tower):
   np.testing.assert_allclose(tokens, wanted.last_hidden_state, atol=1e-5, rtol=0)
   assert pooled.shape == (2, 24) and pooled.dtype == jnp.float32
   np.testing.assert_allclose(pooled, wanted.pooler_output, atol=1e-5, rtol=0)
-  assert np.abs(np.linalg.norm(pooled, axis=-1) - 1).min() > 0.1  # Not normalised.
+  assert np.abs(np.linalg.norm(pooled, axis=-1) - 1).min() > 0.1  # Not normalized.
 
 
 @pytest.mark.parametrize("remat", [False, True])

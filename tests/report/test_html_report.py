@@ -278,7 +278,7 @@ def test_any_range_of_values_gives_a_chart_with_distinct_numbers_at_its_axes(val
   assert "nan" not in chart and "inf" not in chart
 
 
-def test_bars_and_intervals_are_to_scale_and_coloured_by_what_they_say():
+def test_bars_and_intervals_are_to_scale_and_colored_by_what_they_say():
   bars = str(bar_chart("t", ["a", "b"], {"plain": [10.0, None], "augmented": [20.0, 5.0]}, "x"))
   heights = [float(height) for height in re.findall(r'height="([\d.]+)"', bars)]
   assert heights == pytest.approx([heights[1] / 2, heights[1], heights[1] / 4], abs=0.2)

@@ -18,7 +18,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged
 from vixml_jax.search import label_index, scann_index, snapshots
 from vixml_jax.search.label_index import IndexContents, LabelIndex, is_edited, write_index
-from vixml_jax.search.retrieval_augmented import Neighbours, combine, search_both
+from vixml_jax.search.retrieval_augmented import Neighbors, combine, search_both
 from vixml_jax.search.scann_index import ScannIndex, ScannParameters, scann_available
 from vixml_jax.search.text_table import TextTable
 
@@ -300,8 +300,8 @@ def test_unknown_names_in_filters_are_named(tmp_path, given, message):
 def test_retrieval_augmentation_from_the_index_equals_that_from_arrays(tmp_path):
   index, queries = _open(_write(tmp_path / "index")), _unit(5, 3)
   setting = dict(num_labels=NUM_LABELS, lambda_=0.5, temperature=0.1, k=6)
-  neighbours = search_both(index.label_index, index.query_index, queries, label_hits=10, query_hits=10)
-  _, ids = combine(neighbours, index.query_labels, **setting)
+  neighbors = search_both(index.label_index, index.query_index, queries, label_hits=10, query_hits=10)
+  _, ids = combine(neighbors, index.query_labels, **setting)
   labels, train = _unit(NUM_LABELS, 0), _unit(NUM_TRAIN, 2)
   has = np.zeros((NUM_TRAIN, NUM_LABELS))
   for row in range(NUM_TRAIN):
@@ -317,9 +317,9 @@ def test_deleted_and_filtered_labels_get_no_share_from_training_queries(tmp_path
   index, queries = _open(_write(tmp_path / "index")).delete(range(10)), _unit(5, 3)
   assert index.query_labels.values.min() == 10 and len(index.query_labels) == NUM_TRAIN
   given = index.filters(allow=[None, None, ["u/11", "u/12"], [], None], deny=[None, ["u/20"], None, None, None])
-  neighbours = Neighbours(*index.search(queries, 20, given), *index.query_index.search(queries, 20))
+  neighbors = Neighbors(*index.search(queries, 20, given), *index.query_index.search(queries, 20))
   _, ids = combine(
-    neighbours, index.query_labels, num_labels=NUM_LABELS, lambda_=0.5, temperature=0.1, k=30, filters=given
+    neighbors, index.query_labels, num_labels=NUM_LABELS, lambda_=0.5, temperature=0.1, k=30, filters=given
   )
   assert np.all((ids < 0) | (ids >= 10)) and 20 not in ids[1] and 20 in ids
   assert sorted(ids[2].tolist())[-3:] == [-1, 11, 12] and np.all(ids[3] == -1)
@@ -406,7 +406,7 @@ def test_an_index_without_training_queries_leaves_those_of_new_labels_out(tmp_pa
 def test_categories_of_labels_are_replaced(tmp_path, search, before):
   index = _open(_write(tmp_path / "index", search=search, categories=before))
   found = index.search(_unit(3, 9), 5)
-  edited = index.categorise([4, 2], [["new", "other"], []])
+  edited = index.categorize([4, 2], [["new", "other"], []])
   assert {name: edited._labels_of_categories[name].tolist() for name in edited.categories} == {
     "new": [4],
     "other": [4],
@@ -415,7 +415,7 @@ def test_categories_of_labels_are_replaced(tmp_path, search, before):
     np.testing.assert_array_equal(one, other)
   assert edited.filters(categories=[["new"]]).allow.sets[0].tolist() == [4]
   with pytest.raises(InputError, match=f"there is no label {NUM_LABELS}"):
-    edited.categorise([NUM_LABELS], [["new"]])
+    edited.categorize([NUM_LABELS], [["new"]])
 
 
 def test_old_generations_go_and_files_that_stay_are_linked(tmp_path):

@@ -10,7 +10,7 @@ from vixml_jax.evaluation.metrics import evaluate
 from vixml_jax.ragged import Ragged
 from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.exact import ExactIndex
-from vixml_jax.search.retrieval_augmented import Neighbours, Setting, choose, combine, pick, search_both
+from vixml_jax.search.retrieval_augmented import Neighbors, Setting, choose, combine, pick, search_both
 
 NUM_LABELS, NUM_TRAIN, NUM_QUERIES = 40, 70, 25
 
@@ -58,9 +58,9 @@ def _dense(labels, train, queries, train_labels, *, hits, lambda_, temperature):
 @pytest.mark.parametrize("k", [5, 40])
 def test_combine_equals_the_dense_formula(lambda_, temperature, k):
   labels, train, queries, train_labels, _, _ = _case()
-  neighbours = _search(labels, train, queries, 10)
+  neighbors = _search(labels, train, queries, 10)
   scores, ids = combine(
-    neighbours, Ragged.from_rows(train_labels), num_labels=NUM_LABELS, lambda_=lambda_, temperature=temperature, k=k
+    neighbors, Ragged.from_rows(train_labels), num_labels=NUM_LABELS, lambda_=lambda_, temperature=temperature, k=k
   )
   expected = _dense(labels, train, queries, train_labels, hits=10, lambda_=lambda_, temperature=temperature)
   for query in range(NUM_QUERIES):
@@ -74,33 +74,31 @@ def test_combine_equals_the_dense_formula(lambda_, temperature, k):
 
 def test_excluded_labels_leave_their_places_to_the_next():
   labels, train, queries, train_labels, _, exclude = _case()
-  neighbours, rows = _search(labels, train, queries, 10), Ragged.from_rows(train_labels)
+  neighbors, rows = _search(labels, train, queries, 10), Ragged.from_rows(train_labels)
   setting = dict(num_labels=NUM_LABELS, lambda_=0.5, temperature=0.1)
-  _, every = combine(neighbours, rows, k=NUM_LABELS, **setting)
+  _, every = combine(neighbors, rows, k=NUM_LABELS, **setting)
   best = [every[query, :n].tolist() for query, n in enumerate(len(row) for row in exclude)]
-  _, ids = combine(neighbours, rows, k=6, exclude=Ragged.from_rows(best), **setting)
+  _, ids = combine(neighbors, rows, k=6, exclude=Ragged.from_rows(best), **setting)
   for query in range(NUM_QUERIES):
     assert ids[query].tolist() == every[query, len(best[query]) : len(best[query]) + 6].tolist()
 
 
-def test_every_label_of_a_neighbour_gets_all_of_its_mass_and_ties_go_to_the_lower_id():
-  neighbours = Neighbours(
+def test_every_label_of_a_neighbor_gets_all_of_its_mass_and_ties_go_to_the_lower_id():
+  neighbors = Neighbors(
     np.asarray([[-np.inf]], np.float32),
     np.asarray([[-1]], np.int32),
     np.asarray([[0.5, 0.5]], np.float32),
     np.asarray([[1, 0]], np.int32),
   )
-  scores, ids = combine(
-    neighbours, Ragged.from_rows([[7, 3, 5], [3]]), num_labels=9, lambda_=0.0, temperature=0.05, k=4
-  )
+  scores, ids = combine(neighbors, Ragged.from_rows([[7, 3, 5], [3]]), num_labels=9, lambda_=0.0, temperature=0.05, k=4)
   assert ids.tolist() == [[3, 5, 7, -1]]
   np.testing.assert_allclose(scores[0, :3], [1.0, 0.5, 0.5])
 
 
-def test_a_query_without_any_neighbour_gets_no_label():
+def test_a_query_without_any_neighbor_gets_no_label():
   nothing = np.full((1, 2), -np.inf, np.float32), np.full((1, 2), -1, np.int32)
   scores, ids = combine(
-    Neighbours(*nothing, *nothing), Ragged.from_rows([[0]]), num_labels=3, lambda_=0.5, temperature=0.05, k=2
+    Neighbors(*nothing, *nothing), Ragged.from_rows([[0]]), num_labels=3, lambda_=0.5, temperature=0.05, k=2
   )
   assert ids.tolist() == [[-1, -1]] and np.all(scores == -np.inf)
 
@@ -108,10 +106,10 @@ def test_a_query_without_any_neighbour_gets_no_label():
 def test_chunks_do_not_change_the_result(monkeypatch):
   labels, train, queries, train_labels, _, exclude = _case()
   arguments = dict(num_labels=NUM_LABELS, lambda_=0.7, temperature=0.05, k=9, exclude=Ragged.from_rows(exclude))
-  neighbours, rows = _search(labels, train, queries, 10), Ragged.from_rows(train_labels)
-  whole = combine(neighbours, rows, **arguments)
+  neighbors, rows = _search(labels, train, queries, 10), Ragged.from_rows(train_labels)
+  whole = combine(neighbors, rows, **arguments)
   monkeypatch.setattr(retrieval_augmented, "_QUERIES_AT_ONCE", 4)
-  for part, expected in zip(combine(neighbours, rows, **arguments), whole, strict=True):
+  for part, expected in zip(combine(neighbors, rows, **arguments), whole, strict=True):
     np.testing.assert_array_equal(part, expected)
 
 
@@ -126,7 +124,7 @@ def test_a_training_query_does_not_find_itself_when_told_so():
 @pytest.mark.parametrize("metric", ["P@1", "R@100", "nDCG@5"])
 def test_choose_tries_all_settings_and_picks_one(metric):
   labels, train, queries, train_labels, truth, exclude = _case()
-  neighbours, rows, truth = (
+  neighbors, rows, truth = (
     _search(labels, train, queries, 10),
     Ragged.from_rows(train_labels),
     Ragged.from_rows(truth),
@@ -134,7 +132,7 @@ def test_choose_tries_all_settings_and_picks_one(metric):
   propensity = np.linspace(1, 5, NUM_LABELS)
   lambdas, temperatures = (0.0, 0.5, 1.0), (0.02, 0.2)
   best, settings = choose(
-    neighbours,
+    neighbors,
     rows,
     truth,
     propensity,
@@ -146,7 +144,7 @@ def test_choose_tries_all_settings_and_picks_one(metric):
   assert {(s.lambda_, s.temperature) for s in settings} == {(a, b) for a in lambdas for b in temperatures}
   for setting in settings:
     _, ids = combine(
-      neighbours,
+      neighbors,
       rows,
       num_labels=NUM_LABELS,
       lambda_=setting.lambda_,

@@ -236,9 +236,9 @@ _BAD = {
   "a bare text": ({"queries": ["a"]}, 422, "queries[0]", "object"),
   "unknown key": ({"queries": [_GOOD], "top": 3}, 422, "top", "is not known; known are queries, k, allow"),
   "unknown key of a query": (
-    {"queries": [_GOOD, {"title": "a", "colour": 1}]},
+    {"queries": [_GOOD, {"title": "a", "color": 1}]},
     422,
-    "queries[1].colour",
+    "queries[1].color",
     "known are uid, title, content",
   ),
   "many values": (b"[" + b"0," * 2_001 + b"0]", 413, None, "more than 2,000 values"),

@@ -25,8 +25,8 @@ def test_the_map_keeps_the_angles_of_features_whitened_halfway_and_gives_unit_le
   assert np.isclose(np.square(mapped).sum(1).mean(), 1)
   np.testing.assert_allclose(mapped.mean(0), 0, atol=1e-12)
   # Halfway to white: the covariance to the power of minus a quarter, by another way than eigenvectors of it.
-  centred = x - x.mean(0)
-  u, s, v = np.linalg.svd(centred / np.sqrt(len(x)), full_matrices=False)
+  centered = x - x.mean(0)
+  u, s, v = np.linalg.svd(centered / np.sqrt(len(x)), full_matrices=False)
   np.testing.assert_allclose(cosines(mapped), cosines(u * s**0.5 @ v), atol=1e-9)
 
 

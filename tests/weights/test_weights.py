@@ -360,7 +360,7 @@ def test_parameters_take_the_dtype_that_was_asked_for(bert):
   assert {leaf.dtype.name for leaf in jax.tree.leaves(_load(folder, half))} == {"bfloat16"}
 
 
-def test_quantised_tensors_are_refused(bert):
+def test_quantized_tensors_are_refused(bert):
   folder, tensors, shapes = bert
   name = "embeddings.word_embeddings.weight"
   _write(folder, tensors | {name: tensors[name].astype(np.int8)})

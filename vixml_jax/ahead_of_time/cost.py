@@ -97,7 +97,7 @@ def program_cost(text: str, branch_share: float = 1.0) -> Cost:
   XLA's own analysis counts the body of a loop once.
 
   Args:
-    text: optimised HLO, as `jax.stages.Compiled.as_text` returns it.
+    text: optimized HLO, as `jax.stages.Compiled.as_text` returns it.
     branch_share: how often a condition takes its dearest branch; else it takes its cheapest.
   """
   return _Counter(parse(text), branch_share).cost

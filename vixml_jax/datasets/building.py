@@ -20,7 +20,7 @@ def build(
     manual_dir: folder with the raw files, if the builder reads any.
   """
   config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
-  tfds.disable_progress_bar()  # Ours counts towards a known total.
+  tfds.disable_progress_bar()  # Ours counts toward a known total.
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads.
     builder.download_and_prepare(
       download_dir=Path(data_dir) / "downloads", download_config=config, file_format="array_record"

@@ -158,7 +158,7 @@ class Evaluation:
     }
 
 
-def find_neighbours(indexed: IndexedMemory, queries: Queries, config: EvaluationConfig):
+def find_neighbors(indexed: IndexedMemory, queries: Queries, config: EvaluationConfig):
   """The two searches of retrieval-augmented inference."""
   return retrieval_augmented.search_both(
     indexed.labels,
@@ -173,7 +173,7 @@ def choose_setting(indexed: IndexedMemory, queries: Queries, config: EvaluationC
   """The (lambda, temperature) to use, by `retrieval_augmented.pick` on held-out queries, and all that were tried."""
   memory = indexed.memory
   return retrieval_augmented.choose(
-    find_neighbours(indexed, queries, config), memory.labels, queries.labels, memory.propensity, exclude=queries.exclude
+    find_neighbors(indexed, queries, config), memory.labels, queries.labels, memory.propensity, exclude=queries.exclude
   )
 
 
@@ -192,7 +192,7 @@ def evaluate(indexed: IndexedMemory, queries: Queries, config: EvaluationConfig)
   found = {"plain": search_excluding(indexed.labels, queries.embeddings, config.depth, queries.exclude)}
   if config.retrieval_augmented:
     found["augmented"] = retrieval_augmented.combine(
-      find_neighbours(indexed, queries, config),
+      find_neighbors(indexed, queries, config),
       memory.labels,
       num_labels=len(memory.prototypes),
       lambda_=config.retrieval_lambda,

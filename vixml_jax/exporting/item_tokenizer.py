@@ -26,7 +26,7 @@ def save_item_tokenizer(
   is cut off a long text is the text's end. Libraries that read a `tokenizer.json` need nothing else for that.
 
   Args:
-    tokenizer_folder: holds the tokenizer that texts were tokenised with in training.
+    tokenizer_folder: holds the tokenizer that texts were tokenized with in training.
     template: the parts of an item without images, one of them the text; see `packing.without_images`.
     max_length: most tokens of a text, special ones included.
     folder: to write `tokenizer.json` and `tokenizer_config.json` to.

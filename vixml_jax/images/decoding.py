@@ -44,7 +44,7 @@ class BadImage(Exception):
 def decode(blob: bytes) -> np.ndarray:
   """Pixels of an encoded image as people see it: upright by its EXIF tag, in RGB, on white.
 
-  Animations give their first frame, 16-bit grey its upper byte. Colour profiles are not applied. Safe to call from
+  Animations give their first frame, 16-bit gray its upper byte. Color profiles are not applied. Safe to call from
   several threads.
 
   Args:
@@ -87,9 +87,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-  if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255.
-    grey = np.clip(np.asarray(image, np.int64) >> 8, 0, 255)
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+  if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255.
+    gray = np.clip(np.asarray(image, np.int64) >> 8, 0, 255)
+    return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
   if image.has_transparency_data:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")

@@ -27,7 +27,7 @@ def big_vision(pixels: np.ndarray, size: int) -> np.ndarray:
 def resize_bilinear(pixels: np.ndarray, size: int) -> np.ndarray:
   """What `tf.image.resize(pixels, (size, size), "bilinear", antialias=False)` computes, in float32.
 
-  Half-pixel centres; each output mixes the four pixels around its centre, whatever the scale, so that a large image
+  Half-pixel centers; each output mixes the four pixels around its center, whatever the scale, so that a large image
   is sampled and not averaged. Values outside the image repeat its border.
 
   Args:
@@ -75,8 +75,8 @@ PREPROCESSING: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 def _taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """For each output position the two source positions that it mixes, and the share of the second."""
   scale = np.float32(length) / np.float32(size)
-  centre = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
-  floor = np.floor(centre)
+  center = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+  floor = np.floor(center)
   lower = np.maximum(floor, 0).astype(np.int64)
   upper = np.minimum(floor.astype(np.int64) + 1, length - 1)
-  return lower, upper, centre - floor
+  return lower, upper, center - floor

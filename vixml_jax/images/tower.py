@@ -66,7 +66,7 @@ class ImageEncoder:
     self._rows = sharding.named_sharding(mesh, "row")
 
     def encode(params, pixels):
-      # What big_vision's value_range and Hugging Face's rescaling and normalising both come to.
+      # What big_vision's value_range and Hugging Face's rescaling and normalizing both come to.
       return layers.merge_params(graphdef, params)(pixels.astype(jnp.float32) / 255 * 2 - 1)
 
     self._encode = jax.jit(encode, out_shardings=self._rows)

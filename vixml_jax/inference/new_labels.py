@@ -300,7 +300,7 @@ def set_categories(index: LabelIndex, categories: Mapping[str, tuple[str, tuple[
     InputError: naming the line of a uid that is unknown or whose label was deleted.
   """
   ids = ids_of_uids(index, {uid: where for uid, (where, _) in categories.items()})
-  return index.categorise(ids, [names for _, names in categories.values()])
+  return index.categorize(ids, [names for _, names in categories.values()])
 
 
 def _uid_and_categories(line: str, where: str) -> tuple[str, tuple[str, ...]]:

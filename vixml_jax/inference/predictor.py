@@ -228,11 +228,11 @@ class Predictor:
     """Retrieval-augmented inference. The label search keeps to the filters, too, so that few allowed are not missed."""
     index, how = self.index, self.retrieval
     assert how is not None
-    neighbours = retrieval.Neighbours(
+    neighbors = retrieval.Neighbors(
       *index.search(embeddings, how.hits, filters), *index.query_index.search(embeddings, how.hits)
     )
     return retrieval.combine(
-      neighbours,
+      neighbors,
       index.query_labels,
       num_labels=index.num_labels,
       lambda_=how.lambda_,

@@ -1,4 +1,4 @@
-"""The tokenised data set: tokens, positives and filters of a whole set as memory-mapped arrays.
+"""The tokenized data set: tokens, positives and filters of a whole set as memory-mapped arrays.
 
 Built once from a prepared data set, in a few thousand rows at a time, and cached under a
 fingerprint of all that decides its contents.
@@ -28,7 +28,7 @@ _TEXT_FEATURES = ("title", "content")
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """A tokenised data set of N training queries, M test queries and L labels.
+  """A tokenized data set of N training queries, M test queries and L labels.
 
   Attributes:
     train_tokens: N rows of int32 token ids with special tokens, at most `max_length` each.
@@ -74,7 +74,7 @@ def load_corpus(
   text_fields: Sequence[str] | None,
   cache_dir: str | os.PathLike,
 ) -> Corpus:
-  """Tokenises a prepared data set, or opens what an earlier call left in `cache_dir`.
+  """Tokenizes a prepared data set, or opens what an earlier call left in `cache_dir`.
 
   Args:
     builder: what `vixml_jax.datasets.prepare` returns.
@@ -143,7 +143,7 @@ def _write_split(
     writers = {
       feature: stack.enter_context(_RaggedWriter(folder / f"{split}_{name}")) for name, feature in lists.items()
     }
-    bar = stack.enter_context(tqdm(total=len(records), desc=f"tokenise {split}", unit=" rows", disable=None))
+    bar = stack.enter_context(tqdm(total=len(records), desc=f"tokenize {split}", unit=" rows", disable=None))
     for batch in records.batches():
       tokens.append(tokenizer([record.text(fields) for record in batch]))
       for feature, writer in writers.items():

@@ -4,7 +4,7 @@ A row of T tokens holds several items ("slots" 1..S). Attention is block-diagona
 restart in each, and pooling sums by slot; so a packed item gets the embedding that it would get alone.
 
 An item is a sequence of parts, the same for all: its text, its images, and phrases that every item shares. Phrases
-are constants of the layout, written into the rows here; no text is tokenised or stored with them.
+are constants of the layout, written into the rows here; no text is tokenized or stored with them.
 """
 
 import dataclasses

@@ -44,7 +44,7 @@ def parse_template(
   belong to the text and stand in every item. So "T E I V eos" becomes "T E eos" for an item without images,
   "I V T2 E eos" becomes "T2 E eos", and both are so for every item of a model without images.
 
-  Each phrase is tokenised by itself, as texts are: without a space before or after it, and with the special tokens
+  Each phrase is tokenized by itself, as texts are: without a space before or after it, and with the special tokens
   that the tokenizer adds to a text (none for Qwen, the first token for Llama). Pieces that meet are therefore not
   merged: "This product text" and "title" give no token " title". The paper's code does the same. It keeps the phrase
   of the images where there are none, which this does not: an item without images equals a text-only one. Also, eos is

@@ -49,7 +49,7 @@ class Tokenizer:
     self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
   def __call__(self, texts: Sequence[str]) -> Ragged:
-    """Tokenises a batch of texts on all cores; row i holds the int32 ids of text i."""
+    """Tokenizes a batch of texts on all cores; row i holds the int32 ids of text i."""
     ids = [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))]
     lengths = [len(row) for row in ids]
     return Ragged.of_lengths(np.fromiter(itertools.chain.from_iterable(ids), np.int32, sum(lengths)), lengths)

@@ -1,9 +1,9 @@
 """Recursive balanced 2-means on device, all clusters of a level at once.
 
 The recursion is NGAME's (arXiv 2207.04452, section 4): two random members are a cluster's first
-centres, the half of the members that lies closer to the first centre goes to it, the rest to the
-second, the centres become the normalised means of the halves, and so on until the mean
-similarity of members to their centre improves by less than `TOLERANCE`, averaged over the
+centers, the half of the members that lies closer to the first center goes to it, the rest to the
+second, the centers become the normalized means of the halves, and so on until the mean
+similarity of members to their center improves by less than `TOLERANCE`, averaged over the
 clusters that are split side by side.
 
 Rows stay where they are, sharded or not, for the upper levels: a pass over them scores every row
@@ -46,7 +46,7 @@ class _Rows(NamedTuple):
 
   Attributes:
     values: [n, D].
-    scale: f32 [n], what normalises each row; 0 for a row of zeros and for padding.
+    scale: f32 [n], what normalizes each row; 0 for a row of zeros and for padding.
     most: rows of all shares that are no padding, at most; the same on any number of devices.
     axes: mesh axes over which rows are split in contiguous shares, or ().
     block: rows to multiply at a time.
@@ -91,7 +91,7 @@ def balanced_kmeans(
     embeddings: [N, D], any float type; of any length, zero for a row never seen. Sharded over
       rows or not. N may be larger than `num_rows`: what follows is padding.
     num_clusters: a power of two, at most `num_rows`.
-    seed: of the initial centres.
+    seed: of the initial centers.
     iterations: most iterations of one level, at least 1.
     mesh: devices to share the rows among, over all axes of the mesh; by default that of
       `embeddings` where they are sharded, else one device.
@@ -198,7 +198,7 @@ def _by_group(pairs, num_groups: int):
 
 
 def _arrange(values, size, pairs, iterations: int) -> jax.Array:
-  """Row ids [m] of `values` [m, D], normalised, in the order of their clusters.
+  """Row ids [m] of `values` [m, D], normalized, in the order of their clusters.
 
   Only the first `size` rows count, and only that many row ids of the result.
   """
@@ -350,9 +350,9 @@ def _both(halves, totals) -> jax.Array:
 
 
 def _directions(halves, totals) -> jax.Array:
-  """Difference [V, D] of the normalised means of the halves."""
-  centres = _normalise(_both(halves, totals).astype(jnp.float32))
-  return centres[:, 0] - centres[:, 1]
+  """Difference [V, D] of the normalized means of the halves."""
+  centers = _normalize(_both(halves, totals).astype(jnp.float32))
+  return centers[:, 0] - centers[:, 1]
 
 
 def _sort_key(node, score) -> jax.Array:
@@ -415,7 +415,7 @@ def _padded_rest(arrays, block: int):
 
 
 def _fetch(rows: _Rows, row_ids) -> jax.Array:
-  """Normalised rows f32 [k, D] by their ids, from whichever device has them."""
+  """Normalized rows f32 [k, D] by their ids, from whichever device has them."""
   local = row_ids - rows.offset()
   index = jnp.clip(local, 0, len(rows.values) - 1)
   found = rows.values[index].astype(jnp.float32) * rows.scale[index][:, None]
@@ -427,7 +427,7 @@ def _inverse_norms(values) -> jax.Array:
   return jnp.where(norms > 0, 1 / norms, 0)
 
 
-def _normalise(values) -> jax.Array:
+def _normalize(values) -> jax.Array:
   norms = jnp.linalg.norm(values, axis=-1, keepdims=True)
   return values / jnp.where(norms > 0, norms, 1)
 

@@ -9,7 +9,7 @@ from vixml_jax.typing import Array, Float, Int, Key
 
 
 class BertEncoder(nnx.Module):
-  """Post-norm transformer encoder with learnt positions.
+  """Post-norm transformer encoder with learned positions.
 
   Input rows are packed: several texts stand in a row, told apart by `segments`; `positions`
   restart at 0 in each of them. A text's output does not depend on what shares its row.

@@ -31,7 +31,7 @@ class Decoder(nnx.Module):
       original_max_position)`.
     norm_eps: added to the mean square in every norm.
     qkv_bias: whether queries, keys and values have biases (Qwen2.5).
-    qk_norm: whether the heads of queries and keys are normalised before they are rotated (Qwen3).
+    qk_norm: whether the heads of queries and keys are normalized before they are rotated (Qwen3).
     bidirectional: a token sees its whole text instead of what stands before it.
     lora_rank: of the adapters of all seven projections; 0 for none.
     lora_alpha: strength of the adapters, see `layers.lora_scale`.
@@ -211,7 +211,7 @@ class GroupedAttention(nnx.Module):
     num_kv_heads: heads of keys and values.
     head_dim: width of a head.
     qkv_bias: whether queries, keys and values have biases.
-    qk_norm: whether the heads of queries and keys are normalised.
+    qk_norm: whether the heads of queries and keys are normalized.
     causal: a token sees nothing that stands after it.
     linear: makes a `layers.Linear`, given inputs, outputs and `bias`.
     norm: makes a `layers.RMSNorm`, given the size and the name of the axis.
@@ -296,7 +296,7 @@ def rotate(
 ) -> Float[Array, "R T H head_dim"]:
   """Rotates the pairs (i, i + head_dim / 2) of every head, in f32; `x` in its own dtype.
 
-  Published checkpoints in the layout of Hugging Face pair the halves so; RoFormer pairs neighbours.
+  Published checkpoints in the layout of Hugging Face pair the halves so; RoFormer pairs neighbors.
   """
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = cos[:, :, None], sin[:, :, None]

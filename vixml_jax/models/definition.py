@@ -1,4 +1,4 @@
-"""A model without values: what abstract initialisation, restoring and compiling start from."""
+"""A model without values: what abstract initialization, restoring and compiling start from."""
 
 import dataclasses
 from typing import Any

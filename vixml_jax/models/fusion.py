@@ -20,7 +20,7 @@ class ImageTokens:
   """Images of packed rows, in J places a row.
 
   Attributes:
-    features: [R, J, F], one vector an image, not normalised.
+    features: [R, J, F], one vector an image, not normalized.
     segments: int32 [R, J], slot 1..S of the item that an image belongs to; 0 for an empty place.
     positions: int32 [R, J], where early fusion puts the image in its row, 0..T-1; T for an empty place.
   """

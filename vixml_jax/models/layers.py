@@ -146,7 +146,7 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class LayerNorm(nnx.Module):
-  """Layer normalisation over the last dimension, computed in f32, returned in the input's dtype."""
+  """Layer normalization over the last dimension, computed in f32, returned in the input's dtype."""
 
   def __init__(self, size: int, epsilon: float):
     self.epsilon = epsilon
@@ -154,7 +154,7 @@ class LayerNorm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((size,)), axes=("embed",))
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Normalises over D."""
+    """Normalizes over D."""
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
     y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
@@ -176,7 +176,7 @@ class RMSNorm(nnx.Module):
     self.scale = nnx.Param(jnp.ones((size,), param_dtype), axes=(axis,))
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Normalises over D."""
+    """Normalizes over D."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
     return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
@@ -199,7 +199,7 @@ class Linear(nnx.Module):
     lora_alpha: alpha, positive where there is an adapter.
     rngs: source of the initial values.
 
-  Reference: rank-stabilised LoRA (arXiv 2312.03732), section 3; `use_rslora` in PEFT.
+  Reference: rank-stabilized LoRA (arXiv 2312.03732), section 3; `use_rslora` in PEFT.
   """
 
   def __init__(
@@ -321,7 +321,7 @@ def segment_attention(
 
   Args:
     query: [R, Q, H, head_dim], H heads; Q is T wherever there are segments.
-    key: [R, T, G, head_dim]; each of the G heads serves H / G neighbouring heads of the queries.
+    key: [R, T, G, head_dim]; each of the G heads serves H / G neighboring heads of the queries.
     value: [R, T, G, head_dim].
     segments: int32 [R, T], 0 for padding; None lets every token of a row see the whole row.
     dropout_rate: of the attention probabilities.
@@ -390,7 +390,7 @@ class Attention(nnx.Module):
     num_heads: H, a divisor of D.
     dropout: rate on the attention probabilities.
     dtype: of the computation.
-    kernel_init: initialiser of the four kernels, seen as D x D matrices.
+    kernel_init: initializer of the four kernels, seen as D x D matrices.
     rngs: source of the initial values.
   """
 
@@ -441,7 +441,7 @@ class PostNormLayer(nnx.Module):
     activation_dropout: rate inside the feed-forward part (BERT and DistilBERT have none).
     layer_norm_eps: added to the variance.
     dtype: of the computation; norms and softmax are f32 in any case.
-    kernel_init: initialiser of the kernels, seen as matrices.
+    kernel_init: initializer of the kernels, seen as matrices.
     rngs: source of the initial values.
   """
 

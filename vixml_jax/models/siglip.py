@@ -13,7 +13,7 @@ _xavier = jax.nn.initializers.xavier_uniform()
 
 
 class SiglipVision(nnx.Module):
-  """Pre-norm vision transformer with learnt positions, pooled by attention.
+  """Pre-norm vision transformer with learned positions, pooled by attention.
 
   There is no class token. Patches do not overlap; what is left over at the right and at the
   bottom (6 of 384 pixels where patches have 14) is cut off.
@@ -76,7 +76,7 @@ class SiglipVision(nnx.Module):
       pixels: [B, H, W, 3], red green blue in -1..1, H and W the tower's `image_size`.
 
     Returns:
-      f32 [B, F], pooled and not normalised.
+      f32 [B, F], pooled and not normalized.
 
     Raises:
       ValueError: the pixels do not make the patches that the tower has positions for.
@@ -153,7 +153,7 @@ class PreNormLayer(_Block):
 
 
 class AttentionPool(_Block):
-  """Attention pooling: a learnt probe attends to all tokens; arguments are those of `_Block`."""
+  """Attention pooling: a learned probe attends to all tokens; arguments are those of `_Block`."""
 
   def __init__(
     self, embed_dim: int, num_heads: int, mlp_dim: int, layer_norm_eps: float, dtype: str, *, rngs: nnx.Rngs

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG: lines, bars and intervals, coloured by the style sheet of the page that they stand in."""
+"""Small charts as inline SVG: lines, bars and intervals, colored by the style sheet of the page that they stand in."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses

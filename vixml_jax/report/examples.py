@@ -82,8 +82,8 @@ def collect_examples(
     scores: for each ranking float32 [Q, K].
     number: how many; fewer where there are fewer queries.
   """
-  labelled = np.flatnonzero(truth.lengths)
-  chosen = np.sort(np.random.default_rng(0).choice(labelled, min(number, len(labelled)), replace=False))
+  labeled = np.flatnonzero(truth.lengths)
+  chosen = np.sort(np.random.default_rng(0).choice(labeled, min(number, len(labeled)), replace=False))
   wanted = [truth[query] for query in chosen] + [found[query][:_SHOWN] for found in ids.values() for query in chosen]
   labels = np.unique(np.concatenate([np.zeros(0, np.int32), *wanted]))
   labels = labels[labels >= 0]

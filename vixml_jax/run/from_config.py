@@ -45,7 +45,7 @@ class Run:
     workdir: where outputs go.
     mesh: the devices.
     weights_folder: local folder of the pretrained encoder; None to draw its initial values.
-    corpus: all splits, tokenised.
+    corpus: all splits, tokenized.
     bank: image features of all splits; None for texts only.
     items: texts and images of "train", "test" and "labels".
     query_rows: int64 [N], which training queries are trained on: those with labels, not held out.
@@ -193,9 +193,9 @@ def set_up(config: ConfigDict, workdir: Path, extract: bool = True) -> Run:
   bank = _open_bank(config, builder, mesh, extract)  # Before minutes go to tokens: features may be missing.
   corpus = load_corpus(builder, folder, data.max_length, tuple(data.text_fields), Path(data.data_dir) / "tokens")
   held_out = hold_out(corpus.train_tokens, data.validation_fraction, config.seed)
-  labelled = corpus.train_labels.lengths > 0
+  labeled = corpus.train_labels.lengths > 0
   items = _items(corpus, bank)
-  query_rows = np.flatnonzero(labelled & ~held_out)
+  query_rows = np.flatnonzero(labeled & ~held_out)
   if not len(query_rows):
     raise InputError(f"{data.name}: no training query has a label; check target_ind in trn.json.gz")
   whole = len(query_rows) == len(corpus.train_tokens)
@@ -223,7 +223,7 @@ def set_up(config: ConfigDict, workdir: Path, extract: bool = True) -> Run:
     bank=bank,
     items=items,
     query_rows=query_rows,
-    validation_rows=np.flatnonzero(labelled & held_out),
+    validation_rows=np.flatnonzero(labeled & held_out),
     queries=queries,
     model=model,
     optimizer=optimizer,

@@ -151,7 +151,7 @@ def block_top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   """Exact `jax.lax.top_k` along wide rows, in a fraction of its time.
 
   `top_k` sorts whole rows on GPU and TPU and scans them with a heap on CPU.
-  Here the row is cut into groups of about sqrt(W / k) neighbours, and only the
+  Here the row is cut into groups of about sqrt(W / k) neighbors, and only the
   k groups of highest maximum are looked into, W / group + k * group values in
   all. The top k lie in these groups: if x does not, k groups stand before x's
   own group; each holds a value greater than x, or equal to x and at a lower

@@ -39,7 +39,7 @@ def search_rows(embeddings: np.ndarray, rows: np.ndarray, queries: np.ndarray, k
 def greatest(scores: np.ndarray, k: int) -> np.ndarray:
   """Positions [Q, k] of the k greatest values in descending order, the first ones where values are equal.
 
-  Equal values are common (all labels of one neighbour, say), so a partition alone would choose among them at random;
+  Equal values are common (all labels of one neighbor, say), so a partition alone would choose among them at random;
   and a stable sort of whole rows takes several times as long.
 
   Args:

@@ -417,7 +417,7 @@ class LabelIndex:
     ids = np.asarray(ids, np.int64)
     return self._edit(lambda latest, work: latest._write_deleted(work, ids))
 
-  def categorise(self, ids: Sequence[int] | np.ndarray, categories: Sequence[Sequence[str]]) -> "LabelIndex":
+  def categorize(self, ids: Sequence[int] | np.ndarray, categories: Sequence[Sequence[str]]) -> "LabelIndex":
     """Says in which categories labels are, in the place of those that they were in.
 
     Args:

@@ -1,10 +1,10 @@
 """Retrieval-augmented inference: labels scored by their prototypes and by similar training queries together.
 
 ViXML (arXiv 2511.13189), "Retrieval-augmented inference". A query searches the labels and the
-training queries, each for its nearest neighbours. The scores of both are joined and softmaxed,
+training queries, each for its nearest neighbors. The scores of both are joined and softmaxed,
 and the mass of a training query goes in full to each of its own labels:
 
-  score(l) = lambda * mass(l) + (1 - lambda) * sum of mass(n) over neighbours n that have label l
+  score(l) = lambda * mass(l) + (1 - lambda) * sum of mass(n) over neighbors n that have label l
 
 The searches do not depend on lambda and the temperature, so these can be tried at little cost.
 """
@@ -33,7 +33,7 @@ _QUERIES_AT_ONCE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
   """Results of both searches for Q queries, in descending order of score; id -1 and score -inf where there is none.
 
   Attributes:
@@ -66,7 +66,7 @@ def search_both(
   label_hits: int = HITS,
   query_hits: int = HITS,
   exclude_queries: Ragged | None = None,
-) -> Neighbours:
+) -> Neighbors:
   """The two searches, which all settings share.
 
   Args:
@@ -78,11 +78,11 @@ def search_both(
     exclude_queries: for each query the training queries that it must not find (itself, say), Q rows.
   """
   labels = search_excluding(label_index, queries, label_hits, None)
-  return Neighbours(*labels, *search_excluding(query_index, queries, query_hits, exclude_queries))
+  return Neighbors(*labels, *search_excluding(query_index, queries, query_hits, exclude_queries))
 
 
 def combine(
-  neighbours: Neighbours,
+  neighbors: Neighbors,
   labels_of_queries: Ragged,
   *,
   num_labels: int,
@@ -92,7 +92,7 @@ def combine(
   exclude: Ragged | None = None,
   filters: Filters | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Turns the neighbours into a ranking of labels.
+  """Turns the neighbors into a ranking of labels.
 
   Excluded labels take part in the softmax, as in the published code, and are dropped before
   the cut at k, which the published code is not. A label without mass is not ranked.
@@ -100,7 +100,7 @@ def combine(
   Works on the host, 2,048 queries at a time, sparse: nothing is Q x L or Q x N.
 
   Args:
-    neighbours: of Q queries.
+    neighbors: of Q queries.
     labels_of_queries: labels of the N training queries, each at most once a row.
     num_labels: L.
     lambda_: weight of the labels' own mass, 0 to 1.
@@ -118,18 +118,18 @@ def combine(
     InputError: if lambda_ or temperature is out of range.
   """
   check_setting(lambda_, temperature)
-  num_queries = len(neighbours.label_ids)
+  num_queries = len(neighbors.label_ids)
   scores = np.empty((num_queries, k), np.float32)
   ids = np.empty((num_queries, k), np.int32)
   with tqdm.tqdm(total=num_queries, desc="combine", unit="query", disable=None, leave=False) as progress:
     for start in range(0, num_queries, _QUERIES_AT_ONCE):
       rows = slice(start, min(start + _QUERIES_AT_ONCE, num_queries))
-      label_mass, query_mass = _softmax(neighbours.label_scores[rows], neighbours.query_scores[rows], temperature)
+      label_mass, query_mass = _softmax(neighbors.label_scores[rows], neighbors.query_scores[rows], temperature)
       mass = _mass_of_labels(
         lambda_ * label_mass,
-        neighbours.label_ids[rows],
+        neighbors.label_ids[rows],
         (1 - lambda_) * query_mass,
-        neighbours.query_ids[rows],
+        neighbors.query_ids[rows],
         labels_of_queries,
         num_labels,
       )
@@ -141,7 +141,7 @@ def combine(
 
 
 def choose(
-  neighbours: Neighbours,
+  neighbors: Neighbors,
   labels_of_queries: Ragged,
   truth: Ragged,
   propensity: np.ndarray,
@@ -154,7 +154,7 @@ def choose(
   """Tries every lambda with every temperature on held-out queries.
 
   Args:
-    neighbours: of held-out queries, which must not have found themselves (`exclude_queries`).
+    neighbors: of held-out queries, which must not have found themselves (`exclude_queries`).
     labels_of_queries: labels of the training queries.
     truth: positives of the held-out queries, Q rows.
     propensity: inverse propensities, [L].
@@ -173,7 +173,7 @@ def choose(
   for temperature in temperatures:
     for lambda_ in lambdas:
       _, ids = combine(
-        neighbours,
+        neighbors,
         labels_of_queries,
         num_labels=len(propensity),
         lambda_=lambda_,

@@ -45,8 +45,8 @@ class ScannParameters:
   Attributes:
     leaves: leaves of the partitioning tree; 0 for no tree.
     leaves_to_search: leaves that a query visits.
-    reorder: candidates that are scored again, exactly, by product quantised score; 0 for
-      brute force without quantisation.
+    reorder: candidates that are scored again, exactly, by product quantized score; 0 for
+      brute force without quantization.
     dimensions_per_block: dimensions that share a 4-bit code.
     soar: spill every label to a second leaf (orthogonality-amplified residuals).
     bfloat16: keep the exact vectors as bfloat16; their scores are then only as exact.
@@ -63,7 +63,7 @@ class ScannParameters:
 def choose_parameters(num_labels: int, k: int = 100) -> ScannParameters:
   """ScaNN's own rules of thumb (its docs/algorithms.md), by the number of labels.
 
-  Brute force below 20K labels, quantised scores with reordering below 100K, above
+  Brute force below 20K labels, quantized scores with reordering below 100K, above
   that a tree of about sqrt(L) leaves. Ours on top: a quarter of the leaves is searched, which
   recall at 100 needs, 5 k candidates are reordered, and from a million labels on vectors are
   kept in bfloat16 to halve memory.

@@ -38,7 +38,7 @@ def start_residual(fusion: Tree, bank: FeatureBank, norm: float, seed: int) -> T
 
 
 def whitened_map(features: np.ndarray, embed_dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """A kernel [F, D] and a bias [D] that centre, partly whiten and rotate features.
+  """A kernel [F, D] and a bias [D] that center, partly whiten and rotate features.
 
   Args:
     features: [M, F].

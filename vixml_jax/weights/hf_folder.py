@@ -67,7 +67,7 @@ class SafetensorsFolder:
     if tensor.dtype.name not in ("float32", "float16", "bfloat16"):
       raise InputError(
         f"{self._file_of[name]}: tensor {name} is {tensor.dtype.name}; float32, float16 and"
-        " bfloat16 are read (quantised weights have to be converted first)"
+        " bfloat16 are read (quantized weights have to be converted first)"
       )
     return tensor
 

@@ -89,7 +89,7 @@ def load_adapter(
     Nested dict like `abstract`: sharded arrays, or numpy arrays if there are no shardings.
 
   Raises:
-    InputError: no such files, a damaged one, a config that asks for anything but rank-stabilised LoRA of this rank
+    InputError: no such files, a damaged one, a config that asks for anything but rank-stabilized LoRA of this rank
       and alpha on these projections, or tensors that do not fit exactly.
   """
   source = _open(Path(folder), abstract, alpha)
