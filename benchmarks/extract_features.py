@@ -25,7 +25,7 @@ from PIL import Image
 import torch
 import transformers
 
-from vixml_jax.images.tower import ImageEncoder
+from vixml_jax.images.tower import ImageTower
 from vixml_jax.models import layers
 from vixml_jax.models.siglip import SiglipVision, define_siglip
 from vixml_jax.weights.siglip import save_siglip, siglip_arguments
@@ -125,7 +125,7 @@ def main() -> None:
       f"{options.variant}: {count / 1e6:.1f} M parameters, {flops_per_image(arguments) / 1e9:.1f} GFLOP an image; "
       f"{options.images} JPEGs of {options.side} x {options.side}; {options.dtype}; {jax.devices()[0].device_kind}"
     )
-    encoder = ImageEncoder(folder, None, "huggingface_bilinear", options.batch_size, options.dtype)
+    encoder = ImageTower(folder, None, "huggingface_bilinear", options.batch_size, options.dtype)
     theirs = (
       None if options.no_transformers else TransformersSide(Path(folder), arguments, options.batch_size, options.dtype)
     )

@@ -58,7 +58,7 @@ def abstract(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]
 
 def write_checkpoint(folder: Path, shapes: dict[str, Any], num_files: int) -> None:
   """Random tensors for every rule, spread over the files, with their index."""
-  flat = engine.flatten(shapes)
+  flat = engine.flatten_tree(shapes)
   tensors = [
     (name, layout.theirs) for rule in QWEN2.rules for name, _, layout in engine.targets(rule, flat[rule.ours].shape)
   ]
@@ -110,7 +110,7 @@ def main() -> None:
   sizes = [
     2 * np.prod(layout.theirs, dtype=np.int64)
     for rule in QWEN2.rules
-    for _, _, layout in engine.targets(rule, engine.flatten(shapes)[rule.ours].shape)
+    for _, _, layout in engine.targets(rule, engine.flatten_tree(shapes)[rule.ours].shape)
   ]
   print(
     f"{sum(sizes) / MIB:.0f} MiB in {flags.files} files; largest tensors "

@@ -51,7 +51,7 @@ lost=2 failed=3 again=4
 # Looks at the pod after which a worker that stopped is no sign of a preemption, and calls that may fail in a row.
 patience=5
 
-# The image that goes with a generation of TPU.
+# The image that goes with a snapshot of TPU.
 runtime_of() {
   case $1 in
     v4-*) echo tpu-ubuntu2204-base ;;

@@ -16,7 +16,7 @@ from tests.helpers.miniature import write_raw_folder
 from tests.helpers.miniature_runs import load_config, shrink
 from tools import train_icon_tower as tool
 from vixml_jax.datasets.prepared import prepare
-from vixml_jax.images.tower import ImageEncoder
+from vixml_jax.images.tower import ImageTower
 from vixml_jax.input.hold_out import hold_out
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.ragged import Ragged
@@ -200,7 +200,7 @@ def test_features_are_those_that_the_package_extracts(tmp_path):
     def read(self, numbers):
       yield 0, images
 
-  encoder = ImageEncoder(str(tmp_path / "tower.npz"), None, "big_vision", 4, "float32")
+  encoder = ImageTower(str(tmp_path / "tower.npz"), None, "big_vision", 4, "float32")
   [(_, part)] = encoder.encode_parts(Source(), [0], "made")
   np.testing.assert_allclose(tool.features_of(tower, TINY, pixels), part.features, atol=2e-3, rtol=2e-3)
 

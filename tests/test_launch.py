@@ -199,7 +199,7 @@ def test_environment_gives_defaults_and_flags_win(machine):
     ("v6e-16", "v2-alpha-tpuv6e"),
   ],
 )
-def test_a_pod_is_asked_for_with_the_image_of_its_generation(type_, runtime, machine):
+def test_a_pod_is_asked_for_with_the_image_of_its_snapshot(type_, runtime, machine):
   assert _printed(machine.run("tpu_pod.sh", "create", "--dry-run", *POD, f"--type={type_}")) == [
     [
       "gcloud",

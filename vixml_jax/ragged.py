@@ -14,7 +14,7 @@ def offsets_of(lengths: np.ndarray | Sequence[int]) -> np.ndarray:
   return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def spread(starts: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
   """start, start + 1, ... for each row, end to end: the places of `lengths[i]` values from `starts[i]` on."""
   offsets = offsets_of(lengths)
   return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
@@ -59,14 +59,14 @@ class Ragged:
     rows = np.asarray(rows, np.int64)
     starts = self.offsets[rows]
     lengths = self.offsets[rows + 1] - starts
-    return Ragged.of_lengths(np.asarray(self.values[spread(starts, lengths)]), lengths)
+    return Ragged.of_lengths(np.asarray(self.values[ranges(starts, lengths)]), lengths)
 
   def first(self, count: int) -> "Ragged":
     """The first `count` values of every row."""
     lengths = np.minimum(self.lengths, count)
     if len(self.values) == lengths.sum():
       return self
-    return Ragged.of_lengths(np.asarray(self.values[spread(self.offsets[:-1], lengths)]), lengths)
+    return Ragged.of_lengths(np.asarray(self.values[ranges(self.offsets[:-1], lengths)]), lengths)
 
   def followed_by(self, other: "Ragged") -> "Ragged":
     """These rows and then the others."""

@@ -5,7 +5,7 @@
 
 Needs no training data, and `pip install vixml_jax[serve]`. POST /v1/predict takes queries and gives their labels;
 /openapi.json describes it; /healthz says when it is ready; /metrics is for Prometheus; / is the page. SIGTERM ends it
-when what is in flight is answered, SIGHUP makes it look for a new generation of the label index.
+when what is in flight is answered, SIGHUP makes it look for a new snapshot of the label index.
 """
 
 import gc
@@ -37,7 +37,7 @@ _TOWER = flags.DEFINE_string(
 _IMAGE_BATCH_SIZE = flags.DEFINE_integer("image_batch_size", 8, "Pictures that go through the tower at a time.", 1)
 _MESH = flags.DEFINE_string("mesh", None, "data,fsdp,tensor, such as 4,1,2; by default as in training, or all devices.")
 _RELOAD = flags.DEFINE_float(
-  "reload_index", 0, "Seconds between looks for a new generation of the label index; 0 looks on SIGHUP only.", 0
+  "reload_index", 0, "Seconds between looks for a new snapshot of the label index; 0 looks on SIGHUP only.", 0
 )
 _MAX_BATCH = flags.DEFINE_integer("max_batch", 64, "Queries that are encoded and searched together.", 1)
 _MAX_WAIT = flags.DEFINE_float("max_wait_ms", 5, "Milliseconds that a query waits for others to share its batch.", 0)

@@ -100,8 +100,8 @@ def named_sharding(mesh: Mesh, *axes: str) -> NamedSharding:
   return NamedSharding(mesh, spec(axes))
 
 
-def pin(x: jax.Array, *axes: str) -> jax.Array:
-  """The array laid out by its logical axes, within a program that is traced `over` a mesh; elsewhere as it is.
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+  """The array laid out by its logical axes, within a program that is traced under `use_mesh` of a mesh; elsewhere as it is.
 
   XLA carries shardings on from what it knows. Where parameters are divided over `fsdp` and activations are not pinned,
   it divides the activations' width, sums every product over the mesh and computes every row on every device; pinned by
@@ -110,8 +110,8 @@ def pin(x: jax.Array, *axes: str) -> jax.Array:
   return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def over(mesh: Mesh) -> contextlib.AbstractContextManager:
-  """Within it, also inside a traced function, `pin` knows the mesh."""
+def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+  """Within it, also inside a traced function, `constrain` knows the mesh."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 

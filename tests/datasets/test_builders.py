@@ -265,9 +265,9 @@ def test_embedded_images_are_opaque_and_of_one_size():
 
 
 def test_embedded_filter_never_takes_out_a_positive():
-  oddities = raw.Oddities()
-  queries = list(raw.read_queries(EMBEDDED / "tst.json.gz", 9527, oddities))
+  data_warnings = raw.DataWarnings()
+  queries = list(raw.read_queries(EMBEDDED / "tst.json.gz", 9527, data_warnings))
   excluded = raw.read_filter(EMBEDDED / "filter_labels_test.txt", len(queries), 9527)
   assert len(excluded.values) == 1276
   assert not any(set(query["target_ind"]) & set(excluded[row]) for row, query in enumerate(queries))
-  assert not oddities.messages()
+  assert not data_warnings.messages()

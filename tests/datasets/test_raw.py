@@ -36,13 +36,13 @@ def path(tmp_path):
 
 
 def _queries(path, num_labels=3):
-  oddities = raw.Oddities()
-  return list(raw.read_queries(path, num_labels, oddities)), oddities.messages()
+  data_warnings = raw.DataWarnings()
+  return list(raw.read_queries(path, num_labels, data_warnings)), data_warnings.messages()
 
 
 def _labels(path):
-  oddities = raw.Oddities()
-  return list(raw.read_labels(path, oddities)), oddities.messages()
+  data_warnings = raw.DataWarnings()
+  return list(raw.read_labels(path, data_warnings)), data_warnings.messages()
 
 
 def _without(record, key):
@@ -50,12 +50,12 @@ def _without(record, key):
 
 
 def test_query_row_keeps_text_and_the_order_of_its_targets(path):
-  (row,), oddities = _queries(_gzip(path, QUERY))
+  (row,), data_warnings = _queries(_gzip(path, QUERY))
   assert (row["uid"], row["title"], row["content"]) == ("q", "red shoe", "")
   np.testing.assert_array_equal(row["target_ind"], np.int32([2, 0]))
   np.testing.assert_array_equal(row["target_rel"], np.float32([1, 0.5]))
   assert row["target_ind"].dtype == np.int32 and row["target_rel"].dtype == np.float32
-  assert not oddities
+  assert not data_warnings
 
 
 @pytest.mark.parametrize("title", ["Émile — 東京 \U0001f45f", "a\u2028b", "tab\tnul\x00"])
@@ -123,18 +123,18 @@ def test_bad_row_is_named_by_file_and_line(path, line, message):
   ],
 )
 def test_known_oddity_is_taken_and_counted_with_its_first_line(path, row, message):
-  rows, oddities = _queries(_gzip(path, QUERY, row, row))
+  rows, data_warnings = _queries(_gzip(path, QUERY, row, row))
   assert len(rows) == 3
-  (counted,) = [oddity for oddity in oddities if message in oddity]
+  (counted,) = [oddity for oddity in data_warnings if message in oddity]
   assert counted.startswith(f"{path}: 2 rows with ") and counted.endswith("first at line 2")
 
 
 def test_oddities_are_reported_once(path, caplog):
-  oddities = raw.Oddities()
-  list(raw.read_queries(_gzip(path, {**QUERY, "title": ""}), 3, oddities))
+  data_warnings = raw.DataWarnings()
+  list(raw.read_queries(_gzip(path, {**QUERY, "title": ""}), 3, data_warnings))
   with caplog.at_level(logging.WARNING):
-    oddities.report()
-    oddities.report()
+    data_warnings.report()
+    data_warnings.report()
   assert caplog.messages == [f"{path}: 1 row with an empty title, first at line 1"]
 
 

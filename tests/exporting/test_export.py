@@ -24,7 +24,7 @@ from tests.helpers.tiny_tokenizers import END_OF_TEXT, write_byte_bpe
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.exporting import export
-from vixml_jax.inference.trained_encoder import load_encoder
+from vixml_jax.inference.trained_encoder import load_trained_encoder
 from vixml_jax.models import layers
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer, checkpoint_id, provenance
@@ -96,7 +96,7 @@ def encoders(tmp_path_factory):
   @functools.cache
   def encoder(name):
     folder = tmp_path_factory.mktemp("made")
-    return load_encoder(
+    return load_trained_encoder(
       write_workdir(folder / "run", tiny_config(folder, name)), sharding.make_mesh(devices=jax.devices()[:1])
     )
 

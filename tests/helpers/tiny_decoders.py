@@ -112,12 +112,12 @@ def with_adapters(folder, adapters, **arguments):
   """As `our_decoder`, with adapters: `adapters` holds arrays at `layers/.../lora_a` and `lora_b`."""
   arguments = hf_config.encoder_arguments(folder) | arguments
   graphdef, shapes, _ = abstract(**arguments)
-  base = {name: shape for name, shape in engine.flatten(shapes).items() if "/lora_" not in name}
+  base = {name: shape for name, shape in engine.flatten_tree(shapes).items() if "/lora_" not in name}
   table = tables.TABLES[hf_config.read_config(folder)["model_type"]]
-  loaded = hf_folder.load_pretrained(folder, table, engine.unflatten(base))
-  params = engine.flatten(loaded) | {name: jnp.asarray(value) for name, value in adapters.items()}
-  assert params.keys() == engine.flatten(shapes).keys()
-  return graphdef, engine.unflatten(params)
+  loaded = hf_folder.load_pretrained(folder, table, engine.unflatten_tree(base))
+  params = engine.flatten_tree(loaded) | {name: jnp.asarray(value) for name, value in adapters.items()}
+  assert params.keys() == engine.flatten_tree(shapes).keys()
+  return graphdef, engine.unflatten_tree(params)
 
 
 def peft_decoder(base, rank, alpha, seed=1):

@@ -90,7 +90,7 @@ def send_sigterm_at_batch(number, monkeypatch):
 
 def command(config, workdir, devices=8, encoder="minilm-l6"):
   """The command line that trains `config`, which must come from configs/custom.py with that encoder."""
-  given = configuration.flatten(config)
+  given = configuration.flatten_config(config)
   flags = [
     f"--config.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
     for key, value in given.items()

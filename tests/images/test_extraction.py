@@ -24,7 +24,7 @@ from vixml_jax.datasets.records import Records
 from vixml_jax.errors import InputError
 from vixml_jax.images import decoding, sources
 from vixml_jax.images.extraction import prepare_features
-from vixml_jax.images.tower import ImageEncoder
+from vixml_jax.images.tower import ImageTower
 from vixml_jax.models import layers
 from vixml_jax.models.siglip import define_siglip
 from vixml_jax.weights.siglip import save_npz
@@ -233,7 +233,7 @@ def test_unreadable_file_is_a_bad_image(shared, tmp_path):
 
 def test_finished_features_are_not_made_again(shared, tmp_path, monkeypatch):
   prepare_features(shared[0], tmp_path, shared[1])
-  monkeypatch.setattr(ImageEncoder, "__init__", None)
+  monkeypatch.setattr(ImageTower, "__init__", None)
   features = prepare_features(shared[0], tmp_path, shared[1])
   assert features.dim == 8
   other = _write_tower(tmp_path / "tiny.npz", seed=1)
@@ -285,14 +285,14 @@ def test_killed_extraction_keeps_what_it_finished(shared, expected, tmp_path, mo
     process.send_signal(signal.SIGKILL)
   monkeypatch.setattr(sources, "PART_ROWS", 8)
   encoded = []
-  encode_parts = ImageEncoder.encode_parts
+  encode_parts = ImageTower.encode_parts
 
   def counted(self, source, numbers, name):
     for number, part in encode_parts(self, source, numbers, name):
       encoded.append((name, number, len(part.rows)))
       yield number, part
 
-  monkeypatch.setattr(ImageEncoder, "encode_parts", counted)
+  monkeypatch.setattr(ImageTower, "encode_parts", counted)
   with caplog.at_level(logging.INFO, "vixml_jax"):
     features = prepare_features(builder, tmp_path, tower, batch_size=8)
   _check(features, expected)

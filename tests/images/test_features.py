@@ -9,7 +9,7 @@ from tests.helpers.miniature import write_raw_folder
 from vixml_jax import datasets, sharding
 from vixml_jax.errors import InputError
 from vixml_jax.images.feature_set import write_features
-from vixml_jax.images.features import bytes_per_device, load_feature_bank
+from vixml_jax.images.features import bytes_per_device, load_image_features
 from vixml_jax.input.packing import PackedImages
 from vixml_jax.models.fusion import image_tokens
 
@@ -27,7 +27,7 @@ def features(tmp_path_factory):
 @pytest.mark.parametrize("images", [1, 3])
 def test_an_item_s_rows_are_its_first_images(features, images):
   feature_set, folder = features
-  bank = load_feature_bank(feature_set, images, folder / "banks")
+  bank = load_image_features(feature_set, images, folder / "banks")
   for split in ("train", "test", "labels"):
     blocks = list(feature_set.split(split))
     lengths = np.concatenate([lengths for lengths, _ in blocks])
@@ -42,16 +42,16 @@ def test_an_item_s_rows_are_its_first_images(features, images):
 
 def test_a_bank_is_written_once_and_opened_again(features, monkeypatch):
   feature_set, folder = features
-  first = load_feature_bank(feature_set, 2, folder / "banks")
+  first = load_image_features(feature_set, 2, folder / "banks")
   monkeypatch.setattr(type(feature_set), "split", lambda *_: pytest.fail("the features were read again"))
-  np.testing.assert_array_equal(load_feature_bank(feature_set, 2, folder / "banks").values, first.values)
+  np.testing.assert_array_equal(load_image_features(feature_set, 2, folder / "banks").values, first.values)
 
 
 @pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)])
 def test_device_and_host_give_the_same_features_in_the_same_places(features, mesh):
   feature_set, folder = features
   mesh = sharding.make_mesh(**mesh)
-  bank = load_feature_bank(feature_set, 3, folder / "banks")
+  bank = load_image_features(feature_set, 3, folder / "banks")
   on_devices, on_host = bank.placed(mesh, "device"), bank.placed(mesh, "host")
   assert on_host.on_devices is None
   assert bank.placed(mesh, "auto").on_devices is not None
@@ -69,7 +69,7 @@ def test_device_and_host_give_the_same_features_in_the_same_places(features, mes
 
 def test_memory_per_device_is_what_a_sharded_bank_takes(features):
   feature_set, folder = features
-  bank = load_feature_bank(feature_set, 3, folder / "banks")
+  bank = load_image_features(feature_set, 3, folder / "banks")
   for devices in (1, 4, 8):
     mesh = sharding.make_mesh(data=devices, devices=jax.devices()[:devices])
     placed = bank.placed(mesh, "device").on_devices
@@ -88,13 +88,13 @@ def test_a_set_without_a_single_image_is_refused(features):
     lambda split, start, stop: ((np.zeros(0, np.int32), np.zeros((0, DIM), np.float16)) for _ in range(start, stop)),
   )
   with pytest.raises(InputError, match="none of its items has an image"):
-    load_feature_bank(empty, 3, folder / "banks")
+    load_image_features(empty, 3, folder / "banks")
 
 
 def test_a_damaged_bank_says_which_folder_to_delete(features):
   feature_set, folder = features
-  load_feature_bank(feature_set, 3, folder / "other")
+  load_image_features(feature_set, 3, folder / "other")
   (target,) = (path for path in (folder / "other").iterdir() if path.is_dir())
   (target / "values.npy").write_bytes(b"\x93NUMPY")
   with pytest.raises(InputError, match=f"{target.name}: cannot be read .*delete it"):
-    load_feature_bank(feature_set, 3, folder / "other")
+    load_image_features(feature_set, 3, folder / "other")

@@ -15,7 +15,7 @@ from tests.helpers import trained_workdirs
 import vixml_jax
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
-from vixml_jax.inference.trained_encoder import load_encoder
+from vixml_jax.inference.trained_encoder import load_trained_encoder
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import checkpoint_id, newest_checkpoint
 from vixml_jax.weights.source import sha256
@@ -108,7 +108,7 @@ def test_an_evaluation_of_held_out_queries_leaves_an_index_that_knows_all(traine
 @pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(data=1)], ids=["eight devices", "one"])
 def test_a_workdir_loads_onto_any_mesh(trained, sizes):
   devices = jax.devices() if len(sizes) > 1 else jax.devices()[:1]
-  encoder = load_encoder(trained.workdir, sharding.make_mesh(**sizes, devices=devices))
+  encoder = load_trained_encoder(trained.workdir, sharding.make_mesh(**sizes, devices=devices))
   found = encoder.embed([query["title"] for query in trained.queries])
   np.testing.assert_allclose(found, trained.embeddings("test_queries"), atol=2e-6)
 
@@ -152,7 +152,7 @@ def test_a_picture_that_cannot_be_read_is_refused_or_left_out(illustrated, viewe
   with pytest.raises(InputError, match="query 0: image 0: not a PNG"):
     viewer.encode(queries)
   bad = []
-  found = viewer.encode(queries, bad_pictures=bad)
+  found = viewer.encode(queries, unreadable=bad)
   assert [(picture.query, picture.image) for picture in bad] == [(0, 0), (0, 2)]
   np.testing.assert_allclose(found, viewer.encode([{"title": "sun", "images": [png]}, "cloud"]), atol=2e-6)
 

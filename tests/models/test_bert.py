@@ -76,8 +76,8 @@ def test_gradients_are_those_of_torch(pair):
   def loss(params):
     return (layers.merge_params(graphdef, params)(*ours) * weights).sum()
 
-  found = engine.flatten(jax.jit(jax.grad(loss))(params))
-  for name, gradient in engine.flatten(wanted).items():
+  found = engine.flatten_tree(jax.jit(jax.grad(loss))(params))
+  for name, gradient in engine.flatten_tree(wanted).items():
     scale = max(np.abs(gradient).max(), 0.1)  # That of the key's bias is zero but for rounding.
     np.testing.assert_allclose(found[name] / scale, gradient / scale, atol=1e-4, err_msg=name)
 

@@ -95,14 +95,14 @@ def test_gradients_are_those_of_torch_also_when_activations_are_recomputed(pair)
   weights *= mask[..., None]
   theirs.zero_grad()
   (tiny_decoders.run_theirs(theirs, tokens, mask).last_hidden_state * torch.tensor(weights)).sum().backward()
-  wanted = engine.flatten(engine.apply(tables.TABLES[kind], tiny_encoders.Gradients(theirs), params))
+  wanted = engine.flatten_tree(engine.apply(tables.TABLES[kind], tiny_encoders.Gradients(theirs), params))
   graphdef = tiny_decoders.abstract(**hf_config.encoder_arguments(folder), remat=True)[0]
   ours = [jnp.asarray(x) for x in (tokens, mask, np.broadcast_to(np.arange(12), tokens.shape))]
 
   def loss(params):
     return (layers.merge_params(graphdef, params)(*ours) * weights).sum()
 
-  found = engine.flatten(jax.jit(jax.grad(loss))(params))
+  found = engine.flatten_tree(jax.jit(jax.grad(loss))(params))
   for name, gradient in wanted.items():
     scale = max(np.abs(gradient).max(), 0.1)  # That of the key's bias is zero but for rounding.
     np.testing.assert_allclose(found[name] / scale, gradient / scale, atol=1e-4, err_msg=name)
@@ -178,7 +178,7 @@ def test_models_with_an_output_head_load_by_their_prefix(pair, tmp_path):
 
 def test_a_table_covers_every_parameter_of_the_decoder_once(pair):
   kind, _, _, _, params = pair
-  assert sorted(rule.ours for rule in tables.TABLES[kind].rules) == sorted(engine.flatten(params))
+  assert sorted(rule.ours for rule in tables.TABLES[kind].rules) == sorted(engine.flatten_tree(params))
 
 
 @pytest.mark.parametrize("name", tiny_decoders.PARAMETERS)

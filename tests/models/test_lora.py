@@ -31,7 +31,7 @@ def pair(tmp_path_factory):
 def _adapters(tensors, folder):
   """Tensors of peft's adapters as our arrays: transposed, heads split, layers stacked."""
   _, shapes, _ = tiny_decoders.abstract(**hf_config.encoder_arguments(folder), lora_rank=RANK, lora_alpha=ALPHA)
-  shapes = engine.flatten(shapes)
+  shapes = engine.flatten_tree(shapes)
   return {
     f"layers/{ours}/{part}": np.stack(
       [
@@ -71,10 +71,10 @@ def test_gradients_of_adapters_are_those_of_torch(pair):
   (hidden * torch.tensor(weights)).sum().backward()
   wanted = _adapters({name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}, folder)
 
-  flat = engine.flatten(params)
+  flat = engine.flatten_tree(params)
 
   def loss(adapters, base):
-    return (layers.merge_params(graphdef, engine.unflatten(base | adapters))(*packed)[0] * weights).sum()
+    return (layers.merge_params(graphdef, engine.unflatten_tree(base | adapters))(*packed)[0] * weights).sum()
 
   found = jax.jit(jax.grad(loss))({name: flat[name] for name in wanted}, flat)
   assert len(wanted) == 14
@@ -90,7 +90,7 @@ def test_merged_decoder_is_that_of_peft_and_computes_what_the_adapted_one_does(p
   merged = jax.jit(layers.merge_lora, static_argnums=1)(params, layers.lora_scale(RANK, ALPHA))
   copy.deepcopy(theirs).merge_and_unload().save_pretrained(tmp_path)
   plain_graphdef, wanted = tiny_decoders.our_decoder(tmp_path)
-  assert engine.flatten(merged).keys() == engine.flatten(wanted).keys()
+  assert engine.flatten_tree(merged).keys() == engine.flatten_tree(wanted).keys()
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, wanted)
   found = jax.jit(lambda p: layers.merge_params(plain_graphdef, p)(*packed))(merged)[0]
   np.testing.assert_allclose(found, adapted, atol=1e-4, rtol=0)
@@ -138,19 +138,19 @@ def test_every_projection_has_an_adapter_of_its_own_in_every_layer(pair):
   arguments = hf_config.encoder_arguments(folder)
   _, plain, plain_axes = tiny_decoders.abstract(**arguments)
   _, shapes, axes = tiny_decoders.abstract(**arguments, lora_rank=RANK, lora_alpha=ALPHA, param_dtype="bfloat16")
-  added = engine.flatten(shapes).keys() - engine.flatten(plain).keys()
+  added = engine.flatten_tree(shapes).keys() - engine.flatten_tree(plain).keys()
   assert added == {f"layers/{name}/{part}" for name in tiny_decoders.PROJECTIONS for part in ("lora_a", "lora_b")}
-  assert {engine.flatten(shapes)[name].dtype.name for name in added} == {"float32"}
-  assert {shape.dtype.name for name, shape in engine.flatten(shapes).items() if name not in added} == {"bfloat16"}
+  assert {engine.flatten_tree(shapes)[name].dtype.name for name in added} == {"float32"}
+  assert {shape.dtype.name for name, shape in engine.flatten_tree(shapes).items() if name not in added} == {"bfloat16"}
   assert axes["layers"]["attention"]["output"]["lora_a"] == ("layers", "heads", "head_dim", "lora_alone")
   assert axes["layers"]["attention"]["key"]["lora_b"] == ("layers", "lora_alone", "kv_heads", "head_dim")
-  assert all(engine.flatten(axes)[name] == value for name, value in engine.flatten(plain_axes).items())
+  assert all(engine.flatten_tree(axes)[name] == value for name, value in engine.flatten_tree(plain_axes).items())
 
 
 def test_bf16_base_with_f32_adapters_is_as_near_f32_as_that_of_peft(pair):
   folder, theirs, _, params = pair
   packed, tokens, mask = _packed()
-  adapters = {name: value for name, value in engine.flatten(params).items() if "/lora_" in name}
+  adapters = {name: value for name, value in engine.flatten_tree(params).items() if "/lora_" in name}
   graphdef, params = tiny_decoders.with_adapters(
     folder, adapters, lora_rank=RANK, lora_alpha=ALPHA, param_dtype="bfloat16", dtype="bfloat16"
   )

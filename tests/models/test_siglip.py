@@ -59,12 +59,12 @@ def test_gradients_are_those_of_torch(tower, remat):
   weights = np.random.default_rng(1).normal(size=(2, 24)).astype(np.float32)
   theirs.zero_grad()
   (theirs(torch.tensor(np.asarray(pixels)).permute(0, 3, 1, 2)).pooler_output * torch.tensor(weights)).sum().backward()
-  wanted = engine.flatten(engine.apply(siglip.tables.SIGLIP, tiny_encoders.Gradients(theirs), params))
+  wanted = engine.flatten_tree(engine.apply(siglip.tables.SIGLIP, tiny_encoders.Gradients(theirs), params))
 
   def loss(params):
     return (layers.merge_params(tiny_siglip.our_tower(remat=remat), params)(pixels) * weights).sum()
 
-  found = engine.flatten(jax.jit(jax.grad(loss))(params))
+  found = engine.flatten_tree(jax.jit(jax.grad(loss))(params))
   for name, gradient in wanted.items():
     scale = max(np.abs(gradient).max(), 0.1)  # That of the keys' biases is zero but for rounding.
     np.testing.assert_allclose(found[name] / scale, gradient / scale, atol=1e-4, err_msg=name)
@@ -103,7 +103,7 @@ def test_bf16_is_near_f32_and_comes_out_as_f32(tower):
 def test_initial_values_are_distributed_as_in_big_vision():
   arguments = {"image_size": 64, "patch_size": 8, "num_layers": 2, "embed_dim": 64, "num_heads": 4, "mlp_dim": 128}
   init = jax.jit(lambda: layers.split_params(SiglipVision(**arguments, rngs=nnx.Rngs(0)))[1])
-  flat = engine.flatten(init())
+  flat = engine.flatten_tree(init())
   # flax.linen's lecun_normal for the patches, 1 / sqrt(width) for positions, else xavier_uniform.
   for name, deviation in {
     "patch_embedding/kernel": 1 / math.sqrt(8 * 8 * 3),
@@ -120,7 +120,7 @@ def test_initial_values_are_distributed_as_in_big_vision():
   assert not np.allclose(first, second)
 
 
-# Shapes of FACTS.md, in the order of our axes; the layers' 27 stands in front.
+# Shapes of INFERENCE_INFO.md, in the order of our axes; the layers' 27 stands in front.
 _SO400M = {
   "patch_embedding/kernel": (14, 14, 3, 1152),
   "patch_embedding/bias": (1152,),
@@ -153,7 +153,7 @@ def test_so400m_at_384_has_the_published_shapes():
     }
   )
   _, shapes, _ = define_siglip(siglip.siglip_arguments("siglip2_so400m14_384"))
-  found = engine.flatten(shapes)
+  found = engine.flatten_tree(shapes)
   assert {name: leaf.shape for name, leaf in found.items()} == wanted
   assert {leaf.dtype for leaf in found.values()} == {np.dtype(np.float32)}
   assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in found.values())  # Nothing is allocated.

@@ -20,7 +20,7 @@ from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.input.corpus import Corpus
 from vixml_jax.ragged import Ragged
 from vixml_jax.report.charts import Line, bar_chart, interval_chart, line_chart
-from vixml_jax.report.examples import Example, Prediction, TrueLabel, collect_examples
+from vixml_jax.report.examples import Example, ShownPrediction, TrueLabel, collect_examples
 from vixml_jax.report.html_report import write_report
 
 VOID = {"meta", "img"}
@@ -171,8 +171,8 @@ def test_texts_of_any_kind_are_shown_and_do_nothing(trained, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(config | {"name": HOSTILE, "baselines": {HOSTILE: {"P@1": 1.0}}}))
   label = TrueLabel(f"true {HOSTILE}", {"plain": 17, "augmented": None})
   predictions = {
-    "plain": [Prediction(f"hit {HOSTILE}", 0.25, True)],
-    "augmented": [Prediction("\x00\ud800", 0.5, False)],
+    "plain": [ShownPrediction(f"hit {HOSTILE}", 0.25, True)],
+    "augmented": [ShownPrediction("\x00\ud800", 0.5, False)],
   }
   write_report(tmp_path, [Example(f"query {HOSTILE}", [], predictions, [label], 4)], {})
   page = Page(tmp_path / "report.html")
@@ -211,7 +211,7 @@ def test_examples_are_the_queries_with_their_labels_ranks_and_pictures(corpus):
     assert example.text == queries[query]["title"]
     for name, found in ids.items():
       assert example.predictions[name] == [
-        Prediction(labels[label], pytest.approx(score), label in queries[query]["target_ind"])
+        ShownPrediction(labels[label], pytest.approx(score), label in queries[query]["target_ind"])
         for label, score in list(zip(found[query], scores[name][query], strict=True))[:5]
         if label >= 0
       ]

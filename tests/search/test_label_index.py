@@ -139,8 +139,8 @@ def test_two_labels_of_one_uid_are_refused(tmp_path):
 
 def _damage(folder, how):
   """Does one thing to an index and returns what the message must name."""
-  generation = folder / "000001"
-  labels, index = generation / "labels.npy", generation / "index.json"
+  snapshot = folder / "000001"
+  labels, index = snapshot / "labels.npy", snapshot / "index.json"
   content = bytearray(labels.read_bytes())
   if how == "truncated":
     labels.write_bytes(content[:-5])
@@ -418,7 +418,7 @@ def test_categories_of_labels_are_replaced(tmp_path, search, before):
     edited.categorize([NUM_LABELS], [["new"]])
 
 
-def test_old_generations_go_and_files_that_stay_are_linked(tmp_path):
+def test_old_snapshots_go_and_files_that_stay_are_linked(tmp_path):
   index = _open(_write(tmp_path / "index"))
   before = (tmp_path / "index" / "000001" / "queries.npy").stat().st_ino
   index.delete([1]).delete([2])
@@ -497,8 +497,8 @@ def test_a_killed_process_leaves_the_former_index(tmp_path):
   folder = _write(tmp_path / "index")
   code = textwrap.dedent("""
       import os, signal, sys
-      from vixml_jax.search import generations, label_index
-      generations.new_file = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+      from vixml_jax.search import snapshots, label_index
+      snapshots.new_file = lambda path: os.kill(os.getpid(), signal.SIGKILL)
       label_index.LabelIndex.open(sys.argv[1], checkpoint=None).delete([1])
       """)
   environment = os.environ | {"PYTHONPATH": str(Path(label_index.__file__).parents[2])}
@@ -510,19 +510,19 @@ def test_a_killed_process_leaves_the_former_index(tmp_path):
   assert json.loads((folder / "000003" / "index.json").read_text())["num_deleted"] == 1
 
 
-def test_a_generation_that_is_replaced_while_it_is_opened_is_opened_anew(tmp_path, monkeypatch):
+def test_a_snapshot_that_is_replaced_while_it_is_opened_is_opened_anew(tmp_path, monkeypatch):
   folder = _write(tmp_path / "index")
   check = snapshots.check_files
 
-  def replaced(generation, *arguments, **options):
-    if generation.name == "000001":
+  def replaced(snapshot, *arguments, **options):
+    if snapshot.name == "000001":
       monkeypatch.setattr(snapshots, "check_files", check)
       _write(tmp_path / "other", num_labels=50)
       shutil.rmtree(folder)
       shutil.copytree(tmp_path / "other", folder)
       (folder / "000001").rename(folder / "000002")
       (folder / "CURRENT").write_text((folder / "CURRENT").read_text().replace("000001", "000002"))
-    return check(generation, *arguments, **options)
+    return check(snapshot, *arguments, **options)
 
   monkeypatch.setattr(snapshots, "check_files", replaced)
   assert _open(folder).num_labels == 50
@@ -559,7 +559,7 @@ def test_scann_adds_and_deletes_and_is_read_back(tmp_path, parameters):
     wanted = _best(labels, sorted(live), queries, 10)
     assert set(ids.ravel().tolist()) <= live
     assert np.mean([len({*a} & {*b}) / 10 for a, b in zip(ids, wanted, strict=True)]) > 0.9
-  assert index.is_worn
+  assert index.needs_rebuild
   _, everything = index.search(queries[:2], 700)
   assert all(len(set(row[row >= 0].tolist())) == (row >= 0).sum() >= 0.9 * len(live) for row in everything)
 

@@ -36,10 +36,10 @@ from vixml_jax.search.label_index import Filters, IndexContents, LabelIndex, wri
 from vixml_jax.serving import engine as engine_module
 from vixml_jax.serving import served_index
 from vixml_jax.serving.batching import Batcher, QueueFull
-from vixml_jax.serving.engine import Asked, Engine
+from vixml_jax.serving.engine import Engine, QueryRequest
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
-from vixml_jax.serving.request_error import Refused
+from vixml_jax.serving.request_error import RequestError
 from vixml_jax.serving.served_index import ServedIndex
 from vixml_jax.serving.server import Server
 
@@ -444,7 +444,7 @@ def test_without_its_tower_it_refuses_pictures_and_takes_vectors(illustrated, tm
     assert labels_of(predict(server, {"title": "sun", "images": [[0.5] * 8]}))
 
 
-def test_a_new_generation_of_the_index_is_taken_over_while_requests_go_on(tmp_path_factory, tmp_path):
+def test_a_new_snapshot_of_the_index_is_taken_over_while_requests_go_on(tmp_path_factory, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(trained_workdirs.texts_only(tmp_path_factory).workdir, workdir)
   load = functools.partial(vixml_jax.load, workdir, retrieval_augmented=True)
@@ -494,10 +494,10 @@ def test_a_picture_that_breaks_late_fails_its_own_query_only(predictor):
   engine = Engine(lambda: predictor, LIMITS, Metrics())
   engine.start()
   broken = Query("sun", (png(8, 8), b"broken"), where="queries[4]")
-  asked = [Asked(Query("sun"), 3), Asked(broken, 3), Asked(Query("rain"), 5)]
+  asked = [QueryRequest(Query("sun"), 3), QueryRequest(broken, 3), QueryRequest(Query("rain"), 5)]
   first, second, third = engine.answer(asked)
   assert [tuple(x[:3]) for x in first] == expected(predictor, ["sun"], 3)[0] and len(third) == 5
-  assert isinstance(second, Refused) and (second.status, second.field) == (422, "queries[4].images[1]")
+  assert isinstance(second, RequestError) and (second.status, second.field) == (422, "queries[4].images[1]")
 
 
 def test_a_failure_of_ours_is_a_500_without_its_insides(predictor, monkeypatch, caplog):

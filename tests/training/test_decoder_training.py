@@ -82,12 +82,12 @@ def test_adapters_learn_around_a_frozen_base_that_no_checkpoint_holds(config, tm
     assert (tmp_path / name).exists(), name
   assert "P@1" in capsys.readouterr().out
   state = final_state(config, tmp_path)
-  trained = {name.rpartition("/")[2] for name in engine.flatten(state.params["encoder"])}
+  trained = {name.rpartition("/")[2] for name in engine.flatten_tree(state.params["encoder"])}
   assert trained == {"lora_a", "lora_b"} and state.params.keys() == {"encoder", "free_vectors", "prototype"}
   run = set_up(config, tmp_path)
   began = trainable_params(run.model, run.mesh, config.seed, run.weights_folder)
-  for name, value in engine.flatten(jax.device_get(began)).items():
-    assert not np.array_equal(engine.flatten(state.params)[name], value), f"{name} was not trained"
+  for name, value in engine.flatten_tree(jax.device_get(began)).items():
+    assert not np.array_equal(engine.flatten_tree(state.params)[name], value), f"{name} was not trained"
   stored = load_file(run.weights_folder / "model.safetensors")["layers.1.mlp.up_proj.weight"]
   np.testing.assert_array_equal(run.frozen["encoder"]["layers"]["up"]["kernel"][1], stored.T.astype(jnp.bfloat16))
 
@@ -194,7 +194,7 @@ def test_eight_devices_give_the_loss_gradients_and_embeddings_of_one(config, tmp
     for on in (sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh(**(dict(data=1) | mesh)))
   ]
   assert_close(*results)
-  for name, gradient in engine.flatten(results[0][2]["encoder"]).items():
+  for name, gradient in engine.flatten_tree(results[0][2]["encoder"]).items():
     assert np.abs(gradient).max() > 0 and "lora_" in name, name
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vixml_jax.images.features import FeatureBank
+from vixml_jax.images.features import ImageFeatures
 from vixml_jax.training.image_residual import start_residual, whitened_map
 
 
@@ -47,7 +47,7 @@ def test_a_constant_feature_does_no_harm():
 @pytest.mark.parametrize("norm", [0.5, 2.0])
 def test_vectors_that_are_added_have_the_length_asked_for(norm):
   values = features().astype(np.float16)
-  bank = FeatureBank(values, {}, "")
+  bank = ImageFeatures(values, {}, "")
   fusion = {"project": {"kernel": jnp.ones((6, 16))}, "residual": {"kernel": jnp.ones((6, 16)), "bias": jnp.zeros(16)}}
   started = start_residual(fusion, bank, norm, seed=0)
   assert started["project"] is fusion["project"]

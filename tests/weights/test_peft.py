@@ -18,7 +18,7 @@ from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.models import layers
 from vixml_jax.models.definition import ModelDefinition
-from vixml_jax.run.pretrained import load_encoder
+from vixml_jax.run.pretrained import load_pretrained_encoder
 from vixml_jax.weights import engine, hf_config, peft
 
 # PEFT asks transformers for a property by its old name.
@@ -83,7 +83,7 @@ def _assert_equal(one, other):
 def test_adapters_that_peft_saved_compute_the_same_here(saved, abstract):
   base, adapter, model = saved
   found = peft.load_adapter(adapter, abstract, ALPHA)
-  graphdef, params = tiny_decoders.with_adapters(base, engine.flatten(found), lora_rank=RANK, lora_alpha=ALPHA)
+  graphdef, params = tiny_decoders.with_adapters(base, engine.flatten_tree(found), lora_rank=RANK, lora_alpha=ALPHA)
   texts = tiny_encoders.texts([5, 9, 3])
   tokens, mask = tiny_encoders.padded(texts)
   with torch.no_grad():
@@ -153,7 +153,7 @@ def test_a_base_is_loaded_without_adapters(saved):
   arguments = hf_config.encoder_arguments(saved[0]) | dict(lora_rank=RANK, lora_alpha=ALPHA, param_dtype="bfloat16")
   graphdef, shapes, axes = tiny_decoders.abstract(**arguments)
   model = ModelDefinition({"encoder": arguments}, graphdef, {"encoder": shapes}, {"encoder": axes})
-  base = load_encoder(saved[0], model, sharding.make_mesh(data=4, fsdp=2))["encoder"]
+  base = load_pretrained_encoder(saved[0], model, sharding.make_mesh(data=4, fsdp=2))["encoder"]
   wanted, _ = layers.split_lora(shapes)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), base) == jax.tree.map(lambda x: (x.shape, x.dtype), wanted)
   stored = load_file(saved[0] / "model.safetensors")["layers.1.mlp.up_proj.weight"]

@@ -324,7 +324,7 @@ def test_a_folders_hashes_are_those_of_its_safetensors(published):
 
 
 class _Published:
-  """What FACTS.md says of a So400m/14@384 file, without its contents."""
+  """What INFERENCE_INFO.md says of a So400m/14@384 file, without its contents."""
 
   name = "so400m.npz"
 

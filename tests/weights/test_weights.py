@@ -76,7 +76,7 @@ def test_device_arrays_are_saved_like_numpy_arrays(saved, tmp_path):
 def test_a_table_covers_every_parameter_of_the_encoder_once(saved):
   folder, table, _ = saved
   _, params = tiny_encoders.our_encoder(folder)
-  assert sorted(rule.ours for rule in table.rules) == sorted(engine.flatten(params))
+  assert sorted(rule.ours for rule in table.rules) == sorted(engine.flatten_tree(params))
 
 
 def test_unmapped_tensors_are_listed(bert):
@@ -294,7 +294,8 @@ def test_each_device_of_a_sharded_mesh_gets_a_window_of_its_own(bert):
 def test_a_layer_is_put_into_its_place_without_traffic_or_a_second_copy(bert, name):
   folder, _, shapes = bert
   shape, where = (
-    engine.flatten(tree)[f"layers/{name}"] for tree in (shapes, _shardings(folder, shapes, data=2, fsdp=2, tensor=2))
+    engine.flatten_tree(tree)[f"layers/{name}"]
+    for tree in (shapes, _shardings(folder, shapes, data=2, fsdp=2, tensor=2))
   )
   match = next(
     match

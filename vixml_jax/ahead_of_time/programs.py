@@ -17,7 +17,7 @@ from vixml_jax.ahead_of_time.sizes import DataSize
 from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.errors import InputError
 from vixml_jax.images import features
-from vixml_jax.images.features import FeatureBank
+from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.batches import Batch, TrainingQueries, make_batch, steps_per_epoch
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout
@@ -218,7 +218,7 @@ def bytes_a_chip(tree: Any) -> float:
   )
 
 
-def _feature_bank(config: ConfigDict, size: DataSize, mesh: Mesh, memory: float) -> FeatureBank | None:
+def _feature_bank(config: ConfigDict, size: DataSize, mesh: Mesh, memory: float) -> ImageFeatures | None:
   """A bank without values: on the chips where training would put it there."""
   if not config.images:
     return None
@@ -231,7 +231,7 @@ def _feature_bank(config: ConfigDict, size: DataSize, mesh: Mesh, memory: float)
     on_devices = jax.ShapeDtypeStruct(
       (sharding.padded_rows(vectors), dim), np.float16, sharding=sharding.named_sharding(mesh, "image", "vector")
     )
-  return FeatureBank(values, {}, "", on_devices)
+  return ImageFeatures(values, {}, "", on_devices)
 
 
 def _moved(tree: Any, mesh: Mesh) -> Any:

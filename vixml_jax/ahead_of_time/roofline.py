@@ -58,8 +58,8 @@ def model_flops(model: ModelDefinition, lengths: np.ndarray, train: bool) -> flo
     lengths: int [items], tokens of each.
     train: also backward.
   """
-  layers = engine.flatten(model.shapes["encoder"]["layers"])
-  trained = engine.flatten(model.split(model.shapes)[0].get("encoder", {}))
+  layers = engine.flatten_tree(model.shapes["encoder"]["layers"])
+  trained = engine.flatten_tree(model.split(model.shapes)[0].get("encoder", {}))
   matrices = {name: shape for name, shape in layers.items() if re.search("/(kernel|lora_[ab])$", name)}
   each = sum(
     shape.size * (2 + (2 + 2 * (f"layers/{name}" in trained) if train else 0)) for name, shape in matrices.items()

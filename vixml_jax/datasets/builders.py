@@ -144,13 +144,13 @@ def _shards(folder: Path, split: str, counts: dict[str, int]) -> list[Callable[[
 
 def _examples(folder: Path, split: str, counts: dict[str, int]) -> Iterator[tuple[int, dict]]:
   """Row number and features of every row of a split."""
-  files, oddities = raw.SPLITS[split], raw.Oddities()
+  files, data_warnings = raw.SPLITS[split], raw.DataWarnings()
   num_rows, num_labels = counts[split], counts["labels"]
   if files.filter:
-    rows = raw.read_queries(folder / files.rows, num_labels, oddities)
+    rows = raw.read_queries(folder / files.rows, num_labels, data_warnings)
     excluded = raw.read_filter(folder / files.filter, num_rows, num_labels)
   else:
-    rows, excluded = raw.read_labels(folder / files.rows, oddities), None
+    rows, excluded = raw.read_labels(folder / files.rows, data_warnings), None
   images = raw.read_images(folder / files.images, num_rows)
   with tqdm(total=num_rows, desc=f"prepare {split}", unit=" rows", disable=None) as bar:
     # `rows` ends last, since what it checks at its end must be checked.
@@ -163,4 +163,4 @@ def _examples(folder: Path, split: str, counts: dict[str, int]) -> Iterator[tupl
       # The writer holds on to a shard's examples until it has counted them.
       row.clear()
       bar.update()
-  oddities.report()
+  data_warnings.report()

@@ -7,7 +7,7 @@ images, `{trn,tst,lbl}_images.parquet` with columns `row, slot, png`. Line `i` o
 `i - 1`; the row of a label is its id.
 
 What makes a row unusable raises `InputError` with file and line. What published sets are known to
-contain (empty titles, rows without labels, ...) is taken and counted in `Oddities`.
+contain (empty titles, rows without labels, ...) is taken and counted in `DataWarnings`.
 """
 
 import array
@@ -52,7 +52,7 @@ SPLITS = {
 }
 
 
-class Oddities:
+class DataWarnings:
   """Counts what is unusual in a data set but known to occur, so that each kind is told once."""
 
   def __init__(self):
@@ -137,36 +137,36 @@ def count_rows(path: Path) -> int:
   return rows + (last != b"\n")
 
 
-def read_queries(path: Path, num_labels: int, oddities: Oddities) -> Iterator[dict]:
+def read_queries(path: Path, num_labels: int, data_warnings: DataWarnings) -> Iterator[dict]:
   """Yields `uid, title, content` (text), `target_ind` (int32) and `target_rel` (float32) by row.
 
   Args:
     path: `trn.json.gz` or `tst.json.gz`.
     num_labels: L; every target must lie in `0 .. L - 1`.
-    oddities: counts rows without labels, repeated targets and what `read_labels` counts.
+    data_warnings: counts rows without labels, repeated targets and what `read_labels` counts.
 
   Raises:
     InputError: names file and line.
   """
   for line, record in _records(path):
-    row = _text_fields(path, line, record, oddities)
-    row["target_ind"], row["target_rel"] = _targets(path, line, record, num_labels, oddities)
+    row = _text_fields(path, line, record, data_warnings)
+    row["target_ind"], row["target_rel"] = _targets(path, line, record, num_labels, data_warnings)
     yield row
 
 
-def read_labels(path: Path, oddities: Oddities) -> Iterator[dict]:
+def read_labels(path: Path, data_warnings: DataWarnings) -> Iterator[dict]:
   """Yields `uid, title, content` (text) of every label; its row is its id.
 
   Args:
     path: `lbl.json.gz`.
-    oddities: counts empty titles, absent `content` and repaired text.
+    data_warnings: counts empty titles, absent `content` and repaired text.
 
   Raises:
     InputError: names file and line; also when two labels have the same uid.
   """
   hashes = array.array("q")
   for line, record in _records(path):
-    row = _text_fields(path, line, record, oddities)
+    row = _text_fields(path, line, record, data_warnings)
     digest = hashlib.blake2b(row["uid"].encode(), digest_size=8).digest()
     hashes.append(int.from_bytes(digest, "little", signed=True))
     yield row
@@ -278,34 +278,36 @@ def _damaged(path: Path, line: int, error: Exception) -> InputError:
   return InputError(f"{path}:{line}: cannot be read ({error})")
 
 
-def _text_fields(path: Path, line: int, record: dict, oddities: Oddities) -> dict:
+def _text_fields(path: Path, line: int, record: dict, data_warnings: DataWarnings) -> dict:
   uid = _required(path, line, record, "uid")
   if type(uid) not in (str, int):
     raise InputError(f"{path}:{line}: key 'uid' must be text or a whole number, found {_excerpt(uid)}")
   title = _required(path, line, record, "title")
   if "content" not in record:
-    oddities.add(path, line, "no key 'content' (taken as empty)")
+    data_warnings.add(path, line, "no key 'content' (taken as empty)")
   content = record.get("content", "")
   for key, value in (("title", title), ("content", content)):
     if not isinstance(value, str):
       raise InputError(f"{path}:{line}: key '{key}' must be text, found {_excerpt(value)}")
   if not title.strip():
-    oddities.add(path, line, "an empty title")
+    data_warnings.add(path, line, "an empty title")
   texts = {"uid": str(uid), "title": title, "content": content}
-  return {key: _encodable(path, line, text, oddities) for key, text in texts.items()}
+  return {key: _encodable(path, line, text, data_warnings) for key, text in texts.items()}
 
 
-def _encodable(path: Path, line: int, text: str, oddities: Oddities) -> str:
+def _encodable(path: Path, line: int, text: str, data_warnings: DataWarnings) -> str:
   """JSON can spell half of a surrogate pair, which no encoding of text can store."""
   try:
     text.encode()
     return text
   except UnicodeEncodeError:
-    oddities.add(path, line, "half a surrogate pair in its text (replaced)")
+    data_warnings.add(path, line, "half a surrogate pair in its text (replaced)")
     return text.encode(errors="surrogatepass").decode(errors="replace")
 
 
-def _targets(path: Path, line: int, record: dict, num_labels: int, oddities: Oddities) -> tuple[np.ndarray, np.ndarray]:
+def _targets(
+  path: Path, line: int, record: dict, num_labels: int, data_warnings: DataWarnings
+) -> tuple[np.ndarray, np.ndarray]:
   ids = _list(path, line, record, "target_ind", (int,), "whole numbers")
   relevance = _list(path, line, record, "target_rel", (int, float), "numbers")
   if len(ids) != len(relevance):
@@ -313,7 +315,7 @@ def _targets(path: Path, line: int, record: dict, num_labels: int, oddities: Odd
       f"{path}:{line}: target_ind has {len(ids)} entries and target_rel {len(relevance)}; they must be of one length"
     )
   if not ids:
-    oddities.add(path, line, "no labels")
+    data_warnings.add(path, line, "no labels")
   elif min(ids) < 0 or max(ids) >= num_labels:
     label = next(label for label in ids if not 0 <= label < num_labels)
     raise InputError(
@@ -323,7 +325,7 @@ def _targets(path: Path, line: int, record: dict, num_labels: int, oddities: Odd
   if not all(map(math.isfinite, relevance)):
     raise InputError(f"{path}:{line}: target_rel holds a number that is not finite")
   if len(set(ids)) < len(ids):
-    oddities.add(path, line, "repeated labels in target_ind (the first of each is kept)")
+    data_warnings.add(path, line, "repeated labels in target_ind (the first of each is kept)")
     firsts = dict(zip(reversed(ids), reversed(relevance), strict=True))
     ids = list(dict.fromkeys(ids))
     relevance = [firsts[label] for label in ids]

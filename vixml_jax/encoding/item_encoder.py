@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vixml_jax import sharding
-from vixml_jax.images.features import FeatureBank
+from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedImages, PackedLayout, pack
 from vixml_jax.models import layers
@@ -39,7 +39,7 @@ class ItemEncoder:
   model: ModelDefinition
   layout: PackedLayout
   mesh: Mesh
-  bank: FeatureBank | None = None
+  bank: ImageFeatures | None = None
   frozen: Tree = dataclasses.field(default_factory=dict, repr=False)
 
   @functools.cached_property
@@ -47,7 +47,7 @@ class ItemEncoder:
     def pool(params, frozen, tokens, segments, positions, images, bank):
       images = None if images is None else image_tokens(images, bank)
       model = self.model.bind(layers.join_params(params, frozen))
-      with sharding.over(self.mesh):
+      with sharding.use_mesh(self.mesh):
         return model.pool(tokens, segments, positions, self.layout.slots, images)
 
     return jax.jit(pool, out_shardings=sharding.named_sharding(self.mesh))
@@ -59,7 +59,7 @@ class ItemEncoder:
 
     return jax.jit(prototypes, out_shardings=sharding.named_sharding(self.mesh))
 
-  def pooled(self, params: Tree, items: Items, name: str = "items", bank: FeatureBank | None = None) -> np.ndarray:
+  def pooled(self, params: Tree, items: Items, name: str = "items", bank: ImageFeatures | None = None) -> np.ndarray:
     """Pooled encoder outputs before the norm.
 
     Args:
@@ -83,7 +83,7 @@ class ItemEncoder:
     return out
 
   def _chunks(
-    self, params: Tree, items: Items, bank: FeatureBank | None
+    self, params: Tree, items: Items, bank: ImageFeatures | None
   ) -> Iterator[tuple[np.ndarray, np.ndarray, Array]]:
     """For every chunk: which items it holds, their slots in it, and the pooled vectors [R, S, D]."""
     where = sharding.named_sharding(self.mesh, "row", "vector")
@@ -101,14 +101,14 @@ class ItemEncoder:
         pooled = self._pool(params, self.frozen, *arrays, images, bank and bank.on_devices)
         yield block[members], packed.slots[members] - chunk * per_chunk, pooled
 
-  def _images(self, images: PackedImages | None, chunk: int, bank: FeatureBank | None) -> dict[str, Array] | None:
+  def _images(self, images: PackedImages | None, chunk: int, bank: ImageFeatures | None) -> dict[str, Array] | None:
     """One chunk's images on the mesh."""
     if bank is None or images is None:
       return None
     part = PackedImages(images.rows[chunk], images.segments[chunk], images.positions[chunk])
     return bank.on_mesh(part, self.mesh)
 
-  def queries(self, params: Tree, items: Items, name: str = "queries", bank: FeatureBank | None = None) -> np.ndarray:
+  def queries(self, params: Tree, items: Items, name: str = "queries", bank: ImageFeatures | None = None) -> np.ndarray:
     """Unit-norm plain embeddings, float32 [items, D]; arguments as for `pooled`."""
     return normalize(self.pooled(params, items, name, bank))
 

@@ -28,7 +28,7 @@ import dataclasses
 
 import numpy as np
 
-from vixml_jax.ragged import Ragged, spread
+from vixml_jax.ragged import Ragged, ranges
 from vixml_jax.search.membership import is_in_row
 
 PRECISION_KS = (1, 3, 5)
@@ -261,7 +261,7 @@ class _Block:
     weights = self.propensity[self.truth.values]
     rows = self.truth.row_ids()
     order = np.lexsort((-weights, rows))
-    ranks = spread(0, self.truth.lengths)
+    ranks = ranges(0, self.truth.lengths)
     result = np.zeros((len(self.truth), width))
     kept = ranks < width
     result[rows[kept], ranks[kept]] = weights[order][kept]

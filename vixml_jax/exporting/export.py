@@ -19,7 +19,7 @@ from vixml_jax.array_file import ArrayFile
 from vixml_jax.errors import InputError
 from vixml_jax.exporting.item_tokenizer import max_item_length, save_item_tokenizer
 from vixml_jax.files import new_folder
-from vixml_jax.inference.trained_encoder import TrainedEncoder, load_encoder
+from vixml_jax.inference.trained_encoder import TrainedEncoder, load_trained_encoder
 from vixml_jax.input.packing import without_images
 from vixml_jax.models import layers
 from vixml_jax.run import configuration
@@ -203,7 +203,7 @@ def _export_embeddings(workdir: Path, folder: Path) -> None:
 
 def _load(workdir: Path) -> TrainedEncoder:
   """The encoder in this host's memory, where the largest fits that could be written from here."""
-  return load_encoder(workdir, sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1]))
+  return load_trained_encoder(workdir, sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1]))
 
 
 def _copy_tokenizer(workdir: Path, folder: Path) -> None:

@@ -5,20 +5,20 @@ from typing import Any
 
 from tokenizers import processors
 
-from vixml_jax.input.packing import Part, Phrase
+from vixml_jax.input.packing import Phrase, PromptPart
 from vixml_jax.input.tokenizer import load_fast
 
 _NAMED = ("unk_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
 
 
-def max_item_length(template: tuple[Part, ...], max_length: int) -> int:
+def max_item_length(template: tuple[PromptPart, ...], max_length: int) -> int:
   """The most tokens of an item without images whose text has at most `max_length`, special ones included."""
   before, after = _around_text(template)
   return len(before) + max_length + len(after)
 
 
 def save_item_tokenizer(
-  tokenizer_folder: str | os.PathLike, template: tuple[Part, ...], max_length: int, folder: str | os.PathLike
+  tokenizer_folder: str | os.PathLike, template: tuple[PromptPart, ...], max_length: int, folder: str | os.PathLike
 ) -> None:
   """Writes a tokenizer that turns a text into the very ids that a packed row has for an item of that text alone.
 
@@ -55,7 +55,7 @@ def save_item_tokenizer(
   ).save_pretrained(folder)
 
 
-def _around_text(template: tuple[Part, ...]) -> tuple[list[int], list[int]]:
+def _around_text(template: tuple[PromptPart, ...]) -> tuple[list[int], list[int]]:
   """Ids of the phrases before and after the text."""
   place = template.index("text")
   before, after = (

@@ -22,7 +22,7 @@ from vixml_jax.images.feature_parts import FeatureParts, MergedParts
 from vixml_jax.images.feature_set import FeatureSet
 from vixml_jax.images.preprocess import PREPROCESSING
 from vixml_jax.images.sources import ImageSource
-from vixml_jax.images.tower import ImageEncoder
+from vixml_jax.images.tower import ImageTower
 from vixml_jax.weights import siglip
 
 BAD_IMAGES = "bad_images.jsonl"
@@ -85,7 +85,7 @@ def prepare_features(
       _log.info("%s: features of this checkpoint and pre-processing are there; nothing to do", target)
       return found
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    encoder = ImageEncoder(checkpoint, variant, preprocessing, batch_size, dtype)
+    encoder = ImageTower(checkpoint, variant, preprocessing, batch_size, dtype)
     key = fingerprint_of([made_by, dtype, builder.info.metadata["sha256"], sources.PART_IMAGES, sources.PART_ROWS])
     parts = FeatureParts(target.parent / f"parts-{key[:16]}", encoder.dim)
     _encode(encoder, splits, parts)
@@ -101,7 +101,7 @@ def _wait_for_all(what: str) -> None:
     multihost_utils.sync_global_devices(what)
 
 
-def _encode(encoder: ImageEncoder, sources: dict[str, ImageSource], parts: FeatureParts) -> None:
+def _encode(encoder: ImageTower, sources: dict[str, ImageSource], parts: FeatureParts) -> None:
   """Makes this process's share of the parts that are missing."""
   missing = {
     split: np.setdiff1d(np.arange(source.num_parts), parts.finished(split)) for split, source in sources.items()

@@ -18,7 +18,7 @@ _CODES = {reason: code for code, reason in enumerate(REASONS, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class FeaturePart:
   """Features of some images of one split, in any order.
 
   Attributes:
@@ -51,7 +51,7 @@ class FeatureParts:
     """Numbers of the parts of a split that are there, ascending."""
     return sorted(int(path.name.split("-")[1]) for path in self._folder.glob(f"{split}-*-index.npy"))
 
-  def write(self, split: str, number: int, part: Part) -> None:
+  def write(self, split: str, number: int, part: FeaturePart) -> None:
     """Keeps a part; an earlier one of that number is replaced."""
     index = np.empty(len(part.rows), _INDEX)
     index["row"], index["slot"] = part.rows, part.slots

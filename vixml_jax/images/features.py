@@ -25,7 +25,7 @@ _SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureBank:
+class ImageFeatures:
   """M image vectors, and which of them each item has.
 
   Attributes:
@@ -40,7 +40,7 @@ class FeatureBank:
   fingerprint: str
   on_devices: jax.Array | None = None
 
-  def placed(self, mesh: Mesh, where: str) -> "FeatureBank":
+  def placed(self, mesh: Mesh, where: str) -> "ImageFeatures":
     """The bank on the devices ("device"), left memory-mapped ("host"), or on the devices if it fits ("auto")."""
     if where == "auto":
       needed = bytes_per_device(len(self.values), self.values.shape[1], _row_devices(mesh))
@@ -75,7 +75,7 @@ def bytes_per_device(num_images: int, dim: int, devices: int) -> int:
   return sharding.padded_rows(num_images) * dim * np.dtype(np.float16).itemsize // devices
 
 
-def load_feature_bank(features: FeatureSet, images: int, cache_dir: str | os.PathLike) -> FeatureBank:
+def load_image_features(features: FeatureSet, images: int, cache_dir: str | os.PathLike) -> ImageFeatures:
   """Reads a data set of features into one array, or opens what an earlier call left in `cache_dir`.
 
   Args:
@@ -102,7 +102,7 @@ def load_feature_bank(features: FeatureSet, images: int, cache_dir: str | os.Pat
     raise InputError(f"{folder}: cannot be read ({error}); delete it to build it again") from error
   if not len(values):
     raise InputError(f"{features.metadata['dataset']}: none of its items has an image; set --config.images=0")
-  return FeatureBank(values, {split: _ids(array) for split, array in offsets.items()}, fingerprint)
+  return ImageFeatures(values, {split: _ids(array) for split, array in offsets.items()}, fingerprint)
 
 
 def _write(features: FeatureSet, images: int, folder: Path) -> None:

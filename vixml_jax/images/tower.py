@@ -15,7 +15,7 @@ from tqdm import tqdm
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.images.decoding import MISSING, UNREADABLE, BadImage, decode
-from vixml_jax.images.feature_parts import Part
+from vixml_jax.images.feature_parts import FeaturePart
 from vixml_jax.images.feature_set import to_float16
 from vixml_jax.images.preprocess import PREPROCESSING
 from vixml_jax.images.sources import ImageSource
@@ -37,7 +37,7 @@ class _Image(NamedTuple):
   reason: str | None
 
 
-class ImageEncoder:
+class ImageTower:
   """A SigLIP tower on this process's devices, with its pre-processing.
 
   Args:
@@ -71,7 +71,7 @@ class ImageEncoder:
 
     self._encode = jax.jit(encode, out_shardings=self._rows)
 
-  def encode_parts(self, source: ImageSource, numbers: Sequence[int], name: str) -> Iterator[tuple[int, Part]]:
+  def encode_parts(self, source: ImageSource, numbers: Sequence[int], name: str) -> Iterator[tuple[int, FeaturePart]]:
     """Encodes parts of a source one after the other; the next one's images are decoded meanwhile.
 
     Args:
@@ -102,7 +102,7 @@ class ImageEncoder:
     for number in empty:
       yield number, _make_part([], np.zeros((0, self.dim), np.float16))
 
-  def _part(self, images: list[_Image], vectors: list[np.ndarray]) -> tuple[int, Part]:
+  def _part(self, images: list[_Image], vectors: list[np.ndarray]) -> tuple[int, FeaturePart]:
     values = to_float16(np.stack(vectors))
     if values is None:
       raise InputError(
@@ -184,8 +184,8 @@ def _pixels(
     return None, UNREADABLE
 
 
-def _make_part(images: list[_Image], values: np.ndarray) -> Part:
-  return Part(
+def _make_part(images: list[_Image], values: np.ndarray) -> FeaturePart:
+  return FeaturePart(
     np.array([image.row for image in images], np.int64),
     np.array([image.slot for image in images], np.int32),
     [image.reason for image in images],

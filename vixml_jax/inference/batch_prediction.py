@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vixml_jax.errors import InputError
 from vixml_jax.files import locked, write_json
-from vixml_jax.inference.predictor import BadPicture, Predictor
+from vixml_jax.inference.predictor import Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query
 from vixml_jax.inference.query_files import QueryFile
 from vixml_jax.inference.result_files import ResultFormat, result_format
@@ -165,9 +165,9 @@ class _Job:
       self._resumed += len(block)
       return
     first_row = number * self._batch_size
-    bad: list[BadPicture] = []
+    bad: list[UnreadableImage] = []
     started = time.perf_counter()
-    embeddings = self._predictor.encode(block, bad_pictures=bad, whole_chunks=True)
+    embeddings = self._predictor.encode(block, unreadable=bad, whole_chunks=True)
     self._encoding.add(started, len(block))
     started = time.perf_counter()
     found = self._predictor.search(embeddings, self._k, block)
@@ -222,7 +222,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     raise InputError(f"{path}: damaged ({error}); delete its folder to begin anew") from error
 
 
-def _write_bad(path: Path, first_row: int, bad: Sequence[BadPicture]) -> None:
+def _write_bad(path: Path, first_row: int, bad: Sequence[UnreadableImage]) -> None:
   with path.open("w", encoding="utf-8") as file:
     for picture in bad:
       record = {"row": first_row + picture.query, "image": picture.image, "reason": picture.reason}

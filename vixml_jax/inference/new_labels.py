@@ -221,7 +221,7 @@ def nearest_clusters(embeddings: np.ndarray, clusters: np.ndarray, mesh: Mesh) -
 def add_labels(
   index: LabelIndex, labels: Sequence[NewLabel], embedded: EmbeddedLabels, delete: np.ndarray
 ) -> LabelIndex:
-  """Writes the next generation of an index; see `LabelIndex.add`.
+  """Writes the next snapshot of an index; see `LabelIndex.add`.
 
   Args:
     index: where the labels go.
@@ -294,7 +294,7 @@ def check_categories(
 
 
 def set_categories(index: LabelIndex, categories: Mapping[str, tuple[str, tuple[str, ...]]]) -> LabelIndex:
-  """Writes the next generation of an index, whose labels are in these categories; see `read_categories`.
+  """Writes the next snapshot of an index, whose labels are in these categories; see `read_categories`.
 
   Raises:
     InputError: naming the line of a uid that is unknown or whose label was deleted.

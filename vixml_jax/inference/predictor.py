@@ -14,8 +14,8 @@ import numpy as np
 from vixml_jax.errors import InputError
 from vixml_jax.files import fingerprint_of
 from vixml_jax.inference.queries import Query, QueryFormat
-from vixml_jax.inference.query_images import PictureEncoder
-from vixml_jax.inference.trained_encoder import TrainedEncoder, load_encoder
+from vixml_jax.inference.query_images import QueryImageEncoder
+from vixml_jax.inference.trained_encoder import TrainedEncoder, load_trained_encoder
 from vixml_jax.run.workdir import INDEX
 from vixml_jax.search import retrieval_augmented as retrieval
 from vixml_jax.search.label_index import Filters, LabelIndex
@@ -39,7 +39,7 @@ class Prediction(NamedTuple):
   score: float
 
 
-class BadPicture(NamedTuple):
+class UnreadableImage(NamedTuple):
   """A picture that cannot be read: image `image` of query `query` of a call, from 0, and why."""
 
   query: int
@@ -75,7 +75,7 @@ class Predictor:
 
   encoder: TrainedEncoder
   index: LabelIndex
-  pictures: PictureEncoder | None
+  pictures: QueryImageEncoder | None
   retrieval: Retrieval | None
 
   @property
@@ -127,20 +127,20 @@ class Predictor:
       raise InputError(f"k={k}: must be 1 to {self.index.num_live}, the number of labels")
 
   def encode(
-    self, queries: Sequence[GivenQuery], *, bad_pictures: list[BadPicture] | None = None, whole_chunks: bool = False
+    self, queries: Sequence[GivenQuery], *, unreadable: list[UnreadableImage] | None = None, whole_chunks: bool = False
   ) -> np.ndarray:
     """Unit-norm embeddings, float32 [Q, D].
 
     Args:
       queries: as for `predict`.
-      bad_pictures: takes the pictures that cannot be read, and that queries then go without; None refuses them.
+      unreadable: takes the pictures that cannot be read, and that queries then go without; None refuses them.
       whole_chunks: see `TrainedEncoder.embed`.
 
     Raises:
       InputError: naming the query and what is wrong with it.
     """
     checked = self.checked(queries)
-    vectors = self.image_vectors(checked, bad_pictures) if self.encoder.images else None
+    vectors = self.image_vectors(checked, unreadable) if self.encoder.images else None
     return self.encoder.embed([query.text for query in checked], vectors, whole_chunks=whole_chunks)
 
   def search(self, embeddings: np.ndarray, k: int, queries: Sequence[Query] = ()) -> tuple[np.ndarray, np.ndarray]:
@@ -186,7 +186,7 @@ class Predictor:
       "search": self.index.search_kind,
     }
 
-  def image_vectors(self, queries: Sequence[Query], bad: list[BadPicture] | None) -> list[list[np.ndarray]]:
+  def image_vectors(self, queries: Sequence[Query], bad: list[UnreadableImage] | None) -> list[list[np.ndarray]]:
     """For each query the vectors of its first I images that can be read; pictures go through the tower together."""
     pictures = [
       (i, j, image)
@@ -204,7 +204,7 @@ class Predictor:
         elif bad is None:
           raise InputError(f"{queries[i].where}: image {j}: {reason}; mend it or leave it out")
         else:
-          bad.append(BadPicture(i, j, reason))
+          bad.append(UnreadableImage(i, j, reason))
     return [
       [
         image if isinstance(image, np.ndarray) else features[i, j]
@@ -274,11 +274,11 @@ def load(
     InputError: for whatever is missing, damaged, or of another checkpoint.
   """
   workdir = Path(workdir)
-  encoder = load_encoder(workdir, mesh)
+  encoder = load_trained_encoder(workdir, mesh)
   index = LabelIndex.open(workdir / INDEX, checkpoint=encoder.checkpoint, search=search, mesh=encoder.mesh)
   pictures = None
   if encoder.images:
-    pictures = PictureEncoder(encoder.config, encoder.image_origin or {}, image_checkpoint, image_batch_size)
+    pictures = QueryImageEncoder(encoder.config, encoder.image_origin or {}, image_checkpoint, image_batch_size)
   how = _retrieval(index, workdir, retrieval_lambda, retrieval_temperature) if retrieval_augmented else None
   return Predictor(encoder, index, pictures, how)
 

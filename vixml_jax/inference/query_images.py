@@ -13,13 +13,13 @@ import numpy as np
 
 from vixml_jax.errors import InputError
 from vixml_jax.images.sources import EncodedImage
-from vixml_jax.images.tower import ImageEncoder
+from vixml_jax.images.tower import ImageTower
 from vixml_jax.weights.siglip import checkpoint_hashes
 
 _PUBLISHED = "published"  # Preprocessing of features that were downloaded: which tower made them is in no file's hash.
 
 
-class PictureEncoder:
+class QueryImageEncoder:
   """A SigLIP tower that is loaded when the first picture comes.
 
   Args:
@@ -49,7 +49,7 @@ class PictureEncoder:
     return part.features, part.reasons
 
   @functools.cached_property
-  def _tower(self) -> ImageEncoder:
+  def _tower(self) -> ImageTower:
     checkpoint = self._find()
     origin, wanted = self._origin, self._config.features
     published = origin.get("preprocessing") == _PUBLISHED
@@ -59,7 +59,7 @@ class PictureEncoder:
         f"name {origin.get('checkpoint', 'that one')} by --image_checkpoint"
       )
     dtype = "float32" if jax.default_backend() == "cpu" else origin.get("dtype", "bfloat16")
-    tower = ImageEncoder(
+    tower = ImageTower(
       checkpoint,
       origin.get("variant") or None,
       wanted.preprocessing if published else origin["preprocessing"],

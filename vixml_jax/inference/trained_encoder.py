@@ -15,7 +15,7 @@ import numpy as np
 from vixml_jax import sharding
 from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.errors import InputError
-from vixml_jax.images.features import FeatureBank
+from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, bucket, pack
 from vixml_jax.input.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from vixml_jax.run.checkpoint import checkpoint_id, newest_checkpoint, restore_p
 from vixml_jax.run.from_config import layout_of, model_of
 from vixml_jax.run.pretrained import frozen_params
 from vixml_jax.run.state import abstract_params
-from vixml_jax.run.workdir import CHECKPOINTS, FACTS, TOKENIZER
+from vixml_jax.run.workdir import CHECKPOINTS, INFERENCE_INFO, TOKENIZER
 from vixml_jax.training.start import check_base
 from vixml_jax.typing import Tree
 from vixml_jax.weights import source
@@ -97,7 +97,7 @@ class TrainedEncoder:
 
   def _items(
     self, texts: Sequence[str], vectors: Sequence[Sequence[np.ndarray]] | None
-  ) -> tuple[Items, FeatureBank | None]:
+  ) -> tuple[Items, ImageFeatures | None]:
     tokens = self.tokenizer(texts)
     if not self.images:
       return Items.of_texts(tokens), None
@@ -106,7 +106,7 @@ class TrainedEncoder:
     rows = Ragged.of_lengths(np.arange(sum(lengths), dtype=np.int32), lengths)
     # Empty places of packed rows name row 0, which has to exist.
     values = [vector for given in kept for vector in given] or [np.zeros(self.feature_dim)]
-    return Items(tokens, rows), FeatureBank(np.stack(values).astype(np.float16), {}, "")
+    return Items(tokens, rows), ImageFeatures(np.stack(values).astype(np.float16), {}, "")
 
   def _rows(self, items: Items, whole_chunks: bool) -> int:
     """Rows of a chunk: of few sizes, since each compiles a program."""
@@ -128,7 +128,7 @@ class TrainedEncoder:
     return {}
 
 
-def load_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEncoder:
+def load_trained_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEncoder:
   """Restores the newest checkpoint of a workdir; no training data are needed.
 
   Args:
@@ -169,13 +169,13 @@ def load_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEncoder:
 
 
 def _facts(workdir: Path, step: int) -> dict[str, Any]:
-  path = workdir / FACTS
+  path = workdir / INFERENCE_INFO
   try:
     facts = json.loads(path.read_text(encoding="utf-8"))
     return {key: facts[key] for key in ("tokenizer_sha256", "image_features")}
   except FileNotFoundError as error:
     raise InputError(
-      f"{workdir}: has a checkpoint of step {step}, but no {FACTS}, tokenizer or index to answer queries with; where "
+      f"{workdir}: has a checkpoint of step {step}, but no {INFERENCE_INFO}, tokenizer or index to answer queries with; where "
       f"its data set is, run python -m vixml_jax.evaluate --workdir={workdir}"
     ) from error
   except (OSError, ValueError, KeyError, TypeError) as error:

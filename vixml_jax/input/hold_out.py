@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vixml_jax.ragged import Ragged, spread
+from vixml_jax.ragged import Ragged, ranges
 
 
 def hold_out(tokens: Ragged, fraction: float, seed: int) -> np.ndarray:
@@ -32,7 +32,7 @@ def hold_out(tokens: Ragged, fraction: float, seed: int) -> np.ndarray:
   order = np.lexsort((values, frequencies[values], rows))
   rows, values = rows[order], values[order]
   counts = np.bincount(rows, minlength=len(tokens))
-  rank = spread(0, counts)
+  rank = ranges(0, counts)
   rare = rank < -(-2 * counts[rows] // 3)
   sums = np.zeros(len(tokens), np.uint64)
   np.add.at(sums, rows[rare], codes[values[rare]])

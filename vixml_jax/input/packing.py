@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from vixml_jax.input.items import Items
-from vixml_jax.ragged import Ragged, spread
+from vixml_jax.ragged import Ragged, ranges
 
 _SHORTEST = 3  # Tokens of an item, as slots reckon: shorter ones are too few to give every row more slots.
 
@@ -31,10 +31,10 @@ class Phrase:
   beside_images: bool = False
 
 
-Part = Literal["text", "images"] | Phrase
+PromptPart = Literal["text", "images"] | Phrase
 
 
-def without_images(template: tuple[Part, ...]) -> tuple[Part, ...]:
+def without_images(template: tuple[PromptPart, ...]) -> tuple[PromptPart, ...]:
   """The parts of an item without images; of every item where images do not stand among the tokens."""
   return tuple(part for part in template if part != "images" and not (isinstance(part, Phrase) and part.beside_images))
 
@@ -55,7 +55,7 @@ class PackedLayout:
   row_length: int
   chunk_rows: int
   images: int = 0
-  template: tuple[Part, ...] = ("images", "text")
+  template: tuple[PromptPart, ...] = ("images", "text")
   special_tokens: int = 2
 
   def __post_init__(self):
@@ -193,7 +193,7 @@ def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedIte
   starts = _starts(rows, slots, lengths, num_chunks * layout.chunk_rows)
   tokens, segments, positions = (np.zeros((*chunked, layout.row_length), np.int32) for _ in range(3))
   first = rows * layout.row_length + starts
-  places = spread(first, lengths)
+  places = ranges(first, lengths)
   segments.reshape(-1)[places] = np.repeat(slots + 1, lengths)
   positions.reshape(-1)[places] = places - np.repeat(first, lengths)
   first_images = _write_tokens(tokens.reshape(-1), first, sizes, items.tokens, layout) - rows * layout.row_length
@@ -206,7 +206,7 @@ def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedIte
   )
 
 
-def _sizes(part: Part, items: Items) -> np.ndarray:
+def _sizes(part: PromptPart, items: Items) -> np.ndarray:
   """int64 [items], the tokens that a part takes in each item."""
   if isinstance(part, Phrase):
     return len(part.ids) * ((items.images.lengths > 0) | (not part.beside_images))
@@ -237,7 +237,7 @@ def _write_tokens(
     if isinstance(part, Phrase):
       tokens[first[size > 0, None] + np.arange(len(part.ids))] = part.ids
     elif part == "text":
-      tokens[spread(first, size)] = texts.values
+      tokens[ranges(first, size)] = texts.values
     else:
       first_images = first
     first = first + size
@@ -256,11 +256,11 @@ def _pack_images(
   )
   # The items of a row take its places one after the other.
   starts = _starts(rows, slots, images.lengths, chunked[0] * chunked[1])
-  places = spread(rows * layout.image_places + starts, images.lengths)
+  places = ranges(rows * layout.image_places + starts, images.lengths)
   ids.reshape(-1)[places] = images.values
   segments.reshape(-1)[places] = np.repeat(slots + 1, images.lengths)
   if "images" in layout.template:
-    positions.reshape(-1)[places] = spread(first, images.lengths)
+    positions.reshape(-1)[places] = ranges(first, images.lengths)
   return PackedImages(ids, segments, positions)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 
 from vixml_jax.errors import InputError
-from vixml_jax.input.packing import Part, Phrase, without_images
+from vixml_jax.input.packing import Phrase, PromptPart, without_images
 from vixml_jax.input.tokenizer import Tokenizer
 
 
@@ -37,7 +37,7 @@ def template_words(template: str, phrases: Collection[str], images: bool) -> lis
 
 def parse_template(
   template: str, phrases: Mapping[str, str], eos: str, tokenizer: Tokenizer, images: bool
-) -> tuple[Part, ...]:
+) -> tuple[PromptPart, ...]:
   """Turns a template into the parts of an item, as `PackedLayout` takes them.
 
   The phrase directly before V introduces the images: it is left out, like V, of an item without images. All others
@@ -69,7 +69,7 @@ def parse_template(
   return parts if images else without_images(parts)
 
 
-def _part(word: str, beside_images: bool, phrases: Mapping[str, str], eos: str, tokenizer: Tokenizer) -> Part:
+def _part(word: str, beside_images: bool, phrases: Mapping[str, str], eos: str, tokenizer: Tokenizer) -> PromptPart:
   """One word's part."""
   if word == "E":
     return "text"

@@ -97,7 +97,7 @@ def scan_layers(
     The last layer's output, and all outputs stacked in front (None unless asked for).
   """
   graphdef, params, _ = split_params(stack)
-  pin = lambda rows: sharding.pin(rows, "row", "position", "vector")
+  pin = lambda rows: sharding.constrain(rows, "row", "position", "vector")
 
   def step(carry, inputs):
     layer_params, key = inputs

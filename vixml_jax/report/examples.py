@@ -22,7 +22,7 @@ _SIDE = 96
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class ShownPrediction:
   """A label that was predicted: its text, its score, and whether it is right."""
 
   text: str
@@ -57,7 +57,7 @@ class Example:
 
   text: str
   pictures: list[str]
-  predictions: dict[str, list[Prediction]]
+  predictions: dict[str, list[ShownPrediction]]
   truth: list[TrueLabel]
   hidden: int
 
@@ -105,9 +105,11 @@ def collect_examples(
   return examples
 
 
-def _predictions(ids: np.ndarray, scores: np.ndarray, true: set[int], texts: Mapping[int, str]) -> list[Prediction]:
+def _predictions(
+  ids: np.ndarray, scores: np.ndarray, true: set[int], texts: Mapping[int, str]
+) -> list[ShownPrediction]:
   shown = zip(ids[:_SHOWN].tolist(), scores[:_SHOWN].tolist(), strict=True)
-  return [Prediction(texts[label], score, label in true) for label, score in shown if label >= 0]
+  return [ShownPrediction(texts[label], score, label in true) for label, score in shown if label >= 0]
 
 
 def _true_labels(

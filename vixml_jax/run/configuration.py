@@ -141,12 +141,12 @@ _FREE_KEYS = (
 )
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
+def flatten_config(config: ConfigDict) -> dict[str, Any]:
   """Dotted key -> value."""
   return {
     (f"{key}.{inner}" if inner else key): leaf
     for key, value in config.items()
-    for inner, leaf in (flatten(value).items() if isinstance(value, ConfigDict) else {"": value}.items())
+    for inner, leaf in (flatten_config(value).items() if isinstance(value, ConfigDict) else {"": value}.items())
   }
 
 
@@ -156,7 +156,7 @@ def check(config: ConfigDict) -> None:
   Raises:
     InputError: naming the key, its value and what it must be.
   """
-  values = flatten(config)
+  values = flatten_config(config)
   _check_values(values, _CHECKS)
   _check_values(values, _ENCODER_CHECKS[values["encoder.architecture"]])
   for small, large in (("loss.margin_min", "loss.margin_max"), ("dataset.max_length", "train.row_length")):
@@ -228,7 +228,7 @@ def write(config: ConfigDict, path: Path) -> None:
   """
   text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
   if path.exists():
-    old, new = flatten(read(path)), flatten(ConfigDict(json.loads(text)))
+    old, new = flatten_config(read(path)), flatten_config(ConfigDict(json.loads(text)))
     for key in sorted(old.keys() | new.keys()):
       if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS):
         raise InputError(

@@ -17,7 +17,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.evaluation.metrics import inverse_propensity
 from vixml_jax.images.extraction import prepare_features
 from vixml_jax.images.feature_set import FeatureSet, open_features
-from vixml_jax.images.features import FeatureBank, load_feature_bank
+from vixml_jax.images.features import ImageFeatures, load_image_features
 from vixml_jax.input.batches import TrainingQueries, steps_per_epoch
 from vixml_jax.input.corpus import Corpus, load_corpus
 from vixml_jax.input.hold_out import hold_out
@@ -59,7 +59,7 @@ class Run:
   mesh: Mesh
   weights_folder: Path | None
   corpus: Corpus
-  bank: FeatureBank | None
+  bank: ImageFeatures | None
   items: dict[str, Items]
   query_rows: np.ndarray
   validation_rows: np.ndarray
@@ -233,7 +233,7 @@ def set_up(config: ConfigDict, workdir: Path, extract: bool = True) -> Run:
   )
 
 
-def _open_bank(config: ConfigDict, builder, mesh: Mesh, extract: bool) -> FeatureBank | None:
+def _open_bank(config: ConfigDict, builder, mesh: Mesh, extract: bool) -> ImageFeatures | None:
   """The image features of a config with images."""
   if not config.images:
     return None
@@ -250,7 +250,7 @@ def _open_bank(config: ConfigDict, builder, mesh: Mesh, extract: bool) -> Featur
   else:
     features = open_features(builder, data_dir, wanted.name)
   _check_features(config, features)
-  return load_feature_bank(features, config.images, Path(data_dir) / "feature_banks").placed(mesh, config.fusion.bank)
+  return load_image_features(features, config.images, Path(data_dir) / "feature_banks").placed(mesh, config.fusion.bank)
 
 
 def _check_features(config: ConfigDict, features: FeatureSet) -> None:
@@ -261,7 +261,7 @@ def _check_features(config: ConfigDict, features: FeatureSet) -> None:
     )
 
 
-def _items(corpus: Corpus, bank: FeatureBank | None) -> dict[str, Items]:
+def _items(corpus: Corpus, bank: ImageFeatures | None) -> dict[str, Items]:
   tokens = {"train": corpus.train_tokens, "test": corpus.test_tokens, "labels": corpus.label_tokens}
   if bank is None:
     return {split: Items.of_texts(texts) for split, texts in tokens.items()}

@@ -16,7 +16,7 @@ from vixml_jax.files import new_folder, write_json
 from vixml_jax.images.feature_set import open_features
 from vixml_jax.run.checkpoint import checkpoint_id
 from vixml_jax.run.from_config import Run
-from vixml_jax.run.workdir import CHECKPOINTS, FACTS, INDEX, TOKENIZER
+from vixml_jax.run.workdir import CHECKPOINTS, INDEX, INFERENCE_INFO, TOKENIZER
 from vixml_jax.search.label_index import IndexContents, is_edited, write_index
 from vixml_jax.weights import source
 
@@ -60,7 +60,7 @@ def write_inference_files(
   if jax.process_index() == 0:
     checkpoint = checkpoint_id(run.workdir / CHECKPOINTS, step)
     tokenizer_hashes = _copy_tokenizer(source.resolve(run.config.encoder.pretrained), run.workdir / TOKENIZER)
-    write_json(run.workdir / FACTS, {"tokenizer_sha256": tokenizer_hashes, "image_features": _origin(run)})
+    write_json(run.workdir / INFERENCE_INFO, {"tokenizer_sha256": tokenizer_hashes, "image_features": _origin(run)})
     if is_edited(run.workdir / INDEX, checkpoint):
       _log.warning(
         "%s: labels were added to it or deleted; it is left as it is. Delete it to have it written again",

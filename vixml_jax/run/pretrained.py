@@ -15,7 +15,7 @@ from vixml_jax.weights.placement import place
 from vixml_jax.weights.tables import TABLES
 
 
-def load_encoder(folder: Path, model: ModelDefinition, mesh: Mesh) -> Tree:
+def load_pretrained_encoder(folder: Path, model: ModelDefinition, mesh: Mesh) -> Tree:
   """The encoder without adapters from a Hugging Face folder, each device getting its own part.
 
   Args:
@@ -74,4 +74,4 @@ def frozen_params(model: ModelDefinition, mesh: Mesh, seed: int, folder: Path | 
 def _base(model: ModelDefinition, mesh: Mesh, seed: int, folder: Path | None) -> Tree:
   if folder is None:
     return init_params(model, mesh, seed, lambda tree: model.split_base(tree)[1])
-  return load_encoder(folder, model, mesh)
+  return load_pretrained_encoder(folder, model, mesh)

@@ -1,6 +1,6 @@
 """The label index on disk: embeddings, texts and uids of all labels, what searches them, and the training queries.
 
-A workdir's `index/` holds generations (see `generations`), each a folder of
+A workdir's `index/` holds snapshots (see `snapshots`), each a folder of
   index.json            format, checkpoint, search, counts, recall of ScaNN, retrieval augmentation, sha256 of each file
   labels.npy            float32 [L, D], the prototypes; the row is the label's id, which is never used again
   deleted.npy           bool [L]
@@ -148,7 +148,7 @@ def write_index(
     }
 
   with locked(folder / snapshots.LOCK):
-    snapshots.write_generation(folder, fill)
+    snapshots.write_snapshot(folder, fill)
 
 
 def is_edited(folder: str | Path, checkpoint: dict[str, Any]) -> bool:
@@ -161,7 +161,7 @@ def is_edited(folder: str | Path, checkpoint: dict[str, Any]) -> bool:
 
 
 class LabelIndex:
-  """An index on disk, opened: one generation, which stays as it is. `add` and `delete` write the next and return it.
+  """An index on disk, opened: one snapshot, which stays as it is. `add` and `delete` write the next and return it.
 
   Attributes:
     folder: `index/` of a workdir.
@@ -173,20 +173,20 @@ class LabelIndex:
     search_kind: "exact" or "scann", how it searches.
   """
 
-  def __init__(self, folder: Path, generation: Path, info: dict[str, Any], search: str, mesh: Mesh | None):
+  def __init__(self, folder: Path, snapshot: Path, info: dict[str, Any], search: str, mesh: Mesh | None):
     """Maps the files; use `open`."""
-    mapped = lambda name: np.load(generation / name, mmap_mode="r", allow_pickle=False)
+    mapped = lambda name: np.load(snapshot / name, mmap_mode="r", allow_pickle=False)
     self.folder, self.info = folder, info
     self.embeddings = mapped("labels.npy")
     self.deleted = np.asarray(mapped("deleted.npy"))
     self.label_clusters, self.clusters = mapped("label_clusters.npy"), mapped("clusters.npy")
-    self.search_kind, self._generation, self._mesh = search, generation, mesh
-    self._texts, self._uids = (TextTable(Ragged.load(generation / name)) for name in ("texts", "uids"))
-    self._categories = None if info["categories"] is None else Ragged.load(generation / "categories")
+    self.search_kind, self._snapshot, self._mesh = search, snapshot, mesh
+    self._texts, self._uids = (TextTable(Ragged.load(snapshot / name)) for name in ("texts", "uids"))
+    self._categories = None if info["categories"] is None else Ragged.load(snapshot / "categories")
     self._queries = mapped("queries.npy") if "queries.npy" in info["files"] else None
-    self._all_query_labels = None if self._queries is None else Ragged.load(generation / "query_labels")
+    self._all_query_labels = None if self._queries is None else Ragged.load(snapshot / "query_labels")
     if search == "scann":
-      _ = self.label_index  # Now, since its files go when the next generation comes.
+      _ = self.label_index  # Now, since its files go when the next snapshot comes.
 
   @classmethod
   def open(
@@ -198,7 +198,7 @@ class LabelIndex:
     mesh: Mesh | None = None,
     verify: bool = True,
   ) -> Self:
-    """Opens the valid generation.
+    """Opens the valid snapshot.
 
     Args:
       folder: `index/` of a workdir.
@@ -214,17 +214,17 @@ class LabelIndex:
     """
     folder = Path(folder)
     while True:
-      generation, info = snapshots.read_current(folder)
+      snapshot, info = snapshots.read_current(folder)
       try:
         _check_info(folder, info, checkpoint)
-        snapshots.check_files(generation, info["files"], contents=verify)
-        return cls(folder, generation, info, search or info["search"]["kind"], mesh)
+        snapshots.check_files(snapshot, info["files"], contents=verify)
+        return cls(folder, snapshot, info, search or info["search"]["kind"], mesh)
       except (OSError, ValueError) as error:  # InputError is one, too.
         # It may have been replaced, and removed, in the meantime.
-        if snapshots.read_current(folder)[0] == generation:
+        if snapshots.read_current(folder)[0] == snapshot:
           if isinstance(error, InputError):
             raise
-          raise InputError(f"{generation}: cannot be read ({error}); {snapshots.remedy(folder)}") from error
+          raise InputError(f"{snapshot}: cannot be read ({error}); {snapshots.remedy(folder)}") from error
 
   @property
   def num_labels(self) -> int:
@@ -255,20 +255,20 @@ class LabelIndex:
   def label_index(self) -> Index:
     """Of the labels that are not deleted; what it finds are ids."""
     if self.search_kind == "scann" and self.info["search"]["kind"] == "scann":
-      return ScannIndex.load(self._generation / "scann")
+      return ScannIndex.load(self._snapshot / "scann")
     live = np.flatnonzero(~self.deleted) if self.deleted.any() else None
     return make_index(self.search_kind, self.embeddings, self._mesh, live)
 
   @functools.cached_property
   def query_index(self) -> Index:
-    """Of the training queries. With ScaNN, read it once before a next generation removes its files.
+    """Of the training queries. With ScaNN, read it once before a next snapshot removes its files.
 
     Raises:
       InputError: the index was written without training queries.
     """
     queries = self._stored_queries()
     if self.search_kind == "scann" and self.info["search"]["kind"] == "scann":
-      return ScannIndex.load(self._generation / "scann_queries")
+      return ScannIndex.load(self._snapshot / "scann_queries")
     return make_index(self.search_kind, queries, self._mesh)
 
   @functools.cached_property
@@ -380,7 +380,7 @@ class LabelIndex:
       delete: ids of labels to delete in the same step, such as those that new ones replace.
 
     Returns:
-      the next generation, which is on disk.
+      the next snapshot, which is on disk.
 
     Raises:
       InputError: a uid stands for a label already, there is no such id to delete, or no label would be left.
@@ -409,7 +409,7 @@ class LabelIndex:
       ids: of labels.
 
     Returns:
-      the next generation, which is on disk.
+      the next snapshot, which is on disk.
 
     Raises:
       InputError: there is no such id, or no label would be left.
@@ -425,7 +425,7 @@ class LabelIndex:
       categories: names of the categories of each; none to take it out of all.
 
     Returns:
-      the next generation, which is on disk.
+      the next snapshot, which is on disk.
 
     Raises:
       InputError: there is no such id.
@@ -473,19 +473,19 @@ class LabelIndex:
     return members if uids is None else np.intersect1d(members, self._known_ids(uids))
 
   def _edit(self, write, changed: Sequence[str] = ()) -> "LabelIndex":
-    """Writes the next generation on top of the latest one, which another process may have written.
+    """Writes the next snapshot on top of the latest one, which another process may have written.
 
     Of `_UNCHANGED`, `changed` are changed after all.
     """
     with locked(self.folder / snapshots.LOCK):
-      generation, _ = snapshots.read_current(self.folder)
-      latest = self if generation == self._generation else self._reopened()
+      snapshot, _ = snapshots.read_current(self.folder)
+      latest = self if snapshot == self._snapshot else self._reopened()
       known = {
         name: described
         for name, described in latest.info["files"].items()
         if name.split("/")[0] in _UNCHANGED and name.split("/")[0] not in changed
       }
-      snapshots.write_generation(self.folder, lambda work: write(latest, work), known)
+      snapshots.write_snapshot(self.folder, lambda work: write(latest, work), known)
     return self._reopened()
 
   def _reopened(self) -> "LabelIndex":
@@ -530,11 +530,11 @@ class LabelIndex:
     _save_joined(work / "queries.npy", self._queries, queries)
     labels = Ragged((labels.values + self.num_labels).astype(np.int32), labels.offsets)
     self._all_query_labels.followed_by(labels).save(work / "query_labels")
-    if not (self._generation / "scann_queries").exists():
+    if not (self._snapshot / "scann_queries").exists():
       return
-    scann = ScannIndex.load(self._generation / "scann_queries")
+    scann = ScannIndex.load(self._snapshot / "scann_queries")
     scann.add(queries, np.arange(len(self._queries), len(self._queries) + len(queries)))
-    if scann.is_worn:
+    if scann.needs_rebuild:
       scann = ScannIndex(np.load(work / "queries.npy", mmap_mode="r", allow_pickle=False))
     _save(scann, work / "scann_queries")
 
@@ -565,28 +565,28 @@ class LabelIndex:
     categories.take(order).save(work / "categories")
     for name in {name.split("/")[0] for name in self.info["files"]}:
       if not name.startswith("categories."):
-        snapshots.take_over(self._generation / name, work / name)
+        snapshots.take_over(self._snapshot / name, work / name)
     return self.info | {"edits": self.info["edits"] + 1, "categories": names}
 
   def _write_deleted(self, work: Path, ids: np.ndarray) -> dict[str, Any]:
     deleted = self._deleted_with(ids)
     _check_left(self.folder, deleted)
     for name in {name.split("/")[0] for name in self.info["files"]} - {"deleted.npy", "scann", *_UNCHANGED}:
-      snapshots.take_over(self._generation / name, work / name)
+      snapshots.take_over(self._snapshot / name, work / name)
     return self._finish(work, deleted, lambda scann: scann.delete(ids))
 
   def _finish(self, work: Path, deleted: np.ndarray, change) -> dict[str, Any]:
     """Writes what adding and deleting have in common; `labels.npy` is there."""
     np.save(work / "deleted.npy", deleted)
     for name in _UNCHANGED:
-      if (self._generation / name).exists() and not (work / name).exists():
-        snapshots.take_over(self._generation / name, work / name)
+      if (self._snapshot / name).exists() and not (work / name).exists():
+        snapshots.take_over(self._snapshot / name, work / name)
     embeddings = np.load(work / "labels.npy", mmap_mode="r", allow_pickle=False)
     kind, scann = self.info["search"]["kind"], None
     if kind == "scann":
-      scann = ScannIndex.load(self._generation / "scann")
+      scann = ScannIndex.load(self._snapshot / "scann")
       change(scann)
-      if scann.is_worn:
+      if scann.needs_rebuild:
         _log.info("%s: over a tenth of the labels came or went since ScaNN was built; building it anew", self.folder)
         scann = ScannIndex(embeddings, rows=np.flatnonzero(~deleted))
       _save(scann, work / "scann")

@@ -94,7 +94,7 @@ class ScannIndex:
   ScaNN 1.4.2 corrupts its memory when a label that SOAR spilled to a second leaf is deleted or changed. Where SOAR is
   on, deleted labels therefore stay in it, and are dropped from what is found.
 
-  New labels go to the leaves and codes that the first ones were trained on. `is_worn` says when so much has changed
+  New labels go to the leaves and codes that the first ones were trained on. `needs_rebuild` says when so much has changed
   that building anew is better. (ScaNN's `rebalance` trains in full as well, but keeps the number of leaves, and what
   SOAR must not delete.)
 
@@ -139,7 +139,7 @@ class ScannIndex:
     return int(np.sum(self._slots >= 0))
 
   @property
-  def is_worn(self) -> bool:
+  def needs_rebuild(self) -> bool:
     """Whether so many labels came and went since it was built that it should be built anew: more than a tenth."""
     return self._changed > self._built_on / 10
 

@@ -1,8 +1,8 @@
-"""A folder whose contents are replaced as a whole: generations beside each other, of which CURRENT names the valid one.
+"""A folder whose contents are replaced as a whole: snapshots beside each other, of which CURRENT names the valid one.
 
-Whenever a process is killed, CURRENT names a generation that is complete: it is replaced, in one step, after the next
+Whenever a process is killed, CURRENT names a snapshot that is complete: it is replaced, in one step, after the next
 one has been written in full, and only then are others removed. Files are checked by size and sha256: those of a
-generation stand in its index.json, and that of index.json in CURRENT.
+snapshot stand in its index.json, and that of index.json in CURRENT.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def remedy(folder: Path) -> str:
 
 
 def read_current(folder: Path) -> tuple[Path, dict[str, Any]]:
-  """The valid generation and its index.json, which has been checked against CURRENT.
+  """The valid snapshot and its index.json, which has been checked against CURRENT.
 
   Raises:
     InputError: there is none, or it is damaged.
@@ -45,7 +45,7 @@ def read_current(folder: Path) -> tuple[Path, dict[str, Any]]:
   except (OSError, UnicodeDecodeError) as error:
     raise InputError(f"{folder / CURRENT}: cannot be read ({error}); {remedy(folder)}") from error
   if not name.isdigit():
-    raise InputError(f"{folder / CURRENT}: names no generation but {name[:80]!r}; {remedy(folder)}")
+    raise InputError(f"{folder / CURRENT}: names no snapshot but {name[:80]!r}; {remedy(folder)}")
   path = folder / name / INDEX
   try:
     content = path.read_bytes()
@@ -56,11 +56,11 @@ def read_current(folder: Path) -> tuple[Path, dict[str, Any]]:
   return folder / name, json.loads(content)
 
 
-def check_files(generation: Path, files: dict[str, dict[str, Any]], *, contents: bool) -> None:
-  """Compares the files of a generation with what its index.json says.
+def check_files(snapshot: Path, files: dict[str, dict[str, Any]], *, contents: bool) -> None:
+  """Compares the files of a snapshot with what its index.json says.
 
   Args:
-    generation: its folder.
+    snapshot: its folder.
     files: size and sha256 by path within the folder.
     contents: whether to read every file in full; otherwise sizes are compared.
 
@@ -68,7 +68,7 @@ def check_files(generation: Path, files: dict[str, dict[str, Any]], *, contents:
     InputError: naming the first file that is missing or differs.
   """
   for name, wanted in files.items():
-    path = generation / name
+    path = snapshot / name
     try:
       size = path.stat().st_size
       wrong = f"has {size:,} bytes instead of {wanted['size']:,}" if size != wanted["size"] else None
@@ -77,16 +77,16 @@ def check_files(generation: Path, files: dict[str, dict[str, Any]], *, contents:
     except OSError as error:
       wrong = f"cannot be read: {error.strerror}"
     if wrong:
-      raise InputError(f"{path}: is damaged ({wrong}); {remedy(generation.parent)}")
+      raise InputError(f"{path}: is damaged ({wrong}); {remedy(snapshot.parent)}")
 
 
-def write_generation(
+def write_snapshot(
   folder: Path, fill: Callable[[Path], dict[str, Any]], known: dict[str, dict[str, Any]] | None = None
 ) -> None:
-  """Writes the next generation, makes it the valid one and removes all others. Call it under the lock `LOCK`.
+  """Writes the next snapshot, makes it the valid one and removes all others. Call it under the lock `LOCK`.
 
   Args:
-    folder: holds the generations.
+    folder: holds the snapshots.
     fill: writes the files into the folder that it is given and returns what else index.json is to say.
     known: size and sha256 of files that need not be read again, by path.
   """

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from vixml_jax.ragged import Ragged, spread
+from vixml_jax.ragged import Ragged, ranges
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # Odd, and its bits look random: 2**64 over the golden ratio.
 
@@ -78,6 +78,6 @@ def _hashes(rows: Ragged) -> np.ndarray:
   """uint64, for each row the polynomial of its bytes, modulo 2**64."""
   lengths = rows.lengths
   powers = np.full(int(lengths.max(initial=0)), _FACTOR).cumprod()
-  terms = (np.asarray(rows.values, np.uint64) + np.uint64(1)) * powers[spread(0, lengths)]
+  terms = (np.asarray(rows.values, np.uint64) + np.uint64(1)) * powers[ranges(0, lengths)]
   sums = np.concatenate([np.zeros(1, np.uint64), terms.cumsum()])
   return sums[rows.offsets[1:]] - sums[rows.offsets[:-1]]

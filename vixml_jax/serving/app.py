@@ -20,11 +20,11 @@ from vixml_jax.errors import InputError
 from vixml_jax.inference.predictor import Prediction
 from vixml_jax.serving import schema
 from vixml_jax.serving.batching import Batcher, QueueFull
-from vixml_jax.serving.engine import Asked, Engine, Model
+from vixml_jax.serving.engine import Engine, Model, QueryRequest
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
-from vixml_jax.serving.request_error import Refused
-from vixml_jax.serving.request_parser import Intake
+from vixml_jax.serving.request_error import RequestError
+from vixml_jax.serving.request_parser import RequestParser
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {
@@ -54,7 +54,9 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 _LINGER_SECONDS = 5.0
 
 
-def make_app(engine: Engine, batcher: Batcher[Asked, list[Prediction]], limits: Limits, metrics: Metrics) -> FastAPI:
+def make_app(
+  engine: Engine, batcher: Batcher[QueryRequest, list[Prediction]], limits: Limits, metrics: Metrics
+) -> FastAPI:
   """The application around an engine, which may still have to start."""
   app = FastAPI(
     title="vixml_jax",
@@ -73,12 +75,12 @@ def make_app(engine: Engine, batcher: Batcher[Asked, list[Prediction]], limits: 
 
 def _ready(engine: Engine) -> Model:
   if engine.model is None:
-    raise Refused(503, "the model is being loaded; try again")
+    raise RequestError(503, "the model is being loaded; try again")
   return engine.model
 
 
-def _add_api(app: FastAPI, engine: Engine, batcher: Batcher[Asked, list[Prediction]], limits: Limits) -> None:
-  intake = Intake(limits)
+def _add_api(app: FastAPI, engine: Engine, batcher: Batcher[QueryRequest, list[Prediction]], limits: Limits) -> None:
+  intake = RequestParser(limits)
   pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="intake")  # No more images are decoded at a time.
 
   @app.post(
@@ -98,7 +100,7 @@ def _add_api(app: FastAPI, engine: Engine, batcher: Batcher[Asked, list[Predicti
       try:
         waiting = batcher.submit(asked)
       except QueueFull as error:
-        raise Refused(503, "too many queries are waiting; send this request again later") from error
+        raise RequestError(503, "too many queries are waiting; send this request again later") from error
       answers = await asyncio.gather(*map(asyncio.wrap_future, waiting))
     found = [
       {"uid": each.query.uid, "predictions": [label._asdict() for label in labels]}
@@ -113,7 +115,7 @@ def _add_api(app: FastAPI, engine: Engine, batcher: Batcher[Asked, list[Predicti
     try:
       (found,) = index.ids_of([uid]).tolist()
     except InputError as error:
-      raise Refused(404, "there is no such label", "uid") from error
+      raise RequestError(404, "there is no such label", "uid") from error
     return schema.Label(label=uid, id=found, text=index.texts([found])[0])
 
   describe = app.openapi
@@ -132,7 +134,7 @@ def _reference(model: type) -> dict[str, str]:
 
 
 def _add_operations(
-  app: FastAPI, engine: Engine, batcher: Batcher[Asked, list[Prediction]], limits: Limits, metrics: Metrics
+  app: FastAPI, engine: Engine, batcher: Batcher[QueryRequest, list[Prediction]], limits: Limits, metrics: Metrics
 ) -> None:
   metrics.queue_queries.set_function(lambda: len(batcher))
 
@@ -173,24 +175,24 @@ def _sender(content: bytes, media_type: str) -> Callable[[], Response]:
 
 def _add_errors(app: FastAPI) -> None:
 
-  @app.exception_handler(Refused)
-  async def refused(request: Request, error: Refused) -> Response:
+  @app.exception_handler(RequestError)
+  async def refused(request: Request, error: RequestError) -> Response:
     make = _Lingering if error.status == 413 else Response
     return make(error.body, error.status, error.headers, media_type="application/json")
 
   @app.exception_handler(InputError)
   async def refused_late(request: Request, error: InputError) -> Response:
-    return await refused(request, Refused(422, str(error)))
+    return await refused(request, RequestError(422, str(error)))
 
   @app.exception_handler(HTTPException)
   async def unknown(request: Request, error: HTTPException) -> Response:
-    response = await refused(request, Refused(error.status_code, str(error.detail)))
+    response = await refused(request, RequestError(error.status_code, str(error.detail)))
     response.headers.update(error.headers or {})
     return response
 
   @app.exception_handler(Exception)
   async def failed(request: Request, error: Exception) -> Response:
-    return await refused(request, Refused(500, "the server failed on this request; its log says why"))
+    return await refused(request, RequestError(500, "the server failed on this request; its log says why"))
 
 
 class _Lingering(Response):

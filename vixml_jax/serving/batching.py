@@ -8,8 +8,8 @@ import threading
 import time
 from typing import Generic, TypeVar
 
-Asked = TypeVar("Asked")
-Answered = TypeVar("Answered")
+Request = TypeVar("Request")
+Result = TypeVar("Result")
 
 
 class QueueFull(Exception):
@@ -17,13 +17,13 @@ class QueueFull(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job(Generic[Asked, Answered]):
-  asked: Asked
-  answer: "Future[Answered]"
+class _Job(Generic[Request, Result]):
+  asked: Request
+  answer: "Future[Result]"
   arrived: float
 
 
-class Batcher(Generic[Asked, Answered]):
+class Batcher(Generic[Request, Result]):
   """A bounded queue, and the one thread that works it off.
 
   Whatever waits when the thread is free is answered together. What fails as a batch is tried again one by one, so that
@@ -38,7 +38,7 @@ class Batcher(Generic[Asked, Answered]):
 
   def __init__(
     self,
-    answer: Callable[[Sequence[Asked]], Sequence[Answered | Exception]],
+    answer: Callable[[Sequence[Request]], Sequence[Result | Exception]],
     *,
     max_batch: int,
     max_wait: float,
@@ -46,7 +46,7 @@ class Batcher(Generic[Asked, Answered]):
   ):
     self._answer = answer
     self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait, max_queue
-    self._waiting: deque[_Job[Asked, Answered]] = deque()
+    self._waiting: deque[_Job[Request, Result]] = deque()
     self._changed = threading.Condition()
     self._closing = False
     self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
@@ -55,14 +55,14 @@ class Batcher(Generic[Asked, Answered]):
   def __len__(self) -> int:
     return len(self._waiting)
 
-  def submit(self, asked: Sequence[Asked]) -> "list[Future[Answered]]":
+  def submit(self, asked: Sequence[Request]) -> "list[Future[Result]]":
     """Queues all that are asked, or none of them.
 
     Raises:
       QueueFull: there is no room for all.
     """
     arrived = time.monotonic()
-    jobs: list[_Job[Asked, Answered]] = [_Job(each, Future(), arrived) for each in asked]
+    jobs: list[_Job[Request, Result]] = [_Job(each, Future(), arrived) for each in asked]
     with self._changed:
       if self._closing or len(self._waiting) + len(jobs) > self._max_queue:
         raise QueueFull
@@ -81,7 +81,7 @@ class Batcher(Generic[Asked, Answered]):
     while batch := self._next():
       self._do([job for job in batch if job.answer.set_running_or_notify_cancel()])
 
-  def _next(self) -> list[_Job[Asked, Answered]]:
+  def _next(self) -> list[_Job[Request, Result]]:
     """The next batch; empty when the queue is closed and worked off."""
     with self._changed:
       self._changed.wait_for(lambda: self._waiting or self._closing)
@@ -90,7 +90,7 @@ class Batcher(Generic[Asked, Answered]):
         self._changed.wait_for(lambda: len(self._waiting) >= self._max_batch or self._closing, max(left, 0))
       return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_batch))]
 
-  def _do(self, batch: list[_Job[Asked, Answered]]) -> None:
+  def _do(self, batch: list[_Job[Request, Result]]) -> None:
     if not batch:
       return
     try:

@@ -1,4 +1,4 @@
-"""A model and its label index, warmed up: answers batches, and takes over new generations of the index meanwhile."""
+"""A model and its label index, warmed up: answers batches, and takes over new snapshots of the index meanwhile."""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -14,19 +14,19 @@ import numpy as np
 from PIL import Image
 
 from vixml_jax.errors import InputError
-from vixml_jax.inference.predictor import BadPicture, Prediction, Predictor
+from vixml_jax.inference.predictor import Prediction, Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query
 from vixml_jax.search import snapshots
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
-from vixml_jax.serving.request_error import Refused
+from vixml_jax.serving.request_error import RequestError
 from vixml_jax.serving.served_index import ServedIndex
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class QueryRequest:
   """A query and how many labels it wants."""
 
   query: Query
@@ -40,13 +40,13 @@ class Model:
   Attributes:
     predictor: searches in `index`.
     index: the label index.
-    generation: what CURRENT of the index says.
+    snapshot: what CURRENT of the index says.
     reads_pictures: whether there is a tower for pictures.
   """
 
   predictor: Predictor
   index: ServedIndex
-  generation: str
+  snapshot: str
   reads_pictures: bool
 
 
@@ -81,8 +81,8 @@ class Engine:
     reads_pictures = self._warm_up_tower(predictor)
     for program in _encoders(predictor, self._limits.batch):
       program()
-    index, generation = self._open_index(predictor)
-    self.model = Model(dataclasses.replace(predictor, index=index), index, generation, reads_pictures)
+    index, snapshot = self._open_index(predictor)
+    self.model = Model(dataclasses.replace(predictor, index=index), index, snapshot, reads_pictures)
     _log.info(
       "ready after %.1f s: %d labels, step %d",
       time.monotonic() - started,
@@ -90,25 +90,27 @@ class Engine:
       predictor.encoder.checkpoint["step"],
     )
 
-  def answer(self, asked: Sequence[Asked]) -> list[list[Prediction] | Exception]:
-    """Labels for each query of a batch; `Refused` for one whose pictures cannot be read."""
+  def answer(self, asked: Sequence[QueryRequest]) -> list[list[Prediction] | Exception]:
+    """Labels for each query of a batch; `RequestError` for one whose pictures cannot be read."""
     model = self.model
     assert model is not None  # Nothing is asked before.
-    predictor, bad = model.predictor, list[BadPicture]()
+    predictor, bad = model.predictor, list[UnreadableImage]()
     queries = [each.query for each in asked]
     self._metrics.batch_queries.observe(len(queries))
     with self._devices:
       with self._metrics.encode_seconds.time():
-        embeddings = predictor.encode(queries, bad_pictures=bad)
+        embeddings = predictor.encode(queries, unreadable=bad)
       with self._metrics.search_seconds.time():
         found = predictor.named(*predictor.search(embeddings, max(each.k for each in asked), queries))
     answers: list[list[Prediction] | Exception] = [labels[: each.k] for labels, each in zip(found, asked, strict=True)]
     for picture in reversed(bad):  # Of several bad pictures of a query the first is named.
-      answers[picture.query] = Refused(422, picture.reason, f"{queries[picture.query].where}.images[{picture.image}]")
+      answers[picture.query] = RequestError(
+        422, picture.reason, f"{queries[picture.query].where}.images[{picture.image}]"
+      )
     return answers
 
   def reload_index(self) -> bool:
-    """Takes over the index's valid generation if it is another one than that in use.
+    """Takes over the index's valid snapshot if it is another one than that in use.
 
     Requests are answered from the former one until the new one is warmed up. One that cannot be used is logged, and
     the former stays.
@@ -117,24 +119,24 @@ class Engine:
       whether it was taken over.
     """
     model = self.model
-    if model is None or _generation(model.index) == model.generation:
+    if model is None or _snapshot(model.index) == model.snapshot:
       return False
     try:
-      index, generation = self._open_index(model.predictor)
+      index, snapshot = self._open_index(model.predictor)
     except Exception as error:  # Whatever it is, the former one still answers.
       self._metrics.reloads.labels("failed").inc()
       _log.warning("the new label index is not used: %s", error, exc_info=not isinstance(error, InputError))
-      self.model = dataclasses.replace(model, generation=_generation(model.index))  # It is not tried again.
+      self.model = dataclasses.replace(model, snapshot=_snapshot(model.index))  # It is not tried again.
       return False
-    self.model = Model(dataclasses.replace(model.predictor, index=index), index, generation, model.reads_pictures)
+    self.model = Model(dataclasses.replace(model.predictor, index=index), index, snapshot, model.reads_pictures)
     self._metrics.reloads.labels("done").inc()
     _log.info("new label index: %d labels", index.num_live)
     return True
 
   def _open_index(self, predictor: Predictor) -> tuple[ServedIndex, str]:
-    """The valid generation, warmed up, and what CURRENT said before it was opened."""
+    """The valid snapshot, warmed up, and what CURRENT said before it was opened."""
     former, limits = predictor.index, self._limits
-    generation = _generation(former)
+    snapshot = _snapshot(former)
     index = ServedIndex.open(
       former.folder, checkpoint=predictor.encoder.checkpoint, search=former.search_kind, mesh=predictor.mesh
     )
@@ -143,7 +145,7 @@ class Engine:
       with self._devices:
         program()
     self._metrics.labels.set(index.num_live)
-    return index, generation
+    return index, snapshot
 
   def _warm_up_tower(self, predictor: Predictor) -> bool:
     if predictor.pictures is None:
@@ -172,7 +174,7 @@ def _encoders(predictor: Predictor, most: int) -> Iterator[Callable[[], Any]]:
     yield functools.partial(predictor.encode, [longest] * count)
 
 
-def _generation(index: Any) -> str:
+def _snapshot(index: Any) -> str:
   try:
     return (index.folder / snapshots.CURRENT).read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError):

@@ -25,4 +25,4 @@ class Metrics:
     self.batch_queries = make(Histogram, "batch_queries", "Queries of a batch.", buckets=_SIZES)
     self.queue_queries = make(Gauge, "queue_queries", "Queries that wait for the devices.")
     self.labels = make(Gauge, "labels", "Labels that can be found.")
-    self.reloads = make(Counter, "index_reloads", "New generations of the label index.", "outcome")
+    self.reloads = make(Counter, "index_reloads", "New snapshots of the label index.", "outcome")

@@ -3,7 +3,7 @@
 from vixml_jax.serving import schema
 
 
-class Refused(Exception):
+class RequestError(Exception):
   """A request that gets an error of HTTP.
 
   Args:

@@ -15,9 +15,9 @@ from vixml_jax.errors import InputError
 from vixml_jax.images.decoding import BadImage, decode
 from vixml_jax.inference.predictor import query_format
 from vixml_jax.inference.queries import Query, QueryFormat
-from vixml_jax.serving.engine import Asked, Model
+from vixml_jax.serving.engine import Model, QueryRequest
 from vixml_jax.serving.limits import Limits
-from vixml_jax.serving.request_error import Refused
+from vixml_jax.serving.request_error import RequestError
 from vixml_jax.serving.schema import Strict, request_model
 from vixml_jax.serving.served_index import ServedIndex
 
@@ -26,7 +26,7 @@ _NOT_STRUCTURE = bytes(set(range(256)) - set(b"[{,:"))
 _MOST_SHOWN = 80  # Characters of a client's own text in an error.
 
 
-class Intake:
+class RequestParser:
   """Reads and checks requests.
 
   Args:
@@ -46,7 +46,7 @@ class Intake:
     """The body, which counts among all bodies until the block ends.
 
     Raises:
-      Refused: 413 for one that is too large, as soon as that is known; 408 for one that comes too slowly; 503 where
+      RequestError: 413 for one that is too large, as soon as that is known; 408 for one that comes too slowly; 503 where
         too many are held already.
     """
     most = self._limits.body_bytes
@@ -54,7 +54,7 @@ class Intake:
     if declared > most:
       raise self._too_large()
     if self._held + declared > self._limits.bodies_bytes:
-      raise Refused(503, "too many requests at the same time; send this one again later")
+      raise RequestError(503, "too many requests at the same time; send this one again later")
     self._held += declared
     try:
       yield await self._read(request)
@@ -70,24 +70,24 @@ class Intake:
           if len(body) > self._limits.body_bytes:
             raise self._too_large()
     except TimeoutError as error:
-      raise Refused(408, f"the body did not come within {self._limits.body_seconds:g} s") from error
+      raise RequestError(408, f"the body did not come within {self._limits.body_seconds:g} s") from error
     except ClientDisconnect as error:
-      raise Refused(400, "the connection was closed before the body had come") from error
+      raise RequestError(400, "the connection was closed before the body had come") from error
     return bytes(body)
 
-  def _too_large(self) -> Refused:
-    return Refused(
+  def _too_large(self) -> RequestError:
+    return RequestError(
       413, f"the body has more than {self._limits.body_bytes:,} bytes; send fewer queries, or smaller images"
     )
 
-  def parse(self, body: bytes, model: Model) -> list[Asked]:
+  def parse(self, body: bytes, model: Model) -> list[QueryRequest]:
     """What a body asks, checked down to the pixels of its images. Takes a while: call it in a thread.
 
     Raises:
-      Refused: 400 for what is no JSON, 413 for what would unfold to too much, 422 for anything else; naming the field.
+      RequestError: 400 for what is no JSON, 413 for what would unfold to too much, 422 for anything else; naming the field.
     """
     if len(body.translate(None, _NOT_STRUCTURE)) > self._limits.body_values:
-      raise Refused(413, f"the body has more than {self._limits.body_values:,} values; send fewer queries")
+      raise RequestError(413, f"the body has more than {self._limits.body_values:,} values; send fewer queries")
     try:
       request = self.model.model_validate_json(body)
     except ValidationError as error:
@@ -98,11 +98,13 @@ class Intake:
     given = request.model_dump(exclude_none=True)
     k, index = given["k"], model.index
     if k > index.num_live:
-      raise Refused(422, f"must be 1 to {index.num_live}, the number of labels", "k")
+      raise RequestError(422, f"must be 1 to {index.num_live}, the number of labels", "k")
     _check_names(given, "", index)
     common = {key: given[key] for key in _FILTERS if key in given}
     wanted = query_format(model.predictor.encoder.config)
-    return [Asked(_query(query, f"queries[{i}]", common, model, wanted), k) for i, query in enumerate(given["queries"])]
+    return [
+      QueryRequest(_query(query, f"queries[{i}]", common, model, wanted), k) for i, query in enumerate(given["queries"])
+    ]
 
 
 def _query(given: dict[str, Any], where: str, common: dict[str, Any], model: Model, wanted: QueryFormat) -> Query:
@@ -112,11 +114,11 @@ def _query(given: dict[str, Any], where: str, common: dict[str, Any], model: Mod
       _image(image, f"{where}.images[{i}]", model.reads_pictures) for i, image in enumerate(given["images"])
     ]
   if not given["title"].strip() and not given.get("content") and not given.get("images"):
-    raise Refused(422, "is empty; give a title" + (" or an image" if wanted.images else ""), f"{where}.title")
+    raise RequestError(422, "is empty; give a title" + (" or an image" if wanted.images else ""), f"{where}.title")
   try:
     return wanted.parse(common | given, where)
   except InputError as error:
-    raise Refused(422, str(error).removeprefix(f"{where}: "), where) from error
+    raise RequestError(422, str(error).removeprefix(f"{where}: "), where) from error
 
 
 def _image(given: str | list[float], where: str, reads_pictures: bool) -> bytes | np.ndarray:
@@ -124,34 +126,34 @@ def _image(given: str | list[float], where: str, reads_pictures: bool) -> bytes 
   if isinstance(given, list):
     return np.asarray(given, np.float32)
   if not reads_pictures:
-    raise Refused(422, "this server reads no pictures; leave them out", where)
+    raise RequestError(422, "this server reads no pictures; leave them out", where)
   try:
     content = base64.b64decode(given.partition(",")[2] if given.startswith("data:") else given, validate=True)
   except (ValueError, binascii.Error) as error:
-    raise Refused(422, "is not base64", where) from error
+    raise RequestError(422, "is not base64", where) from error
   try:
     decode(content)
   except BadImage as error:
-    raise Refused(422, str(error), where) from error
+    raise RequestError(422, str(error), where) from error
   return content
 
 
 def _check_keys(given: Strict, prefix: str) -> None:
   for key in given.model_extra or ():
     known = ", ".join(type(given).model_fields)
-    raise Refused(422, f"is not known; known are {known}", f"{prefix}{key[:_MOST_SHOWN]}")
+    raise RequestError(422, f"is not known; known are {known}", f"{prefix}{key[:_MOST_SHOWN]}")
 
 
 def _check_names(given: dict[str, Any], prefix: str, index: ServedIndex) -> None:
   """Refuses names that the index does not know, naming the first."""
   for i, name in enumerate(given.get("categories", ())):
     if name not in index.category_names:
-      raise Refused(422, f"there is no category {_shown(name)}", f"{prefix}categories[{i}]")
+      raise RequestError(422, f"there is no category {_shown(name)}", f"{prefix}categories[{i}]")
   for key in ("allow", "deny"):
     uids = given.get(key, ())
     if not _known(uids, index):
       i = next(i for i, uid in enumerate(uids) if not _known([uid], index))
-      raise Refused(422, f"there is no label {_shown(uids[i])}", f"{prefix}{key}[{i}]")
+      raise RequestError(422, f"there is no label {_shown(uids[i])}", f"{prefix}{key}[{i}]")
 
 
 def _known(uids: Sequence[str], index: ServedIndex) -> bool:
@@ -166,14 +168,14 @@ def _shown(text: str) -> str:
   return repr(text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "...")
 
 
-def _refused(error: ValidationError, model: type[Strict]) -> Refused:
+def _refused(error: ValidationError, model: type[Strict]) -> RequestError:
   """What is wrong deepest within the body; where a value may be of two types, what each of them asks for."""
   problems = error.errors(include_url=False, include_context=False, include_input=False)
   if problems[0]["type"] == "json_invalid":
-    return Refused(400, f"the body is not JSON in UTF-8: {problems[0]['msg']}")
+    return RequestError(400, f"the body is not JSON in UTF-8: {problems[0]['msg']}")
   field = _field(max(problems, key=lambda problem: len(problem["loc"]))["loc"])
   messages = dict.fromkeys(problem["msg"] for problem in problems if _field(problem["loc"]) == field)
-  return Refused(422, "; or ".join(messages), field)
+  return RequestError(422, "; or ".join(messages), field)
 
 
 def _field(location: Iterable[int | str]) -> str:

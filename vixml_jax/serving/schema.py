@@ -17,7 +17,7 @@ class Label(BaseModel):
   text: str
 
 
-class Prediction(Label):
+class ScoredLabel(Label):
   """A label for a query."""
 
   score: float = Field(description="Cosine; with retrieval augmentation a share of probability.")
@@ -27,7 +27,7 @@ class Answer(BaseModel):
   """The labels of one query, best first."""
 
   uid: str | None = Field(description="As the query gave it.")
-  predictions: list[Prediction]
+  predictions: list[ScoredLabel]
 
 
 class Answers(BaseModel):
@@ -66,7 +66,7 @@ class Failure(BaseModel):
 class Strict(BaseModel):
   """Takes the declared keys with values of the declared types, and nothing else.
 
-  Other keys are kept for `Intake` to refuse: pydantic itself would make an error of each of a million.
+  Other keys are kept for `RequestParser` to refuse: pydantic itself would make an error of each of a million.
   """
 
   model_config = ConfigDict(extra="allow", strict=True, json_schema_extra={"additionalProperties": False})

@@ -13,7 +13,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.inference.predictor import Prediction, Predictor
 from vixml_jax.serving.app import make_app
 from vixml_jax.serving.batching import Batcher
-from vixml_jax.serving.engine import Asked, Engine
+from vixml_jax.serving.engine import Engine, QueryRequest
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
 
@@ -30,7 +30,7 @@ class Server:
     host: an address or a name of this machine.
     port: 0 takes a free one.
     limits: what is refused.
-    reload_seconds: between looks for a new generation of the label index; None looks only when told to (`reload`).
+    reload_seconds: between looks for a new snapshot of the label index; None looks only when told to (`reload`).
 
   Attributes:
     url: where it listens.
@@ -49,7 +49,7 @@ class Server:
   ):
     limits, metrics = limits or Limits(), Metrics()
     self._engine = Engine(load, limits, metrics)
-    self._batcher: Batcher[Asked, list[Prediction]] = Batcher(
+    self._batcher: Batcher[QueryRequest, list[Prediction]] = Batcher(
       self._engine.answer, max_batch=limits.batch, max_wait=limits.wait_seconds, max_queue=limits.queue
     )
     app = make_app(self._engine, self._batcher, limits, metrics)
@@ -94,7 +94,7 @@ class Server:
     self._told.set()
 
   def reload(self) -> None:
-    """Looks for a new generation of the label index soon; from any thread or signal handler."""
+    """Looks for a new snapshot of the label index soon; from any thread or signal handler."""
     self._told.set()
 
   def _work(self) -> None:

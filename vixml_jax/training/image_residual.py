@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from vixml_jax import sharding
-from vixml_jax.images.features import FeatureBank
+from vixml_jax.images.features import ImageFeatures
 from vixml_jax.typing import Tree
 
 _SAMPLE = 65536  # Images that the covariance is taken of.
@@ -12,7 +12,7 @@ _SAMPLE = 65536  # Images that the covariance is taken of.
 _POWER = 0.25
 
 
-def start_residual(fusion: Tree, bank: FeatureBank, norm: float, seed: int) -> Tree:
+def start_residual(fusion: Tree, bank: ImageFeatures, norm: float, seed: int) -> Tree:
   """Parameters of the image fusion whose residual maps the bank's features to vectors of a given length.
 
   The map keeps angles between partly whitened features, so that from the first step on items that look alike have

@@ -11,7 +11,7 @@ import optax
 
 from vixml_jax import sharding
 from vixml_jax.encoding.chunks import map_chunks, map_chunks_recomputed
-from vixml_jax.images.features import FeatureBank
+from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.batches import Batch
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.losses import LossConfig, prime_loss
@@ -23,7 +23,7 @@ from vixml_jax.run.state import TrainState, shardings_of
 from vixml_jax.typing import Array, Tree
 
 
-def device_batch(batch: Batch, mesh: Mesh, bank: FeatureBank | None = None) -> dict[str, Any]:
+def device_batch(batch: Batch, mesh: Mesh, bank: ImageFeatures | None = None) -> dict[str, Any]:
   """Puts a batch on the mesh; every process holds the whole host batch and keeps its part.
 
   Args:
@@ -75,7 +75,7 @@ def encode_chunks(
     tokens, segments, positions, images, chunk_key = chunk
     images = None if images is None else image_tokens(images, bank)
     bound = model.bind(layers.join_params(trainable, frozen))
-    with sharding.over(mesh):
+    with sharding.use_mesh(mesh):
       return bound.pool(tokens, segments, positions, layout.slots, images, chunk_key)
 
   indices = jnp.arange(len(batch["tokens"]))

@@ -60,7 +60,7 @@ def match(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> It
     InputError: tensors that no rule reads (unmapped), parameters that nothing fills (unfilled),
       something filled or named twice (duplicate), or a wrong shape. Lists all of them.
   """
-  wanted = flatten(abstract)
+  wanted = flatten_tree(abstract)
   theirs, twice = original_names(table, source)
   _check(table, source, theirs, twice, wanted)
   return (
@@ -85,11 +85,11 @@ def apply(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> di
     InputError: the checkpoint does not fit; see `match`.
   """
   matches = match(table, source, abstract)
-  filled = {path: np.empty(value.shape, value.dtype) for path, value in flatten(abstract).items()}
+  filled = {path: np.empty(value.shape, value.dtype) for path, value in flatten_tree(abstract).items()}
   for found in matches:
     part = source.read(found.name)[found.layout.part]
     filled[found.ours][... if found.layer is None else found.layer] = found.layout.to_ours(part)
-  return unflatten(filled)
+  return unflatten_tree(filled)
 
 
 class Inverse:
@@ -108,7 +108,7 @@ class Inverse:
 
   def __init__(self, table: Table, params: Mapping[str, Any]):
     self.name = f"parameters for a {table.name} checkpoint"
-    ours = flatten(params)
+    ours = flatten_tree(params)
     ruled = [rule.ours for rule in table.rules]
     _raise_any(
       self.name,
@@ -151,17 +151,17 @@ def invert(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
   return {name: inverse.read(name) for name in inverse.names()}
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """`{"a": {"b": x}}` -> `{"a/b": x}`."""
   flat = {}
   for key, value in tree.items():
     path = f"{prefix}{key}"
-    flat.update(flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
+    flat.update(flatten_tree(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
   return flat
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `flatten`."""
+def unflatten_tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The inverse of `flatten_tree`."""
   tree: dict[str, Any] = {}
   for path, value in flat.items():
     *parents, last = path.split("/")

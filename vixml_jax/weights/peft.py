@@ -151,7 +151,7 @@ def save_adapter(
 
 def _rank(params: Mapping[str, Any]) -> int:
   """The rank of adapters, which all have in common; 0 if there are none."""
-  return next((leaf.shape[-1] for path, leaf in engine.flatten(params).items() if path.endswith("lora_a")), 0)
+  return next((leaf.shape[-1] for path, leaf in engine.flatten_tree(params).items() if path.endswith("lora_a")), 0)
 
 
 def _short(number: float) -> float:

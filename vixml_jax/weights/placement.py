@@ -43,7 +43,7 @@ def place(
   Raises:
     InputError: the checkpoint does not fit; see `engine.match`. All is checked before any tensor is read.
   """
-  wanted, where = engine.flatten(abstract), engine.flatten(shardings)
+  wanted, where = engine.flatten_tree(abstract), engine.flatten_tree(shardings)
   placed: dict[str, Array] = {}
   for match in engine.match(table, source, abstract):
     value, sharding = wanted[match.ours], where[match.ours]
@@ -57,7 +57,7 @@ def place(
       filled = _with_layer(match.layout, sharding)(stacked, tensor, match.layer)
     # Else the host would run ahead of the devices, with a tensor for every layer that waits.
     placed[match.ours] = jax.block_until_ready(filled)
-  return engine.unflatten(placed)
+  return engine.unflatten_tree(placed)
 
 
 def _tensor(match: engine.Match, source: WindowSource, sharding: NamedSharding) -> Array:
