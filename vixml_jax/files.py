@@ -1,6 +1,6 @@
 """Folders and files that appear whole or not at all; folders are built once, by one process at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import fcntl
 import hashlib
@@ -12,10 +12,52 @@ from typing import Any
 
 from vixml_jax.errors import InputError
 
+_CHUNK_BYTES = 1 << 20
+
 
 def fingerprint_of(made_of: Any) -> str:
   """sha256 in hex of a JSON value: what a folder's contents are made of."""
   return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of_file(path: str | os.PathLike[str], advance: Callable[[int], object] = lambda size: None) -> str:
+  """Returns the sha256 of a file in hex, read in chunks.
+
+  Args:
+    path: the file.
+    advance: called with the number of bytes of every chunk, for a progress bar.
+
+  Raises:
+    OSError: the file cannot be read.
+  """
+  digest = hashlib.sha256()
+  with Path(path).open("rb") as file:
+    while chunk := file.read(_CHUNK_BYTES):
+      digest.update(chunk)
+      advance(len(chunk))
+  return digest.hexdigest()
+
+
+def read_json_object(path: Path, absent: str, damaged: str) -> dict[str, Any]:
+  """Returns the object in a JSON file.
+
+  Args:
+    path: the file.
+    absent: what the user should do where the file cannot be opened; the end of the error's message.
+    damaged: what the user should do where it is not a JSON object.
+
+  Raises:
+    InputError: naming the file, what is wrong with it and what to do.
+  """
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise InputError(f"{path}: cannot be read ({error.strerror}); {absent}") from error
+  except ValueError as error:
+    raise InputError(f"{path}: is not JSON ({error}); {damaged}") from error
+  if not isinstance(value, dict):
+    raise InputError(f"{path}: is not a JSON object; {damaged}")
+  return value
 
 
 @contextlib.contextmanager

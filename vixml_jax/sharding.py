@@ -76,6 +76,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
   return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def row_devices(mesh: Mesh) -> int:
+  """Returns the number of devices that share the rows of an array: `data` x `fsdp`."""
+  return math.prod(mesh.shape[axis] for axis in _ROWS)
+
+
 def spec(axes: tuple[str, ...], name: str = "array") -> PartitionSpec:
   """The PartitionSpec of logical `axes`.
 
@@ -101,7 +106,7 @@ def named_sharding(mesh: Mesh, *axes: str) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-  """The array laid out by its logical axes, within a program that is traced under `use_mesh` of a mesh; elsewhere as it is.
+  """Returns the array constrained to its logical axes inside `use_mesh`; outside, the array unchanged.
 
   XLA carries shardings on from what it knows. Where parameters are divided over `fsdp` and activations are not pinned,
   it divides the activations' width, sums every product over the mesh and computes every row on every device; pinned by

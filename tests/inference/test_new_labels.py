@@ -81,7 +81,7 @@ def with_index(predictor, folder, search="exact"):
     index.texts(ids),
     index.uids(ids),
     index.label_clusters,
-    index.clusters,
+    index.cluster_means,
     queries=np.load(predictor.encoder.workdir / "embeddings" / "train_queries.npy"),
     query_labels=index.query_labels,
   )
@@ -138,8 +138,8 @@ def test_a_label_of_the_training_data_with_its_queries_gets_the_prototype_that_t
 def test_a_new_label_has_the_nearest_cluster_and_the_mean_of_its_positives_or_itself(predictor):
   prototypes, clusters = embedded(predictor, parsed(predictor, NEW))
   own = predictor.encode([label["title"] for label in NEW])
-  norms = np.linalg.norm(predictor.index.clusters, axis=1)
-  cosines = own @ predictor.index.clusters.T / np.where(norms > 0, norms, np.inf)
+  norms = np.linalg.norm(predictor.index.cluster_means, axis=1)
+  cosines = own @ predictor.index.cluster_means.T / np.where(norms > 0, norms, np.inf)
   np.testing.assert_array_equal(clusters, cosines.argmax(1))
   centroids = np.stack([predictor.encode(["horse chip", "code"]).mean(0), own[1], own[2]])
   encoder = predictor.encoder

@@ -9,9 +9,10 @@ import pytest
 from vixml_jax.input.batches import TrainingQueries, draw_positives, in_batch_positives, make_batch, steps_per_epoch
 from vixml_jax.input.hold_out import hold_out
 from vixml_jax.input.items import Items
-from vixml_jax.input.packing import PackedLayout, Phrase, bucket, pack, without_images
+from vixml_jax.input.packing import PackedLayout, Phrase, pack, without_images
 from vixml_jax.models import layers
 from vixml_jax.ragged import Ragged
+from vixml_jax.rounding import next_power_of_two
 
 
 def texts(seed, count, longest):
@@ -54,7 +55,7 @@ def test_packing_wastes_little():
 
 
 def test_chunks_come_in_powers_of_two():
-  assert [bucket(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
+  assert [next_power_of_two(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
 
 
 def test_a_text_that_does_not_fit_a_row_is_refused():

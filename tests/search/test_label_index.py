@@ -48,7 +48,7 @@ def _contents(num_labels=NUM_LABELS, **changes):
       texts=[f"label {i} é ü" for i in ids],
       uids=[f"u/{i}" for i in ids],
       label_clusters=np.arange(num_labels, dtype=np.int32) % 4,
-      clusters=_unit(4, 1),
+      cluster_means=_unit(4, 1),
       queries=_unit(NUM_TRAIN, 2),
       query_labels=Ragged.from_rows([[i % num_labels, (7 * i + 1) % num_labels] for i in range(NUM_TRAIN)]),
       categories=[["even" if i % 2 == 0 else "odd", *(["third"] if i % 3 == 0 else [])] for i in ids],
@@ -91,7 +91,7 @@ def test_what_is_written_is_read_back_wherever_the_folder_is_moved(tmp_path, sea
   assert index.uids(np.asarray([0, 41])) == ["u/0", "u/41"]
   assert index.ids_of(["u/41", "u/0"]).tolist() == [41, 0]
   np.testing.assert_array_equal(index.label_clusters, np.arange(NUM_LABELS) % 4)
-  np.testing.assert_array_equal(index.clusters, _unit(4, 1))
+  np.testing.assert_array_equal(index.cluster_means, _unit(4, 1))
   scores, ids = index.search(queries, 6)
   np.testing.assert_array_equal(ids, _best(_unit(NUM_LABELS, 0), range(NUM_LABELS), queries, 6))
   np.testing.assert_allclose(scores, np.sort(queries @ _unit(NUM_LABELS, 0).T)[:, ::-1][:, :6], rtol=1e-5)

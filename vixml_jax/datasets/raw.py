@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vixml_jax.errors import InputError
+from vixml_jax.files import sha256_of_file
 from vixml_jax.ragged import Ragged
 
 _CHUNK_BYTES = 1 << 20
@@ -110,12 +111,7 @@ def sha256_of_files(folder: Path) -> dict[str, str]:
   digests = {}
   with tqdm(total=total, unit="B", unit_scale=True, desc="hash raw files", disable=None) as bar:
     for path in paths:
-      digest = hashlib.sha256()
-      with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-          digest.update(chunk)
-          bar.update(len(chunk))
-      digests[path.name] = digest.hexdigest()
+      digests[path.name] = sha256_of_file(path, bar.update)
   return digests
 
 

@@ -43,7 +43,7 @@ class ImageFeatures:
   def placed(self, mesh: Mesh, where: str) -> "ImageFeatures":
     """The bank on the devices ("device"), left memory-mapped ("host"), or on the devices if it fits ("auto")."""
     if where == "auto":
-      needed = bytes_per_device(len(self.values), self.values.shape[1], _row_devices(mesh))
+      needed = bytes_per_device(len(self.values), self.values.shape[1], sharding.row_devices(mesh))
       where = "device" if needed <= _SHARE * _memory(mesh) else "host"
     if where == "host":
       return self
@@ -130,11 +130,6 @@ def _first_images(features: FeatureSet, split: str, images: int) -> Iterator[tup
 def _ids(offsets: np.ndarray) -> Ragged:
   """Rows of the bank for each item: they stand one after the other."""
   return Ragged(np.arange(offsets[0], offsets[-1], dtype=np.int32), offsets - offsets[0])
-
-
-def _row_devices(mesh: Mesh) -> int:
-  """Over how many devices the bank is divided."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def _memory(mesh: Mesh) -> int:

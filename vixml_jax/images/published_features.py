@@ -6,7 +6,6 @@ pickle, which is read by `pickled_lists`).
 """
 
 from collections.abc import Iterator
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from vixml_jax.errors import InputError
-from vixml_jax.files import locked
+from vixml_jax.files import locked, sha256_of_file
 from vixml_jax.images import feature_set
 from vixml_jax.images.feature_set import FeatureSet
 from vixml_jax.images.pickled_lists import read_lists
@@ -130,8 +129,4 @@ def _check_range(path: Path, rows: Ragged, num_images: int) -> None:
 
 def _sha256(folder: Path) -> list[str]:
   """Hex digest of each file."""
-  digests = []
-  for file in (file for files in _FILES.values() for file in files):
-    with (folder / file).open("rb") as opened:
-      digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
-  return digests
+  return [sha256_of_file(folder / file) for files in _FILES.values() for file in files]

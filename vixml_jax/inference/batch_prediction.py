@@ -15,12 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from vixml_jax.errors import InputError
-from vixml_jax.files import locked, write_json
+from vixml_jax.files import locked, sha256_of_file, write_json
 from vixml_jax.inference.predictor import Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query
 from vixml_jax.inference.query_files import QueryFile
 from vixml_jax.inference.result_files import ResultFormat, result_format
-from vixml_jax.weights.source import sha256
 
 _FORMAT = 1
 _JOB = "job.json"
@@ -77,7 +76,8 @@ def answer_file(
   with locked(partial / "lock"):
     job = _Job(predictor, partial, result_format(output), k, batch_size)
     job.take_up(
-      {"queries_sha256": sha256(path), "k": k, "batch_size": batch_size, "output": output.suffix} | predictor.settings()
+      {"queries_sha256": sha256_of_file(path), "k": k, "batch_size": batch_size, "output": output.suffix}
+      | predictor.settings()
     )
     numbers = range(-(-count // batch_size))
     with tqdm(total=count, desc="predict", unit="query", disable=None) as progress:

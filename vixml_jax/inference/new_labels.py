@@ -192,7 +192,7 @@ def embed_labels(predictor: Predictor, labels: Sequence[NewLabel]) -> EmbeddedLa
   vectors = predictor.image_vectors(labels, None) if predictor.encoder.images else None
   pooled = predictor.encoder.pooled([label.text for label in labels], vectors)
   own = normalize(pooled.copy())
-  clusters = nearest_clusters(own, predictor.index.clusters, predictor.mesh)
+  clusters = nearest_clusters(own, predictor.index.cluster_means, predictor.mesh)
   counts = np.asarray([len(label.positives) for label in labels])
   positives = [query for label in labels for query in label.positives]
   queries = predictor.encode(positives) if positives else own[:0]

@@ -17,10 +17,11 @@ from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.errors import InputError
 from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.items import Items
-from vixml_jax.input.packing import PackedLayout, bucket, pack
+from vixml_jax.input.packing import PackedLayout, pack
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.ragged import Ragged
+from vixml_jax.rounding import next_power_of_two
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import checkpoint_id, newest_checkpoint, restore_params
 from vixml_jax.run.from_config import layout_of, model_of
@@ -110,11 +111,11 @@ class TrainedEncoder:
 
   def _rows(self, items: Items, whole_chunks: bool) -> int:
     """Rows of a chunk: of few sizes, since each compiles a program."""
-    most, unit = self.layout.chunk_rows, _row_devices(self.mesh)
+    most, unit = self.layout.chunk_rows, sharding.row_devices(self.mesh)
     if whole_chunks or items.tokens.lengths.sum() > most * self.layout.row_length:
       return most
     needed = len(pack(items, dataclasses.replace(self.layout, chunk_rows=unit), round_up=False).tokens)
-    return min(unit * bucket(needed), most)
+    return min(unit * next_power_of_two(needed), most)
 
   def _encoder(self, rows: int) -> ItemEncoder:
     if rows not in self._encoders:
@@ -175,8 +176,8 @@ def _facts(workdir: Path, step: int) -> dict[str, Any]:
     return {key: facts[key] for key in ("tokenizer_sha256", "image_features")}
   except FileNotFoundError as error:
     raise InputError(
-      f"{workdir}: has a checkpoint of step {step}, but no {INFERENCE_INFO}, tokenizer or index to answer queries with; where "
-      f"its data set is, run python -m vixml_jax.evaluate --workdir={workdir}"
+      f"{workdir}: has a checkpoint of step {step}, but no {INFERENCE_INFO}, tokenizer or index to answer queries "
+      f"with; where its data set is, run python -m vixml_jax.evaluate --workdir={workdir}"
     ) from error
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(
@@ -196,9 +197,5 @@ def _mesh(config: ConfigDict) -> Mesh:
 
 def _layout(config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh) -> PackedLayout:
   """As in training, in chunks that the mesh divides."""
-  layout, unit = layout_of(config, tokenizer), _row_devices(mesh)
+  layout, unit = layout_of(config, tokenizer), sharding.row_devices(mesh)
   return dataclasses.replace(layout, chunk_rows=-(-layout.chunk_rows // unit) * unit)
-
-
-def _row_devices(mesh: Mesh) -> int:
-  return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -14,6 +14,7 @@ import numpy as np
 
 from vixml_jax.input.items import Items
 from vixml_jax.ragged import Ragged, ranges
+from vixml_jax.rounding import next_power_of_two
 
 _SHORTEST = 3  # Tokens of an item, as slots reckon: shorter ones are too few to give every row more slots.
 
@@ -166,11 +167,6 @@ def assign_rows(lengths: np.ndarray, row_length: int, max_slots: int) -> tuple[n
   return rows, slots
 
 
-def bucket(chunks: int) -> int:
-  """The next power of two: a run compiles a handful of programs, and empty chunks are skipped at run time."""
-  return 1 << max(chunks - 1, 0).bit_length()
-
-
 def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedItems:
   """Packs items into rows.
 
@@ -178,7 +174,7 @@ def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedIte
     items: texts of any length, of `layout.special_tokens` or more where there are images, with at most
       `layout.images` images; all parts of an item together fit a row.
     layout: shape of the rows, and the parts of an item.
-    round_up: fill up with empty chunks to the next bucket.
+    round_up: fill up with empty chunks to a power of two; they are skipped when the program runs.
 
   Raises:
     ValueError: if a text lacks its special tokens, or an item is longer than a row or has too many images.
@@ -188,7 +184,7 @@ def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedIte
   _check(items, lengths, layout)
   rows, slots = assign_rows(lengths, layout.row_length, layout.slots)
   needed = -(-int(rows.max(initial=-1) + 1) // layout.chunk_rows)
-  num_chunks = bucket(needed) if round_up else needed
+  num_chunks = next_power_of_two(needed) if round_up else needed
   chunked = (num_chunks, layout.chunk_rows)
   starts = _starts(rows, slots, lengths, num_chunks * layout.chunk_rows)
   tokens, segments, positions = (np.zeros((*chunked, layout.row_length), np.int32) for _ in range(3))

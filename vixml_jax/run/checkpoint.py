@@ -13,9 +13,9 @@ import orbax.checkpoint as ocp
 
 import vixml_jax
 from vixml_jax.errors import InputError
+from vixml_jax.files import sha256_of_file
 from vixml_jax.run.state import TrainState
 from vixml_jax.typing import Tree
-from vixml_jax.weights.source import sha256
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
@@ -174,7 +174,7 @@ def checkpoint_id(directory: Path, step: int) -> dict[str, Any]:
   folder = directory / str(step) / "model"
   digest = hashlib.sha256()
   for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-    digest.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
+    digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of_file(path)}\n".encode())
   return {"step": step, "sha256": digest.hexdigest()}
 
 

@@ -292,7 +292,7 @@ def _check_sizes(config: ConfigDict, corpus: Corpus, mesh: Mesh) -> None:
       f"encoder.vocab_size={config.encoder.vocab_size}: the tokenizer in {config.encoder.pretrained} "
       f"has {corpus.vocab_size} tokens; name weights that know them all"
     )
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = sharding.row_devices(mesh)
   for key in ("batch_size", "chunk_rows"):
     if config.train[key] % rows:
       raise InputError(f"train.{key}={config.train[key]}: must divide by mesh.data x mesh.fsdp = {rows}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from vixml_jax import sharding
 from vixml_jax.datasets.records import Records
-from vixml_jax.files import new_folder, write_json
+from vixml_jax.files import new_folder, sha256_of_file, write_json
 from vixml_jax.images.feature_set import open_features
 from vixml_jax.run.checkpoint import checkpoint_id
 from vixml_jax.run.from_config import Run
@@ -93,8 +93,8 @@ def write_inference_files(
 def _copy_tokenizer(pretrained: Path, target: Path) -> dict[str, str]:
   """Copies the tokenizer's files and returns their sha256 by name."""
   names = [name for name in _TOKENIZER_FILES if (pretrained / name).is_file()]
-  hashes = {name: source.sha256(pretrained / name) for name in names}
-  if not target.is_dir() or hashes != {path.name: source.sha256(path) for path in target.iterdir()}:
+  hashes = {name: sha256_of_file(pretrained / name) for name in names}
+  if not target.is_dir() or hashes != {path.name: sha256_of_file(path) for path in target.iterdir()}:
     shutil.rmtree(target, ignore_errors=True)
     with new_folder(target) as work:
       for name in names:

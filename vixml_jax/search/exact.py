@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from vixml_jax.errors import InputError
+from vixml_jax.rounding import next_power_of_two
 
 _LEAST_QUERIES = 8  # Fewer cost the same time.
 
@@ -92,7 +93,7 @@ class ExactIndex:
     placed = () if masks is None else (self._place_masks(masks),)
     scores = np.empty((len(queries), k), np.float32)
     ids = np.empty((len(queries), k), np.int32)
-    width = min(self._query_chunk, max(_LEAST_QUERIES, power_of_two(len(queries))))
+    width = min(self._query_chunk, max(_LEAST_QUERIES, next_power_of_two(len(queries))))
     pending = None
     for start in range(0, len(queries), width):
       part = slice(start, start + width)
@@ -135,7 +136,7 @@ class ExactIndex:
     if self._rows is not None:
       masks = masks[:, self._rows]
     num_blocks, block = self._mesh.size * self._num_blocks, self._block
-    groups = power_of_two(len(masks))
+    groups = next_power_of_two(len(masks))
     masks = np.pad(masks, ((0, groups - len(masks)), (0, num_blocks * block - self.num_labels)))
     masks = masks.reshape(groups, num_blocks, block).swapaxes(0, 1)
     sharding = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
@@ -223,11 +224,6 @@ def _merge(left, right, k: int):
 def _top_of(values, ids, k: int):
   values, places = jax.lax.top_k(values, k)
   return values, jnp.take_along_axis(ids, places, axis=1)
-
-
-def power_of_two(count: int) -> int:
-  """The least power of two that is no less."""
-  return 2 ** max(count - 1, 0).bit_length()
 
 
 def _to_host(queries, replicated: NamedSharding) -> np.ndarray:

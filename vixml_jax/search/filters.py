@@ -8,7 +8,8 @@ import numpy as np
 
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged, offsets_of
-from vixml_jax.search.exact import ExactIndex, power_of_two
+from vixml_jax.rounding import next_power_of_two
+from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.host_search import search_rows
 from vixml_jax.search.index import Index, search_excluding
 from vixml_jax.search.membership import is_in_row
@@ -232,7 +233,7 @@ class _Search:
     """Way 4."""
     for members in self._groups(queries):
       size = int(self._mask(members[0]).sum())
-      width = power_of_two(math.ceil(2 * self._width(members) * self._index.num_labels / max(size, 1)))
+      width = next_power_of_two(math.ceil(2 * self._width(members) * self._index.num_labels / max(size, 1)))
       while len(members) and width <= _WIDEST:
         self._set(members, *self._index.search(self._queries[members], width))
         members, width = self._short(members, size), 2 * width
@@ -260,7 +261,7 @@ class _Search:
   def _width(self, members: np.ndarray) -> int:
     """k, and as many more as a query denies, rounded up so that few widths are compiled."""
     most = int(self._few_denied[members].max(initial=0))
-    return max(self._k, min(self._k + (power_of_two(most) if most else 0), self._index.num_labels))
+    return max(self._k, min(self._k + (next_power_of_two(most) if most else 0), self._index.num_labels))
 
   def _short(self, queries: np.ndarray, available: int) -> np.ndarray:
     """Those of the queries for which fewer than k labels were found, where there are more."""

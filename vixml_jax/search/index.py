@@ -9,7 +9,8 @@ import tqdm
 
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged
-from vixml_jax.search.exact import ExactIndex, power_of_two
+from vixml_jax.rounding import next_power_of_two
+from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.membership import drop_members
 from vixml_jax.search.scann_index import ScannIndex
 
@@ -94,5 +95,5 @@ def _search_chunk(index: Index, queries, k: int, exclude: Ragged | None):
   if exclude is None or not len(exclude.values):
     return index.search(queries, k)
   most = int(exclude.lengths.max())
-  width = max(k, min(k + power_of_two(most), index.num_labels))
+  width = max(k, min(k + next_power_of_two(most), index.num_labels))
   return drop_members(*index.search(queries, width), exclude, k)

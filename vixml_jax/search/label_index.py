@@ -54,7 +54,7 @@ class IndexContents:
     texts: L texts, to be shown.
     uids: L distinct names, by which users call labels.
     label_clusters: int32 [L], the free vector of each label.
-    clusters: float32 [C, D], mean plain embedding of the labels of each free vector.
+    cluster_means: float32 [C, D], mean plain embedding of the labels of each free vector.
     deleted: bool [L]; None for none.
     queries: float32 [N, D], embeddings of the training queries, for retrieval augmentation.
     query_labels: their labels, N rows.
@@ -65,7 +65,7 @@ class IndexContents:
   texts: Sequence[str]
   uids: Sequence[str]
   label_clusters: np.ndarray
-  clusters: np.ndarray
+  cluster_means: np.ndarray
   deleted: np.ndarray | None = None
   queries: np.ndarray | None = None
   query_labels: Ragged | None = None
@@ -123,7 +123,7 @@ def write_index(
     np.save(work / "labels.npy", embeddings)
     np.save(work / "deleted.npy", deleted)
     np.save(work / "label_clusters.npy", np.asarray(contents.label_clusters, np.int32))
-    np.save(work / "clusters.npy", np.asarray(contents.clusters, np.float32))
+    np.save(work / "clusters.npy", np.asarray(contents.cluster_means, np.float32))
     TextTable.of(contents.texts).rows.save(work / "texts")
     uids.rows.save(work / "uids")
     if contents.categories is not None:
@@ -169,7 +169,7 @@ class LabelIndex:
     embeddings: float32 [L, D], memory-mapped; deleted labels included.
     deleted: bool [L].
     label_clusters: int32 [L].
-    clusters: float32 [C, D].
+    cluster_means: float32 [C, D].
     search_kind: "exact" or "scann", how it searches.
   """
 
@@ -179,7 +179,7 @@ class LabelIndex:
     self.folder, self.info = folder, info
     self.embeddings = mapped("labels.npy")
     self.deleted = np.asarray(mapped("deleted.npy"))
-    self.label_clusters, self.clusters = mapped("label_clusters.npy"), mapped("clusters.npy")
+    self.label_clusters, self.cluster_means = mapped("label_clusters.npy"), mapped("clusters.npy")
     self.search_kind, self._snapshot, self._mesh = search, snapshot, mesh
     self._texts, self._uids = (TextTable(Ragged.load(snapshot / name)) for name in ("texts", "uids"))
     self._categories = None if info["categories"] is None else Ragged.load(snapshot / "categories")
@@ -390,7 +390,7 @@ class LabelIndex:
       texts,
       uids,
       np.asarray(label_clusters, np.int32),
-      self.clusters,
+      self.cluster_means,
       categories=categories,
       queries=queries,
       query_labels=query_labels,

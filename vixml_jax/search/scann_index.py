@@ -94,8 +94,8 @@ class ScannIndex:
   ScaNN 1.4.2 corrupts its memory when a label that SOAR spilled to a second leaf is deleted or changed. Where SOAR is
   on, deleted labels therefore stay in it, and are dropped from what is found.
 
-  New labels go to the leaves and codes that the first ones were trained on. `needs_rebuild` says when so much has changed
-  that building anew is better. (ScaNN's `rebalance` trains in full as well, but keeps the number of leaves, and what
+  New labels go to the leaves and codes that the first ones were trained on. `needs_rebuild` says when
+  building anew is better. (ScaNN's `rebalance` trains in full as well, but keeps the number of leaves, and what
   SOAR must not delete.)
 
   Attributes:

@@ -14,7 +14,7 @@ import shutil
 from typing import Any
 
 from vixml_jax.errors import InputError
-from vixml_jax.files import new_file, new_folder
+from vixml_jax.files import new_file, new_folder, sha256_of_file
 
 INDEX = "index.json"
 CURRENT = "CURRENT"
@@ -72,7 +72,7 @@ def check_files(snapshot: Path, files: dict[str, dict[str, Any]], *, contents: b
     try:
       size = path.stat().st_size
       wrong = f"has {size:,} bytes instead of {wanted['size']:,}" if size != wanted["size"] else None
-      if not wrong and contents and _sha256(path) != wanted["sha256"]:
+      if not wrong and contents and sha256_of_file(path) != wanted["sha256"]:
         wrong = f"its sha256 is not that in {INDEX}"
     except OSError as error:
       wrong = f"cannot be read: {error.strerror}"
@@ -125,12 +125,7 @@ def take_over(source: Path, target: Path) -> None:
 
 def _describe(path: Path) -> dict[str, Any]:
   _sync(path)
-  return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+  return {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def _sync(path: Path) -> None:

@@ -46,8 +46,8 @@ class RequestParser:
     """The body, which counts among all bodies until the block ends.
 
     Raises:
-      RequestError: 413 for one that is too large, as soon as that is known; 408 for one that comes too slowly; 503 where
-        too many are held already.
+      RequestError: 413 for one that is too large, as soon as that is known; 408 for one that comes too slowly; 503
+        where too many are held already.
     """
     most = self._limits.body_bytes
     declared = int(request.headers.get("content-length", most))
@@ -84,7 +84,7 @@ class RequestParser:
     """What a body asks, checked down to the pixels of its images. Takes a while: call it in a thread.
 
     Raises:
-      RequestError: 400 for what is no JSON, 413 for what would unfold to too much, 422 for anything else; naming the field.
+      RequestError: 400 for what is no JSON, 413 for what would unfold to too much, 422 for anything else.
     """
     if len(body.translate(None, _NOT_STRUCTURE)) > self._limits.body_values:
       raise RequestError(413, f"the body has more than {self._limits.body_values:,} values; send fewer queries")

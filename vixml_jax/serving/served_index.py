@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from vixml_jax.search.exact import power_of_two
+from vixml_jax.rounding import next_power_of_two
 from vixml_jax.search.filters import GATHER_AT_MOST, Filters, IdSets, keep_permitted
 from vixml_jax.search.label_index import LabelIndex
 
@@ -98,6 +98,6 @@ def _powers(least: int, most: int) -> Iterator[int]:
   """Powers of two, from `least` to the first that is no less than `most`."""
   while True:
     yield least
-    if least >= power_of_two(most):
+    if least >= next_power_of_two(most):
       return
     least *= 2

@@ -1,12 +1,12 @@
 """The `config.json` of Hugging Face: read into the arguments of our encoders, and written from them."""
 
 from collections.abc import Mapping
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from vixml_jax.errors import InputError
+from vixml_jax.files import read_json_object
 
 # Qwen2, Qwen3 and Llama differ in two switches; what does not stand under one key is in `_derived_arguments`.
 _DECODER: dict[str, str | float] = {
@@ -81,19 +81,6 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   """The contents of `config.json` in a folder."""
   path = Path(folder) / "config.json"
   return read_json_object(path, absent="name a model's folder", damaged="fetch it again")
-
-
-def read_json_object(path: Path, absent: str, damaged: str) -> dict[str, Any]:
-  """The object that a JSON file holds; `absent` and `damaged` say what to do about a file that is so."""
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise InputError(f"{path}: cannot be read ({error.strerror}); {absent}") from error
-  except ValueError as error:
-    raise InputError(f"{path}: is not JSON ({error}); {damaged}") from error
-  if not isinstance(value, dict):
-    raise InputError(f"{path}: is not a JSON object; {damaged}")
-  return value
 
 
 def encoder_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:

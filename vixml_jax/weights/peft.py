@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from vixml_jax.errors import InputError
+from vixml_jax.files import read_json_object
 from vixml_jax.weights import engine
-from vixml_jax.weights.hf_config import read_json_object
 from vixml_jax.weights.hf_folder import SafetensorsFolder
 from vixml_jax.weights.placement import place
 from vixml_jax.weights.tables import Rule, Table

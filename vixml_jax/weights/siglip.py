@@ -131,7 +131,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
 def checkpoint_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
   """sha256 of each file of weights that `load_siglip` reads for a path, by file name."""
   path = find_checkpoint(path)
-  return source.weight_hashes(path) if path.is_dir() else {path.name: source.sha256(path)}
+  return source.weight_hashes(path) if path.is_dir() else {path.name: source.file_hash(path)}
 
 
 def save_npz(

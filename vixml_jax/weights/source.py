@@ -1,6 +1,5 @@
 """Finds pretrained weights in a folder, on the hub or in an installed package; checks their hash."""
 
-import hashlib
 import importlib.machinery
 import os
 from pathlib import Path
@@ -9,6 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from vixml_jax.errors import InputError
+from vixml_jax.files import sha256_of_file
 
 _PACKAGE = "package:"
 
@@ -64,7 +64,7 @@ def check_hashes(folder: str | os.PathLike[str], wanted: dict[str, str]) -> None
   """Refuses a folder whose files do not have the sha256 wanted (file name -> hex digest)."""
   for name, digest in wanted.items():
     path = Path(folder) / name
-    found = sha256(path)
+    found = file_hash(path)
     if found != digest:
       raise InputError(
         f"{path}: sha256 is {found}, wanted {digest}; the file is damaged or another model's: install or fetch it again"
@@ -73,14 +73,17 @@ def check_hashes(folder: str | os.PathLike[str], wanted: dict[str, str]) -> None
 
 def weight_hashes(folder: str | os.PathLike[str]) -> dict[str, str]:
   """sha256 of each safetensors file of a folder, by name; for the record of a run."""
-  return {path.name: sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+  return {path.name: file_hash(path) for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-  """Hex digest of a file."""
+def file_hash(path: str | os.PathLike[str]) -> str:
+  """Returns the sha256 of a file of weights, in hex.
+
+  Raises:
+    InputError: the file cannot be read.
+  """
   try:
-    with open(path, "rb") as file:
-      return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of_file(path)
   except OSError as error:
     raise InputError(f"{path}: cannot be read ({error.strerror}); fetch it again") from error
 
