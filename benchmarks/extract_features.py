@@ -1,11 +1,12 @@
-"""Times our image encoding against transformers doing the same work on the same images, in turns in one process.
+"""Compares the speed of our image encoding with that of transformers, on the same images in one process.
 
   .venv/bin/python benchmarks/extract_features.py --variant=siglip2_b32_256 --images=192
-  python benchmarks/extract_features.py --variant=siglip2_so400m14_384 --images=4096 --batch_size=128 --no_transformers
+  .venv/bin/python benchmarks/extract_features.py --variant=siglip2_so400m14_384 --images=4096 --batch_size=128 \
+      --no_transformers
 
-Both go from JPEG bytes to pooled features with the same random weights: decoding, resizing, the tower. Ours decodes in
-threads while the device computes; transformers' side is the usual loop of processor and model under inference_mode.
-Prints images a second of each, and for ours the model's floating-point operations a second.
+Both sides start from JPEG bytes and end with pooled features: they decode, resize and run a tower with the same random
+weights. Our side decodes in threads while the device computes. The side of transformers is the usual loop of processor
+and model under `inference_mode`. The script prints images and floating-point operations per second of each side.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import tempfile
 import time
 
-# Idle threads of torch sleep: else they spin through our side's turn.
+# Makes idle threads of torch sleep; otherwise they occupy the cores during our side's turn.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from flax import nnx
@@ -26,26 +27,28 @@ import torch
 import transformers
 
 from vixml_jax.images.tower import ImageTower
-from vixml_jax.models import layers
+from vixml_jax.models.parameters import split_params
 from vixml_jax.models.siglip import SiglipVision, define_siglip
 from vixml_jax.weights.siglip import save_siglip, siglip_arguments
 
 
 def parse_arguments() -> argparse.Namespace:
-  """Flags."""
+  """Returns the flags."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--variant", default="siglip2_b32_256", help="tower, with random weights")
-  parser.add_argument("--images", type=int, default=192, help="images a round")
-  parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each side, in turns")
-  parser.add_argument("--batch_size", type=int, default=64, help="images a step, of both")
-  parser.add_argument("--side", type=int, default=500, help="pixels of a side of each JPEG")
-  parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute dtype of both")
-  parser.add_argument("--no_transformers", action="store_true", help="time our side only")
+  parser.add_argument("--variant", default="siglip2_b32_256", help="name of the tower, which gets random weights")
+  parser.add_argument("--images", type=int, default=192, help="images per round")
+  parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each side, alternating")
+  parser.add_argument("--batch_size", type=int, default=64, help="images per step on both sides")
+  parser.add_argument("--side", type=int, default=500, help="width and height of each JPEG in pixels")
+  parser.add_argument(
+    "--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the computation on both sides"
+  )
+  parser.add_argument("--no_transformers", action="store_true", help="time only our side")
   return parser.parse_args()
 
 
 def jpegs(count: int, side: int) -> list[bytes]:
-  """Smooth random pictures, so that they compress as photographs do."""
+  """Returns smooth random images, which compress like photographs."""
   rng = np.random.default_rng(0)
   found = []
   for _ in range(count):
@@ -56,31 +59,16 @@ def jpegs(count: int, side: int) -> list[bytes]:
   return found
 
 
-class Blobs:
-  """Images in memory, as a source of one part."""
-
-  num_parts = 1
-  identity = "memory"
-
-  def __init__(self, blobs: list[bytes]):
-    self.blobs = blobs
-
-  def read(self, parts):
-    """The only part."""
-    for part in parts:
-      yield part, [(row, 0, blob) for row, blob in enumerate(self.blobs)]
-
-
 def write_tower(variant: str, folder: Path) -> dict:
-  """Random weights in Hugging Face's layout; returns the tower's arguments."""
+  """Writes random weights in the layout of Hugging Face; returns the arguments of the tower."""
   arguments = siglip_arguments(variant)
-  params = layers.split_params(SiglipVision(**arguments, rngs=nnx.Rngs(0)))[1]
+  params = split_params(SiglipVision(**arguments, rngs=nnx.Rngs(0)))[1]
   save_siglip(jax.device_get(params), folder, arguments)
   return arguments
 
 
 class TransformersSide:
-  """Processor and model of transformers, on the GPU where there is one."""
+  """Processor and model of transformers, on the GPU if there is one."""
 
   def __init__(self, folder: Path, arguments: dict, batch_size: int, dtype: str):
     self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,7 +81,7 @@ class TransformersSide:
     self.dtype = getattr(torch, dtype)
 
   def encode(self, blobs: list[bytes]) -> np.ndarray:
-    """Pooled features [images, F]."""
+    """Returns pooled features [images, F]."""
     outputs = []
     with torch.inference_mode():
       for start in range(0, len(blobs), self.batch_size):
@@ -104,7 +92,7 @@ class TransformersSide:
 
 
 def flops_per_image(arguments: dict) -> float:
-  """Of the matrix products of one forward pass, two a multiplication with addition."""
+  """Returns the operations of the matrix products of one forward pass; a multiply-add counts as two."""
   tokens = (arguments["image_size"] // arguments["patch_size"]) ** 2
   width, mlp = arguments["embed_dim"], arguments["mlp_dim"]
   layer = 4 * tokens * width**2 + 2 * tokens * width * mlp + 2 * tokens**2 * width
@@ -114,7 +102,7 @@ def flops_per_image(arguments: dict) -> float:
 
 
 def main() -> None:
-  """Runs both sides in turns."""
+  """Runs both sides alternately and prints their speed."""
   options = parse_arguments()
   blobs = jpegs(options.images, options.side)
   with tempfile.TemporaryDirectory() as folder:
@@ -131,11 +119,10 @@ def main() -> None:
     )
 
   def ours() -> np.ndarray:
-    ((_, part),) = encoder.encode_parts(Blobs(blobs), [0], "benchmark")
-    return part.features
+    return encoder.encode(blobs)[0]
 
   sides = {"vixml_jax": ours} | ({} if theirs is None else {"transformers": lambda: theirs.encode(blobs)})
-  outputs = {name: encode() for name, encode in sides.items()}  # Compiles.
+  outputs = {name: encode() for name, encode in sides.items()}  # The first call compiles.
   if theirs is not None:
     difference = np.linalg.norm(outputs["vixml_jax"] - outputs["transformers"])
     print(f"relative difference of the features {difference / np.linalg.norm(outputs['transformers']):.1e}")

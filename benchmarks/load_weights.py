@@ -1,10 +1,12 @@
-"""Measures the memory of the host while a checkpoint of several files is put into device arrays.
+"""Measures the host memory that loading a checkpoint of several files into device arrays needs.
 
-`python -m benchmarks.load_weights` writes a random bf16 checkpoint in the layout of Qwen2.5-3B, cut to a few layers,
-and loads it in two processes of their own: by way of a copy on the host (`engine.apply`, then one device array after
-the other), and tensor by tensor into the devices' arrays (`placement.place`, what training does). It prints for each
-the peak of resident memory above what the process had before, less the bytes of the arrays themselves, which on CPU
-devices lie in the same memory. The checkpoint is removed afterwards.
+  .venv/bin/python -m benchmarks.load_weights
+
+The script writes a random bfloat16 checkpoint in the layout of Qwen2.5-3B with a few layers and loads it in two
+separate processes: through a copy on the host (`engine.apply`, then one device array after the other), and tensor by
+tensor into the device arrays (`placement.place`, as training does). For each it prints the peak resident memory above
+the memory before loading, and how much of that exceeds the bytes of the arrays, which on CPU devices are in the same
+memory. The checkpoint is removed at the end.
 """
 
 import argparse
@@ -24,8 +26,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vixml_jax import sharding
-from vixml_jax.models import layers
 from vixml_jax.models.decoder import Decoder
+from vixml_jax.models.parameters import split_params
 from vixml_jax.weights import engine
 from vixml_jax.weights.hf_folder import SafetensorsFolder, load_pretrained
 from vixml_jax.weights.placement import place
@@ -38,26 +40,26 @@ MIB = 2**20
 
 
 def parse_arguments() -> argparse.Namespace:
-  """Flags."""
+  """Returns the flags."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--layers", type=int, default=6, help="of 154 MB each; Qwen2.5-3B has 36")
-  parser.add_argument("--vocab_size", type=int, default=151936, help="word vectors, of 4 KB each")
-  parser.add_argument("--files", type=int, default=4, help="that the checkpoint is spread over")
-  parser.add_argument("--devices", type=int, default=1, help="CPU devices, a mesh of `fsdp`")
-  parser.add_argument("--folder", type=Path, help="where to make the checkpoint's temporary folder")
+  parser.add_argument("--layers", type=int, default=6, help="number of layers, 154 MB each; Qwen2.5-3B has 36")
+  parser.add_argument("--vocab_size", type=int, default=151936, help="number of word vectors, 4 KB each")
+  parser.add_argument("--files", type=int, default=4, help="number of files of the checkpoint")
+  parser.add_argument("--devices", type=int, default=1, help="number of CPU devices, which form the `fsdp` axis")
+  parser.add_argument("--folder", type=Path, help="folder in which the temporary folder of the checkpoint is created")
   parser.add_argument("--way", choices=["host", "devices"], help="load `--folder` in this process; set by the script")
   return parser.parse_args()
 
 
 def abstract(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Shapes and logical axes of the decoder's parameters."""
+  """Returns shapes and logical axes of the parameters of the decoder."""
   arguments = WIDTHS | dict(vocab_size=flags.vocab_size, num_layers=flags.layers, param_dtype="bfloat16")
-  _, shapes, axes = layers.split_params(nnx.eval_shape(lambda: Decoder(**arguments, rngs=nnx.Rngs(0))))
+  _, shapes, axes = split_params(nnx.eval_shape(lambda: Decoder(**arguments, rngs=nnx.Rngs(0))))
   return shapes, axes
 
 
 def write_checkpoint(folder: Path, shapes: dict[str, Any], num_files: int) -> None:
-  """Random tensors for every rule, spread over the files, with their index."""
+  """Writes random tensors for every rule to the files, and their index."""
   flat = engine.flatten_tree(shapes)
   tensors = [
     (name, layout.theirs) for rule in QWEN2.rules for name, _, layout in engine.targets(rule, flat[rule.ours].shape)
@@ -76,16 +78,16 @@ def write_checkpoint(folder: Path, shapes: dict[str, Any], num_files: int) -> No
 
 
 def resident(key: str) -> int:
-  """Bytes of this process: `VmRSS` now, `VmHWM` at the most."""
-  with open("/proc/self/status") as status:
-    return next(1024 * int(line.split()[1]) for line in status if line.startswith(f"{key}:"))
+  """Returns resident bytes of this process: `VmRSS` is the current value, `VmHWM` the peak."""
+  status = Path("/proc/self/status").read_text(encoding="ascii")
+  return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{key}:"))
 
 
 def load(flags: argparse.Namespace) -> dict[str, float]:
-  """Loads the checkpoint one way and says what that took."""
+  """Loads the checkpoint in one way; returns bytes of the arrays, bytes at the peak, and seconds."""
   shapes, axes = abstract(flags)
   where = sharding.tree_shardings(sharding.make_mesh(data=1, fsdp=flags.devices), shapes, axes)
-  jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())  # The backend's own memory is not the loader's.
+  jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())  # Excludes the memory of the backend.
   before, start = resident("VmRSS"), time.perf_counter()
   if flags.way == "host":
     params = jax.tree.map(sharding.to_global, load_pretrained(flags.folder, QWEN2, shapes), where)
@@ -97,7 +99,7 @@ def load(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-  """Writes the checkpoint, loads it both ways, prints a table."""
+  """Writes the checkpoint, loads it in both ways and prints a table."""
   flags = parse_arguments()
   if flags.way:
     print(json.dumps(load(flags)))

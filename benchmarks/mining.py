@@ -1,14 +1,18 @@
-"""Times mining (balanced k-means, label centroids) beside CPU code in the manner of pyxclib, in one run.
+"""Compares the speed of mining (balanced k-means, label centroids) with CPU code written like pyxclib, in one run.
 
-`python -m benchmarks.mining` clusters 100,000 x 384 to clusters of 16. With `--rows=200000 --no-reference` ours runs
-alone on more. Seconds of CPU time stand beside the wall clock: they hold on a machine with other work too.
+  .venv/bin/python -m benchmarks.mining                                # 100,000 x 384 into clusters of 16
+  .venv/bin/python -m benchmarks.mining --rows=200000 --no-reference   # ours alone, on more rows
+
+The script prints wall-clock seconds and CPU seconds; the latter are comparable on a busy machine as well.
 """
 
 import argparse
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 import os
 import resource
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +29,7 @@ def _normalize(rows: np.ndarray) -> np.ndarray:
 
 
 def _embeddings(num_rows: int, dim: int, generator: np.random.Generator) -> np.ndarray:
-  """Unit rows f32 around num_rows / 40 centers."""
+  """Returns float32 rows of unit norm around num_rows / 40 centers."""
   centers = generator.standard_normal((num_rows // 40 + 1, dim), dtype=np.float32)
   rows = generator.standard_normal((num_rows, dim), dtype=np.float32)
   rows *= 0.7
@@ -34,13 +38,13 @@ def _embeddings(num_rows: int, dim: int, generator: np.random.Generator) -> np.n
 
 
 def _labels(num_queries: int, num_labels: int, generator: np.random.Generator) -> Ragged:
-  """8 labels a query with a long tail."""
+  """Returns 8 labels for each query; the frequencies have a long tail."""
   values = (num_labels * generator.random(8 * num_queries) ** 3).astype(np.int32)
   return Ragged(values, np.arange(num_queries + 1, dtype=np.int64) * 8)
 
 
 def _split(rows: np.ndarray, members: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
-  """Two-way balanced spherical k-means of the members, as in pyxclib."""
+  """Splits the members into two halves by balanced spherical 2-means, as in pyxclib."""
   rows = rows[members]
   centers = rows[generator.choice(len(rows), 2, replace=False)]
   products = rows @ centers.T
@@ -55,7 +59,7 @@ def _split(rows: np.ndarray, members: np.ndarray, generator: np.random.Generator
 
 
 def reference_kmeans(rows: np.ndarray, num_clusters: int, num_threads: int) -> np.ndarray:
-  """One cluster at a time, the clusters of a level shared among threads."""
+  """Returns clusters made one at a time; threads share the clusters of a level."""
   clusters = [np.arange(len(rows))]
   with ThreadPoolExecutor(num_threads) as pool:
     while len(clusters) < num_clusters:
@@ -69,25 +73,26 @@ def reference_kmeans(rows: np.ndarray, num_clusters: int, num_threads: int) -> n
 
 
 def _by_label(labels: Ragged, num_labels: int) -> scipy.sparse.csr_matrix:
-  """Matrix [L, N] of the pairs."""
+  """Returns the sparse matrix [L, N] of the pairs."""
   ones = np.ones(len(labels.values), np.float32)
   return scipy.sparse.csr_matrix((ones, labels.values, labels.offsets), (len(labels), num_labels)).T.tocsr()
 
 
 def reference_centroids(rows: np.ndarray, labels: Ragged, num_labels: int) -> np.ndarray:
-  """Sparse matrix product."""
+  """Returns label centroids [L, D] by a sparse matrix product."""
   matrix = _by_label(labels, num_labels)
   return (matrix @ rows) / np.maximum(np.diff(matrix.indptr), 1)[:, None].astype(np.float32)
 
 
 def objective(rows: np.ndarray, clusters: np.ndarray) -> float:
-  """Mean similarity of rows to the normalized mean of their cluster."""
+  """Returns the mean similarity of rows to the normalized mean of their cluster."""
   members = Ragged(clusters, np.arange(len(clusters) + 1, dtype=np.int64))
   sums = _by_label(members, clusters.max() + 1) @ rows
   return float(np.sum(np.linalg.norm(sums, axis=1)) / len(rows))
 
 
-def _timed(name: str, function):
+def _timed(name: str, function: Callable[[], Any]) -> tuple[Any, float]:
+  """Calls the function and prints its times; returns its result and the seconds."""
   start, cpu_start = time.perf_counter(), time.process_time()
   result = jax.block_until_ready(function())
   seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -102,7 +107,7 @@ def main() -> None:
   parser.add_argument("--dim", type=int, default=384)
   parser.add_argument("--labels", type=int, default=50_000)
   parser.add_argument("--cluster-size", type=int, default=16)
-  parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the reference")
+  parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the reference")
   parser.add_argument("--reference", action=argparse.BooleanOptionalAction, default=True)
   flags = parser.parse_args()
   generator = np.random.default_rng(0)
@@ -120,7 +125,7 @@ def main() -> None:
   _timed("order of an epoch", lambda: epoch_order(0, 0, flags.rows, ours))
   if flags.reference:
     published, seconds = _timed(
-      f"k-means, pyxclib's manner, {flags.threads} threads", lambda: reference_kmeans(rows, count, flags.threads)
+      f"k-means as in pyxclib, {flags.threads} threads", lambda: reference_kmeans(rows, count, flags.threads)
     )
     expected, centroid_seconds = _timed(
       "label centroids, scipy.sparse", lambda: reference_centroids(rows, labels, flags.labels)

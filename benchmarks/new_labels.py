@@ -1,18 +1,19 @@
-r"""What labels are worth that are added after training: held out of it, added then, beside training with all labels.
+r"""Compares labels that are added after training with labels that the model was trained on.
 
-  python -m benchmarks.new_labels --config=configs/quickstart.py:images=3 --folder=runs/new_labels \
+  .venv/bin/python -m benchmarks.new_labels --config=configs/quickstart.py:images=3 --folder=runs/new_labels \
       [--fraction=0.1] [--seed=0] [--positives=0,5,1000] [--config.train.epochs=...]
 
-A tenth of the labels, drawn by seed, is taken out of the data set: of the labels, of the training queries' targets
-(queries that keep none are dropped) and of the filters. The config is trained on what is left, in
-FOLDER/held_out-FRACTION-SEED, and on everything, in FOLDER/all; either goes on where it was killed. To the first the
-held-out labels are then added as `vixml_jax.add_labels` does, with at most so many of their training queries as
-positives; to an index of its own each.
+A share of the labels, drawn by the seed, is removed from the data set: from the labels, from the targets of training
+queries (queries without any other target are dropped) and from the filters. The config is trained on the rest in
+FOLDER/held_out-FRACTION-SEED and on all labels in FOLDER/all; a run that was killed resumes. The held-out labels are
+then added to the first model, as `vixml_jax.add_labels` does, with at most as many of their training queries as
+positives as `--positives` says; each number has an index of its own.
 
-All test queries are searched among all labels. New and old labels are scored apart, over the queries that have some:
-of P@1, R@10 and R@100 on new labels, the positives are the new ones, and the query's old positives are taken out of the
-ranking, so that neither kind counts as the other's error; "all" is the usual score. "+ retrieval" is with the setting
-that the run chose on held-out queries, by old labels alone. Writes FOLDER/results.json.
+All test queries are searched among all labels. New and old labels are scored separately, over the queries that have
+such labels. For P@1, R@10 and R@100 on new labels, the positives are the new labels, and old positives of the query are
+removed from the ranking, so that neither kind counts as an error of the other. "all" is the usual score. "+ retrieval"
+uses the settings that the run chose on held-out queries with old labels only. The results are written to
+FOLDER/results.json.
 """
 
 from collections.abc import Callable
@@ -32,12 +33,13 @@ import pyarrow.parquet as pq
 
 import vixml_jax
 from vixml_jax import cli
-from vixml_jax.datasets import raw
+from vixml_jax.datasets import raw, raw_images, raw_records
 from vixml_jax.evaluation.metrics import evaluate
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.files import new_folder, write_json
-from vixml_jax.inference.new_labels import LabelFormat, add_labels, embed_labels
-from vixml_jax.inference.predictor import Predictor, query_format
+from vixml_jax.inference.label_files import label_format
+from vixml_jax.inference.new_labels import add_labels, embed_labels
+from vixml_jax.inference.predictor import Predictor
 from vixml_jax.ragged import Ragged
 from vixml_jax.run import configuration
 from vixml_jax.run.workdir import EMBEDDINGS, INDEX
@@ -57,20 +59,22 @@ _SHOWN = [
   ("all", "R@100"),
 ]
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe; variants stand after a colon.")
-_FOLDER = flags.DEFINE_string("folder", None, "Where data, workdirs and results go.")
-_FRACTION = flags.DEFINE_float("fraction", 0.1, "Of the labels, held out.")
-_SEED = flags.DEFINE_integer("seed", 0, "Draws the labels and their positives.")
-_POSITIVES = flags.DEFINE_string("positives", "0,5,1000", "Most training queries that an added label is given.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config; a variant follows a colon.")
+_FOLDER = flags.DEFINE_string("folder", None, "Folder for data, workdirs and results.")
+_FRACTION = flags.DEFINE_float("fraction", 0.1, "Share of the labels that is held out.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the held-out labels and of their positives.")
+_POSITIVES = flags.DEFINE_string(
+  "positives", "0,5,1000", "Largest number of training queries for an added label; several numbers are tried in turn."
+)
 
 
 def write_without(source: Path, target: Path, held_out: np.ndarray) -> None:
-  """Writes a raw folder without some of its labels; test queries stay, training queries that lose all labels go.
+  """Writes a raw folder without some of its labels; training queries that lose all labels are left out.
 
   Args:
-    source: a raw folder.
-    target: does not exist.
-    held_out: bool [L].
+    source: Raw folder to read.
+    target: Raw folder to write; must not exist.
+    held_out: Labels to leave out, bool [L].
   """
   labels = np.where(held_out, -1, np.cumsum(~held_out) - 1)
   with new_folder(target) as work:
@@ -85,7 +89,7 @@ def write_without(source: Path, target: Path, held_out: np.ndarray) -> None:
       with gzip.open(work / files.rows, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record, row in zip(records, rows, strict=True) if row >= 0)
       if files.filter:
-        pairs = raw.read_filter(source / files.filter, len(rows), len(labels))
+        pairs = raw_records.read_filter(source / files.filter, len(rows), len(labels))
         found = np.stack([rows[pairs.row_ids()], labels[pairs.values]], axis=1)
         np.savetxt(work / files.filter, found[(found >= 0).all(axis=1)], fmt="%d")
       if (source / files.images).is_file():
@@ -95,18 +99,18 @@ def write_without(source: Path, target: Path, held_out: np.ndarray) -> None:
 def score(
   search: Callable[[Ragged], np.ndarray], to_id: np.ndarray, is_new: np.ndarray, truth: Ragged, excluded: Ragged
 ) -> dict[str, dict[str, float]]:
-  """Scores of new, old and all labels; only labels in the index count.
+  """Returns scores of new, old and all labels; only labels in the index count.
 
   Args:
-    search: labels to leave out for each query -> ids int [Q, 100], best first.
-    to_id: int [L], a label's id in the index; -1 where it is not in it.
-    is_new: bool [L].
-    truth: positives of each query, Q rows of labels.
-    excluded: labels that no query may have, Q rows.
+    search: Function from the labels to leave out for each query to ids int [Q, 100], best first.
+    to_id: Id of each label in the index, int [L]; -1 for a label that is not in the index.
+    is_new: Whether each label is new, bool [L].
+    truth: Positives of each query, Q rows of labels.
+    excluded: Labels that a query may not have, Q rows.
 
   Returns:
-    For "new", "old" and "all", `queries`, how many have such positives, and metrics over these in percent; "new" and
-    "all" where the new labels are in the index.
+    For "new", "old" and "all": `queries`, the number of queries with such positives, and metrics over these in percent.
+    "new" and "all" are left out if the index does not contain the new labels.
   """
   there = to_id >= 0
   filtered = _of_labels(excluded, there, to_id)
@@ -125,7 +129,7 @@ def score(
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
-  """The whole data set, by its own label numbers."""
+  """The whole data set, with labels numbered as in its raw files."""
 
   labels: list[dict]
   train: list[dict]
@@ -135,22 +139,23 @@ class _Data:
 
   @classmethod
   def read(cls, folder: Path, is_new: np.ndarray, images: int) -> "_Data":
+    """Reads a raw folder, with the first images of each item."""
     records = {split: _records(folder / files.rows) for split, files in raw.SPLITS.items()}
     for split in ("train", "labels"):
       path = folder / raw.SPLITS[split].images
-      for record, (_, pictures) in zip(records[split], raw.read_images(path, len(records[split])), strict=True):
-        if images and pictures:
-          record["images"] = pictures[:images]
+      for record, (_, blobs) in zip(records[split], raw_images.read_images(path, len(records[split])), strict=True):
+        if images and blobs:
+          record["images"] = blobs[:images]
     return cls(
       records["labels"],
       records["train"],
       Ragged.from_rows([record["target_ind"] for record in records["test"]]),
-      raw.read_filter(folder / raw.SPLITS["test"].filter, len(records["test"]), len(records["labels"])),
+      raw_records.read_filter(folder / raw.SPLITS["test"].filter, len(records["test"]), len(records["labels"])),
       is_new,
     )
 
   def new_labels(self, most: int, seed: int) -> list[dict]:
-    """The held-out labels with at most so many of their training queries as positives."""
+    """Returns the held-out labels, each with at most `most` of its training queries as positives."""
     queries = Ragged.from_rows([record["target_ind"] for record in self.train]).transpose(len(self.labels))
     rng = np.random.default_rng(seed)
     found = []
@@ -162,7 +167,7 @@ class _Data:
 
 
 def evaluated(index: LabelIndex, workdir: Path, data: _Data) -> dict[str, Any]:
-  """Scores of plain and retrieval-augmented search, of a workdir's test queries in an index of its model."""
+  """Returns scores of plain and retrieval-augmented search of the test queries of a workdir in an index."""
   queries = np.load(workdir / EMBEDDINGS / "test_queries.npy")
   live = set(index.uids(np.flatnonzero(~index.deleted)))
   to_id = np.full(len(data.labels), -1)
@@ -189,10 +194,10 @@ def evaluated(index: LabelIndex, workdir: Path, data: _Data) -> dict[str, Any]:
 
 
 def compare(config: ConfigDict, folder: Path, fraction: float, seed: int, positives: list[int]) -> dict[str, Any]:
-  """Trains both models, adds the held-out labels to the first in each way, and scores everything."""
+  """Trains both models, adds the held-out labels to the first with each number of positives, and returns all scores."""
   source = Path(config.dataset.raw_dir or Path(vixml_jax.__file__).parent / "datasets" / config.dataset.name)
   raw.check_folder(source)
-  num_labels = raw.count_rows(source / raw.SPLITS["labels"].rows)
+  num_labels = raw_records.count_rows(source / raw.SPLITS["labels"].rows)
   is_new = np.zeros(num_labels, bool)
   is_new[np.random.default_rng(seed).choice(num_labels, round(fraction * num_labels), replace=False)] = True
   less = folder / f"raw-{fraction:g}-{seed}"
@@ -215,7 +220,7 @@ def compare(config: ConfigDict, folder: Path, fraction: float, seed: int, positi
 
 
 def table(rows: dict[str, Any]) -> str:
-  """The scores as Markdown."""
+  """Returns the scores as a Markdown table."""
   head = ["", *(f"{group} {metric}" for group, metric in _SHOWN), "seconds"]
   lines = [head, ["---", *["---:"] * (len(head) - 1)]]
   for name, row in rows.items():
@@ -234,17 +239,17 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def main() -> None:
-  """Runs the comparison and prints it."""
+  """Runs the comparison and prints the scores."""
   config, folder = cli.required(_CONFIG), Path(cli.required(_FOLDER))
   configuration.check(config)
   results = compare(config, folder, _FRACTION.value, _SEED.value, cli.numbers(_POSITIVES))
   write_json(folder / "results.json", results | {"config": config.name})
-  print(f"{results['new_labels']:,} of {results['labels']:,} labels are new; seconds to add them, or to train anew")
+  print(f"{results['new_labels']:,} of {results['labels']:,} labels are new; seconds to add them, or to train")
   print(table(results["rows"]))
 
 
 def _config_of(config: ConfigDict, raw_dir: Path, folder: Path) -> ConfigDict:
-  """The same recipe on the reduced data set, whose numbers are not those that the config compares with."""
+  """Returns the config for the reduced data set, without the baselines of the whole data set."""
   config = config.copy_and_resolve_references()
   config.dataset.update(dict(name="custom", raw_dir=str(raw_dir), data_dir=str(folder / f"data-{raw_dir.name}")))
   config.baselines = ConfigDict()
@@ -252,16 +257,15 @@ def _config_of(config: ConfigDict, raw_dir: Path, folder: Path) -> ConfigDict:
 
 
 def _added(predictor: Predictor, records: list[dict], folder: Path) -> tuple[LabelIndex, float]:
-  """The index with more labels, in a place of its own, and how long that took."""
+  """Returns a copy of the index with the labels added, and the seconds that adding took."""
   shutil.rmtree(folder, ignore_errors=True)
   shutil.copytree(predictor.encoder.workdir / INDEX, folder)
   index = LabelIndex.open(folder, checkpoint=predictor.encoder.checkpoint, mesh=predictor.mesh)
   predictor = dataclasses.replace(predictor, index=index)
-  wanted = query_format(predictor.encoder.config)
-  form = LabelFormat(wanted.text_fields, wanted.images, wanted.feature_dim)
+  form = label_format(predictor.encoder.config)
   started = time.perf_counter()
   labels = [form.parse(record, record["uid"]) for record in records]
-  index = add_labels(predictor.index, labels, embed_labels(predictor, labels), [])
+  index = add_labels(predictor.index, labels, embed_labels(predictor, labels), np.zeros(0, np.int64))
   return index, time.perf_counter() - started
 
 
@@ -275,7 +279,7 @@ def _item(record: dict) -> dict:
 
 
 def _drop_labels(record: dict, labels: np.ndarray) -> bool:
-  """Renumbers a query's targets without those that have no number, and says whether it lost all that it had."""
+  """Renumbers the targets of a query and drops those numbered -1; returns whether it lost all of its targets."""
   kept = [place for place, label in enumerate(record["target_ind"]) if labels[label] >= 0]
   lost = bool(record["target_ind"]) and not kept
   record["target_ind"] = [int(labels[record["target_ind"][place]]) for place in kept]
@@ -292,13 +296,13 @@ def _write_images(source: Path, target: Path, rows: np.ndarray) -> None:
 
 
 def _of_labels(rows: Ragged, counted: np.ndarray, to_id: np.ndarray) -> Ragged:
-  """Ids of those labels of each row that count."""
+  """Returns the ids of the counted labels of each row."""
   kept = counted[rows.values]
   return Ragged.of_lengths(to_id[rows.values[kept]], np.bincount(rows.row_ids()[kept], minlength=len(rows)))
 
 
 def _joined(first: Ragged, second: Ragged) -> Ragged:
-  """The values of both in each row."""
+  """Returns rows with the values of both arguments."""
   rows = np.concatenate([first.row_ids(), second.row_ids()])
   values = np.concatenate([first.values, second.values])[np.argsort(rows, kind="stable")]
   return Ragged.of_lengths(values, np.bincount(rows, minlength=len(first)))

@@ -1,17 +1,20 @@
-"""Everything between raw files and the first step, at the size of LF-AmazonTitles-1.3M: seconds and peak memory.
+"""Prints seconds and peak memory of the stages between raw files and the first step, for LF-AmazonTitles-1.3M.
 
-  python benchmarks/synthetic_1_3m.py --output=RAW
-  python benchmarks/scale.py --raw_dir=RAW --data_dir=DATA --tokenizer=FOLDER [--stages=prepare,tokenize,...]
+  .venv/bin/python benchmarks/synthetic_1_3m.py --output=RAW
+  .venv/bin/python benchmarks/scale.py --raw_dir=RAW --data_dir=DATA --tokenizer=FOLDER [--stages=order,mine,...]
 
-Stages: prepare (raw -> TFDS), tokenize, order (epoch orders), batches (draw, in-batch positives, packing), pack
-(all training queries), mine (balanced clusters of 16), centroids, exact (index and 1,024 queries), scann (the same).
-Embeddings are synthetic unit vectors in 50,000 groups: random vectors would make clustering meaningless.
+`prepare` (raw files to TFDS) and `tokenize` always run. The other stages are `order` (order of an epoch), `batches`
+(labels drawn, in-batch positives, packing), `pack` (all training queries), `mine` (balanced clusters of 16),
+`centroids`, `exact` (index and 1,024 queries) and `scann` (the same). Embeddings are synthetic unit vectors in 50,000
+groups, because clusters of random vectors have no meaning.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 import resource
 import threading
 import time
+from typing import Any
 
 from absl import app, flags
 import numpy as np
@@ -21,18 +24,19 @@ from vixml_jax.input.batches import TrainingQueries, make_batch
 from vixml_jax.input.corpus import Corpus, load_corpus
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, pack
+from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.mining.kmeans import balanced_kmeans
 from vixml_jax.mining.order import epoch_order, num_query_clusters
 from vixml_jax.search.index import make_index
 
-_STAGES = ("prepare", "tokenize", "order", "batches", "pack", "mine", "centroids", "exact", "scann")
-_RAW_DIR = flags.DEFINE_string("raw_dir", None, "Raw folder; needed until the set is prepared.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared set goes.", required=True)
+_STAGES = ("order", "batches", "pack", "mine", "centroids", "exact", "scann")
+_RAW_DIR = flags.DEFINE_string("raw_dir", None, "Raw folder; needed until the data set is prepared.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder for the prepared data set.", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder of a fast tokenizer.", required=True)
-_DATASET = flags.DEFINE_string("dataset", "lf_amazon_titles_1_3m", "Builder; `custom` for other sizes.")
-_DIM = flags.DEFINE_integer("dim", 384, "Embedding size.")
-_CHOSEN = flags.DEFINE_list("stages", list(_STAGES), "Which stages to run after the corpus is open.")
+_DATASET = flags.DEFINE_string("dataset", "lf_amazon_titles_1_3m", "Name of the data set; `custom` for other sizes.")
+_DIM = flags.DEFINE_integer("dim", 384, "Width of the embeddings.")
+_CHOSEN = flags.DEFINE_list("stages", list(_STAGES), "Stages to run after `tokenize`.")
 _LAYOUT = PackedLayout(128, 64)
 _BATCH = 2048
 
@@ -40,27 +44,27 @@ _BATCH = 2048
 class _PeakMemory:
   """Peak resident memory of this process while a stage runs, sampled ten times a second."""
 
-  def __enter__(self):
+  def __enter__(self) -> "_PeakMemory":
     self.peak, self._running = 0, True
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()
     self._start = time.perf_counter()
     return self
 
-  def __exit__(self, *exception):
+  def __exit__(self, *exception: object) -> None:
     self.seconds = time.perf_counter() - self._start
     self._running = False
     self._thread.join()
 
-  def _watch(self):
+  def _watch(self) -> None:
     while self._running:
       pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
       self.peak = max(self.peak, pages * resource.getpagesize())
       time.sleep(0.1)
 
 
-def _stage(name: str, work, note=lambda result: ""):
-  """Runs and reports one stage; returns what it made."""
+def _stage(name: str, work: Callable[[], Any], note: Callable[[Any], str] = lambda result: "") -> Any:
+  """Runs a stage, prints its time and memory, and returns its result."""
   with _PeakMemory() as memory:
     result = work()
   print(f"{name:<10} {memory.seconds:8.1f} s   peak RSS {memory.peak / 2**30:5.2f} GiB   {note(result)}", flush=True)
@@ -68,7 +72,7 @@ def _stage(name: str, work, note=lambda result: ""):
 
 
 def _embeddings(rows: int, seed: int) -> np.ndarray:
-  """float32 [rows, D], unit norm, in 50,000 groups."""
+  """Returns float32 [rows, D] of unit norm in 50,000 groups."""
   rng = np.random.default_rng(0)
   centers = rng.standard_normal((50_000, _DIM.value), np.float32)
   rng = np.random.default_rng(seed)
@@ -102,14 +106,14 @@ def _pack_all(corpus: Corpus) -> tuple[int, int]:
   return rows, len(corpus.train_tokens.values)
 
 
-def main(argv):
-  """Runs the stages one after the other."""
+def main(argv: Sequence[str]) -> None:
+  """Runs the stages in order."""
   del argv
   chosen = _CHOSEN.value
   builder = _stage("prepare", lambda: datasets.prepare(_DATASET.value, _RAW_DIR.value, _DATA_DIR.value))
   corpus = _stage(
     "tokenize",
-    lambda: load_corpus(builder, _TOKENIZER.value, 32, None, Path(_DATA_DIR.value) / "tokens"),
+    lambda: load_corpus(builder, Tokenizer(_TOKENIZER.value, 32), None, Path(_DATA_DIR.value) / "tokens"),
     lambda c: (
       f"{len(c.train_tokens):,} + {len(c.test_tokens):,} queries, {c.num_labels:,} labels, "
       f"{len(c.train_labels.values):,} pairs"

@@ -1,10 +1,10 @@
-"""Times search of labels beside faiss, in one run on the same data and CPUs.
+"""Compares the speed of label search with faiss, in one run on the same data and CPUs.
 
-  python -m benchmarks.search --part=exact                              # 1,305,265 x 768, against faiss's IndexFlatIP
-  python -m benchmarks.search --part=approximate --labels=131073        # ScaNN against faiss's HNSW
+  .venv/bin/python -m benchmarks.search --part=exact                        # 1,305,265 x 768, with faiss's IndexFlatIP
+  .venv/bin/python -m benchmarks.search --part=approximate --labels=131073  # ScaNN with faiss's HNSW
 
-faiss is no dependency of this package: pip install faiss-cpu. Embeddings are synthetic unit vectors around
-`--groups` centers; queries are drawn like labels. Both use all CPUs that the process may run on.
+faiss is not a dependency of this package and must be installed first: pip install faiss-cpu. Embeddings are synthetic
+unit vectors around `--groups` centers; queries are drawn like labels. Both sides use all CPUs of the process.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import os
 import resource
 import statistics
 import time
+from typing import Any
 
 import faiss
 import jax
@@ -31,7 +32,7 @@ _REORDER = (50, 100, 200, 500)
 
 
 def embeddings(rows: int, dim: int, groups: int, seed: int) -> np.ndarray:
-  """float32 [rows, D], unit norm, around centers that are the same for every seed."""
+  """Returns float32 [rows, D] of unit norm around centers that are the same for every seed."""
   centers = np.random.default_rng(0).standard_normal((groups, dim), np.float32)
   rng = np.random.default_rng(seed)
   out = np.empty((rows, dim), np.float32)
@@ -44,7 +45,7 @@ def embeddings(rows: int, dim: int, groups: int, seed: int) -> np.ndarray:
 
 
 def seconds_of(call: Callable[[], object], repeats: int) -> float:
-  """Median over the repeats, after a first call that compiles and warms up."""
+  """Returns the median seconds of the repeats, after a first call that compiles."""
   call()
   times = []
   for _ in range(repeats):
@@ -54,7 +55,8 @@ def seconds_of(call: Callable[[], object], repeats: int) -> float:
   return statistics.median(times)
 
 
-def _built(name: str, build: Callable[[], object]):
+def _built(name: str, build: Callable[[], Any]) -> Any:
+  """Builds an index, prints seconds and memory, and returns it."""
   start = time.perf_counter()
   index = build()
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -63,7 +65,7 @@ def _built(name: str, build: Callable[[], object]):
 
 
 def exact(labels: np.ndarray, queries: np.ndarray, k: int, repeats: int) -> None:
-  """Exact search of this package and of faiss; prints queries/s, their ratio, and how far the results agree."""
+  """Times exact search of this package and of faiss; prints queries/s, their ratio, and the share of equal results."""
   ours = _built("vixml_jax exact", lambda: ExactIndex(labels))
   own_seconds = seconds_of(lambda: ours.search(queries, k), repeats)
   _, own_ids = ours.search(queries, k)
@@ -81,7 +83,7 @@ def exact(labels: np.ndarray, queries: np.ndarray, k: int, repeats: int) -> None
 
 
 def approximate(labels: np.ndarray, queries: np.ndarray, k: int, repeats: int, links: int, effort: int) -> None:
-  """ScaNN and HNSW over a sweep of their search settings; prints the fastest of each at equal recall@k."""
+  """Times ScaNN and HNSW over a sweep of their search settings; prints the fastest of each at equal recall@k."""
   _, wanted = ExactIndex(labels).search(queries, k)
   runs: dict[str, list[tuple[float, float, str]]] = {"ScaNN": [], "faiss HNSW": []}
 
@@ -116,14 +118,16 @@ def approximate(labels: np.ndarray, queries: np.ndarray, k: int, repeats: int, l
 
 
 def main() -> None:
-  """Runs one part."""
+  """Runs one part of the comparison."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--part", choices=("exact", "approximate"), required=True)
   parser.add_argument("--labels", type=int, default=1_305_265)
   parser.add_argument("--dim", type=int, default=768)
   parser.add_argument("--queries", type=int, default=1_024)
   parser.add_argument("--groups", type=int, default=50_000)
-  parser.add_argument("--k", type=int, help="100 with exact, 10 with approximate search")
+  parser.add_argument(
+    "--k", type=int, help="labels per query; by default 100 with exact and 10 with approximate search"
+  )
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--links", type=int, default=32, help="M of HNSW")
   parser.add_argument("--effort", type=int, default=200, help="efConstruction of HNSW")

@@ -1,10 +1,11 @@
-"""Load on a server of this machine: throughput, and how long requests take while bad ones come in between.
+"""Measures throughput and latency of a server on this machine while some of the requests are invalid.
 
-  python -m benchmarks.serve_load --url=http://127.0.0.1:8080 --clients=1,8,32 --seconds=5 [--bad=0.1] [--pictures=0.1]
+  .venv/bin/python -m benchmarks.serve_load --url=http://127.0.0.1:8080 --clients=1,8,32 --seconds=5 \
+      [--bad=0.1] [--images=0.1]
 
-Clients ask one query at a time on connections that stay open, and wait for each answer. Titles are words drawn at
-random; a share of the queries carries a picture of noise, a share of the requests is bad in one of many ways, and those
-must get a 4xx. Prints a line for each number of clients.
+Each client sends one query at a time on a persistent connection and waits for the answer. Titles are random words. A
+share of the queries has an image of noise. A share of the requests is invalid in one of several ways and must get a
+status of 4xx. The script prints one line for each number of clients.
 """
 
 import argparse
@@ -26,14 +27,14 @@ _MOST_CLIENTS = 256
 
 
 def noise(rng: np.random.Generator, size: int) -> str:
-  """A square PNG in base64."""
+  """Returns a square PNG of noise in base64."""
   buffer = io.BytesIO()
   Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(buffer, "PNG")
   return base64.b64encode(buffer.getvalue()).decode()
 
 
 def bad_bodies() -> list[bytes]:
-  """Each must get a 4xx."""
+  """Returns invalid request bodies; each must get a status of 4xx."""
   query = {"title": "cloud"}
   broken = base64.b64encode(b"\x89PNG\r\n\x1a\n and no more").decode()
   bodies = [
@@ -51,17 +52,17 @@ def bad_bodies() -> list[bytes]:
   return [b"{", b"\xff", b"[" * 100_000, *(json.dumps(body).encode() for body in bodies)]
 
 
-def client(address: str, seed: int, until: float, bad_share: float, picture_share: float) -> list[tuple[bool, float]]:
-  """Asks until the time is over; whether each request was good, and its seconds."""
+def client(address: str, seed: int, until: float, bad_share: float, image_share: float) -> list[tuple[bool, float]]:
+  """Sends requests until a time; returns for each request whether it was valid, and its seconds."""
   rng, bad = np.random.default_rng(seed), bad_bodies()
-  pictures = [noise(rng, 64) for _ in range(4)] if picture_share else []
+  images = [noise(rng, 64) for _ in range(4)] if image_share else []
   connection = http.client.HTTPConnection(address, timeout=60)
   taken = []
   while time.perf_counter() < until:
     good = rng.random() >= bad_share
     query = {"title": " ".join(rng.choice(_WORDS, rng.integers(1, 6)))}
-    if pictures and rng.random() < picture_share:
-      query["images"] = [pictures[rng.integers(len(pictures))]]
+    if images and rng.random() < image_share:
+      query["images"] = [images[rng.integers(len(images))]]
     body = json.dumps({"queries": [query], "k": 10}).encode() if good else bad[rng.integers(len(bad))]
     started = time.perf_counter()
     connection.request("POST", "/v1/predict", body)
@@ -75,13 +76,13 @@ def client(address: str, seed: int, until: float, bad_share: float, picture_shar
 
 
 def main() -> None:
-  """Loads the server with each number of clients in turn."""
+  """Loads the server with each number of clients and prints a table."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--url", default="http://127.0.0.1:8080")
   parser.add_argument("--clients", default="1,8,32")
   parser.add_argument("--seconds", type=float, default=5)
-  parser.add_argument("--bad", type=float, default=0.1, help="share of requests that are bad")
-  parser.add_argument("--pictures", type=float, default=0.0, help="share of queries with a picture")
+  parser.add_argument("--bad", type=float, default=0.1, help="share of requests that are invalid")
+  parser.add_argument("--images", type=float, default=0.0, help="share of queries with an image")
   arguments = parser.parse_args()
   url = urlsplit(arguments.url)
   if url.hostname != "localhost" and not ipaddress.ip_address(url.hostname or "").is_loopback:
@@ -94,7 +95,7 @@ def main() -> None:
     until = time.perf_counter() + seconds
     with ThreadPoolExecutor(number) as pool:
       futures = [
-        pool.submit(client, url.netloc, seed, until, arguments.bad, arguments.pictures) for seed in range(number)
+        pool.submit(client, url.netloc, seed, until, arguments.bad, arguments.images) for seed in range(number)
       ]
       taken = [each for future in futures for each in future.result()]
     cells = [str(number)]

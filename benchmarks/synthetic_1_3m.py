@@ -1,11 +1,11 @@
-"""Writes a synthetic raw folder of the size and shape of LF-AmazonTitles-1.3M, streaming.
+"""Writes a synthetic raw folder with the size and shape of LF-AmazonTitles-1.3M, row by row.
 
-  python benchmarks/synthetic_1_3m.py --output=/tmp/synthetic --scale=0.05
+  .venv/bin/python benchmarks/synthetic_1_3m.py --output=/tmp/synthetic --scale=0.05
 
-At --scale=1: 2,248,619 training queries, 970,237 test queries, 1,305,265 labels, 22.2 labels a query
-with a long tail. Titles mix the words of the embedded MM-Icons-9K by their frequency; queries that
-share labels share words, so that clustering and search have something to find. Feed the folder to
-configs/custom.py. The same seed and scale give the same bytes.
+At --scale=1 there are 2,248,619 training queries, 970,237 test queries and 1,305,265 labels, with 22.2 labels per query
+and a long tail of frequencies. Titles are drawn from the words of the embedded MM-Icons-9K by their frequency. Queries
+that share labels share words, so that clustering and search find structure. `configs/custom.py` trains on the folder.
+The same seed and scale give the same bytes.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from tqdm import tqdm
 from vixml_jax.datasets import prepared, raw
 
 ROWS = {"train": 2_248_619, "test": 970_237, "labels": 1_305_265}
-_DRAWS_A_QUERY = 26.1  # Repeats among them leave 22.2 labels a query.
+_DRAWS_A_QUERY = 26.1  # Without repeats, 22.2 labels per query remain.
 _TOPICS_PER_LABEL = 1 / 40
 _ROWS_A_DRAW = 4096
 
 
 def main() -> None:
-  """Reads the flags and writes the folder."""
+  """Reads the flags and writes the raw folder."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--output", type=Path, required=True, help="folder to write")
+  parser.add_argument("--output", type=Path, required=True, help="raw folder to write")
   parser.add_argument("--scale", type=float, default=1.0, help="share of the rows of every split")
   parser.add_argument("--seed", type=int, default=0)
   arguments = parser.parse_args()
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def write(folder: Path, scale: float, seed: int) -> None:
-  """Writes all raw files of a set of `scale` times the published rows."""
+  """Writes all raw files of a data set with `scale` times the published number of rows."""
   folder.mkdir(parents=True, exist_ok=True)
   rows = {split: max(1, int(count * scale)) for split, count in ROWS.items()}
   titles = Titles(np.random.default_rng([seed, 0]), rows["labels"])
@@ -57,7 +57,7 @@ def write(folder: Path, scale: float, seed: int) -> None:
 
 
 class Titles:
-  """Draws titles: some words of a topic, some of all."""
+  """Draws titles that mix words of a topic with words of all topics."""
 
   def __init__(self, rng: np.random.Generator, num_labels: int):
     counts = collections.Counter()
@@ -73,7 +73,7 @@ class Titles:
     self.topics = rng.integers(0, len(self.words), (self.num_topics, 12))
 
   def draw(self, rng: np.random.Generator, topics: np.ndarray) -> list[str]:
-    """One title of 3 to 17 words for each topic."""
+    """Returns a title of 3 to 17 words for each of the given topics."""
     lengths = np.clip(rng.poisson(9, len(topics)), 3, 17)
     common = np.searchsorted(self.cumulative, rng.random((len(topics), 17)))
     own = self.topics[topics[:, None], rng.integers(0, 12, (len(topics), 17))]
@@ -109,7 +109,7 @@ def _queries(
 
 
 def _targets(rng: np.random.Generator, num_topics: int, topic: int, size: int, num_labels: int) -> list[int]:
-  """Half of a query's labels are of its topic, half of all labels, early ones more often."""
+  """Returns labels of a query: half of them from its topic, half from all labels, low numbers more often."""
   members = num_labels // num_topics + 1
   of_topic = topic + num_topics * (members * rng.random(size // 2) ** 2).astype(np.int64)
   of_all = (num_labels * rng.random(size - size // 2) ** 1.5).astype(np.int64)

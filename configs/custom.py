@@ -4,10 +4,10 @@ r"""Your own data: any folder with trn.json.gz, tst.json.gz, lbl.json.gz and the
   python -m vixml_jax.main --config=configs/custom.py:encoder=distilbert,images=3 --config.dataset.raw_dir=DIR \
       --config.features.checkpoint=siglip2_b16_256.npz --config.features.name=siglip2_b16_256 --config.features.dim=768
 
-The README describes the files. Starts from all-MiniLM-L6-v2; set --config.encoder.pretrained=FOLDER for
-weights that lie on your disk. encoder=qwen2.5-0.5b and other decoders of configs/encoders.py train adapters of rank
-256 (--config.encoder.lora_rank) around a frozen bfloat16 base.
-Hardware: a CPU for thousands of queries, any accelerator for more and for decoders.
+The README describes the files. The encoder is all-MiniLM-L6-v2 by default. Set --config.encoder.pretrained=FOLDER to
+use weights on your disk. With encoder=qwen2.5-0.5b and the other decoders of configs/encoders.py, the base is frozen in
+bfloat16 and adapters of rank 256 (--config.encoder.lora_rank) are trained.
+Hardware: a CPU for thousands of queries; any accelerator for more, and for decoders.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-  """The config; `variant` is what stands after the colon."""
+  """Returns the config; `variant` is the text after the colon of `--config`."""
   chosen = common.parse_variant(variant, encoder="minilm-l6", images="0")
   config = common.base_config()
   config.name = "custom"

@@ -1,10 +1,10 @@
-"""The encoders by name: dimensions of the published checkpoints, where their weights are, and learning rates."""
+"""The encoders by name: sizes and weights of the published checkpoints, and learning rates."""
 
 _SHARED = dict(
-  random_init=False,  # Draw the weights: `pretrained` then only says where the tokenizer is.
-  pooling="mean",  # Or "last": of an item's last token alone.
+  random_init=False,  # Whether the weights are random; `pretrained` then provides only the tokenizer.
+  pooling="mean",  # Or "last": only the last token of an item.
   dtype="bfloat16",
-  remat=False,  # Recompute every layer in the backward pass, besides `train.remat`.
+  remat=False,  # Whether each layer is recomputed in the backward pass, in addition to `train.remat`.
 )
 
 _BERT = _SHARED | dict(
@@ -24,15 +24,15 @@ _DECODER = _SHARED | dict(
   architecture="decoder",
   qkv_bias=False,
   qk_norm=False,
-  rope_scaling=(),  # Or four numbers, see models/decoder.py.
-  bidirectional=False,  # A token sees its whole item, not only what stands before it.
-  # Adapters of all projections, scaled by alpha / sqrt(rank), are trained and the rest is frozen; a rank of 0 trains
-  # everything instead, which takes param_dtype="float32".
+  rope_scaling=(),  # Or four numbers; see models/decoder.py.
+  bidirectional=False,  # Whether a token attends to its whole item instead of only to earlier tokens.
+  # Adapters of all projections, scaled by alpha / sqrt(rank), are trained and the rest is frozen. A rank of 0 trains
+  # everything instead, which requires param_dtype="float32".
   lora_rank=256,
   lora_alpha=256.0,
   param_dtype="bfloat16",
-  adapter="",
-)  # A folder in PEFT's format whose adapters a run begins with; else with fresh ones.
+  adapter="",  # Folder in PEFT's format with the initial adapters; "" for new ones.
+)
 _QWEN = _DECODER | dict(vocab_size=151936, rope_theta=1e6, norm_eps=1e-6)
 _QWEN2 = _QWEN | dict(qkv_bias=True)
 _QWEN3 = _QWEN | dict(head_dim=128, num_kv_heads=8, qk_norm=True)
@@ -52,8 +52,8 @@ ENCODERS = {
     pretrained="sentence-transformers/msmarco-distilbert-base-v4",
   ),
   "bert": _BASE | dict(num_layers=12, pretrained="intfloat/e5-base-v2"),
-  # No such model was ever pretrained: random weights, all of them trained, and the tokenizer of MiniLM. It is there
-  # to try out on a CPU whatever concerns decoders.
+  # No model of this size was ever pretrained: its weights are random and all trained, and its tokenizer is MiniLM's. It
+  # is for trying out decoders on a CPU.
   "qwen2.5-tiny": _QWEN2
   | dict(
     vocab_size=30522,
@@ -119,7 +119,7 @@ ENCODERS = {
   | dict(num_layers=28, embed_dim=3072, num_heads=24, head_dim=128, pretrained="meta-llama/Llama-3.2-3B-Instruct"),
 }
 
-# The paper's; ours for minilm-l6 and the tiny decoder, which it does not have.
+# Those of the paper, except for minilm-l6 and qwen2.5-tiny, which the paper does not have.
 LEARNING_RATES = {name: 5e-5 for name, encoder in ENCODERS.items() if encoder["architecture"] == "decoder"} | {
   "minilm-l3": 5e-4,
   "minilm-l6": 2e-4,
@@ -128,6 +128,6 @@ LEARNING_RATES = {name: 5e-5 for name, encoder in ENCODERS.items() if encoder["a
   "qwen2.5-tiny": 5e-4,
 }
 
-# What ends an item of a decoder (`prompt.eos`): not the `eos_token` of instruct models, which ends a turn.
-# Of names that begin so, the first that fits.
+# Prefix of an encoder's name -> the token that ends an item of a decoder (`prompt.eos`). It is not the `eos_token` of
+# instruct models, which ends a turn. The first matching prefix applies.
 END_TOKENS = {"qwen2.5-tiny": "[SEP]", "qwen": "<|endoftext|>", "llama": "<|end_of_text|>"}

@@ -5,32 +5,32 @@
 
 Hardware: one 80 GB accelerator in the paper; any mesh here. Hours: not measured by us.
 Published P@1 / P@5 / PSP@1 / R@100 (ViXML, arXiv 2511.13189, text only; 300 epochs,
-30 of decoders with rank-stabilized LoRA of rank 256):
+30 for decoders, with rank-stabilized LoRA of rank 256):
   minilm-l3     41.99 / 20.42 / 35.44 / 68.37
   distilbert    47.98 / 23.21 / 40.99 / 76.22   (default; batch 1024 at 1e-4)
   bert          49.15 / 23.71 / 42.18 / 78.94   (batch 512 at 5e-5)
   qwen2.5-0.5b  49.23 / 23.99 / 42.40 / 81.24   (decoders: batch 512 at 2e-5)
   qwen2.5-3b    53.17 / 25.72 / 45.74 / 85.61
-with 3 images (150 epochs, 30 of decoders):
+with 3 images (150 epochs, 30 for decoders):
   minilm-l3     46.88 / 22.63 / 39.97 / 75.80
   distilbert    51.30 / 24.69 / 44.09 / 81.40
   bert          52.28 / 25.12 / 45.08 / 83.40
   qwen2.5-0.5b  51.76 / 25.05 / 45.08 / 84.52
   qwen2.5-3b    55.11 / 26.46 / 47.73 / 87.73
-Images need features: docs/images.md tells how to extract or import them.
+Images need features; docs/images.md describes how to extract or import them.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
-# Long texts: smaller batches and rates than with titles.
+# (batch size, learning rate). Long texts use smaller ones than titles.
 _RECIPES = {"distilbert": (1024, 1e-4), "bert": (512, 5e-5)}
 _DECODER_RECIPE = (512, 2e-5)
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-  """The config; `variant` is what stands after the colon."""
+  """Returns the config; `variant` is the text after the colon of `--config`."""
   chosen = common.parse_variant(variant, encoder="distilbert", images="0")
   config = common.published_config("lf_amazon_131k", "lf_amazon_131k", chosen["encoder"], chosen["images"])
   config.dataset.text_fields = ("title", "content")
@@ -39,7 +39,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
   recipes = dict(_RECIPES)
   if common.is_decoder(config):
     recipes[chosen["encoder"]] = _DECODER_RECIPE
-    config.train.update(dict(row_length=288, chunk_rows=512))  # Two items of the greatest length, with their prompts.
+    config.train.update(dict(row_length=288, chunk_rows=512))  # A row holds two items of the maximum length.
   if chosen["encoder"] in recipes:
     config.train.batch_size, config.train.learning_rate = recipes[chosen["encoder"]]
   return config

@@ -6,21 +6,21 @@ r"""LF-AmazonTitles-131K: 294,805 training queries, 131,073 labels.
 
 Hardware: one 80 GB accelerator in the paper; any mesh here. Hours: not measured by us.
 Published P@1 / P@5 / PSP@1 / R@100 (ViXML, arXiv 2511.13189, text only; 300 epochs,
-30 of decoders with rank-stabilized LoRA of rank 256):
+30 for decoders, with rank-stabilized LoRA of rank 256):
   minilm-l3     41.72 / 20.16 / 36.17 / 64.68
   distilbert    44.86 / 21.45 / 39.62 / 68.05   (default)
   bert          45.87 / 21.88 / 40.54 / 69.67
   qwen2.5-0.5b  44.84 / 21.66 / 39.64 / 70.30
   qwen2.5-3b    47.42 / 22.89 / 41.88 / 74.34
   qwen2.5-7b    48.06 / 23.07 / 42.43 / 75.24   (batch 1024)
-with 3 images (150 epochs, 30 of decoders):
+with 3 images (150 epochs, 30 for decoders):
   minilm-l3     47.18 / 22.69 / 41.01 / 73.81
   distilbert    49.55 / 23.73 / 43.78 / 76.73
   bert          50.50 / 24.08 / 44.67 / 78.43
   qwen2.5-0.5b  50.27 / 24.22 / 44.31 / 79.41
   qwen2.5-3b    52.47 / 25.26 / 46.46 / 82.21
   qwen2.5-7b    52.75 / 25.37 / 46.70 / 83.27
-Images need features: docs/images.md tells how to extract or import them.
+Images need features; docs/images.md describes how to extract or import them.
 """
 
 from ml_collections import ConfigDict
@@ -29,6 +29,6 @@ from configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-  """The config; `variant` is what stands after the colon."""
+  """Returns the config; `variant` is the text after the colon of `--config`."""
   chosen = common.parse_variant(variant, encoder="distilbert", images="0")
   return common.published_config("lf_amazon_titles_131k", "lf_amazon_titles_131k", chosen["encoder"], chosen["images"])

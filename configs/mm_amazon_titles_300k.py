@@ -6,19 +6,19 @@ r"""MM-AmazonTitles-300K: 586,781 training queries, 303,296 labels.
 
 Hardware: one 80 GB accelerator in the paper; any mesh here. Hours: not measured by us.
 Published P@1 / P@5 / PSP@1 / R@100 (ViXML, arXiv 2511.13189, text only; 300 epochs,
-30 of decoders with rank-stabilized LoRA of rank 256):
+30 for decoders, with rank-stabilized LoRA of rank 256):
   minilm-l3     49.54 / 31.93 / 33.83 / 69.30
   distilbert    52.40 / 34.29 / 36.36 / 72.59   (default)
   bert          52.95 / 34.57 / 36.85 / 73.34
   qwen2.5-0.5b  52.30 / 34.23 / 36.22 / 74.44
   qwen2.5-3b    54.71 / 35.93 / 36.29 / 77.22
-with 3 images (150 epochs, 30 of decoders):
+with 3 images (150 epochs, 30 for decoders):
   minilm-l3     52.97 / 34.13 / 35.51 / 73.08
   distilbert    55.03 / 35.91 / 37.52 / 76.07
   bert          55.59 / 36.10 / 37.83 / 76.67
   qwen2.5-0.5b  55.28 / 36.09 / 36.48 / 77.61
   qwen2.5-3b    56.55 / 37.04 / 37.60 / 79.38
-Images need features: docs/images.md tells how to extract or import them.
+Images need features; docs/images.md describes how to extract or import them.
 """
 
 from ml_collections import ConfigDict
@@ -27,6 +27,6 @@ from configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-  """The config; `variant` is what stands after the colon."""
+  """Returns the config; `variant` is the text after the colon of `--config`."""
   chosen = common.parse_variant(variant, encoder="distilbert", images="0")
   return common.published_config("mm_amazon_titles_300k", "mm_amazon_titles_300k", chosen["encoder"], chosen["images"])

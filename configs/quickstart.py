@@ -1,18 +1,18 @@
-"""Training on the embedded icons set (17,083 queries, 9,527 labels) from the real MiniLM-L6.
+"""The embedded data set of icons (17,083 queries, 9,527 labels), trained from the pretrained MiniLM-L6.
 
   make quickstart
   python -m vixml_jax.main --config=configs/quickstart.py:images=3
 
-Variants, after a colon (measured numbers stand in docs/results.md):
+Variants, after a colon (measured numbers are in docs/results.md):
   (none)      a few minutes on 2 CPU cores.
   reference   the recipe with which the published PyTorch code was run on this set.
   full        the best recipe found, within an hour on 2 cores.
-  images=3    with any of them, as in `full,images=3`: up to 3 pictures an icon, as vectors of the small tower that is
-              in the package (docs/icon_tower.md), extracted first where they are missing. Text only without. Alone it
-              is what `make quickstart` runs.
-  encoder=qwen2.5-tiny    with any of them: a decoder of 4 layers. None so small was ever pretrained, so its weights are
-              drawn (`encoder.random_init`) and all trained, and its tokenizer is MiniLM's; the scores show that it
-              learns, no more. --config.encoder.lora_rank=8 trains adapters of it instead.
+  images=3    can be added to each of them, as in `full,images=3`: up to 3 images per icon, as vectors of the small
+              tower in the package (docs/icon_tower.md). Missing vectors are extracted first. Without it, the model
+              uses texts only. `make quickstart` runs this variant alone.
+  encoder=qwen2.5-tiny    can be added to each of them: a decoder of 4 layers. No decoder of this size was ever
+              pretrained, so its weights are random (`encoder.random_init`) and all of them are trained; its tokenizer
+              is MiniLM's. The scores only show that it learns. --config.encoder.lora_rank=8 trains adapters instead.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ import vixml_jax
 
 _TOWER = Path(vixml_jax.__file__).parent / "datasets" / "mm_icons_9k" / "icon_tower.npz"
 
-# What training has to beat on this split with text only, in percent.
+# Results on this split that training with texts only must exceed, in percent.
 _BASELINES = {
   "TF-IDF labels + neighbors": {
     "P@1": 62.33,
@@ -38,7 +38,7 @@ _BASELINES = {
   "MiniLM-L6 untrained": {"P@1": 41.11, "PSP@1": 30.86, "R@100": 43.70},
   "MiniLM-L6 untrained + retrieval": {"P@1": 67.59, "PSP@1": 26.77, "R@100": 80.34},
 }
-# What images add to, beside the runs with them: the same recipe on texts (docs/results.md).
+# Results of the same recipe on texts only, shown below the runs with images (docs/results.md).
 _TEXTS_ONLY = {
   "": {
     "trained on texts only": {
@@ -84,7 +84,7 @@ _TEXTS_ONLY = {
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-  """The config; `variant` is what stands after the colon."""
+  """Returns the config; `variant` is the text after the colon of `--config`."""
   options = common.parse_variant(variant, variant="", images="0", encoder="minilm-l6")
   chosen = options["variant"]
   config = common.base_config()
@@ -97,8 +97,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
   else:
     config.name += f"-{options['encoder']}"
   if config.encoder.random_init:
-    # The ten hardest negatives would draw all vectors of an untrained encoder to one point; nearly all of the batch,
-    # weighed almost alike, spread them.
+    # With only the ten hardest negatives, the vectors of an untrained encoder collapse to one point. Nearly all
+    # negatives of the batch, with almost equal weights, spread the vectors.
     config.loss.update(dict(num_negatives=500, temperature=1.0))
   config.encoder.dtype = "float32"  # bfloat16 is emulated on most CPUs.
   config.baselines.update(_BASELINES)
@@ -107,10 +107,11 @@ def get_config(variant: str | None = None) -> ConfigDict:
   common.use_images(config, options["images"])
   if config.images:
     config.features.update(dict(name="icon_tower", dim=192, checkpoint=str(_TOWER)))
-    config.train.chunk_rows = 104  # Images are tokens, too.
-    # So few steps do not teach the encoder to read pictures: look-alikes start near each other (docs/results.md).
+    config.train.chunk_rows = 104  # Images are tokens as well.
+    # The encoder does not learn to use images in so few steps. The residual makes items with similar images similar
+    # from the start (docs/results.md).
     config.fusion.residual = 0.4
-    config.eval.test_images = (0,)  # Without their pictures, the test queries are texts only.
+    config.eval.test_images = (0,)  # Also evaluates the test queries without their images.
     if options["encoder"] == "minilm-l6":
       config.baselines.update(_TEXTS_ONLY.get(chosen, {}))
   # The recipe with which the published code was run on this set.
@@ -123,12 +124,12 @@ def get_config(variant: str | None = None) -> ConfigDict:
   config.eval.retrieval_choose = True
   config.train.warmup_steps = 50
   if chosen == "":
-    # The paper's rates for what starts from scratch: prototypes must learn in 160 steps.
+    # The paper's rates for parameters without pretraining: prototypes must be learned in 160 steps.
     config.train.update(dict(epochs=5, new_learning_rate=5e-4, free_vector_learning_rate=5e-4))
   elif chosen == "full":
-    # A free vector for each label, at a high rate, and positives drawn almost as they come: so prototypes learn which
-    # labels are frequent beside which words. (A rare label that shares the vector of a frequent one, or learns at 5e-3,
-    # can top the ranking of queries that have nothing to do with it.)
+    # A free vector for each label, a high rate, and positives drawn almost uniformly: so prototypes learn which labels
+    # are frequent for which words. A rare label that shares the vector of a frequent one, or that is trained at a rate
+    # of 5e-3, can be ranked first for unrelated queries.
     config.train.update(
       dict(
         epochs=10,
@@ -141,5 +142,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
     )
     config.mining.update(dict(start_epoch=1, doubling_epochs=(3, 5, 7)))
   else:
-    raise ValueError(f"variant {chosen!r}: not one of reference, full")
+    raise ValueError(f"variant {chosen!r}: must be reference or full")
   return config

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What the launchers share: flags, one-line errors, and commands that --dry-run prints instead of running. Sourced.
+# Functions that the launchers share, to be sourced: flags, one-line errors, and commands that --dry-run only prints.
 
-# shellcheck disable=SC2034  # The launchers read what is set here.
+# shellcheck disable=SC2034  # The launchers read these variables.
 {
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   dry_run=false
@@ -17,7 +17,7 @@ note() {
   printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2
 }
 
-# quoted WORD...: one line that a shell reads as these words.
+# quoted WORD...: prints one line that a shell parses into these words.
 quoted() {
   local word line=""
   for word in "$@"; do
@@ -29,7 +29,7 @@ quoted() {
   printf '%s\n' "${line% }"
 }
 
-# execute COMMAND...: runs it, or prints it where --dry-run was given.
+# execute COMMAND...: runs the command; with --dry-run, prints it.
 execute() {
   if [[ $dry_run == true ]]; then
     quoted "$@"
@@ -38,13 +38,13 @@ execute() {
   fi
 }
 
-# usage: the comment at the top of the script.
+# usage: prints the comment at the top of the script.
 usage() {
   sed -n '2,/^$/{s/^# \{0,1\}//p}' "$0"
 }
 
-# parse_flags "VALUES" "SWITCHES" ARGUMENT...: sets the variable of each flag; what stands after -- becomes `arguments`.
-# Dashes and underscores in names are the same. Names of our own begin with _, not to hide a flag of that name.
+# parse_flags "VALUES" "SWITCHES" ARGUMENT...: sets the variable of each flag, and `arguments` to the words after --.
+# Dashes and underscores in flag names are equivalent. Local names start with _, so that they hide no flag's variable.
 parse_flags() {
   local _values=" $1 " _switches=" $2 " _flag _name
   shift 2
@@ -66,24 +66,24 @@ parse_flags() {
       --*)
         [[ $_values != *" $_name "* ]] || fail "$_flag: needs a value: $_flag=..."
         [[ $_switches == *" $_name "* ]] \
-          || fail "$_flag: no such flag; --help lists them; training flags stand after --"
+          || fail "$_flag: no such flag; --help lists them; training flags go after --"
         printf -v "$_name" true
         ;;
-      *) fail "'$1': not a flag; flags begin with --" ;;
+      *) fail "'$1': not a flag; flags start with --" ;;
     esac
     shift
   done
 }
 
-# need NAME...: refuses to go on without these flags.
+# need NAME...: exits with an error unless each of these flags has a value.
 need() {
   local _name
   for _name in "$@"; do
-    [[ -n ${!_name} ]] || fail "--$_name: must be given, or VIXML_${_name^^} be set in the environment"
+    [[ -n ${!_name} ]] || fail "--$_name: must be given, or VIXML_${_name^^} must be set in the environment"
   done
 }
 
-# need_number NAME...: refuses what is not a whole number.
+# need_number NAME...: exits with an error if one of these flags is not a whole number.
 need_number() {
   local _name
   for _name in "$@"; do
@@ -91,7 +91,7 @@ need_number() {
   done
 }
 
-# need_config: refuses to start training without a config, or with flags that a launcher sets itself.
+# need_config: exits with an error if the training flags lack a config, or contain a flag that the launcher sets.
 need_config() {
   local argument found=false
   for argument in ${arguments[@]+"${arguments[@]}"}; do
@@ -104,7 +104,7 @@ need_config() {
   [[ $found == true ]] || fail "--config: must be given after --, as in: -- --config=configs/lf_amazon_1.3m.py"
 }
 
-# need_folder NAME...: refuses flags that name no folder; those that are empty are left out.
+# need_folder NAME...: exits with an error if one of these flags names no folder; empty flags are skipped.
 need_folder() {
   local _name
   for _name in "$@"; do
@@ -112,7 +112,7 @@ need_folder() {
   done
 }
 
-# stage_folders BUCKET DATA_DIR RAW_DIR WEIGHTS: copies what is new of each to where the workers look for it.
+# stage_folders BUCKET DATA_DIR RAW_DIR WEIGHTS: copies new and changed files of each folder to the bucket.
 stage_folders() {
   local bucket=$1 data_dir=$2 raw_dir=$3 weights=$4
   local sync=(gcloud storage rsync --recursive)

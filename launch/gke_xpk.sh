@@ -5,24 +5,24 @@
 #     [flags] -- --config=configs/lf_amazon_1.3m.py [--config.train.epochs=30 ...]
 #
 # Commands, in the order of a first run:
-#   cluster  make a cluster with a slice of the type     image   build and push the container image
-#   storage  let the cluster's workloads mount BUCKET    stage   data and weights -> bucket
-#   submit   start training                              list    workloads and how they are
-#   logs     follow the logs of all workers              delete  end the workload; it saves itself
+#   cluster  create a cluster with a slice of the type       image   build and push the container image
+#   storage  let the workloads of the cluster mount BUCKET   stage   copy data and weights to the bucket
+#   submit   start training                                  list    show the workloads and their states
+#   logs     follow the logs of all workers                  delete  stop the workload; it saves a checkpoint
 #
-# Flags (--name=value; the environment's VIXML_NAME is the default of each but switches):
-#   --project, --zone, --cluster   where
-#   --name          of the workload
+# Flags (--name=value; except for switches, the default is the environment variable VIXML_NAME):
+#   --project, --zone, --cluster   Google Cloud project, zone and cluster
+#   --name          name of the workload
 #   --type          xpk's --tpu-type: v5litepod-16, v5p-32, v6e-16, ...
 #   --image         full name of the image, REGION-docker.pkg.dev/PROJECT/REPOSITORY/vixml:TAG
-#   --bucket        without gs://, for storage and stage
-#   --storage       xpk's name of the attached bucket, by default vixml-bucket
-#   --run           name of the run: gs://BUCKET/runs/RUN; by default the workload's
-#   --data_dir, --raw_dir, --weights   local folders to stage; give submit --weights and --raw_dir, too, where they were
-#   --max_restarts  most times that a workload is started again, by default 20
-#   --reservation   cluster: take the slice from a reservation
-#   --spot          cluster: take a slice that may be preempted
-#   --dry-run       print the commands, run nothing
+#   --bucket        bucket, without gs://; for storage and stage
+#   --storage       xpk's name of the attached bucket; by default vixml-bucket
+#   --run           name of the run, which is stored in gs://BUCKET/runs/RUN; by default the name of the workload
+#   --data_dir, --raw_dir, --weights   local folders to stage; submit needs --weights and --raw_dir if they were staged
+#   --max_restarts  maximum number of restarts of a workload; by default 20
+#   --reservation   cluster: use a slice of this reservation
+#   --spot          cluster: use a slice that can be preempted
+#   --dry-run       print the commands without running them
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -47,7 +47,7 @@ make_cluster() {
     --enable-workload-identity --enable-gcsfuse-csi-driver
 }
 
-# As on TPU VMs (tpu_worker.sh): no caches of names, and folders renamed in one step or not at all.
+# The same options as on TPU VMs (tpu_worker.sh): no name caches; folders are renamed in one step or not at all.
 attach_storage() {
   need cluster bucket
   local options=implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
@@ -65,7 +65,7 @@ build_image() {
 stage() {
   need bucket
   need_folder data_dir raw_dir weights
-  [[ -n $data_dir$raw_dir$weights ]] || fail "--data_dir: must be given, or --raw_dir or --weights: nothing to stage"
+  [[ -n $data_dir$raw_dir$weights ]] || fail "--data_dir, --raw_dir, --weights: nothing to stage; give one of them"
   stage_folders "$bucket" "$data_dir" "$raw_dir" "$weights"
 }
 
@@ -85,8 +85,8 @@ submit() {
   local worker=(
     bash launch/train_worker.sh --workdir="$home/runs/$run" --store="$mount/runs/$run" "${copies[@]}" --
     python -m vixml_jax.main "${arguments[@]}" "${flags[@]}" --distributed)
-  # exec: xpk sends SIGTERM to the shell of the command, which must not stand between it and the worker. The seconds to
-  # save in are those of a node that is drained; a spot machine that is taken away gives fewer.
+  # exec: xpk sends SIGTERM to the shell of the command, so the worker must replace that shell. The grace period applies
+  # when a node is drained; a preempted spot machine gives less time.
   execute xpk workload create --cluster="$cluster" --workload="$name" --tpu-type="$type" --num-slices=1 \
     --docker-image="$image" --storage="$storage" --max-restarts="$max_restarts" \
     --termination-grace-period-seconds=600 "${where[@]}" --command="exec $(quoted "${worker[@]}")"
@@ -99,7 +99,7 @@ list() {
 
 logs() {
   need cluster name
-  # xpk makes regional clusters, and calls its container jax-tpu.
+  # xpk creates regional clusters and names its container jax-tpu.
   execute gcloud container clusters get-credentials "$cluster" --region="${zone%-*}" --project="$project"
   execute kubectl logs --selector="xpk.google.com/workload=$name" --container=jax-tpu --prefix --tail=100 --follow \
     --max-log-requests=256

@@ -5,32 +5,32 @@
 #     -- --config=configs/lf_amazon_1.3m.py [--config.train.epochs=30 ...]
 #
 # Commands:
-#   run      stage, create, wait, setup, train, then watch; a pod that is preempted is asked for again, and training
-#            goes on from its newest checkpoint
-#   create   ask for the pod                     wait     until it is there
-#   stage    code, data and weights -> bucket    setup    bucket -> every worker; install
-#   train    start on all workers, and return    watch    until training has ended; status 0 only if it has finished
-#   status   of the pod and the workers          logs     follow one worker's log
-#   stop     save and stop                       delete   give the pod back
+#   run      stage, create, wait, setup, train and watch; a preempted pod is requested again, and training continues
+#            from its newest checkpoint
+#   create   request the pod                                wait     wait until the pod is active
+#   stage    copy code, data and weights to the bucket      setup    copy them to every worker, and install
+#   train    start training on all workers, and return      watch    wait until training ends; status 0 if it finished
+#   status   show the states of the pod and the workers     logs     follow the log of one worker
+#   stop     save a checkpoint and stop training            delete   delete the pod
 #
-# Flags (--name=value; the environment's VIXML_NAME is the default of each but switches):
-#   --project, --zone, --bucket, --name   where, and what the pod is called
+# Flags (--name=value; except for switches, the default is the environment variable VIXML_NAME):
+#   --project, --zone, --bucket, --name   Google Cloud project, zone, bucket, and name of the pod
 #   --type             accelerator type: v4-32, v5litepod-16, v5p-32, v6e-16, ...
-#   --runtime_version  image of the VMs; by default the one of the type
-#   --run              name of the run: gs://BUCKET/runs/RUN; by default the pod's
+#   --runtime_version  image of the VMs; by default the image for the type
+#   --run              name of the run, which is stored in gs://BUCKET/runs/RUN; by default the name of the pod
 #   --data_dir, --raw_dir, --weights   local folders to stage: prepared data sets (config.dataset.data_dir), raw files,
-#                      a model's folder. For train: --weights names the staged one
-#   --ref              commit to stage, by default HEAD
-#   --service_account, --network, --subnetwork   of the VMs; by default the project's
-#   --reservation      take the pod from a reservation
-#   --valid_for        how long the request may wait, as 24h; by default for ever
-#   --max_restarts     most times that `run` starts training again, by default 20
-#   --poll_seconds     between two looks at the pod, by default 60
-#   --worker           whose log to follow, by default 0
-#   --spot             take a pod that may be preempted
-#   --internal_ips     no external addresses: reach the VMs through IAP, and packages through Cloud NAT
-#   --delete           run: give the pod back when training has ended
-#   --dry-run          print the commands, run nothing
+#                      a model. For train, --weights names the model that was staged
+#   --ref              commit to stage; by default HEAD
+#   --service_account, --network, --subnetwork   settings of the VMs; by default those of the project
+#   --reservation      use this reservation
+#   --valid_for        how long the request can wait, such as 24h; by default without limit
+#   --max_restarts     maximum number of times that `run` starts training again; by default 20
+#   --poll_seconds     seconds between checks of the pod; by default 60
+#   --worker           worker whose log to follow; by default 0
+#   --spot             use a pod that can be preempted
+#   --internal_ips     VMs without external addresses: reached through IAP; they reach packages through Cloud NAT
+#   --delete           run: delete the pod when training has ended
+#   --dry-run          print the commands without running them
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -46,12 +46,12 @@ spot=false internal_ips=false delete=false
 value_flags="project zone bucket name type runtime_version run ref data_dir raw_dir weights service_account network
   subnetwork reservation valid_for max_restarts poll_seconds worker"
 
-# How an attempt at training ended, when not with 0.
+# Return values of an attempt at training that did not finish.
 lost=2 failed=3 again=4
-# Looks at the pod after which a worker that stopped is no sign of a preemption, and calls that may fail in a row.
+# Number of checks after which a stopped worker is not taken for a preemption, and of failed calls in a row.
 patience=5
 
-# The image that goes with a snapshot of TPU.
+# Prints the image for an accelerator type.
 runtime_of() {
   case $1 in
     v4-*) echo tpu-ubuntu2204-base ;;
@@ -83,16 +83,16 @@ queued_state() {
   execute gcloud compute tpus queued-resources describe "$name" "${where[@]}" '--format=value(state.state)'
 }
 
-# The state of the pod in `state`; some calls in a row may fail.
+# Sets `state` to the state of the pod. A few calls in a row may fail.
 look() {
   local failures=0
   until state=$(queued_state); do
-    ((++failures < patience)) || fail "$name: gcloud does not tell its state; see above"
+    ((++failures < patience)) || fail "$name: gcloud does not report its state; see above"
     sleep "$poll_seconds"
   done
 }
 
-# Returns 0 when the pod is there, and `lost` when this request will bring none.
+# Waits for the pod. Returns 0 when it is active, and `lost` when this request will not yield a pod.
 wait_active() {
   if [[ $dry_run == true ]]; then
     queued_state
@@ -114,7 +114,7 @@ wait_for_pod() {
   wait_active || fail "$name: will not become ACTIVE; see '$0 status', then delete and create it again"
 }
 
-# on WORKER COMMAND: runs a line of shell on a worker, or on all.
+# on WORKER COMMAND: runs a shell command on a worker, or on all.
 on() {
   local command=(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --quiet --worker="$1" --command="$2")
   [[ $internal_ips == false ]] || command+=(--tunnel-through-iap)
@@ -126,7 +126,7 @@ stage() {
   need_folder data_dir raw_dir weights
   local archive=${TMPDIR:-/tmp}/vixml-$name.tar.gz
   if [[ $dry_run == false && -n $(git -C "$root" status --porcelain) ]]; then
-    note "uncommitted changes in $root are not staged: $ref is"
+    note "uncommitted changes in $root are not staged; the commit $ref is"
   fi
   execute git -C "$root" archive --format=tar.gz --output="$archive" "$ref"
   execute gcloud storage cp "$archive" "gs://$bucket/code/$name.tar.gz"
@@ -145,7 +145,7 @@ train() {
   need_config
   local command=(bash vixml/code/launch/tpu_worker.sh start "$run")
   [[ -z $weights ]] || command+=(--weights="$(basename "$weights")")
-  # How an earlier start ended must not be taken for how this one does; the first has none.
+  # The outcome of an earlier start must not be taken for the outcome of this one. Before the first start there is none.
   execute gcloud storage rm --quiet "gs://$bucket/runs/$run/state/*" 2> /dev/null || true
   on all "$(quoted "${command[@]}" -- "${arguments[@]}")"
 }
@@ -154,8 +154,8 @@ worker_states() {
   execute gcloud storage cat "gs://$bucket/runs/$run/state/*"
 }
 
-# Follows a run until it has ended. Returns 0 when all workers have finished; `failed` when one has refused its input;
-# `lost` when the pod has gone; `again` when workers have stopped and the pod has stayed.
+# Follows a run until it ends. Returns 0 when all workers have finished, `failed` when one has refused its input, `lost`
+# when the pod no longer exists, and `again` when workers have stopped and the pod still exists.
 watch_run() {
   need bucket
   if [[ $dry_run == true ]]; then
@@ -166,7 +166,7 @@ watch_run() {
   local state states stopped=0 before=""
   while look; do
     [[ $state == ACTIVE ]] || return "$lost"
-    states=$(worker_states) || states=""  # Nothing to read until the first worker has started.
+    states=$(worker_states) || states=""  # There is no state until the first worker has started.
     [[ $states == "$before" ]] || note "workers: ${states//$'\n'/ }"
     before=$states
     if grep -qx failed <<< "$states"; then
@@ -185,18 +185,18 @@ watch_until_end() {
   watch_run || outcome=$?
   case $outcome in
     0) ;;
-    "$lost") fail "$name: preempted; '$0 run' asks for it again and goes on" ;;
+    "$lost") fail "$name: preempted; '$0 run' requests it again and continues" ;;
     "$failed") fail "$run: a worker refused its input; see '$0 logs'" ;;
-    *) fail "$run: stopped before its end; 'train' goes on from the newest checkpoint" ;;
+    *) fail "$run: stopped before its end; '$0 train' continues from the newest checkpoint" ;;
   esac
 }
 
-# One try at the rest of the run on the pod that was asked for.
+# Tries to complete the run on the pod that was requested.
 attempt() {
   wait_active || return
-  if ! { setup || setup; } || ! train; then  # An ssh may fail; twice in a row is no chance.
+  if ! { setup || setup; } || ! train; then  # An ssh connection may fail once.
     if wait_active; then
-      fail "$name: cannot be set up; see above, and start again"
+      fail "$name: cannot be set up; see above, then run the command again"
     fi
     return "$lost"
   fi
@@ -215,7 +215,7 @@ run_to_end() {
   if [[ $dry_run == true ]]; then
     create
     attempt
-    echo "# when the pod is preempted, at most $max_restarts times: these two, and from describe on again"
+    echo "# when the pod is preempted, at most $max_restarts times: the next two commands, then all from describe on"
     renew
   else
     queued_state > /dev/null 2>&1 || create
@@ -224,7 +224,7 @@ run_to_end() {
       ((outcome != failed)) || fail "$run: a worker refused its input; see '$0 logs'"
       ((restarts++ < max_restarts)) || fail "$run: stopped $restarts times, more than --max_restarts=$max_restarts"
       if ((outcome == lost)); then
-        note "$name: preempted or refused; asking again ($restarts of $max_restarts)"
+        note "$name: preempted or refused; requesting it again ($restarts of $max_restarts)"
         renew
       else
         note "$run: stopped; starting again ($restarts of $max_restarts)"

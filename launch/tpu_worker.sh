@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What tpu_pod.sh runs on each worker of a pod, from the code that it put into ~/vixml/code.
+# Script that tpu_pod.sh runs on each worker of a pod, from the code that it copied to ~/vixml/code.
 #
-#   tpu_worker.sh setup BUCKET                        data, Python packages, and the bucket mounted at ~/vixml/bucket
-#   tpu_worker.sh start RUN [--weights=NAME] -- FLAGS...   trains as a service; ends the run before, if there is one
-#   tpu_worker.sh stop                                SIGTERM: the run saves itself
+#   tpu_worker.sh setup BUCKET       mounts the bucket at ~/vixml/bucket, copies data, installs Python packages
+#   tpu_worker.sh start RUN [--weights=NAME] -- FLAGS...   trains as a service; stops a run that is in progress
+#   tpu_worker.sh stop               sends SIGTERM, on which the run saves a checkpoint
 
 set -euo pipefail
 
@@ -18,19 +18,19 @@ install_gcsfuse() {
   curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" > /dev/null
   echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" \
     | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
-  # A fresh machine upgrades itself and holds the lock for some minutes.
+  # A new machine upgrades itself and holds the lock for some minutes.
   sudo apt-get -o DPkg::Lock::Timeout=900 update -qq
   sudo apt-get -o DPkg::Lock::Timeout=900 install -y -qq gcsfuse
 }
 
-# A service, so that a shutdown ends training first and the mount, through which it saves, after it.
+# The mount is a service, so that a shutdown ends training before the mount through which training saves.
 mount_bucket() {
   local bucket=$1 probe
   mkdir -p "$home/bucket"
   if ! mountpoint -q "$home/bucket"; then
-    # No caches of names: what one worker writes, the others must see at once. No renaming of folders by copying:
-    # a checkpoint counts as whole when its folder has been renamed, so that must be one step, which a bucket with
-    # hierarchical namespace does.
+    # No name caches: the other workers must see at once what one writes. No renaming of folders by copying: a
+    # checkpoint counts as complete when its folder has been renamed, so renaming must be a single step. It is in a
+    # bucket with hierarchical namespace.
     sudo systemd-run --unit=vixml-bucket --collect --uid="$(id -un)" --gid="$(id -gn)" \
       --property=After=network-online.target -- \
       "$(command -v gcsfuse)" --foreground --implicit-dirs --metadata-cache-ttl-secs=0 \
@@ -49,7 +49,7 @@ mount_bucket() {
   mkdir -p "$probe/inner"
   if ! mv "$probe" "$probe-moved"; then
     rm -r "$probe"
-    echo "error: gs://$bucket cannot rename folders; make it with --enable-hierarchical-namespace" >&2
+    echo "error: gs://$bucket cannot rename folders; create it with --enable-hierarchical-namespace" >&2
     exit 1
   fi
   rm -r "$probe-moved"
@@ -65,7 +65,7 @@ setup() {
       gcloud storage rsync --recursive "gs://$bucket/$name" "$home/$name"
     fi
   done
-  # The machine's own Python may be older than 3.11.
+  # The Python of the machine may be older than 3.11.
   python3 -m pip install --quiet --user --upgrade uv
   if [[ ! -x $home/venv/bin/python ]]; then
     "$HOME/.local/bin/uv" venv --quiet --seed --python 3.11 "$home/venv"
@@ -75,7 +75,7 @@ setup() {
     -e '.[tpu,scann]'
 }
 
-# This machine's number within the pod, by which JAX, too, knows it.
+# Prints the number of this machine within the pod, which JAX uses as well.
 worker_number() {
   curl -fsS -H 'Metadata-Flavor: Google' \
     http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
@@ -102,7 +102,7 @@ start() {
     ${flags[@]+"${flags[@]}"} --distributed
 }
 
-# Returns when the run has saved itself; there may be none.
+# Returns when the run has saved a checkpoint. Does nothing if there is no run.
 stop() {
   sudo systemctl stop vixml 2> /dev/null || true
 }

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Runs one process of a training run, hands SIGTERM on to it, keeps a shared copy of what it writes, says how it ended.
+# Runs one process of a training run: forwards SIGTERM, copies its files to a shared folder, and records how it ended.
 #
 #   launch/train_worker.sh --workdir=DIR [--store=DIR] [--name=NAME] [--copy=FROM:TO ...] -- COMMAND...
 #
-#   --workdir  where the run writes; COMMAND gets it as its last flag
-#   --store    folder of the run that all workers see, such as a mounted bucket. Checkpoints are written there by all
-#              workers; the other files are written to --workdir, which is local, and copied every minute and at the
-#              end. A local workdir that is empty is filled from there first. Leave it out where --workdir is shared.
-#   --name     of this worker, in logs/NAME.log and state/NAME; by default worker-NUMBER on GKE and SLURM
-#   --copy     before the run, copies what is missing of folder FROM to folder TO
+#   --workdir  folder that the run writes to; passed to COMMAND as its last flag
+#   --store    folder of the run that all workers see, such as a mounted bucket. All workers write checkpoints there.
+#              The other files are written to --workdir, which is local, and copied to the store every minute and at the
+#              end. An empty local workdir is filled from the store first. Omit the flag if --workdir is shared.
+#   --name     name of this worker, for logs/NAME.log and state/NAME; by default worker-NUMBER on GKE and SLURM
+#   --copy     copies missing and changed files of folder FROM to folder TO before the run
 #
-# Exit status, and word in state/NAME while and after: running; 0 finished; 1 failed: bad input, starting again will
-# not help; 42 again: saved after SIGTERM, or crashed, perhaps because another worker did. Start it again.
+# Word in state/NAME, with the exit status:
+#   running        the run is in progress
+#   finished, 0    training has finished
+#   failed, 1      bad input; another start cannot help
+#   again, 42      saved after SIGTERM, or crashed, perhaps because another worker did; start it again
 
 set -euo pipefail
 
@@ -38,19 +41,20 @@ done
 [[ -n $workdir ]] || fail "--workdir: must be given"
 (($#)) || fail "COMMAND: must be given after --"
 
-# Small files only: checkpoints stay where they are, and nobody reads old embeddings, logs and states here.
+# Copies the small files of the store to the workdir. Checkpoints stay in the store; old embeddings, logs and states are
+# not read here.
 restore() {
   cd "$store"
   find . \( -path ./checkpoints -o -path ./embeddings -o -path ./logs -o -path ./state \) -prune -o -type f \
     -exec cp --parents -t "$workdir" {} +
 }
 
-# Copies what has changed since the last time; `find` does not follow the link to the checkpoints.
+# Copies files that have changed since the last call. `find` does not follow the link to the checkpoints.
 publish() {
   touch "$published.next"
   (cd "$workdir" && find . -type f -newer "$published" ! -name '*.partial' ! -path '*.incomplete*' \
     ! -name '.published*' \
-    -exec cp --parents -t "$store" {} +) || echo "$name: could not copy $workdir to $store; next try later" >&2
+    -exec cp --parents -t "$store" {} +) || echo "$name: could not copy $workdir to $store; will try again" >&2
   mv "$published.next" "$published"
 }
 
@@ -64,8 +68,9 @@ say() {
   echo "$1" > "${store:-$workdir}/state/$name"
 }
 
-# How the run ended, from its exit status and what it said since line $2 of its log. An entry point exits with 0 also
-# when it was preempted, and with 1 for bad input as for a bug; the former it tells in a line that begins with error:.
+# Prints how the run ended, from its exit status $1 and the lines of its log from line $2 on. An entry point exits with
+# 0 also when it was preempted, and with 1 both for bad input and for a bug; only bad input prints a line that starts
+# with "error:".
 outcome() {
   local status=$1 said
   said=$(tail -n "+$2" "$log")
@@ -101,7 +106,7 @@ for pair in ${copies[@]+"${copies[@]}"}; do
 done
 
 first_line=$(($(wc -l < "$log") + 1))
-# Schedulers may send SIGTERM to every process of a job; the log must outlive the run.
+# Schedulers may send SIGTERM to every process of a job. The process that writes the log must outlive the run.
 exec {output}> >(trap '' TERM; exec tee -a "$log")
 logger=$!
 asked=false
@@ -117,7 +122,7 @@ fi
 
 status=0
 wait "$child" || status=$?
-while [[ $asked == true ]]; do  # The signal ended `wait`, not the run.
+while [[ $asked == true ]]; do  # The signal ended `wait` but not the run.
   asked=false
   status=0
   wait "$child" || status=$?
@@ -135,5 +140,5 @@ say "$ended"
 case $ended in
   finished) exit 0 ;;
   failed) exit 1 ;;
-  *) exit 42 ;;  # One of those at which xpk restarts a workload by default.
+  *) exit 42 ;;  # By default, xpk restarts a workload after this status.
 esac

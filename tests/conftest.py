@@ -1,14 +1,22 @@
-"""Gives every test eight CPU devices, a compilation cache and no network; all set before jax is imported."""
+"""Gives every test eight CPU devices, a compilation cache and no network, and shares trained workdirs among tests."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 import ipaddress
 import os
 from pathlib import Path
 import socket
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+  from tests.helpers.trained_workdirs import Trained
+
 _ROOT = Path(__file__).resolve().parent.parent
 
+# Set before jax is imported.
 os.environ.update(
   {
     "JAX_PLATFORMS": "cpu",
@@ -19,18 +27,20 @@ os.environ.update(
         # Eight devices share the cores: on a loaded machine one may wait for another longer than XLA's 40 s.
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        # The older emitters of fusions compile a training step in a third of the time.
+        "--xla_cpu_use_fusion_emitters=false",
       ]
     ).strip(),
-    # Programs are kept between runs and shared with the processes that tests start.
+    # Compiled programs are kept between runs, and shared with the processes that tests start.
     "JAX_COMPILATION_CACHE_DIR": str(_ROOT / ".cache" / "jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    # Most of the tests' time is compilation; their programs are too small to gain by the last of it.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    # Compilation takes most of the tests' time, and their programs are too small to gain from optimization.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-    # What tests load is on disk; asking a hub is an error.
+    # Everything that tests load is on disk.
     "HF_HUB_OFFLINE": "1",
-    # The threads of tokenizers would outlive a fork and are not worth it for a few rows.
+    # The threads of tokenizers do not survive a fork, and do not pay off for a few rows.
     "TOKENIZERS_PARALLELISM": "false",
-    # torch's idle threads sleep rather than spin: they share two cores with XLA's.
+    # Idle threads of torch sleep instead of spinning: they share two cores with those of XLA.
     "OMP_WAIT_POLICY": "passive",
   }
 )
@@ -40,11 +50,11 @@ _attempts: list[str] = []
 
 
 class NetworkBlocked(OSError):
-  """A test tried to leave this machine."""
+  """A test asked for another machine."""
 
 
-def _check_local(host) -> None:
-  """Notes the attempt and raises unless `host` is this machine."""
+def _check_local(host: str | bytes | None) -> None:
+  """Records the attempt and raises unless `host` is this machine."""
   host = host.decode() if isinstance(host, bytes) else host
   if host in (None, "", "localhost", socket.gethostname()):
     return
@@ -53,13 +63,13 @@ def _check_local(host) -> None:
     if address.is_loopback or address.is_unspecified:
       return
   except ValueError:
-    pass  # A name that is not this machine's.
+    pass  # The name of another machine.
   _attempts.append(host)
   raise NetworkBlocked(f"tests have no network, but something asked for {host!r}")
 
 
-def _guarded(connect):
-  def guarded(self, address):
+def _guarded(connect: Callable[..., Any]) -> Callable[..., Any]:
+  def guarded(self: socket.socket, address: Any) -> Any:
     if self.family in (socket.AF_INET, socket.AF_INET6):
       _check_local(address[0])
     return connect(self, address)
@@ -67,7 +77,7 @@ def _guarded(connect):
   return guarded
 
 
-def _guarded_getaddrinfo(host, *args, **kwargs):
+def _guarded_getaddrinfo(host: str | bytes | None, *args: Any, **kwargs: Any) -> Any:
   _check_local(host)
   return _getaddrinfo(host, *args, **kwargs)
 
@@ -78,8 +88,24 @@ socket.getaddrinfo = _guarded_getaddrinfo
 
 
 @pytest.fixture(autouse=True)
-def network_attempts():
-  """Hosts that the test asked for; a test that leaves any fails, also when a library swallowed the error."""
+def network_attempts() -> Iterator[list[str]]:
+  """Hosts that the test asked for. A test that leaves any fails, also when a library swallowed the error."""
   _attempts.clear()
   yield _attempts
   assert not _attempts, f"the test asked the network for {_attempts}"
+
+
+def _shared_workdir(name: str) -> Any:
+  @pytest.fixture(scope="session", name=name)
+  def fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    from tests.helpers.trained_workdirs import trained_once  # Imports jax and torch, which few test files need.
+
+    yield from trained_once(tmp_path_factory, name)
+
+  return fixture
+
+
+# Workdirs that are trained when the first test asks for them; see tests/helpers/trained_workdirs.py.
+texts_only = _shared_workdir("texts_only")
+with_images = _shared_workdir("with_images")
+adapters = _shared_workdir("adapters")

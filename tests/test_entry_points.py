@@ -57,6 +57,12 @@ _CASES = {
   "no such port": (("serve", "--workdir={folder}", "--port=70000"), "--port=70000"),
   "workdir without config to compare": (("evaluate", "--workdir={folder}", "--compare={folder}/b"), "{folder}"),
   "unknown search": (("evaluate", "--workdir={folder}", "--search=faiss"), "--search=faiss"),
+  "no topology": (("aot_compile", _CUSTOM), "--topology"),
+  "unknown topology": (("aot_compile", "--config=configs/lf_amazon_1.3m.py", "--topology=v5e:x"), "--topology=v5e:x"),
+  "tokens out of range": (
+    ("aot_compile", "--config=configs/lf_amazon_1.3m.py", "--topology=v5e:2x2", "--tokens_per_item=99"),
+    "--tokens_per_item=99",
+  ),
 }
 
 

@@ -16,11 +16,11 @@ from tests.helpers.miniature import write_raw_folder
 from tests.helpers.miniature_runs import load_config, shrink
 from tools import train_icon_tower as tool
 from vixml_jax.datasets.prepared import prepare
+from vixml_jax.files import sha256_of_file
 from vixml_jax.images.tower import ImageTower
 from vixml_jax.input.hold_out import hold_out
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.ragged import Ragged
-from vixml_jax.weights import source
 from vixml_jax.weights.siglip import load_siglip, save_npz
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,13 +30,13 @@ LABELS = 120
 
 
 def make_icons(count=60, seed=0):
-  """Icons whose single tag is told by where their ink is; two pictures each."""
+  """Icons whose single tag follows from the position of their ink; two images each."""
   rng = np.random.default_rng(seed)
   kinds = np.arange(count) % 4
   pixels = np.full((2 * count, 16, 16, 3), 255, np.uint8)
-  for picture in range(2 * count):
-    row, column = divmod(kinds[picture // 2], 2)
-    pixels[picture, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = rng.integers(0, 128, (8, 8, 1))
+  for image in range(2 * count):
+    row, column = divmod(kinds[image // 2], 2)
+    pixels[image, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = rng.integers(0, 128, (8, 8, 1))
   none = Ragged.from_rows([[]] * count)
   return tool.Icons(
     [f"icon {row}" for row in range(count)],
@@ -53,16 +53,16 @@ def unit_rows(count, dim, seed):
   return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def trained(seed):
-  recipe = tool.Recipe(steps=150, batch_size=16, learning_rate=1e-2, shift=1.0, log_every=50)
+def trained(seed, steps):
+  recipe = tool.Recipe(steps, batch_size=16, learning_rate=1e-2, shift=1.0, log_every=50)
   names, sets, labels = unit_rows(60, 24, 1), unit_rows(2, 24, 3), unit_rows(LABELS, 24, 2)
   return tool.train(TINY, recipe, make_icons(), names, sets, labels, seed)
 
 
-def test_training_reduces_the_loss_and_teaches_which_tag_a_picture_has(capsys):
-  params = trained(0)
+def test_training_reduces_the_loss_and_teaches_which_tag_an_image_has(capsys):
+  params = trained(0, 150)
   losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
-  assert len(losses) == 3 and losses[-1] < 0.8 * losses[0]  # Names cannot be told from pictures, and stay.
+  assert len(losses) == 3 and losses[-1] < 0.8 * losses[0]  # The loss of the names, which images do not show, remains.
   unseen = make_icons(40, seed=5)
   features = tool.mean_features(tool.features_of(params["tower"], TINY, unseen.pixels), unseen)
   labels = unit_rows(LABELS, 24, 2) @ np.asarray(params["text"])
@@ -73,7 +73,7 @@ def test_training_reduces_the_loss_and_teaches_which_tag_a_picture_has(capsys):
 
 
 def test_the_same_seed_trains_the_same_tower_and_another_seed_another():
-  one, same, other = (jax.tree.leaves(trained(seed)["tower"]) for seed in (0, 0, 1))
+  one, same, other = (jax.tree.leaves(trained(seed, 10)["tower"]) for seed in (0, 0, 1))
   assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
   assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -92,7 +92,7 @@ def test_the_loss_is_binary_cross_entropy_over_all_pairs_divided_by_the_images()
   np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-def test_pictures_are_warped_as_scipy_does_it():
+def test_images_are_warped_as_scipy_does_it():
   pixels = np.random.default_rng(0).random((2, 9, 9, 3)).astype(np.float32)
   shift, scale = np.array([[1.25, -2.0], [0.5, 3.0]]), np.array([[0.8, 1.3], [1.1, 1.0]])
   found = tool.warp(pixels, shift, scale)
@@ -116,12 +116,12 @@ def test_augmentation_keeps_white_ground_white_and_without_strength_changes_noth
   assert np.abs(moved - plain).max() > 0.5 and np.abs(moved).max() <= 1 + 1e-5
 
 
-def test_every_picture_is_seen_once_an_epoch():
-  batches = list(tool._batches(12, tool.Recipe(6, batch_size=4), np.random.default_rng(0)))
+def test_every_image_is_seen_once_per_epoch():
+  batches = list(tool.batches(12, tool.Recipe(6, batch_size=4), np.random.default_rng(0)))
   assert sorted(np.concatenate(batches[:3])) == sorted(np.concatenate(batches[3:])) == list(range(12))
 
 
-def test_taking_icons_keeps_their_pictures_beside_them():
+def test_taking_icons_keeps_their_images_and_labels():
   icons = make_icons(6)
   icons.pixels[:, 0, 0, 0] = np.arange(12)
   part = icons.take(np.array([False, True, False, False, True, True]))
@@ -131,7 +131,7 @@ def test_taking_icons_keeps_their_pictures_beside_them():
   np.testing.assert_array_equal(part.labels.values, [1, 0, 1])
 
 
-def test_tags_come_from_the_nearest_icons_by_name_and_picture():
+def test_tags_come_from_the_nearest_icons_by_name_and_image():
   training, icons = make_icons(80), make_icons(4)
   memory = tool.Vectors(unit_rows(80, 6, 0), unit_rows(80, 5, 1))
   vectors = tool.Vectors(unit_rows(4, 6, 2), unit_rows(4, 5, 3))
@@ -147,7 +147,7 @@ def test_tags_come_from_the_nearest_icons_by_name_and_picture():
   assert found["P@1"] == 100 * np.mean(hits)
 
 
-def test_a_pictures_own_name_is_ranked_among_the_distinct_names():
+def test_the_name_of_an_image_is_ranked_among_the_distinct_names():
   names = np.eye(12, dtype=np.float32)
   titles = ["twin", *(f"name {row}" for row in range(10)), "twin"]
   names[11] = names[0]
@@ -191,18 +191,12 @@ def test_features_are_those_that_the_package_extracts(tmp_path):
   pixels = make_icons(2).pixels
   save_npz(tower, tmp_path / "tower.npz")
   images = []
-  for row, picture in enumerate(pixels):
+  for image in pixels:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    images.append((row, 0, buffer.getvalue()))
-
-  class Source:
-    def read(self, numbers):
-      yield 0, images
-
-  encoder = ImageTower(str(tmp_path / "tower.npz"), None, "big_vision", 4, "float32")
-  [(_, part)] = encoder.encode_parts(Source(), [0], "made")
-  np.testing.assert_allclose(tool.features_of(tower, TINY, pixels), part.features, atol=2e-3, rtol=2e-3)
+    Image.fromarray(image).save(buffer, "PNG")
+    images.append(buffer.getvalue())
+  features, _ = ImageTower(str(tmp_path / "tower.npz"), None, "big_vision", 4, "float32").encode(images)
+  np.testing.assert_allclose(tool.features_of(tower, TINY, pixels), features, atol=2e-3, rtol=2e-3)
 
 
 @pytest.fixture(scope="module")
@@ -218,4 +212,4 @@ def test_the_shipped_tower_is_small_and_has_the_scripts_arguments(shipped):
 
 
 def test_the_shipped_tower_is_the_one_that_is_documented():
-  assert source.sha256(SHIPPED) in (ROOT / "docs/icon_tower.md").read_text("utf-8")
+  assert sha256_of_file(SHIPPED) in (ROOT / "docs/icon_tower.md").read_text("utf-8")

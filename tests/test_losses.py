@@ -1,4 +1,4 @@
-"""The four loss terms against a plain numpy transcription of the method, row by row."""
+"""The four loss terms against a plain numpy implementation of PRIME (arXiv 2410.20401), row by row."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from vixml_jax import losses
 CONFIG = losses.LossConfig(num_negatives=4)
 
 
-def transcribed_triplet(sim, positives, drawn, config, valid):
-  """METHOD "triplet(S, Y)", one row after the other; also d loss / d sim with ties split evenly."""
+def numpy_triplet(sim, positives, drawn, config, valid):
+  """PRIME's triplet loss, one row at a time, and d loss / d sim, with the gradient of a tie halved."""
   total, gradient, rows = 0.0, np.zeros_like(sim), 0
   for i in np.flatnonzero(valid & positives.any(1)):
     rows += 1
@@ -45,7 +45,7 @@ def batch(seed, size=12, label_rate=0.15):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_triplet_loss_and_its_gradient_equal_the_transcription(seed):
+def test_triplet_loss_and_its_gradient_equal_those_in_numpy(seed):
   q, u, _, positives = batch(seed)
   sim = np.asarray(q @ u.T, np.float32)
   valid = np.ones(len(q), bool)
@@ -55,12 +55,12 @@ def test_triplet_loss_and_its_gradient_equal_the_transcription(seed):
   (loss, _), gradient = jax.value_and_grad(losses.triplet_loss, has_aux=True)(
     *map(jnp.asarray, (sim, positives, valid, valid)), key, CONFIG
   )
-  expected, expected_gradient = transcribed_triplet(sim, positives, drawn, CONFIG, valid)
+  expected, expected_gradient = numpy_triplet(sim, positives, drawn, CONFIG, valid)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
 
 
-def test_a_gap_inside_the_margin_still_passes_half_the_gradient():
+def test_a_gap_within_the_margin_passes_half_the_gradient():
   sim = jnp.asarray([[0.7, 0.5, 0.45]])
   positives = jnp.asarray([[True, False, False]])
   ones = jnp.ones(1, bool), jnp.ones(3, bool)
@@ -80,7 +80,7 @@ def test_a_row_without_negatives_adds_nothing_and_keeps_gradients_finite():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_regulariser_equals_the_transcription(seed):
+def test_the_regulariser_equals_that_in_numpy(seed):
   q, u, p, positives = batch(seed)
   label_sim, prototype_sim = q @ u.T, q @ p.T
   valid = np.ones(len(q), bool)
@@ -99,7 +99,7 @@ def test_regulariser_equals_the_transcription(seed):
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_prime_loss_is_the_weighted_sum_of_its_parts_and_ignores_padding():
+def test_the_prime_loss_is_the_weighted_sum_of_its_parts_and_ignores_padding():
   q, u, p, positives = batch(0)
   ones = np.ones(len(q), bool)
 
@@ -112,14 +112,14 @@ def test_prime_loss_is_the_weighted_sum_of_its_parts_and_ignores_padding():
     parts["triplet_label"] + parts["triplet_prototype"] + parts["triplet_reverse"] + 0.1 * parts["regulariser"],
     rtol=1e-6,
   )
-  # Garbage in the padded places changes nothing: neither as rows, nor as columns, nor as positives.
+  # The values of padded places must not matter: as rows, as columns and as positives.
   half = ones.copy()
   half[6:] = False
   only_diagonal = np.eye(len(q), dtype=bool)
-  spoilt = [np.where(half[:, None], x, 7.0) for x in (q, u, p)]
+  spoiled = [np.where(half[:, None], x, 7.0) for x in (q, u, p)]
   with_garbage = only_diagonal | ~half[None, :] | ~half[:, None]
   clean = prime_loss(q, u, p, only_diagonal, half)[0]
-  dirty = prime_loss(*spoilt, with_garbage, half)[0]
+  dirty = prime_loss(*spoiled, with_garbage, half)[0]
   np.testing.assert_allclose(clean, dirty, rtol=1e-6)
 
 

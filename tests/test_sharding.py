@@ -1,4 +1,4 @@
-"""Meshes and the sharding table: what is refused, by name, and where arrays come to lie."""
+"""Meshes, the table from logical axes to mesh axes, and the placement of arrays."""
 
 import jax
 from jax.sharding import PartitionSpec
@@ -23,7 +23,7 @@ def test_axes_become_mesh_axes():
     (("embed", "color"), "kernel: no sharding rule for its logical axis 'color'"),
   ],
 )
-def test_axes_that_collide_or_have_no_rule_are_refused_by_name(axes, message):
+def test_axes_that_collide_or_have_no_rule_raise_an_error_with_their_names(axes, message):
   with pytest.raises(ValueError, match=message):
     sharding.spec(axes, name="kernel")
 
@@ -32,7 +32,7 @@ def shapes(**sizes):
   return {"encoder": {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in sizes.items()}}
 
 
-def test_a_tree_of_shapes_is_spread_over_the_mesh():
+def test_a_tree_of_shapes_is_sharded_over_the_mesh():
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   found = sharding.tree_shardings(
     mesh,
@@ -43,29 +43,29 @@ def test_a_tree_of_shapes_is_spread_over_the_mesh():
   assert found["encoder"]["bias"].shard_shape((4, 10)) == (4, 5)
 
 
-def test_a_dimension_that_does_not_divide_is_refused_by_name():
+def test_a_dimension_that_the_mesh_does_not_divide_raises_an_error_with_its_name():
   mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
-  with pytest.raises(InputError, match="encoder/up has embed=6, which does not divide by fsdp = 4"):
+  with pytest.raises(InputError, match="encoder/up has embed=6, which is not divisible by fsdp = 4"):
     sharding.tree_shardings(mesh, shapes(up=(6, 10)), {"encoder": {"up": ("embed", "mlp")}})
-  with pytest.raises(InputError, match="encoder/bank has query=12, which does not divide by data x fsdp = 8"):
+  with pytest.raises(InputError, match="encoder/bank has query=12, which is not divisible by data x fsdp = 8"):
     sharding.tree_shardings(
       sharding.make_mesh(data=2, fsdp=4), shapes(bank=(12, 3)), {"encoder": {"bank": ("query", "vector")}}
     )
 
 
-def test_heads_of_keys_and_values_that_the_mesh_does_not_divide_are_whole_on_every_device():
+def test_key_value_heads_that_the_mesh_does_not_divide_are_replicated():
   axes = {"encoder": {"key": ("embed", "kv_heads", "head_dim"), "query": ("embed", "heads", "head_dim")}}
   sizes = shapes(key=(8, 2, 4), query=(8, 4, 4))
   found = sharding.tree_shardings(sharding.make_mesh(data=1, fsdp=2, tensor=4), sizes, axes)["encoder"]
   assert found["key"].spec == PartitionSpec("fsdp", None, None) and found["query"].shard_shape((8, 4, 4)) == (4, 1, 4)
   found = sharding.tree_shardings(sharding.make_mesh(data=2, fsdp=2, tensor=2), sizes, axes)["encoder"]
   assert found["key"].shard_shape((8, 2, 4)) == (4, 1, 4)
-  with pytest.raises(InputError, match="encoder/query has heads=4, which does not divide by tensor = 8"):
+  with pytest.raises(InputError, match="encoder/query has heads=4, which is not divisible by tensor = 8"):
     sharding.tree_shardings(sharding.make_mesh(data=1, tensor=8), sizes, axes)
 
 
 @pytest.mark.parametrize("names", [("embed",), None, ("layers", "embed", "mlp")])
-def test_a_leaf_without_an_axis_for_each_dimension_is_refused_by_name(names):
+def test_a_leaf_without_one_axis_per_dimension_raises_an_error_with_its_name(names):
   with pytest.raises(ValueError, match="encoder/up: shape"):
     sharding.tree_shardings(sharding.make_mesh(), shapes(up=(6, 10)), {"encoder": {"up": names}})
 
@@ -79,7 +79,7 @@ def test_a_leaf_without_an_axis_for_each_dimension_is_refused_by_name(names):
     (dict(data=2, fsdp=2, tensor=2), (2, 2, 2)),
   ],
 )
-def test_a_mesh_takes_all_devices(sizes, shape):
+def test_a_mesh_uses_all_devices(sizes, shape):
   mesh = sharding.make_mesh(**sizes)
   assert mesh.axis_names == sharding.MESH_AXES and mesh.devices.shape == shape
   assert set(mesh.devices.flat) == set(jax.devices())
@@ -88,27 +88,27 @@ def test_a_mesh_takes_all_devices(sizes, shape):
 @pytest.mark.parametrize(
   "sizes,message",
   [
-    (dict(data=3), "3 x 1 x 1 does not make 8 devices"),
-    (dict(fsdp=3), "2 x 3 x 1 does not make 8 devices"),
-    (dict(fsdp=16), "1 x 16 x 1 does not make 8 devices"),
+    (dict(data=3), "3 x 1 x 1 does not equal the number of devices, 8"),
+    (dict(fsdp=3), "2 x 3 x 1 does not equal the number of devices, 8"),
+    (dict(fsdp=16), "1 x 16 x 1 does not equal the number of devices, 8"),
     (dict(data=-1, tensor=-1), "mesh.data and mesh.tensor are both -1"),
     (dict(tensor=0), "mesh.tensor=0: must be at least 1"),
     (dict(fsdp=-2), "mesh.fsdp=-2: must be at least 1"),
   ],
 )
-def test_a_mesh_that_does_not_fit_is_refused_by_axis(sizes, message):
+def test_an_impossible_mesh_raises_an_error_that_names_the_axis(sizes, message):
   with pytest.raises(InputError, match=message):
     sharding.make_mesh(**sizes)
 
 
 @pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 294_805])
-def test_padded_rows_divide_by_every_mesh_of_a_power_of_two_up_to_1024(rows):
+def test_padded_rows_are_divisible_by_every_power_of_two_up_to_1024(rows):
   padded = sharding.padded_rows(rows)
   assert rows <= padded < rows + 1024
   assert all(padded % 2**k == 0 for k in range(11))
 
 
-def test_a_global_array_is_the_host_s_rows_and_comes_back_whole():
+def test_a_global_array_has_the_rows_of_the_host_and_is_read_back_whole():
   host = np.arange(48, dtype=np.float32).reshape(16, 3)
   mesh = sharding.make_mesh(data=4, fsdp=2)
   array = sharding.to_global(host, sharding.named_sharding(mesh, "query", "vector"))

@@ -1,10 +1,10 @@
-"""Writes the embedded MM-Icons-9K from its published form: images as lossless WebP, the rest as is.
+"""Converts the published data set MM-Icons-9K to its embedded form, with images as lossless WebP.
 
   python tools/encode_icons.py MM-Icons-9K vixml_jax/datasets/mm_icons_9k
 
-Rows, order and split stay. PNG becomes lossless WebP in parquet (column `image`), and every image
-is decoded again and compared pixel by pixel. Gzip files carry no time stamp, so that the
-same input gives the same bytes.
+Rows, their order and the split do not change. PNG images become lossless WebP in the parquet column `image`; each is
+decoded again and compared pixel by pixel. Gzip files are written without a time stamp, so that the same input gives the
+same bytes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 _SCHEMA = pa.schema([("row", pa.int32()), ("slot", pa.int8()), ("image", pa.binary())])
-_ROWS_A_GROUP = 2048
+_ROWS_PER_GROUP = 2048
 _NOTE = """
 ## In this repository
 `tools/encode_icons.py` re-encoded the images as lossless WebP, in the column `image` instead of `png`; rows, order,
@@ -29,9 +29,9 @@ split, texts, labels and licenses are as above. `build_icons.py` and `baseline.p
 
 
 def main() -> None:
-  """Reads the flags and writes the folder."""
+  """Reads the arguments and writes the folder."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("source", type=Path, help="folder of the published set")
+  parser.add_argument("source", type=Path, help="folder of the published data set")
   parser.add_argument("target", type=Path, help="folder to write")
   arguments = parser.parse_args()
   arguments.target.mkdir(parents=True, exist_ok=True)
@@ -50,15 +50,15 @@ def main() -> None:
 
 
 def encode_images(source: Path, target: Path) -> None:
-  """Re-encodes the `png` column of a parquet file as `image`, lossless WebP, and checks it."""
+  """Writes the column `png` of a parquet file as the column `image` of another one, in lossless WebP."""
   table = pq.read_table(source)
   images = [to_webp(png) for png in tqdm(table.column("png").to_pylist(), disable=None)]
   columns = [table.column("row"), table.column("slot"), pa.array(images, pa.binary())]
-  # WebP does not compress further, and file offsets of rows do not deserve a dictionary.
+  # WebP does not compress further, and a dictionary of unique images would only cost space.
   pq.write_table(
     pa.table(columns, schema=_SCHEMA),
     target,
-    row_group_size=_ROWS_A_GROUP,
+    row_group_size=_ROWS_PER_GROUP,
     compression="zstd",
     use_dictionary=False,
     write_statistics=False,
@@ -66,10 +66,10 @@ def encode_images(source: Path, target: Path) -> None:
 
 
 def to_webp(png: bytes) -> bytes:
-  """Lossless WebP of an image.
+  """Converts an image to lossless WebP.
 
   Raises:
-    ValueError: the WebP decodes to other pixels, or the image is not opaque.
+    ValueError: The image is not opaque, or the WebP does not decode to the same pixels.
   """
   image = Image.open(io.BytesIO(png))
   if "A" in image.getbands() or "transparency" in image.info:
@@ -79,7 +79,7 @@ def to_webp(png: bytes) -> bytes:
   pixels.save(buffer, "WEBP", lossless=True, quality=100, method=6)
   decoded = np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"))
   if not np.array_equal(decoded, np.asarray(pixels)):
-    raise ValueError("the WebP decodes to other pixels")
+    raise ValueError("the WebP does not decode to the same pixels")
   return buffer.getvalue()
 
 

@@ -1,11 +1,11 @@
-"""Compiles a config's training and encoding steps for a TPU slice that need not exist: do they fit, at what cost?
+"""Compiles a config's training and encoding steps for a TPU slice, and reports whether they fit and what they cost.
 
   python -m vixml_jax.aot_compile --config=configs/lf_amazon_1.3m.py:encoder=qwen2.5-3b --topology=v5e:4x4
       [--config.mesh.fsdp=4 ...] [--num_queries=N --num_labels=L] [--tokens_per_item=15] [--images_per_item=3]
       [--json=FILE]
 
-Needs libtpu (pip install 'vixml-jax[tpu]'), no TPU, no data and no weights. Exits with 1 where the config does not fit,
-and then prints the nearest mesh and chunk size that do. docs/scaling.md says how to read the table.
+Needs libtpu (pip install -c constraints.txt -e '.[tpu]'), but no TPU, no data and no weights. If the config does not
+fit, prints the nearest mesh and chunk size that do, and exits with status 1. docs/scaling.md explains the table.
 """
 
 from pathlib import Path
@@ -21,17 +21,21 @@ from vixml_jax.ahead_of_time.report import check_fit
 from vixml_jax.ahead_of_time.sizes import data_size
 from vixml_jax.run import configuration
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; variants stand after a colon.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the slice: v5e:4x4, v5p:2x2x4, v6e:16x16, ...")
-_QUERIES = flags.DEFINE_integer("num_queries", None, "Training queries; by default as published, or as prepared.")
-_LABELS = flags.DEFINE_integer("num_labels", None, "Labels; by default as published, or as prepared.")
-_TOKENS = flags.DEFINE_float("tokens_per_item", None, "Mean tokens of a text; by default assumed.")
-_IMAGES = flags.DEFINE_float("images_per_item", None, "Mean images of an item; by default the most, config.images.")
-_JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
+_QUERIES = flags.DEFINE_integer(
+  "num_queries", None, "Number of training queries; by default the published number, else that of the prepared data."
+)
+_LABELS = flags.DEFINE_integer(
+  "num_labels", None, "Number of labels; by default the published number, else that of the prepared data."
+)
+_TOKENS = flags.DEFINE_float("tokens_per_item", None, "Mean number of tokens of a text; by default assumed.")
+_IMAGES = flags.DEFINE_float("images_per_item", None, "Mean number of images of an item; by default config.images.")
+_JSON = flags.DEFINE_string("json", None, "File to write the same numbers to, as JSON.")
 
 
 def main() -> None:
-  """Compiles what the flags name; exits with 1 if it does not fit."""
+  """Compiles the config of the flags; exits with status 1 if it does not fit."""
   config, topology = cli.required(_CONFIG), cli.required(_TOPOLOGY)
   configuration.check(config)
   size = data_size(config, _QUERIES.value, _LABELS.value, _TOKENS.value, _IMAGES.value)
@@ -40,6 +44,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  # Nothing runs here but the tracing; libtpu must not look for a TPU.
+  # Programs are only traced on this machine, so libtpu must not look for a TPU.
   jax.config.update("jax_platforms", "cpu")
   cli.run(main)

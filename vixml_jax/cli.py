@@ -1,4 +1,4 @@
-"""What every entry point does around its one call: flags, logging, devices of several hosts, one-line errors."""
+"""The frame of every entry point: flags, logging, joining the processes of a run, and one-line errors."""
 
 from collections.abc import Callable, Sequence
 import logging
@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 import jax
@@ -18,27 +18,27 @@ from vixml_jax.errors import InputError, Preempted
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
-  "Join the other processes of this run: set on TPU pods, SLURM and wherever JAX finds its cluster by itself.",
+  "Join the other processes of this run; for TPU pods, SLURM and other clusters that JAX detects by itself.",
 )
 _COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "HOST:PORT of process 0, where JAX cannot find the cluster; implies --distributed."
+  "coordinator", None, "HOST:PORT of process 0, for clusters that JAX does not detect; implies --distributed."
 )
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes; with --coordinator.")
-_PROCESS = flags.DEFINE_integer("process", None, "This process's number, from 0; with --coordinator.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes; used with --coordinator.")
+_PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0; used with --coordinator.")
 
 
 def run(main: Callable[[], None]) -> None:
   """Parses flags and calls `main`.
 
-  Bad input (`InputError`) and what absl refuses become one line on stderr and status 1. A run that was
-  preempted has saved itself and exits with 0, an interrupt exits with 130. Anything else is a bug and
-  keeps its traceback.
+  Bad input (`InputError`) and errors in flags become one line on stderr and exit status 1. A run that was preempted
+  has saved its state and exits with 0. An interrupt exits with 130. Any other exception is a bug and keeps its
+  traceback.
   """
 
   def call(argv: Sequence[str]) -> None:
     try:
       if len(argv) > 1:
-        raise InputError(f"{argv[1]!r}: not a flag; flags begin with --")
+        raise InputError(f"{argv[1]!r}: not a flag; flags start with --")
       _set_up_logging()
       _join_processes()
       main()
@@ -53,10 +53,10 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-  """absl's parser, with errors of flags and of config files on one line; `--help` is no error."""
+  """Parses flags with absl; errors in flags and in config files become one line, and `--help` exits with 0."""
   try:
     return flags.FLAGS(list(argv))
-  except SystemExit:  # absl exits with 1 after it has printed the help that was asked for.
+  except SystemExit:  # absl exits with 1 after printing the help.
     sys.exit(0)
   except flags.Error as error:
     _fail(_cause(str(error)))
@@ -67,7 +67,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _cause(message: str) -> str:
-  """What went wrong in a config file, without the traceback that ml_collections puts into its message."""
+  """Returns the error in a config file without the traceback that ml_collections puts into its message."""
   head, traceback, rest = message.partition("Traceback (most recent call last):")
   if not traceback:
     return message
@@ -75,12 +75,12 @@ def _cause(message: str) -> str:
 
 
 def _unreadable(flag: str, error: OSError) -> str:
-  """The last line of ml_collections' error, which is the system's, and what to do."""
-  return f"--{flag}: {str(error).strip().splitlines()[-1].strip()}; name a config file, such as configs/custom.py"
+  """Returns the last line of ml_collections' error, which is that of the operating system, and what to do."""
+  return f"--{flag}: {str(error).strip().splitlines()[-1].strip()}; use a config file such as configs/custom.py"
 
 
 def _missing_key(argv: Sequence[str], message: str) -> str | None:
-  """The flag that asks for a key which the config lacks, of which ml_collections says the last part only."""
+  """Returns an error that names the flag of a key that the config lacks; ml_collections names its last part only."""
   key, near = re.match(r"\W*(\w+)", message), re.search(r'Did you mean "(\w+)"', message)
   for name in (argument.partition("=")[0] for argument in argv):
     if key and key[1] in name.split(".")[1:]:
@@ -89,14 +89,14 @@ def _missing_key(argv: Sequence[str], message: str) -> str | None:
 
 
 def _fail(message: str) -> NoReturn:
-  """One line on stderr, status 1."""
+  """Prints one line on stderr and exits with status 1."""
   print("error: " + " ".join(message.split()), file=sys.stderr)
   sys.stderr.flush()
   sys.exit(1)
 
 
 def _set_up_logging() -> None:
-  """Plain lines on stderr: ours from INFO, libraries' from WARNING; the first process only."""
+  """Logs plain lines on stderr: messages of this package from INFO on, those of libraries from WARNING on."""
   logging.getLogger("absl").setLevel(logging.ERROR)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -104,7 +104,7 @@ def _set_up_logging() -> None:
   root.handlers[:] = [handler]
   root.setLevel(logging.WARNING)
   logging.getLogger("vixml_jax").setLevel(logging.INFO)
-  # Of a damaged checkpoint Orbax abandons all reads but the one that failed first; asyncio tells of each.
+  # When a checkpoint is damaged, Orbax abandons its other reads, and asyncio would log each of them.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
@@ -118,38 +118,45 @@ def _join_processes() -> None:
     os.environ["TQDM_DISABLE"] = "1"
 
 
-def required(flag: flags.FlagHolder):
-  """The value of a flag that must be given.
+def required(flag: flags.FlagHolder[Any]) -> Any:
+  """Returns the value of a flag that must be given.
 
   Raises:
-    InputError: naming the flag, when it is missing or its config file cannot be read.
+    InputError: The flag is missing, or its config file cannot be read.
   """
   if flag.value is None:
-    raise InputError(f"--{flag.name}: must be given; --help shows how")
+    raise InputError(f"--{flag.name}: must be given; see --help")
   try:
-    getattr(flag.value, "items", None)  # ml_collections keeps the error of a file until its config is touched.
+    getattr(flag.value, "items", None)  # ml_collections raises the error of a file at the first access.
   except OSError as error:
     raise InputError(_unreadable(flag.name, error)) from error
   return flag.value
 
 
-def mesh(flag: flags.FlagHolder) -> Mesh | None:
-  """The mesh of a flag such as 4,1,2; None where it is not given.
+def mesh(flag: flags.FlagHolder[str | None]) -> Mesh | None:
+  """Returns the mesh of a flag such as 4,1,2; None if the flag is not given.
 
   Raises:
-    InputError: naming the flag, or the axis at fault.
+    InputError: The value is not three whole numbers, or does not fit the devices.
   """
-  return sharding.make_mesh(*numbers(flag, 3)) if flag.value else None
+  if not flag.value:
+    return None
+  data, fsdp, tensor = numbers(flag, 3)
+  return sharding.make_mesh(data, fsdp, tensor)
 
 
-def numbers(flag: flags.FlagHolder, count: int | None = None) -> list[int]:
-  """A flag's value as whole numbers separated by commas, `count` of them where that is given.
+def numbers(flag: flags.FlagHolder[Any], count: int | None = None) -> list[int]:
+  """Returns the value of a flag as whole numbers that are separated by commas.
+
+  Args:
+    flag: The flag.
+    count: How many numbers there must be; None for at least one.
 
   Raises:
-    InputError: naming the flag.
+    InputError: The value is something else; the message names the flag.
   """
   try:
-    values = [int(part) for part in flag.value.split(",")]
+    values = [int(part) for part in str(flag.value).split(",")]
   except ValueError:
     values = []
   if not values or len(values) != (count or len(values)):

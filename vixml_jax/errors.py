@@ -1,14 +1,13 @@
-"""The exceptions that users see as a single line: bad input, and a run that was asked to stop."""
+"""Exceptions that users see as one line without a traceback: bad input, and a run that was asked to stop."""
 
 
 class InputError(ValueError):
-  """Bad input: a file, a line, a key or a row that the user can mend.
+  """Bad input that the user can correct: a file, a line, a key or a row.
 
-  The message names what is at fault and what to do. Entry points print it on
-  one line of stderr and exit with status 1; anything else that is raised is a
-  bug and keeps its traceback.
+  The message names what is wrong and what to do. Entry points print it on one line of stderr and exit with status 1.
+  Any other exception is a bug and keeps its traceback.
   """
 
 
 class Preempted(Exception):
-  """SIGTERM arrived: the run was saved and goes on when it is started again. Entry points exit with 0."""
+  """The run received SIGTERM, saved its state and continues when it is started again. Entry points exit with 0."""

@@ -1,12 +1,13 @@
-"""Evaluates a trained workdir again: other search, other retrieval settings, the validation split.
+"""Evaluates a trained workdir again, or compares evaluated workdirs.
 
   python -m vixml_jax.evaluate --workdir=runs/NAME [--search=exact|scann] [--[no]retrieval_augmented]
       [--retrieval_lambda=0.9] [--retrieval_temperature=0.05] [--split=test|validation] [--test_images=0,1,2,3]
   python -m vixml_jax.evaluate --workdir=runs/NAME --compare=runs/OTHER[,runs/THIRD]
 
-The first needs the data set that the run was trained on, no training; it writes final_metrics.json, evaluation.json,
-per_query.npz and report.html. The second compares what such evaluations found, query by query, and needs nothing else;
-it writes compare.json and compare.html.
+The first command evaluates the newest checkpoint without training, for example with another search, other settings of
+retrieval augmentation or on the validation split. It needs the data set of the run, and writes final_metrics.json,
+evaluation.json, per_query.npz and report.html. The second command compares the results of such evaluations query by
+query. It needs only the workdirs, and writes compare.json and compare.html.
 """
 
 from collections.abc import Sequence
@@ -20,48 +21,58 @@ from vixml_jax.errors import InputError
 from vixml_jax.experiment import evaluate_workdir
 from vixml_jax.report.compare import compare_workdirs
 from vixml_jax.run import configuration
+from vixml_jax.run.workdir import CONFIG
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A folder that vixml_jax.main wrote.")
-_SEARCH = flags.DEFINE_enum("search", None, ["exact", "scann"], "How to search; by default as in training.")
-_AUGMENTED = flags.DEFINE_bool("retrieval_augmented", None, "Whether to add the retrieval-augmented row.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run, written by vixml_jax.main.")
+_SEARCH = flags.DEFINE_enum("search", None, ["exact", "scann"], "Search method; default: that of the config.")
+_AUGMENTED = flags.DEFINE_bool("retrieval_augmented", None, "Whether to evaluate with retrieval augmentation as well.")
 _LAMBDA = flags.DEFINE_float(
-  "retrieval_lambda", None, "Weight of labels against training queries, 0 to 1; not chosen then."
+  "retrieval_lambda", None, "Weight of labels relative to training queries, 0 to 1; a given value is used as it is."
 )
-_TEMPERATURE = flags.DEFINE_float("retrieval_temperature", None, "Temperature of retrieval; not chosen then.")
+_TEMPERATURE = flags.DEFINE_float(
+  "retrieval_temperature", None, "Temperature of retrieval augmentation; a given value is used as it is."
+)
 _TEST_IMAGES = flags.DEFINE_string(
-  "test_images", None, "Also evaluate with no more than so many images a query, e.g. 0,1,2,3."
+  "test_images",
+  None,
+  "Numbers of images; also evaluates with at most each number of images per query, such as 0,1,2,3.",
 )
-_SPLIT = flags.DEFINE_enum("split", None, ["test", "validation"], "What to evaluate on.")
-_MESH = flags.DEFINE_string("mesh", None, "data,fsdp,tensor, such as 4,1,2; by default as in training.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared data lies; by default as in training.")
-_COMPARE = flags.DEFINE_list("compare", None, "Evaluated workdirs to compare with --workdir; nothing is evaluated.")
+_SPLIT = flags.DEFINE_enum(
+  "split", None, ["test", "validation"], "Queries to evaluate on; default: those of the config."
+)
+_MESH = flags.DEFINE_string(
+  "mesh", None, "Sizes data,fsdp,tensor of the mesh, such as 4,1,2; default: those of the config."
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the prepared data; default: that of the config.")
+_COMPARE = flags.DEFINE_list(
+  "compare", None, "Evaluated workdirs to compare with --workdir, without evaluating anything."
+)
 
 
 def main() -> None:
-  """Evaluates the workdir that the flags name, or compares it with others."""
+  """Evaluates the workdir of the flags, or compares it with others."""
   workdir = Path(cli.required(_WORKDIR))
   if _COMPARE.value is not None:
     _compare(workdir, _COMPARE.value)
     return
-  config = configuration.read(workdir / "config.json")
+  config = configuration.read(workdir / CONFIG)
   _override(config)
   configuration.check(config)
   evaluate_workdir(config, workdir)
 
 
 def _compare(workdir: Path, others: Sequence[str]) -> None:
-  """Compares what was found before; refuses flags that say how to evaluate."""
+  """Compares evaluated workdirs; flags of the evaluation are errors."""
   for flag in (_SEARCH, _AUGMENTED, _LAMBDA, _TEMPERATURE, _TEST_IMAGES, _SPLIT, _MESH, _DATA_DIR):
     if flag.present:
       raise InputError(
-        f"--{flag.name}: says how to evaluate, but --compare evaluates nothing; evaluate each workdir "
-        "with it first, then compare"
+        f"--{flag.name}: cannot be used with --compare, which evaluates nothing; evaluate each workdir with it first"
       )
   print(compare_workdirs(workdir, [Path(name) for name in others]), flush=True)
 
 
 def _override(config: ConfigDict) -> None:
-  """Puts the flags that were given into the config."""
+  """Replaces values of the config by those of the given flags."""
   given = {
     "search": _SEARCH.value,
     "split": _SPLIT.value,

@@ -1,4 +1,4 @@
-"""Trains and evaluates a config: what `main` and `evaluate` call."""
+"""Trains and evaluates a run, and writes its outputs: the functions behind the commands `main` and `evaluate`."""
 
 import dataclasses
 import logging
@@ -10,281 +10,222 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vixml_jax import sharding
-from vixml_jax.encoding.item_encoder import normalize
+from vixml_jax.encoding.item_encoder import ItemEncoder, normalize
 from vixml_jax.errors import InputError
-from vixml_jax.evaluation.evaluator import (
-  Evaluation,
-  EvaluationConfig,
-  IndexedMemory,
-  Memory,
-  Queries,
-  choose_setting,
-  evaluate,
+from vixml_jax.evaluation.evaluate_model import (
+  ModelEvaluation,
+  all_prototypes,
+  evaluate_model,
+  evaluate_with_fewer_images,
 )
-from vixml_jax.evaluation.metrics import inverse_propensity
 from vixml_jax.files import write_json
-from vixml_jax.mining.centroids import label_centroids
-from vixml_jax.report.report_files import describe, write_report_files
-from vixml_jax.report.table import metrics_table
-from vixml_jax.run import configuration
+from vixml_jax.input.batches import steps_per_epoch
+from vixml_jax.mining.centroids import cluster_means
+from vixml_jax.report.run_report import results_table, write_evaluation, write_report_files
 from vixml_jax.run.checkpoint import Checkpointer
-from vixml_jax.run.from_config import Run, adapter_folder, model_of, set_up
-from vixml_jax.run.inference_files import write_inference_files
-from vixml_jax.run.pretrained import check_adapter
-from vixml_jax.run.state import TrainState
-from vixml_jax.run.workdir import CHECKPOINTS, EMBEDDINGS
+from vixml_jax.run.from_config import adapter_folder, model_from_config
+from vixml_jax.run.inference_files import image_origin, label_names, write_inference_files
+from vixml_jax.run.pretrained import check_adapter, check_base
+from vixml_jax.run.setup import RunSetup, set_up_run
+from vixml_jax.run.state import TrainedModel, abstract_state, trained_model
+from vixml_jax.run.workdir import CHECKPOINTS, EMBEDDINGS, FINAL_METRICS, RETRIEVAL_SETTINGS
+from vixml_jax.search.label_index_files import IndexContents
 from vixml_jax.training.loop import train
-from vixml_jax.training.start import check_base, cluster_means
-from vixml_jax.typing import Tree
+from vixml_jax.training.optimizer import learning_rates, optimizer_from_config
 
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedModel:
-  """What evaluation needs of a checkpoint: trained parameters, centroids [L, D], and each label's free vector [L]."""
-
-  params: Tree
-  centroids: np.ndarray
-  label_clusters: np.ndarray
-
-
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-  """Trains (or goes on), evaluates, writes all outputs and prints the table.
+  """Trains a run, or continues it, evaluates it, writes all outputs and prints the table.
+
+  A run is initialized in this order. Each step fails before the next, more expensive one starts.
+    1. mesh: the devices, as `data x fsdp x tensor`
+    2. pretrained folder: found on disk, in a package or on the hub; pinned hashes are checked
+    3. tokenizer and row layout: an item must fit a row
+    4. data: the set is prepared where it is missing; image features are opened or extracted; texts are tokenized;
+       validation queries are held out
+    5. config: sizes that depend on the data are chosen and checked
+    6. model definition: shapes and logical axes, no values
+    7. workdir: made where it is missing; its `config.json` is compared with the config, and written
+    8. the newest checkpoint: its data and frozen encoder must be those of this run
+    9. frozen parameters: loaded into their shardings
+    10. training queries: items, labels and sampling weights
+    11. optimizer, and the train state as shapes with shardings
+    12. train state: the newest checkpoint, restored into these shardings, or else step 0: parameters, the free vector
+        of each label, label centroids
+    13. the jitted training step
+    14. `metrics.jsonl` and TensorBoard, continued after the checkpoint's step, and the handler of SIGTERM
+  Steps 1 to 7 are `run.setup.set_up_run`, steps 8 and 9 are here, steps 10 to 14 are `training.loop.train`.
+
+  Args:
+    config: the whole config, checked by `configuration.check`.
+    workdir: folder of the outputs; a run in it is continued.
 
   Returns:
-    What final_metrics.json holds.
+    The contents of final_metrics.json.
   """
   adapter = adapter_folder(config)
-  if adapter is not None and not (workdir / CHECKPOINTS).is_dir():  # A run that goes on has its adapters.
-    check_adapter(model_of(config), adapter)
-  run = _set_up_in(config, workdir)
-  checkpoint = train(run, lambda state: _evaluate(run, _trained(run, state)).result.final_metrics())
-  return _finish(run, _trained(run, checkpoint.state), run.total_steps, checkpoint.meta)
+  if adapter is not None and not (workdir / CHECKPOINTS).is_dir():  # A run that is continued has its own adapters.
+    check_adapter(model_from_config(config), adapter)
+  setup = set_up_run(config, workdir, extract=True)
+  with Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep) as checkpointer:
+    step = checkpointer.latest_step()
+    if step is not None:
+      _check_same_run(setup, workdir, checkpointer.meta(step))
+    encoder = setup.load_encoder()
+
+    def evaluate(model: TrainedModel) -> dict[str, float]:
+      return _evaluate(setup, workdir, encoder, model).result.final_metrics()
+
+    model = train(setup.config, workdir, checkpointer, setup.data, encoder, setup.weights_folder, evaluate)
+  return _evaluate_and_write(setup, workdir, encoder, model)
 
 
 def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-  """Evaluates the newest checkpoint of a workdir again, without training."""
-  run = _set_up_in(config, workdir, extract=False)
+  """Evaluates the newest checkpoint of a workdir, without training, writes all outputs and prints the table.
+
+  Args:
+    config: the config of the run, with other settings of evaluation.
+    workdir: folder of the run.
+
+  Returns:
+    The contents of final_metrics.json.
+  """
+  setup = set_up_run(config, workdir, extract=False)
+  config, data = setup.config, setup.data
+  total_steps = _total_steps(setup)
   with Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep) as checkpointer:
     step = checkpointer.latest_step()
     if step is None:
-      raise InputError(f"{workdir / CHECKPOINTS}: holds no checkpoint; train first")
-    if step < run.total_steps:
-      _log.warning("step %d of %d: this run has not ended", step, run.total_steps)
+      raise InputError(f"{workdir / CHECKPOINTS}: contains no checkpoint; train first")
+    if step < total_steps:
+      _log.warning("step %d of %d: training of this run has not finished", step, total_steps)
     meta = checkpointer.meta(step)
-    check_base(run.model, run.weights_folder, run.workdir, meta)
-    restored = checkpointer.restore_model(step, run.abstract)
-  labels = run.corpus.num_labels
-  model = TrainedModel(
-    restored["params"],
-    sharding.to_host(restored["centroids"])[:labels],
-    sharding.to_host(restored["label_clusters"])[:labels],
-  )
-  return _finish(run, model, step, meta)
+    check_base(setup.model, setup.weights_folder, workdir, meta)
+    optimizer = optimizer_from_config(config, setup.model, total_steps)
+    abstract = abstract_state(
+      setup.model, optimizer, len(data.train_rows), data.num_labels, config.train.bank_dtype, setup.mesh
+    )
+    restored = checkpointer.restore_model(step, abstract)
+  model = trained_model(step, meta, restored, data.num_labels)
+  return _evaluate_and_write(setup, workdir, setup.load_encoder(), model)
 
 
-def _set_up_in(config: ConfigDict, workdir: Path, extract: bool = True) -> Run:
-  run = set_up(config, workdir, extract)
-  _check_held_out(run)
-  if jax.process_index() == 0:
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise InputError(f"{workdir}: cannot be made ({error.strerror}); give another --workdir") from error
-    configuration.write(run.config, workdir / "config.json")
-  return run
+def _total_steps(setup: RunSetup) -> int:
+  train = setup.config.train
+  return train.epochs * steps_per_epoch(len(setup.data.train_rows), train.batch_size)
 
 
-def _check_held_out(run: Run) -> None:
-  """Refuses, before any time is spent, to choose or evaluate on held-out queries of which there are none."""
-  data, wanted = run.config.dataset, run.config.eval
-  choose = wanted.retrieval_augmented and wanted.retrieval_choose
-  if (choose or wanted.split == "validation") and not len(run.validation_rows):
+def _check_same_run(setup: RunSetup, workdir: Path, meta: dict[str, Any]) -> None:
+  """Checks that a checkpoint was trained on the data and the frozen encoder of this run."""
+  if meta["data_fingerprint"] != setup.data.fingerprint:
     raise InputError(
-      f"config.dataset.validation_fraction={data.validation_fraction}: holds out none of the "
-      f"{len(run.corpus.train_tokens)} training queries of {data.name}; raise it, or set "
-      "config.eval.retrieval_choose=False and config.eval.split=test"
+      f"{workdir}: its checkpoint was trained on other data than {setup.config.dataset.name} now contains; use another "
+      "--workdir"
     )
+  check_base(setup.model, setup.weights_folder, workdir, meta)
 
 
-def _trained(run: Run, state: TrainState) -> TrainedModel:
-  labels = run.corpus.num_labels
-  return TrainedModel(
-    state.params, sharding.to_host(state.centroids)[:labels], sharding.to_host(state.label_clusters)[:labels]
-  )
+def _evaluate(setup: RunSetup, workdir: Path, encoder: ItemEncoder, model: TrainedModel) -> ModelEvaluation:
+  """Evaluates a model, and writes the retrieval settings that were tried."""
+  evaluation = evaluate_model(setup.config, setup.data, encoder, model)
+  if evaluation.tried and jax.process_index() == 0:
+    write_json(workdir / RETRIEVAL_SETTINGS, [dataclasses.asdict(setting) for setting in evaluation.tried])
+  return evaluation
 
 
-@dataclasses.dataclass(frozen=True)
-class _Evaluated:
-  """A result with how it was reached, what was searched for what, and embeddings of which more is made.
-
-  `pooled_labels` [L, D] are encoder outputs before the norm; `train_queries` [N, D] are those of all training queries.
-  """
-
-  result: Evaluation
-  config: EvaluationConfig
-  indexed: IndexedMemory
-  queries: Queries
-  pooled_labels: np.ndarray
-  train_queries: np.ndarray
-
-
-def _evaluate(run: Run, model: TrainedModel) -> _Evaluated:
-  """Encodes everything, chooses retrieval settings where asked to, and evaluates the split."""
-  corpus, encoder, config = run.corpus, run.encoder, run.config.eval
-  evaluation = EvaluationConfig(
-    ks=tuple(config.ks),
-    recall_ks=tuple(config.recall_ks),
-    bootstrap_samples=config.bootstrap_samples,
-    retrieval_augmented=config.retrieval_augmented,
-    retrieval_hits=config.retrieval_hits,
-    retrieval_lambda=config.retrieval_lambda,
-    retrieval_temperature=config.retrieval_temperature,
-  )
-  train_embeddings = encoder.queries(model.params, run.items["train"], "training queries")
-  pooled = encoder.pooled(model.params, run.items["labels"], "labels")
-  choose = config.retrieval_augmented and config.retrieval_choose
-  if choose or config.split == "validation":
-    indexed, queries = _held_out(run, model, train_embeddings, pooled)
-  if choose:
-    evaluation = _with_chosen_setting(run, indexed, queries, evaluation)
-  if config.split == "test":
-    prototypes = encoder.prototypes_of(model.params, pooled, model.label_clusters, model.centroids)
-    memory = Memory(prototypes, train_embeddings, corpus.train_labels, _propensity(run))
-    indexed = IndexedMemory(memory, config.search, run.mesh)
-    queries = Queries(
-      encoder.queries(model.params, run.items["test"], "test queries"), corpus.test_labels, corpus.test_filter
-    )
-  return _Evaluated(evaluate(indexed, queries, evaluation), evaluation, indexed, queries, pooled, train_embeddings)
-
-
-def _with_fewer_images(run: Run, model: TrainedModel, evaluated: _Evaluated) -> dict[int, Evaluation]:
-  """The same queries with no more than each number of images of `eval.test_images`."""
-  items = run.items["test"] if run.config.eval.split == "test" else run.items["train"].take(run.validation_rows)
-  results = {}
-  for count in run.config.eval.test_images:
-    embeddings = run.encoder.queries(model.params, items.first_images(count), f"queries with {count} images")
-    queries = dataclasses.replace(evaluated.queries, embeddings=embeddings)
-    results[count] = evaluate(evaluated.indexed, queries, evaluated.config)
-  return results
-
-
-def _held_out(
-  run: Run, model: TrainedModel, train_embeddings: np.ndarray, pooled: np.ndarray
-) -> tuple[IndexedMemory, Queries]:
-  """The held-out queries, and a memory and centroids that do not know them."""
-  corpus, rows = run.corpus, run.validation_rows
-  known = train_embeddings[run.query_rows]
-  centroids = sharding.to_host(label_centroids(known, run.queries.labels, corpus.num_labels, mesh=run.mesh))
-  prototypes = run.encoder.prototypes_of(model.params, pooled, model.label_clusters, centroids)
-  memory = Memory(prototypes, known, run.queries.labels, _propensity(run))
-  indexed = IndexedMemory(memory, run.config.eval.search, run.mesh)
-  return indexed, Queries(train_embeddings[rows], corpus.train_labels.take(rows), corpus.train_filter.take(rows))
-
-
-def _with_chosen_setting(
-  run: Run, indexed: IndexedMemory, held_out: Queries, evaluation: EvaluationConfig
-) -> EvaluationConfig:
-  """Chooses lambda and temperature on the held-out queries."""
-  best, settings = choose_setting(indexed, held_out, evaluation)
+def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, model: TrainedModel) -> dict[str, Any]:
+  """Evaluates a model at the end of a run, writes everything and prints the table."""
+  config, data = setup.config, setup.data
+  evaluation = _evaluate(setup, workdir, encoder, model)
+  fewer_images = evaluate_with_fewer_images(config, data, encoder, model, evaluation)
+  final = _final_metrics(evaluation, model.meta)
   if jax.process_index() == 0:
-    write_json(run.workdir / "retrieval_settings.json", [dataclasses.asdict(setting) for setting in settings])
-    _log.info(
-      "retrieval augmentation: lambda %g and temperature %g, best of %d on %d held-out queries",
-      best.lambda_,
-      best.temperature,
-      len(settings),
-      len(held_out.labels),
+    split, rows = data.evaluated_queries(config.eval.split)
+    _write_embeddings(workdir / EMBEDDINGS, config.eval.split, evaluation)
+    write_evaluation(
+      workdir,
+      evaluation.result,
+      fewer_images,
+      split=config.eval.split,
+      search=config.eval.search,
+      num_labels=data.num_labels,
+      items=data.items[split].take(rows) if config.images else None,
+      bootstrap_samples=config.eval.bootstrap_samples,
     )
-  return dataclasses.replace(evaluation, retrieval_lambda=best.lambda_, retrieval_temperature=best.temperature)
-
-
-def _finish(run: Run, model: TrainedModel, step: int, meta: dict[str, Any]) -> dict[str, Any]:
-  """Evaluates, writes and prints."""
-  evaluated = _evaluate(run, model)
-  fewer = _with_fewer_images(run, model, evaluated)
-  seconds = meta["train_seconds"]
-  final = evaluated.result.final_metrics()
-  if evaluated.config.retrieval_augmented:
-    final |= {"RA/lambda": evaluated.config.retrieval_lambda, "RA/temperature": evaluated.config.retrieval_temperature}
-  final |= {"train_seconds": seconds, "tokens_per_second": meta["tokens"] / max(seconds, 1e-9)}
-  if jax.process_index() == 0:
-    _write(run, final, evaluated, fewer)
-    write_report_files(run, evaluated.result, evaluated.queries)
-    print(_table(run, evaluated, fewer), flush=True)
-  _write_for_inference(run, model, step, evaluated)
+    write_json(workdir / FINAL_METRICS, final)
+    write_report_files(
+      workdir,
+      data.corpus,
+      evaluation.result,
+      evaluation.queries,
+      split=config.eval.split,
+      rows=rows,
+      propensity=(config.dataset.propensity_a, config.dataset.propensity_b),
+      learning_rates=learning_rates(config, _total_steps(setup)),
+    )
+    baselines = {name: dict(values) for name, values in config.baselines.items()}
+    print(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines), flush=True)
+  _write_for_inference(setup, workdir, encoder, model, evaluation)
   return final
 
 
-def _write_for_inference(run: Run, model: TrainedModel, step: int, evaluated: _Evaluated) -> None:
-  """The tokenizer and the label index, which knows all training queries whatever was evaluated."""
-  config, pooled = evaluated.config, evaluated.pooled_labels
-  prototypes = evaluated.indexed.memory.prototypes
-  if run.config.eval.split != "test":
-    prototypes = run.encoder.prototypes_of(model.params, pooled, model.label_clusters, model.centroids)
-  means = cluster_means(normalize(pooled), model.label_clusters, run.config.train.free_vectors, run.mesh)
-  retrieval = {
-    "lambda": config.retrieval_lambda,
-    "temperature": config.retrieval_temperature,
-    "hits": config.retrieval_hits,
-  }
-  write_inference_files(
-    run,
-    step,
-    retrieval if config.retrieval_augmented else None,
-    prototypes,
-    model.label_clusters,
-    sharding.to_host(means),
-    evaluated.train_queries,
-  )
+def _final_metrics(evaluation: ModelEvaluation, meta: dict[str, Any]) -> dict[str, Any]:
+  """Returns the contents of final_metrics.json."""
+  final = evaluation.result.final_metrics()
+  if evaluation.config.retrieval is not None:
+    final |= {
+      "RA/lambda": evaluation.config.retrieval.lambda_,
+      "RA/temperature": evaluation.config.retrieval.temperature,
+    }
+  seconds = meta["train_seconds"]
+  return final | {"train_seconds": seconds, "tokens_per_second": meta["tokens"] / max(seconds, 1e-9)}
 
 
-def _propensity(run: Run) -> np.ndarray:
-  """Inverse propensities over all training queries, as they are published."""
-  corpus, data = run.corpus, run.config.dataset
-  frequencies = np.bincount(corpus.train_labels.values, minlength=corpus.num_labels)
-  return inverse_propensity(frequencies, len(corpus.train_labels), data.propensity_a, data.propensity_b)
-
-
-def _write(run: Run, final: dict[str, Any], evaluated: _Evaluated, fewer: dict[int, Evaluation]) -> None:
-  folder, memory, result = run.workdir / EMBEDDINGS, evaluated.indexed.memory, evaluated.result
+def _write_embeddings(folder: Path, split: str, evaluation: ModelEvaluation) -> None:
+  """Writes the embeddings of labels, training queries and evaluated queries as .npy files."""
   folder.mkdir(exist_ok=True)
   embeddings = {
-    "labels": memory.prototypes,
-    "train_queries": memory.queries,
-    f"{run.config.eval.split}_queries": evaluated.queries.embeddings,
+    "labels": evaluation.index.prototypes,
+    "train_queries": evaluation.index.train_embeddings,
+    f"{split}_queries": evaluation.queries.embeddings,
   }
   for name, values in embeddings.items():
     np.save(folder / f"{name}.npy", values)
-  write_json(
-    run.workdir / "evaluation.json",
-    describe(run, result)
-    | {
-      "intervals_95": result.intervals,
-      "by_label_frequency": result.deciles,
-      "scann_recall": result.scann_recall,
-      "by_test_images": {
-        count: {"metrics": other.final_metrics(), "intervals_95": other.intervals} for count, other in fewer.items()
-      },
-    },
+
+
+def _write_for_inference(
+  setup: RunSetup, workdir: Path, encoder: ItemEncoder, model: TrainedModel, evaluation: ModelEvaluation
+) -> None:
+  """Writes tokenizer and label index; the index knows all training queries, whatever was evaluated."""
+  config, data, retrieval = setup.config, setup.data, evaluation.config.retrieval
+  prototypes = all_prototypes(config, encoder, model, evaluation)
+  means = sharding.to_host(
+    cluster_means(normalize(evaluation.pooled_labels), model.label_clusters, config.train.free_vectors, mesh=setup.mesh)
   )
-  write_json(run.workdir / "final_metrics.json", final)
-
-
-def _table(run: Run, evaluated: _Evaluated, fewer: dict[int, Evaluation]) -> str:
-  config, result = evaluated.config, evaluated.result
-  retrieval = f"+ retrieval (lambda {config.retrieval_lambda:g}, T {config.retrieval_temperature:g})"
-  rows: dict[str, dict[str, float]] = {}
-  intervals = {}
-  named = {run.config.name: result} | {
-    f"at most {count} image{'' if count == 1 else 's'} a query": other for count, other in fewer.items()
-  }
-  for name, other in named.items():
-    below = retrieval if other is result else f"{name} {retrieval.split(' (')[0]}"
-    rows |= {name: other.plain} | ({below: other.augmented} if other.augmented else {})
-    intervals |= {name: other.intervals["plain"], below: other.intervals.get("augmented", {})}
-  baselines = {row: dict(values) for row, values in run.config.baselines.items()}
-  table = metrics_table(rows, baselines=baselines or None, intervals=intervals)
-  found = ", ".join(f"{key} {value:.1f}" for key, value in result.scann_recall.items())
-  return f"{table}\nScaNN against exact search: {found}" if found else table
+  if jax.process_index() == 0:
+    builder = data.corpus.builder
+    texts, uids = label_names(builder, data.corpus.text_fields)
+    contents = IndexContents(
+      prototypes,
+      texts,
+      uids,
+      model.label_clusters,
+      means,
+      queries=evaluation.train_embeddings if retrieval else None,
+      query_labels=data.corpus.train_labels if retrieval else None,
+    )
+    origin = image_origin(builder, config.dataset.data_dir, config.features.name) if config.images else None
+    write_inference_files(
+      workdir,
+      model.step,
+      contents,
+      tokenizer_folder=setup.pretrained,
+      image_features=origin,
+      search=config.eval.search,
+      retrieval={"lambda": retrieval.lambda_, "temperature": retrieval.temperature, "hits": retrieval.hits}
+      if retrieval
+      else None,
+    )
+  sharding.wait_for_all_processes("inference files written")

@@ -3,9 +3,9 @@
   python -m vixml_jax.export --workdir=runs/NAME --format=hf|peft|sentence-transformers|embeddings --output=DIR
       [--dtype=float32|bfloat16|float16] [--max_shard_size=5GB]
 
-hf: the encoder, adapters merged, for transformers. peft: the adapters alone. sentence-transformers: texts to the
-embeddings that evaluation has. embeddings: the label prototypes as labels.npy and labels.parquet. Needs no training
-data.
+hf: the encoder with merged adapters, for transformers. peft: the adapters alone. sentence-transformers: a model that
+gives texts the same embeddings as evaluation. embeddings: the label prototypes as labels.npy and labels.parquet. No
+training data are needed.
 """
 
 from pathlib import Path
@@ -17,20 +17,22 @@ from vixml_jax import cli
 from vixml_jax.errors import InputError
 from vixml_jax.exporting.export import FORMATS, export
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A folder that vixml_jax.main wrote.")
-_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What to write.")
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to make.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that vixml_jax.main wrote.")
+_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format to write.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to create.")
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   "float32",
   ["float32", "bfloat16", "float16"],
-  "Of the weights; merged adapters lose what is too small for the others.",
+  "Type of the weights; the smaller types round merged adapters.",
 )
-_MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "Most bytes in one file of weights, as 500MB or 5GB.")
+_MAX_SHARD_SIZE = flags.DEFINE_string(
+  "max_shard_size", "5GB", "Maximum size of one file of weights, such as 500MB or 5GB."
+)
 
 
 def main() -> None:
-  """Exports what the flags name."""
+  """Exports the workdir that the flags name."""
   workdir, kind, output = (cli.required(flag) for flag in (_WORKDIR, _FORMAT, _OUTPUT))
   export(Path(workdir), kind, Path(output), _DTYPE.value, _bytes(_MAX_SHARD_SIZE.value))
   print(f"{kind} in {output}")

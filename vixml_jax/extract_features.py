@@ -1,12 +1,12 @@
-"""Makes SigLIP features of a data set's images, or imports the published ones; does nothing where that has been done.
+"""Makes SigLIP features of the images of a data set, or imports the published ones, if that has not been done.
 
   python -m vixml_jax.extract_features --config=configs/X.py --checkpoint=siglip2_so400m14_384.npz
       [--variant=siglip2_so400m14_384] [--preprocessing=big_vision|huggingface|huggingface_bilinear]
       [--images=DIR|'DIR/{split}/*.parquet'] [--name=NAME] [--batch_size=64] [--dtype=float32|bfloat16]
   python -m vixml_jax.extract_features --config=configs/X.py --published=DIR [--name=NAME]
 
-The features go to config.dataset.data_dir, as the TFDS set DATASET_features/NAME. docs/images.md tells of images in
-folders, from URLs and in parquet files, and of what becomes of bad ones.
+The features are written to config.dataset.data_dir as the TFDS data set DATASET_features/NAME. docs/images.md describes
+images in folders, from URLs and in parquet files, and what happens to images that cannot be read.
 """
 
 from absl import flags
@@ -20,29 +20,36 @@ from vixml_jax.images.preprocess import PREPROCESSING
 from vixml_jax.images.published_features import import_published
 from vixml_jax.run import configuration
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; variants stand after a colon.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "SigLIP: an .npz of big_vision, a Hugging Face folder, or a name on the hub."
+  "checkpoint", None, "SigLIP tower: an .npz of big_vision, a Hugging Face folder, or a name on the hub."
 )
-_VARIANT = flags.DEFINE_string("variant", None, "Which published tower the checkpoint has to be.")
-_PREPROCESSING = flags.DEFINE_enum("preprocessing", "big_vision", list(PREPROCESSING), "How images become pixels.")
+_VARIANT = flags.DEFINE_string("variant", None, "Published tower that the checkpoint must be.")
+_PREPROCESSING = flags.DEFINE_enum("preprocessing", "big_vision", list(PREPROCESSING), "How images are resized.")
 _IMAGES = flags.DEFINE_string(
-  "images", "", "Folder with trn, tst, lbl, or parquet files with {split} in their name; by default the data set's."
+  "images",
+  "",
+  "Folder with trn, tst, lbl, or paths of parquet files with {split} in them; by default the images of the data set.",
 )
-_NAME = flags.DEFINE_string("name", "", "What to call the features; by default after variant or checkpoint.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images a step, of each process.")
+_NAME = flags.DEFINE_string("name", "", "Name of the features; by default that of the variant or the checkpoint.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Number of images per step of each process.")
 _DTYPE = flags.DEFINE_enum(
-  "dtype", None, ["float32", "bfloat16"], "Of the computation; by default float32 on CPUs, bfloat16 elsewhere."
+  "dtype",
+  None,
+  ["float32", "bfloat16"],
+  "Type in which the tower computes; by default float32 on CPUs, bfloat16 elsewhere.",
 )
-_PUBLISHED = flags.DEFINE_string("published", None, "Folder with the paper's *_embs_imgs_*.npy and *_map.npy files.")
+_PUBLISHED = flags.DEFINE_string(
+  "published", None, "Folder with the *_embs_imgs_*.npy and *_map.npy files of the paper."
+)
 
 
 def main() -> None:
-  """Makes or imports the features that the flags name."""
+  """Makes or imports the features in the flags."""
   config = cli.required(_CONFIG)
   configuration.check(config)
   if _PUBLISHED.value and _CHECKPOINT.value:
-    raise InputError("--published and --checkpoint: give one of them, the features or the tower to make them with")
+    raise InputError("--published and --checkpoint: set only one of them, the features or the tower that makes them")
   checkpoint = "" if _PUBLISHED.value else cli.required(_CHECKPOINT)
   data = config.dataset
   builder = prepare(data.name, data.raw_dir, data.data_dir)

@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all; folders are built once, by one process at a time."""
+"""Writes files and folders as a whole or not at all, by one process at a time; hashes and checks files."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -15,20 +15,24 @@ from vixml_jax.errors import InputError
 _CHUNK_BYTES = 1 << 20
 
 
-def fingerprint_of(made_of: Any) -> str:
-  """sha256 in hex of a JSON value: what a folder's contents are made of."""
-  return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+def fingerprint_of(value: Any) -> str:
+  """Returns the sha256 in hex of a JSON value, such as a description of the contents of a folder.
+
+  >>> fingerprint_of({"b": 1, "a": 2}) == fingerprint_of({"a": 2, "b": 1})
+  True
+  """
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of_file(path: str | os.PathLike[str], advance: Callable[[int], object] = lambda size: None) -> str:
   """Returns the sha256 of a file in hex, read in chunks.
 
   Args:
-    path: the file.
-    advance: called with the number of bytes of every chunk, for a progress bar.
+    path: Path of the file.
+    advance: Called with the number of bytes of every chunk, for a progress bar.
 
   Raises:
-    OSError: the file cannot be read.
+    OSError: The file cannot be read.
   """
   digest = hashlib.sha256()
   with Path(path).open("rb") as file:
@@ -42,12 +46,12 @@ def read_json_object(path: Path, absent: str, damaged: str) -> dict[str, Any]:
   """Returns the object in a JSON file.
 
   Args:
-    path: the file.
-    absent: what the user should do where the file cannot be opened; the end of the error's message.
-    damaged: what the user should do where it is not a JSON object.
+    path: Path of the file.
+    absent: Advice if the file cannot be opened; it ends the error message.
+    damaged: Advice if the file does not have a JSON object; it ends the error message.
 
   Raises:
-    InputError: naming the file, what is wrong with it and what to do.
+    InputError: The file cannot be opened, or does not have a JSON object.
   """
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
@@ -60,32 +64,29 @@ def read_json_object(path: Path, absent: str, damaged: str) -> dict[str, Any]:
   return value
 
 
+def write_json(target: str | os.PathLike[str], value: Any) -> None:
+  """Writes an indented JSON file as a whole or not at all."""
+  with new_file(target) as work:
+    work.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 @contextlib.contextmanager
-def locked(path: str | os.PathLike) -> Iterator[None]:
-  """Lets one process of this machine at a time in; the lock dies with its process.
-
-  Args:
-    path: lock file, made with its folder when missing.
-
-  Raises:
-    InputError: the folder cannot be made or written to.
-  """
-  path = Path(path)
+def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+  """Yields the path of a file to write, which replaces `target` if the block ends without an exception."""
+  target = Path(target)
+  work = target.with_name(f"{target.name}.incomplete")
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("w")
-  except OSError as error:
-    raise InputError(f"{path.parent}: cannot be written to ({error.strerror}); choose another folder") from error
-  with file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield
+    yield work
+    work.replace(target)
+  finally:
+    work.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def new_folder(target: str | os.PathLike) -> Iterator[Path]:
-  """Gives an empty folder that becomes `target` when the block ends without an exception.
+def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+  """Yields an empty folder, which becomes `target` if the block ends without an exception.
 
-  Call it under `locked`: what a killed process left behind is removed.
+  The caller must hold the lock of `locked`, since leftovers of a killed process are removed.
   """
   target = Path(target)
   work = target.with_name(f"{target.name}.incomplete")
@@ -99,18 +100,21 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(target: str | os.PathLike) -> Iterator[Path]:
-  """Gives the path of a file to write, which replaces `target` when the block ends without an exception."""
-  target = Path(target)
-  work = target.with_name(f"{target.name}.incomplete")
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Runs the block in one process of this machine at a time. The lock ends when its process ends.
+
+  Args:
+    path: Path of the lock file, which is created with its folder if it does not exist.
+
+  Raises:
+    InputError: The folder cannot be created, or the file cannot be written.
+  """
+  path = Path(path)
   try:
-    yield work
-    work.replace(target)
-  finally:
-    work.unlink(missing_ok=True)
-
-
-def write_json(target: str | os.PathLike, value: Any) -> None:
-  """Writes a JSON file, indented, whole or not at all."""
-  with new_file(target) as work:
-    work.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
+  except OSError as error:
+    raise InputError(f"{path.parent}: cannot be written to ({error.strerror}); choose another folder") from error
+  with file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield

@@ -1,7 +1,7 @@
-"""The four PRIME loss terms: three triplet losses with online hard negatives, and the prototype regulariser.
+"""The PRIME loss: three triplet losses with online hard negatives, and the prototype regularizer.
 
-All functions take similarity matrices in float32 whose rows and columns belong to one global batch, so
-that every pair of the batch counts however many devices hold it.
+All functions take similarities in float32 whose rows and columns belong to one global batch, so every pair of the
+batch counts, whatever the number of devices.
 """
 
 import dataclasses
@@ -11,22 +11,24 @@ import jax.numpy as jnp
 
 from vixml_jax.typing import Array, Bool, Float, Key
 
-# A similarity that no cosine reaches: its softmax weight is zero beside any violator, and a row of
-# nothing else gets uniform weights, as in the published implementation.
+# A similarity below that of any cosine. Beside a violating negative, its softmax weight is zero. A row without
+# violating negatives gets uniform weights, as in the published code.
 _NO_VIOLATION = -50.0
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """Constants of the loss (PRIME, arXiv 2410.20401, section 3; values of ViXML's scripts).
+  """Constants of the loss; the defaults are those of ViXML's scripts.
 
   Attributes:
-    num_negatives: hardest in-batch negatives a row.
-    margin_min: lower bound of the dynamic margin (cosine).
-    margin_max: upper bound of the dynamic margin (cosine); equal to `margin_min` for a fixed margin.
-    temperature: of the softmax that weights the violating negatives.
-    regulariser_weight: weight of the prototype regulariser.
-    regulariser_margin: by how much a prototype must beat the plain label (cosine).
+    num_negatives: Number of hardest in-batch negatives per row.
+    margin_min: Lower bound of the dynamic margin (cosine).
+    margin_max: Upper bound of the dynamic margin (cosine); equal to `margin_min` for a fixed margin.
+    temperature: Temperature of the softmax that weights the violating negatives.
+    regulariser_weight: Weight of the prototype regularizer.
+    regulariser_margin: Margin by which a prototype must be better than the plain label (cosine).
+
+  Reference: loss of PRIME (arXiv 2410.20401).
   """
 
   num_negatives: int = 10
@@ -38,29 +40,27 @@ class LossConfig:
 
 
 def similarities(rows: Float[Array, "A D"], columns: Float[Array, "B D"]) -> Float[Array, "A B"]:
-  """Inner products in full float32 whatever the accelerator's default."""
+  """Returns inner products in full float32, independent of the accelerator's default precision."""
   return jnp.matmul(rows.astype(jnp.float32), columns.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
 
 
 def draw_positive(key: Key[Array, ""], positives: Bool[Array, "A B"]) -> Array:
-  """One uniformly drawn positive column a row, int32 [A]; column 0 for a row without positives."""
+  """Draws one positive column per row, uniformly.
+
+  A row with one positive always draws it:
+
+  >>> draw_positive(jax.random.key(0), jnp.asarray([[False, True], [True, False]])).tolist()
+  [1, 0]
+
+  Args:
+    key: Random key.
+    positives: `positives[i, j]` says whether column j is a positive of row i.
+
+  Returns:
+    int32 [A]; column 0 for a row without positives.
+  """
   noise = jax.random.uniform(key, positives.shape)
   return jnp.argmax(jnp.where(positives, noise, -1.0), axis=1).astype(jnp.int32)
-
-
-def _hardest(sim: Float[Array, "A B"], negatives: Bool[Array, "A B"], k: int) -> tuple[Array, Array]:
-  """Columns of the k most similar negatives a row, and which of them exist: int32 [A, k], bool [A, k]."""
-  masked = jnp.where(negatives, jax.lax.stop_gradient(sim), -jnp.inf)
-  values, columns = jax.lax.top_k(masked, min(k, sim.shape[1]))
-  return columns, values > -jnp.inf
-
-
-def _at(matrix: Float[Array, "A B"], columns: Array) -> Array:
-  return jnp.take_along_axis(matrix, columns, axis=1)
-
-
-def _mean_rows(values: Float[Array, "A"], valid: Bool[Array, "A"]) -> Array:
-  return jnp.sum(jnp.where(valid, values, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
 
 
 def triplet_loss(
@@ -71,24 +71,34 @@ def triplet_loss(
   key: Key[Array, ""],
   config: LossConfig,
 ) -> tuple[Array, Array]:
-  """Triplet loss with online hard negatives, dynamic margin and softmax weights.
+  """Computes the triplet loss with online hard negatives, a dynamic margin and softmax weights.
 
-  The hinge is `maximum(0, x)`, whose gradient is halved where x is exactly 0: that is every negative
-  whose gap lies within the margin's bounds, so those still push. A row with fewer true negatives than
-  `num_negatives` uses those it has (the published code falls back on positives there).
+  The margin of a negative is the size of its gap to the positive, between `margin_min` and `margin_max`. The first row
+  below has a negative at 0.5 and a positive at 0.6: the gap 0.1 gives the margin 0.1 and a loss of 0. In the second
+  row the negative is above the positive by 0.4, so the margin is 0.3 and the loss 0.7.
+
+  >>> sim = jnp.asarray([[0.6, 0.5], [0.8, 0.4]])
+  >>> positives, valid = jnp.eye(2, dtype=bool), jnp.ones(2, bool)
+  >>> loss, violators = triplet_loss(sim, positives, valid, valid, jax.random.key(0), LossConfig())
+  >>> round(float(loss), 3)  # The mean of 0 and 0.7.
+  0.35
+
+  The hinge is `maximum(0, x)`, whose gradient is halved where x is exactly 0. This is the case for every negative that
+  is less similar than the positive by a gap within the bounds of the margin, so these negatives still contribute. A row
+  with fewer true negatives than `num_negatives` uses all it has; the published code adds positives in that case.
 
   Args:
-    sim: similarities of rows to columns.
-    positives: which columns are positives of which row.
-    valid_rows: rows that count; the last batch of an epoch is padded.
-    valid_columns: columns that may serve as negatives.
-    key: draws one positive a row.
-    config: constants.
+    sim: Similarities of rows to columns.
+    positives: `positives[i, j]` says whether column j is a positive of row i.
+    valid_rows: Rows that count. The last batch of an epoch is padded.
+    valid_columns: Columns that can be negatives.
+    key: Random key that draws one positive per row.
+    config: Constants of the loss.
 
   Returns:
-    Mean loss over valid rows, and the mean number of violating negatives a row.
+    `(loss, violators)`: the mean loss over valid rows, and the mean number of violating negatives per row.
 
-  Reference: METHOD "PRIME: label prototypes"; NGAME (arXiv 2207.04452) for the hard negatives.
+  Reference: loss of PRIME (arXiv 2410.20401); online hard negatives of NGAME (arXiv 2207.04452).
   """
   positive_sim = _at(sim, draw_positive(key, positives)[:, None])
   columns, exists = _hardest(sim, ~positives & valid_columns[None, :], config.num_negatives)
@@ -97,7 +107,7 @@ def triplet_loss(
   margin = jnp.clip(gap, config.margin_min, config.margin_max)
   hinge = jnp.where(exists, jnp.maximum(0.0, negative_sim - positive_sim + margin), 0.0)
   logits = jnp.where(hinge > 0, negative_sim, _NO_VIOLATION) / config.temperature
-  # A softmax over the negatives that exist; a row without any has weights (and gradients) of zero.
+  # Softmax over the negatives that exist. A row without any has weights and gradients of zero.
   peak = jnp.max(logits, axis=1, keepdims=True, where=exists, initial=_NO_VIOLATION / config.temperature)
   mass = jnp.where(exists, jnp.exp(logits - jax.lax.stop_gradient(peak)), 0.0)
   weights = mass / jnp.maximum(jnp.sum(mass, axis=1, keepdims=True), 1e-30)
@@ -115,24 +125,29 @@ def prototype_regulariser(
   key: Key[Array, ""],
   config: LossConfig,
 ) -> Array:
-  """The prototype must beat the plain label: nearer to its positives and farther from hard negatives.
+  """Computes the regularizer that makes a prototype better than the plain label.
 
-  Both hinges are averaged over their non-zero terms, and the sum is halved. Gradients reach both
-  similarity matrices.
+  A prototype must be more similar than the plain label to its positive queries, and less similar to queries for which
+  it is a hard negative. Each of the two hinges is averaged over its non-zero terms, and the result is half their sum.
+  Gradients flow to both similarity matrices.
 
   Args:
-    label_sim: query-to-label similarities (plain label embeddings).
-    prototype_sim: query-to-prototype similarities.
-    positives, valid_rows, valid_columns, key, config: as in `triplet_loss`.
+    label_sim: Similarities of queries to plain label embeddings.
+    prototype_sim: Similarities of queries to prototypes.
+    positives: As in `triplet_loss`.
+    valid_rows: As in `triplet_loss`.
+    valid_columns: As in `triplet_loss`.
+    key: As in `triplet_loss`.
+    config: Constants of the loss.
 
   Returns:
-    The scalar regulariser, unweighted.
+    The scalar regularizer, without its weight.
 
-  Reference: PRIME (arXiv 2410.20401), multi-objective regularisation; METHOD "reg".
+  Reference: regularization of PRIME's multi-objective loss (arXiv 2410.20401).
   """
   valid_rows = (valid_rows & jnp.any(positives, axis=1))[:, None]
 
-  def mean_of_nonzero(hinge, counts):
+  def mean_of_nonzero(hinge: Array, counts: Array) -> Array:
     hinge = jnp.where(counts, hinge, 0.0)
     return jnp.sum(hinge) / jnp.maximum(jnp.sum(hinge > 0), 1)
 
@@ -152,20 +167,22 @@ def prime_loss(
   key: Key[Array, ""],
   config: LossConfig,
 ) -> tuple[Array, dict[str, Array]]:
-  """Loss = triplet(q, u) + triplet(q, prototype) + triplet(u, q) + weight * regulariser.
+  """Computes triplet(query, label) + triplet(query, prototype) + triplet(label, query) + weight * regularizer.
 
   Args:
-    queries: unit-norm query embeddings of the global batch.
-    labels: unit-norm plain label embeddings, one drawn label a query (labels may repeat).
-    prototypes: unit-norm label prototypes of the same labels.
-    positives: `positives[i, j]` iff label j of the batch is a positive of query i.
-    valid: which (query, label) places of the batch are filled.
-    key: draws the positives.
-    config: constants.
+    queries: Unit-norm query embeddings of the global batch.
+    labels: Unit-norm plain label embeddings, one drawn label per query. Labels may repeat.
+    prototypes: Unit-norm prototypes of the same labels.
+    positives: `positives[i, j]` says whether label j of the batch is a positive of query i.
+    valid: Places of the batch that are filled; the others are padding.
+    key: Random key that draws the positives.
+    config: Constants of the loss.
 
   Returns:
-    The scalar loss and its parts: `loss`, `triplet_label`, `triplet_prototype`, `triplet_reverse`,
-    `regulariser`, `violators`.
+    The scalar loss and its parts: `loss`, `triplet_label`, `triplet_prototype`, `triplet_reverse`, `regulariser` and
+    `violators`.
+
+  Reference: loss of PRIME (arXiv 2410.20401).
   """
   keys = jax.random.split(key, 4)
   positives = positives & valid[:, None] & valid[None, :]
@@ -184,3 +201,18 @@ def prime_loss(
     "regulariser": regulariser,
     "violators": violators,
   }
+
+
+def _hardest(sim: Float[Array, "A B"], negatives: Bool[Array, "A B"], k: int) -> tuple[Array, Array]:
+  """Returns the columns of the k most similar negatives per row, int32 [A, k], and which of them exist, bool [A, k]."""
+  masked = jnp.where(negatives, jax.lax.stop_gradient(sim), -jnp.inf)
+  values, columns = jax.lax.top_k(masked, min(k, sim.shape[1]))
+  return columns, values > -jnp.inf
+
+
+def _at(matrix: Float[Array, "A B"], columns: Array) -> Array:
+  return jnp.take_along_axis(matrix, columns, axis=1)
+
+
+def _mean_rows(values: Float[Array, "A"], valid: Bool[Array, "A"]) -> Array:
+  return jnp.sum(jnp.where(valid, values, 0.0)) / jnp.maximum(jnp.sum(valid), 1)

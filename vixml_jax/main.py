@@ -2,9 +2,10 @@
 
   python -m vixml_jax.main --config=configs/quickstart.py [--workdir=runs/NAME] [--config.train.epochs=3 ...]
 
-Prepares the data set where it is missing, and image features where config.images asks for them and
-config.features.checkpoint names a tower. Goes on from the newest checkpoint in the workdir if there is
-one, and writes config.json, metrics.jsonl, final_metrics.json and checkpoints/ there.
+If the data set is not prepared yet, it is prepared first. If the model reads images and config.features.checkpoint is
+set, missing image features are extracted. If the workdir contains a checkpoint, training continues from the newest one.
+The workdir receives config.json, metrics.jsonl, checkpoints/, final_metrics.json, report.html and the files that
+predict and serve need.
 """
 
 from pathlib import Path
@@ -16,12 +17,14 @@ from vixml_jax import cli
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.run import configuration
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; variants stand after a colon.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where outputs go; by default runs/ and the config's name.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; a variant follows after a colon.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder for the outputs; default: runs/NAME, where NAME is config.name."
+)
 
 
 def main() -> None:
-  """Trains and evaluates the config that the flags name."""
+  """Trains and evaluates the config of the flags."""
   config = cli.required(_CONFIG)
   configuration.check(config)
   train_and_evaluate(config, Path(_WORKDIR.value or f"runs/{config.name}"))

@@ -1,8 +1,9 @@
-"""Rows of different lengths as two flat arrays, so that millions of rows cost no Python objects."""
+"""Rows of different lengths as two flat arrays, so that millions of rows need no Python objects."""
 
 from collections.abc import Sequence
 import dataclasses
 import os
+from typing import Any
 
 import numpy as np
 
@@ -10,33 +11,61 @@ from vixml_jax.errors import InputError
 
 
 def offsets_of(lengths: np.ndarray | Sequence[int]) -> np.ndarray:
-  """int64 [rows + 1], where rows of these lengths begin and end when they stand end to end."""
+  """Returns the offsets of rows that are stored one after the other, int64 [rows + 1].
+
+  >>> offsets_of([2, 0, 3])
+  array([0, 2, 2, 5])
+
+  Args:
+    lengths: Length of each row.
+  """
   return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def ranges(starts: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
-  """start, start + 1, ... for each row, end to end: the places of `lengths[i]` values from `starts[i]` on."""
+  """Concatenates the ranges `start, start + 1, ..., start + length - 1` of all rows.
+
+  >>> ranges(np.array([10, 20, 30]), np.array([2, 0, 3]))
+  array([10, 11, 30, 31, 32])
+
+  Args:
+    starts: First value of each range, or one first value for all.
+    lengths: Length of each range.
+
+  Returns:
+    int64 [sum of the lengths].
+  """
   offsets = offsets_of(lengths)
   return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
-  """Row `i` is `values[offsets[i]:offsets[i + 1]]` (the CSR layout without data).
+  """Rows of integers with different lengths: row `i` is `values[offsets[i] : offsets[i + 1]]`.
+
+  This is the CSR layout without data. Label ids of queries and token ids of texts are stored so.
+
+  >>> rows = Ragged.from_rows([[3, 1], [], [4, 1, 5]])
+  >>> len(rows), rows[2], rows.lengths
+  (3, array([4, 1, 5], dtype=int32), array([2, 0, 3]))
+  >>> rows.values
+  array([3, 1, 4, 1, 5], dtype=int32)
+  >>> rows.offsets
+  array([0, 2, 2, 5])
 
   Attributes:
-    values: one-dimensional integer array, all rows end to end; may be memory-mapped.
-    offsets: int64 array of `rows + 1` non-decreasing offsets into `values`.
+    values: The values of all rows, a one-dimensional integer array, which may be memory-mapped.
+    offsets: Ascending offsets of the rows in `values`, int64 [rows + 1].
   """
 
   values: np.ndarray
   offsets: np.ndarray
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.offsets.ndim != 1 or len(self.offsets) == 0 or self.offsets[0] != 0:
       raise ValueError("offsets must be one-dimensional and start at 0")
     if self.offsets[-1] != len(self.values):
-      raise ValueError(f"offsets end at {self.offsets[-1]} but there are {len(self.values)} values")
+      raise ValueError(f"offsets end at {self.offsets[-1]}, but there are {len(self.values)} values")
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
@@ -46,59 +75,87 @@ class Ragged:
 
   @classmethod
   def of_lengths(cls, values: np.ndarray, lengths: np.ndarray | Sequence[int]) -> "Ragged":
-    """Rows of these lengths, cut from `values` one after the other."""
+    """Makes rows of the given lengths from consecutive values.
+
+    >>> [row.tolist() for row in Ragged.of_lengths(np.arange(5), [2, 0, 3])]
+    [[0, 1], [], [2, 3, 4]]
+    """
     return cls(values, offsets_of(lengths))
+
+  @classmethod
+  def from_rows(cls, rows: Sequence[Any], dtype: type = np.int32) -> "Ragged":
+    """Makes rows from a list of sequences. It is meant for small inputs."""
+    flat = np.concatenate([np.asarray(row, dtype) for row in rows]) if len(rows) else np.zeros(0, dtype)
+    return cls.of_lengths(flat.astype(dtype), [len(row) for row in rows])
+
+  @classmethod
+  def load(cls, path: str | os.PathLike[str]) -> "Ragged":
+    """Opens the files of `save`. Values are memory-mapped.
+
+    Raises:
+      InputError: A file cannot be read.
+    """
+    try:
+      return cls(np.load(f"{path}.values.npy", mmap_mode="r"), np.load(f"{path}.offsets.npy"))
+    except (OSError, ValueError) as error:
+      raise InputError(f"{path}.values.npy: cannot be read ({error}); delete its folder to build it again") from error
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes `PATH.values.npy` and `PATH.offsets.npy`."""
+    np.save(f"{path}.values.npy", self.values)
+    np.save(f"{path}.offsets.npy", self.offsets)
 
   @property
   def lengths(self) -> np.ndarray:
-    """int64 array with the length of every row."""
+    """Length of every row, int64 [rows]."""
     return np.diff(self.offsets)
 
+  def row_ids(self) -> np.ndarray:
+    """Returns the row of every value, int64 [values].
+
+    >>> Ragged.from_rows([[3, 1], [], [4, 1, 5]]).row_ids()
+    array([0, 0, 2, 2, 2])
+    """
+    return np.repeat(np.arange(len(self), dtype=np.int64), self.lengths)
+
   def take(self, rows: np.ndarray) -> "Ragged":
-    """The given rows, in the given order, copied into memory."""
+    """Returns the given rows in the given order, copied into memory.
+
+    >>> [row.tolist() for row in Ragged.from_rows([[3, 1], [], [4, 1, 5]]).take(np.array([2, 0, 2]))]
+    [[4, 1, 5], [3, 1], [4, 1, 5]]
+    """
     rows = np.asarray(rows, np.int64)
     starts = self.offsets[rows]
     lengths = self.offsets[rows + 1] - starts
     return Ragged.of_lengths(np.asarray(self.values[ranges(starts, lengths)]), lengths)
 
   def first(self, count: int) -> "Ragged":
-    """The first `count` values of every row."""
+    """Returns at most the first `count` values of every row.
+
+    >>> [row.tolist() for row in Ragged.from_rows([[3, 1], [], [4, 1, 5]]).first(1)]
+    [[3], [], [4]]
+    """
     lengths = np.minimum(self.lengths, count)
     if len(self.values) == lengths.sum():
       return self
     return Ragged.of_lengths(np.asarray(self.values[ranges(self.offsets[:-1], lengths)]), lengths)
 
   def followed_by(self, other: "Ragged") -> "Ragged":
-    """These rows and then the others."""
+    """Returns these rows followed by the other ones.
+
+    >>> [row.tolist() for row in Ragged.from_rows([[3, 1]]).followed_by(Ragged.from_rows([[], [4]]))]
+    [[3, 1], [], [4]]
+    """
     return Ragged(
       np.concatenate([self.values, other.values]), np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
     )
 
-  def row_ids(self) -> np.ndarray:
-    """int64 array, for every value the row that it belongs to."""
-    return np.repeat(np.arange(len(self), dtype=np.int64), self.lengths)
-
   def transpose(self, num_columns: int) -> "Ragged":
-    """For every value `0 <= v < num_columns` the ascending rows that hold it (CSR -> CSC)."""
+    """Returns for every value in 0..num_columns-1 the ascending rows that contain it (CSR to CSC).
+
+    >>> [row.tolist() for row in Ragged.from_rows([[3, 1], [], [1]]).transpose(4)]
+    [[], [0, 2], [], [0]]
+    """
     order = np.argsort(self.values, kind="stable")
     counts = np.bincount(self.values, minlength=num_columns)
     return Ragged.of_lengths(self.row_ids()[order].astype(np.int32), counts)
-
-  @classmethod
-  def from_rows(cls, rows, dtype=np.int32) -> "Ragged":
-    """From a list of sequences; for small inputs."""
-    flat = np.concatenate([np.asarray(row, dtype) for row in rows]) if len(rows) else np.zeros(0, dtype)
-    return cls.of_lengths(flat.astype(dtype), [len(row) for row in rows])
-
-  def save(self, path: str | os.PathLike) -> None:
-    """Writes `PATH.values.npy` and `PATH.offsets.npy`."""
-    np.save(f"{path}.values.npy", self.values)
-    np.save(f"{path}.offsets.npy", self.offsets)
-
-  @classmethod
-  def load(cls, path: str | os.PathLike) -> "Ragged":
-    """Memory-maps what `save` wrote."""
-    try:
-      return cls(np.load(f"{path}.values.npy", mmap_mode="r"), np.load(f"{path}.offsets.npy"))
-    except (OSError, ValueError) as error:
-      raise InputError(f"{path}.values.npy: cannot be read ({error}); delete its folder to build it again") from error

@@ -1,5 +1,15 @@
-"""Mesh, the one table from logical axes to mesh axes, its coverage check, and host <-> global array helpers."""
+"""Sharding of arrays over devices: the mesh, the table from logical axes to mesh axes, and host <-> global arrays.
 
+The devices form a mesh with three axes. `data` and `fsdp` share the rows of batches and of large tables, `fsdp` also
+shares parameters, and `tensor` shares matrix products. Code never names these mesh axes. It names what each dimension
+of an array is, its *logical axis*: a word embedding [vocabulary, D] is `("vocab", "embed")`. `RULES` below maps each
+logical axis to mesh axes, and it is the only place that does. So `("vocab", "embed")` becomes `PartitionSpec(None,
+"fsdp")`: every device holds all rows, and the devices along `fsdp` divide the columns. To shard a kind of dimension
+differently, change its rule. To add a kind of dimension, add a rule. A dimension without a rule, and two dimensions of
+an array that map to one mesh axis, are errors.
+"""
+
+from collections.abc import Sequence
 import contextlib
 import math
 from typing import Any
@@ -15,12 +25,11 @@ MESH_AXES = ("data", "fsdp", "tensor")
 _ROWS = ("data", "fsdp")
 _ROW_MULTIPLE = 1024
 
-# Logical axis -> mesh axes. Parameters and state name their axes beside their shapes; nothing else
-# decides where an array lives.
+# Logical axis -> mesh axes.
 RULES: dict[str, tuple[str, ...]] = {
   # Parameters.
   "layers": (),
-  "vocab": (),  # Look-ups only, no output head: sharding `embed` is enough.
+  "vocab": (),  # The table is only looked up (there is no output head), so sharding `embed` is enough.
   "position": (),
   "token_type": (),
   "patch_height": (),
@@ -32,9 +41,9 @@ RULES: dict[str, tuple[str, ...]] = {
   "kv_heads": ("tensor",),
   "head_dim": (),
   "lora": (),
-  "lora_alone": ("fsdp",),  # The rank of an adapter's matrix that has no `embed` to divide.
+  "lora_alone": ("fsdp",),  # The rank of an adapter's matrix that has no dimension `embed`.
   "feature": (),
-  # State and batches: many rows, whole vectors.
+  # State and batches: rows are sharded, vectors are not.
   "free_vector": _ROWS,
   "query": _ROWS,
   "label": _ROWS,
@@ -45,25 +54,34 @@ RULES: dict[str, tuple[str, ...]] = {
   "vector": (),
 }
 
-# Axes that stay whole where the mesh does not divide them. Decoders share 2 to 8 heads of keys and values among all
-# heads of the queries: with more devices than that, each has them all, at little cost.
+# Axes that are replicated if their size is not divisible by the mesh. Decoders have 2 to 8 heads of keys and values,
+# which all heads of the queries share. With more devices than that, every device has all of them, at little cost.
 WHOLE_IF_UNEVEN = frozenset({"kv_heads", "lora_alone"})
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-  """A `data x fsdp x tensor` mesh over all devices; -1 (once) takes what the others leave.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns a `data x fsdp x tensor` mesh.
+
+  >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+  {'data': 1, 'fsdp': 1, 'tensor': 1}
+
+  Args:
+    data: Number of copies of the model; -1 for the number of devices divided by the other two sizes.
+    fsdp: Number of devices that share the parameters; -1 as above.
+    tensor: Number of devices that share each matrix product; -1 as above.
+    devices: Devices of the mesh; None for all devices.
 
   Raises:
-    InputError: if the sizes do not multiply to the number of devices.
+    InputError: If more than one size is -1, a size is below 1, or the product is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
   unknown = [name for name, size in sizes.items() if size == -1]
   for name, size in sizes.items():
     if size != -1 and size < 1:
-      raise InputError(f"mesh.{name}={size}: must be at least 1, or -1 for what the other axes leave")
+      raise InputError(f"mesh.{name}={size}: must be at least 1, or -1 to use the remaining devices")
   if len(unknown) > 1:
-    raise InputError(f"mesh.{unknown[0]} and mesh.{unknown[1]} are both -1: give one of them")
+    raise InputError(f"mesh.{unknown[0]} and mesh.{unknown[1]} are both -1; set one of them")
   if unknown:
     rest = math.prod(size for size in sizes.values() if size != -1)
     sizes[unknown[0]] = max(len(devices) // rest, 1)
@@ -71,7 +89,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     raise InputError(
       "mesh: data x fsdp x tensor = "
       + " x ".join(str(size) for size in sizes.values())
-      + f" does not make {len(devices)} devices; change mesh.data, mesh.fsdp or mesh.tensor"
+      + f" does not equal the number of devices, {len(devices)}; change mesh.data, mesh.fsdp or mesh.tensor"
     )
   return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -82,16 +100,25 @@ def row_devices(mesh: Mesh) -> int:
 
 
 def spec(axes: tuple[str, ...], name: str = "array") -> PartitionSpec:
-  """The PartitionSpec of logical `axes`.
+  """Returns the PartitionSpec of an array with these logical axes.
+
+  >>> tuple(spec(("vocab", "embed")))
+  (None, 'fsdp')
+  >>> tuple(spec(("query", "vector")))
+  (('data', 'fsdp'), None)
+
+  Args:
+    axes: One logical axis per dimension.
+    name: Name of the array, for messages.
 
   Raises:
-    ValueError: if an axis has no rule, or two axes of the array want the same mesh axis.
+    ValueError: If an axis has no rule, or two axes of the array map to the same mesh axis.
   """
   used: dict[str, str] = {}
   entries = []
   for axis in axes:
     if axis not in RULES:
-      raise ValueError(f"{name}: no sharding rule for its logical axis {axis!r}")
+      raise ValueError(f"{name}: no sharding rule for its logical axis {axis!r}; add one to sharding.RULES")
     for mesh_axis in RULES[axis]:
       if mesh_axis in used:
         raise ValueError(f"{name}: {used[mesh_axis]!r} and {axis!r} both map to mesh axis {mesh_axis!r}")
@@ -101,44 +128,44 @@ def spec(axes: tuple[str, ...], name: str = "array") -> PartitionSpec:
 
 
 def named_sharding(mesh: Mesh, *axes: str) -> NamedSharding:
-  """Sharding of an array with these logical axes; no axes means replicated."""
+  """Returns the sharding of an array with these logical axes; without axes, the array is replicated."""
   return NamedSharding(mesh, spec(axes))
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-  """Returns the array constrained to its logical axes inside `use_mesh`; outside, the array unchanged.
+  """Constrains an array to the sharding of its logical axes within `use_mesh`; does nothing without a mesh.
 
-  XLA carries shardings on from what it knows. Where parameters are divided over `fsdp` and activations are not pinned,
-  it divides the activations' width, sums every product over the mesh and computes every row on every device; pinned by
-  row, they make it gather each layer's parameters when it needs them.
+  XLA propagates shardings. If parameters are sharded over `fsdp` and activations are not constrained, it shards the
+  width of the activations, sums every product over the mesh and computes every row on every device. With activations
+  constrained by row, it gathers the parameters of each layer when they are needed.
   """
   return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
-  """Within it, also inside a traced function, `constrain` knows the mesh."""
+def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+  """Returns a context manager in which `constrain` uses this mesh, also inside a traced function."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def tree_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
-  """Shardings for a tree of shapes and the matching tree of logical-axis tuples.
+  """Returns the shardings of a tree of arrays.
 
-  A dimension has to divide by the mesh axes that share it, unless its axis is one of `WHOLE_IF_UNEVEN`.
+  The size of a dimension must be divisible by the mesh axes that share it, unless its axis is in `WHOLE_IF_UNEVEN`.
 
   Args:
-    mesh: the mesh.
-    shapes: nested dict of arrays or `jax.ShapeDtypeStruct`.
-    axes: nested dict of the same keys with a tuple of logical axes at each leaf.
+    mesh: The mesh.
+    shapes: Nested dict of arrays or `jax.ShapeDtypeStruct`.
+    axes: Nested dict with the same keys and a tuple of logical axes at each leaf.
 
   Raises:
-    ValueError: if a leaf has no axes, or as many as not its dimensions, or a rule fails.
-    InputError: if a dimension does not divide by the mesh axes that share it.
+    ValueError: If a leaf does not have one logical axis per dimension, or as in `spec`.
+    InputError: If the size of a dimension is not divisible by the mesh axes that share it.
   """
 
-  def leaf(path, shape, names):
+  def leaf(path: tuple[Any, ...], shape: Any, names: Any) -> NamedSharding:
     name = "/".join(str(key.key) for key in path)
     if not isinstance(names, tuple) or len(names) != len(shape.shape):
-      raise ValueError(f"{name}: shape {shape.shape} needs one logical axis a dimension, got {names!r}")
+      raise ValueError(f"{name}: shape {shape.shape} needs one logical axis per dimension, got {names!r}")
     partition = list(spec(names, name=name))
     for i, (size, axis) in enumerate(zip(shape.shape, names, strict=True)):
       parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in RULES[axis])
@@ -146,7 +173,7 @@ def tree_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
         partition[i] = None
       elif size % parts:
         raise InputError(
-          f"mesh: {name} has {axis}={size}, which does not divide by {' x '.join(RULES[axis])} = {parts}; "
+          f"mesh: {name} has {axis}={size}, which is not divisible by {' x '.join(RULES[axis])} = {parts}; "
           "change the mesh"
         )
     return NamedSharding(mesh, PartitionSpec(*partition))
@@ -155,22 +182,31 @@ def tree_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
 
 
 def padded_rows(rows: int) -> int:
-  """`rows` rounded up so that row-sharded state splits evenly.
+  """Returns `rows` rounded up to a multiple of 1024, so that row-sharded state can be divided evenly.
 
-  The multiple does not depend on the mesh, so that a checkpoint fits any number of devices that divides it.
+  The multiple does not depend on the mesh. So a checkpoint can be restored on any mesh whose `data x fsdp` divides it.
+
+  >>> padded_rows(294_805)
+  294912
   """
   return -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 def to_global(host: np.ndarray, sharding: Sharding) -> jax.Array:
-  """A global array from host data that every process holds whole; each device gets its own part."""
+  """Returns a global array of host data that every process holds whole; each device gets its shard."""
   if sharding.is_fully_addressable:
     return jax.device_put(host, sharding)
   return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-  """The whole array on every process."""
+  """Returns the whole array on the host of every process. All processes must call this together."""
   if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
     return np.asarray(array)
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def wait_for_all_processes(what: str) -> None:
+  """Waits until every process of the run has called this with the same `what`."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)

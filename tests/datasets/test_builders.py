@@ -1,4 +1,4 @@
-"""Prepared data sets: order, counts, fingerprints, and what a killed or repeated preparation leaves."""
+"""Prepared data sets: order, counts, fingerprints, and the files after a killed or repeated preparation."""
 
 import io
 import os
@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from tests.helpers import miniature
 from vixml_jax import datasets
-from vixml_jax.datasets import builders, prepared, raw
+from vixml_jax.datasets import builders, prepared, raw_records
 from vixml_jax.datasets.records import Records
 from vixml_jax.errors import InputError
 
@@ -36,19 +36,19 @@ def _lines(folder, split):
   return miniature.read_lines(folder / f"{miniature.SPLIT_NAMES[split]}.json.gz")
 
 
-@pytest.mark.parametrize("rows_a_shard", [50_000, 500, 419])
-def test_rows_keep_their_order_across_shards(tmp_path, monkeypatch, rows_a_shard):
-  monkeypatch.setattr(builders, "ROWS_A_SHARD", rows_a_shard)
+@pytest.mark.parametrize("rows_per_shard", [50_000, 500, 419])
+def test_rows_keep_their_order_across_shards(tmp_path, monkeypatch, rows_per_shard):
+  monkeypatch.setattr(builders, "ROWS_PER_SHARD", rows_per_shard)
   folder = miniature.write_raw_folder(tmp_path / "raw", num_train=1500, num_labels=1257)
   builder = datasets.prepare("custom", folder, tmp_path / "data")
   for split in ("train", "test", "labels"):
     assert _uids(builder, split) == [line["uid"] for line in _lines(folder, split)]
-  shards = -(-1500 // rows_a_shard)
+  shards = -(-1500 // rows_per_shard)
   assert builder.info.splits["train"].num_shards == shards
   assert builder.info.splits["train"].num_examples == 1500
 
 
-def test_every_feature_is_what_the_raw_files_hold(raw_dir, tmp_path):
+def test_every_feature_is_that_of_the_raw_files(raw_dir, tmp_path):
   builder = datasets.prepare("custom", raw_dir, tmp_path / "data")
   images = pq.read_table(raw_dir / "trn_images.parquet").to_pylist()
   pairs = [line.split() for line in (raw_dir / "filter_labels_train.txt").read_text().splitlines()]
@@ -110,7 +110,7 @@ def test_preparing_again_writes_nothing(raw_dir, tmp_path):
   assert state() == before
 
 
-def test_changed_raw_file_is_named_though_size_and_time_stay(raw_dir, tmp_path):
+def test_changed_raw_file_is_named_even_with_equal_size_and_time(raw_dir, tmp_path):
   datasets.prepare("custom", raw_dir, tmp_path / "data")
   path = raw_dir / "filter_labels_test.txt"
   stat, text = path.stat(), path.read_text()
@@ -121,15 +121,15 @@ def test_changed_raw_file_is_named_though_size_and_time_stay(raw_dir, tmp_path):
     datasets.prepare("custom", raw_dir, tmp_path / "data")
 
 
-def test_data_never_prepared_are_asked_for(tmp_path):
+def test_data_that_were_never_prepared_are_requested(tmp_path):
   with pytest.raises(InputError, match="set --config.dataset.raw_dir to the folder"):
     datasets.prepare("lf_amazon_131k", None, tmp_path)
   with pytest.raises(InputError, match="no prepared data set; run python -m vixml_jax.prepare_data"):
     datasets.open_dataset("custom", tmp_path)
 
 
-def test_unknown_name_is_answered_with_the_known(tmp_path):
-  with pytest.raises(InputError, match="unknown data set 'amazon'; known are lf_amazon_titles_131k"):
+def test_unknown_name_gives_the_known_names(tmp_path):
+  with pytest.raises(InputError, match="unknown data set 'amazon'; choose from lf_amazon_titles_131k"):
     datasets.prepare("amazon", None, tmp_path)
 
 
@@ -141,18 +141,18 @@ def test_data_dir_that_is_a_file_is_named(raw_dir, tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "test", "labels"])
 def test_mistake_in_the_last_row_leaves_nothing_behind(raw_dir, tmp_path, split, monkeypatch):
-  monkeypatch.setattr(builders, "ROWS_A_SHARD", 8)
+  monkeypatch.setattr(builders, "ROWS_PER_SHARD", 8)
   path = raw_dir / f"{miniature.SPLIT_NAMES[split]}.json.gz"
   lines = miniature.read_lines(path)
   lines[-1]["title"] = None
   miniature.write_lines(path, lines)
-  with pytest.raises(InputError, match=f"{path.name}:{len(lines)}: key 'title' must be text"):
+  with pytest.raises(InputError, match=f"{path.name}:{len(lines)}: key 'title' must be a string"):
     datasets.prepare("custom", raw_dir, tmp_path / "data")
   assert not list((tmp_path / "data" / "custom").iterdir())
 
 
 def test_label_that_repeats_at_the_end_of_a_full_shard_is_refused(raw_dir, tmp_path, monkeypatch):
-  monkeypatch.setattr(builders, "ROWS_A_SHARD", 8)
+  monkeypatch.setattr(builders, "ROWS_PER_SHARD", 8)
   lines = _lines(raw_dir, "labels")
   assert len(lines) % 8 == 0
   lines[-1]["uid"] = lines[2]["uid"]
@@ -167,7 +167,7 @@ def test_empty_file_is_refused(raw_dir, tmp_path):
     datasets.prepare("custom", raw_dir, tmp_path / "data")
 
 
-def test_oddities_are_warned_of_once_a_kind(raw_dir, tmp_path, caplog):
+def test_each_kind_of_unusual_value_is_logged_once(raw_dir, tmp_path, caplog):
   lines = _lines(raw_dir, "train")
   for line in lines[4:9]:
     line["title"] = ""
@@ -181,16 +181,16 @@ KILLED = """
 import sys, time
 sys.path.insert(0, sys.argv[3])
 from vixml_jax import datasets
-from vixml_jax.datasets import builders, raw
-builders.ROWS_A_SHARD = 8
-read = raw.read_queries
+from vixml_jax.datasets import builders, raw_records
+builders.ROWS_PER_SHARD = 8
+read = raw_records.read_queries
 def slow(*arguments):
   for number, row in enumerate(read(*arguments)):
     if number == 30:
       print("halfway", file=sys.stderr, flush=True)
       time.sleep(60)
     yield row
-raw.read_queries = slow
+raw_records.read_queries = slow
 datasets.prepare("custom", sys.argv[1], sys.argv[2])
 """
 
@@ -217,21 +217,13 @@ def test_two_processes_prepare_one_set(raw_dir, tmp_path):
 
 def test_memory_does_not_grow_with_the_rows_of_a_shard(raw_dir, tmp_path, monkeypatch):
   held = []
-  encode = builders.RawFolder._info
+  encode_example = tfds.features.FeaturesDict.encode_example
 
-  def info(self):
-    result = encode(self)
-    features = result.features
-    encode_example = features.encode_example
+  def kept(self, example):
+    held.append(example)
+    return encode_example(self, example)
 
-    def counted(example):
-      held.append(example)
-      return encode_example(example)
-
-    monkeypatch.setattr(features, "encode_example", counted)
-    return result
-
-  monkeypatch.setattr(builders.RawFolder, "_info", info)
+  monkeypatch.setattr(tfds.features.FeaturesDict, "encode_example", kept)
   datasets.prepare("custom", raw_dir, tmp_path / "data")
   assert len(held) == 64 + 16 + 24
   assert sum(map(len, held)) == 0
@@ -247,9 +239,9 @@ def test_embedded_set_opens_without_a_raw_folder(tmp_path):
   assert images == 8765
 
 
-def test_embedded_set_travels_with_its_licenses_and_provenance():
+def test_embedded_set_has_its_licenses_and_provenance():
   assert len(list((EMBEDDED / "LICENSES").iterdir())) == 17
-  assert "Provenance and licenses" in (EMBEDDED / "README.md").read_text()
+  assert "Provenance and licences" in (EMBEDDED / "README.md").read_text()
   sizes = {path.suffix: 0 for path in EMBEDDED.rglob("*")}
   for path in EMBEDDED.rglob("*"):
     sizes[path.suffix] += path.stat().st_size
@@ -264,10 +256,10 @@ def test_embedded_images_are_opaque_and_of_one_size():
     assert (image.format, image.size, image.mode) == ("WEBP", (64, 64), "RGB")
 
 
-def test_embedded_filter_never_takes_out_a_positive():
-  data_warnings = raw.DataWarnings()
-  queries = list(raw.read_queries(EMBEDDED / "tst.json.gz", 9527, data_warnings))
-  excluded = raw.read_filter(EMBEDDED / "filter_labels_test.txt", len(queries), 9527)
+def test_embedded_filter_never_removes_a_positive():
+  data_warnings = raw_records.DataWarnings()
+  queries = list(raw_records.read_queries(EMBEDDED / "tst.json.gz", 9527, data_warnings))
+  excluded = raw_records.read_filter(EMBEDDED / "filter_labels_test.txt", len(queries), 9527)
   assert len(excluded.values) == 1276
   assert not any(set(query["target_ind"]) & set(excluded[row]) for row, query in enumerate(queries))
   assert not data_warnings.messages()

@@ -1,4 +1,4 @@
-"""What is exported computes in transformers, PEFT and sentence-transformers what it computes here."""
+"""Exported models compute the same in transformers, PEFT and sentence-transformers as here."""
 
 import functools
 import json
@@ -17,26 +17,28 @@ import transformers
 
 from configs.common import base_config, use_encoder
 from configs.encoders import ENCODERS
-from tests.helpers import tiny_siglip, trained_workdirs
+from tests.helpers import tiny_encoders
 from tests.helpers.miniature import WORDS
 from tests.helpers.miniature_runs import load_config, run_commands, shrink, write_encoder
 from tests.helpers.tiny_tokenizers import END_OF_TEXT, write_byte_bpe
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.exporting import export
+from vixml_jax.files import sha256_of_file
 from vixml_jax.inference.trained_encoder import load_trained_encoder
-from vixml_jax.models import layers
+from vixml_jax.models.lora import split_lora
+from vixml_jax.models.parameters import join_params
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer, checkpoint_id, provenance
-from vixml_jax.run.from_config import model_of
+from vixml_jax.run.from_config import model_from_config
 from vixml_jax.run.state import TrainState
-from vixml_jax.search.label_index import IndexContents, write_index
+from vixml_jax.search.label_index_files import IndexContents, write_index
 from vixml_jax.weights import engine, hf_config, source, tables
 
-# PEFT asks transformers for a property by its old name.
+# PEFT reads a property of transformers by its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-# Of many lengths, one of them cut, one of letters that no word is made of, one empty.
+# Texts of many lengths: one is truncated, one has letters outside the vocabulary, one is empty.
 TEXTS = [" ".join(WORDS[i % 50 : i % 50 + 1 + i % 7]) for i in range(20)] + ["cloud sun rain " * 30, "zebra, Äx 7!", ""]
 TOKENS = [5, 17, 2, 9, 33, 8]
 ADAPTED = "qwen2.5-0.5b"  # Frozen in bfloat16, with adapters; a template of two phrases and eos.
@@ -44,30 +46,30 @@ KINDS = ("minilm-l6", "distilbert", ADAPTED, "qwen3-0.6b", "llama-3.2-1b")
 
 
 def tiny_config(folder, encoder):
-  """Its encoder and tokenizer stand in `folder`; texts have 16 tokens at most, images are early tokens."""
+  """Returns a config whose encoder and tokenizer are in `folder`, for texts of at most 16 tokens and early fusion."""
   encoder, _, images = encoder.partition(",images=")
   config = shrink(load_config("custom", f"encoder={encoder},images={images or 0}"), folder, folder)
   config.features.dim = 6
-  if encoder == "qwen3-0.6b":  # Trained whole, both ways, and pooled at the eos that ends an item.
+  if encoder == "qwen3-0.6b":  # Trained without adapters, bidirectional, and pooled at the final eos.
     config.encoder.update(dict(lora_rank=0, param_dtype="float32", bidirectional=True, pooling="last"))
-  if encoder == "llama-3.2-1b":  # Texts of this tokenizer begin with a token of their own.
+  if encoder == "llama-3.2-1b":  # This tokenizer puts a token before every text.
     config.encoder.vocab_size = 400
     config.prompt.eos = END_OF_TEXT
     shutil.rmtree(config.encoder.pretrained)
     write_encoder(folder / "encoder", config.encoder)
     write_byte_bpe(folder / "encoder", begin="<begin>")
   base = transformers.AutoModel.from_pretrained(config.encoder.pretrained)
-  tiny_siglip.randomize(base, 3)
+  tiny_encoders.randomize(base, 3)
   base.save_pretrained(config.encoder.pretrained)
   return config
 
 
 def write_workdir(folder, config):
-  """What training leaves, with random values in all parameters that it would have trained."""
+  """Writes what training writes, with random values for the trained parameters."""
   folder.mkdir()
   config.train.free_vectors = 8
   configuration.write(config, folder / "config.json")
-  definition = model_of(config)
+  definition = model_from_config(config)
   rng = np.random.default_rng(0)
 
   def draw(path, leaf):
@@ -80,18 +82,18 @@ def write_workdir(folder, config):
   with Checkpointer(folder / "checkpoints", 1) as checkpointer:
     checkpointer.save(5, Checkpoint(TrainState(one, params, one, one, jnp.zeros((24, 32)), jnp.zeros(24)), None, meta))
   shutil.copytree(config.encoder.pretrained, folder / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
-  write_facts(folder)
+  write_info(folder)
   return folder
 
 
-def write_facts(workdir):
-  hashes = {path.name: source.sha256(path) for path in (workdir / "tokenizer").iterdir()}
+def write_info(workdir):
+  hashes = {path.name: sha256_of_file(path) for path in (workdir / "tokenizer").iterdir()}
   (workdir / "inference.json").write_text(json.dumps({"tokenizer_sha256": hashes, "image_features": None}))
 
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-  """Name of an encoder -> it, restored from a workdir that is made when it is first asked for."""
+  """Function that restores an encoder by name, from a workdir that the first call writes."""
 
   @functools.cache
   def encoder(name):
@@ -114,8 +116,8 @@ def hidden(model, tokens):
 
 
 def our_hidden(encoder, tokens):
-  """Hidden states of one text by our encoder."""
-  params, length = layers.join_params(encoder.params, encoder.frozen), len(tokens)
+  """Returns the hidden states of one text by the encoder of this package."""
+  params, length = join_params(encoder.params, encoder.frozen), len(tokens)
 
   @jax.jit
   def run(params):
@@ -133,8 +135,8 @@ def test_sentence_transformers_give_the_embeddings_of_packed_texts(kind, encoder
   wanted = encoder.embed(TEXTS)
   np.testing.assert_allclose(found, wanted, atol=2e-5)
   assert (found * wanted).sum(1).min() > 0.99999
-  assert (wanted @ wanted.T)[np.triu_indices(20, 1)].min() < 0.9  # Texts are told apart.
-  # Queries and documents are encoded alike: the template needs no prompt.
+  assert (wanted @ wanted.T)[np.triu_indices(20, 1)].min() < 0.9  # Different texts have different embeddings.
+  # Queries and documents have the same embeddings: no prompt is needed.
   np.testing.assert_array_equal(model.encode_query(TEXTS[:3]), model.encode_document(TEXTS[:3]))
 
 
@@ -147,7 +149,7 @@ def test_automodel_loads_the_encoder_with_its_adapters_merged(kind, encoders, tm
   assert not [name for name in report["missing_keys"] if "pooler" not in name]
   np.testing.assert_allclose(hidden(model, TOKENS), our_hidden(encoder, TOKENS), atol=2e-5)
   ids = transformers.AutoTokenizer.from_pretrained(folder)("cloud sun")["input_ids"]
-  assert ids == list(encoder.tokenizer.uncut("cloud sun"))  # Texts without the template.
+  assert ids == list(encoder.tokenizer.uncut("cloud sun"))  # The template is not applied.
   original = encoder.workdir / "tokenizer"
   assert hf_config.encoder_arguments(folder) == hf_config.encoder_arguments(original)
 
@@ -157,7 +159,7 @@ def test_a_config_is_made_where_the_tokenizer_came_from_another_model(kind, enco
   encoder = encoders(kind)
   workdir = shutil.copytree(encoder.workdir, tmp_path / "run")
   (workdir / "tokenizer/config.json").write_text(json.dumps({"model_type": "albert"}))
-  write_facts(workdir)
+  write_info(workdir)
   model = transformers.AutoModel.from_pretrained(exported(workdir, "hf", tmp_path / "out"))
   np.testing.assert_allclose(hidden(model, TOKENS), our_hidden(encoder, TOKENS), atol=2e-5)
 
@@ -166,7 +168,7 @@ def test_a_config_is_made_where_the_tokenizer_came_from_another_model(kind, enco
 def test_the_config_made_of_an_encoder_says_what_it_is(name, tmp_path):
   config = base_config()
   use_encoder(config, name)
-  arguments = model_of(config).arguments["encoder"]
+  arguments = model_from_config(config).arguments["encoder"]
   made = hf_config.config_of(arguments)
   (tmp_path / "config.json").write_text(json.dumps(made))
   hf_config.check_arguments(tmp_path, arguments)
@@ -175,7 +177,7 @@ def test_the_config_made_of_an_encoder_says_what_it_is(name, tmp_path):
   with torch.device("meta"):
     parameters = transformers.AutoModel.from_config(theirs, dtype=torch.float32).state_dict()
   table = tables.TABLES[made["model_type"]]
-  shapes = layers.split_lora(model_of(config).shapes["encoder"])[0]
+  shapes = split_lora(model_from_config(config).shapes["encoder"])[0]
   inverse = engine.Inverse(table, shapes)
   wanted = {name: inverse.shape(name) for name in inverse.names()}
   assert {name: tuple(value.shape) for name, value in parameters.items() if "pooler" not in name} == wanted
@@ -184,7 +186,7 @@ def test_the_config_made_of_an_encoder_says_what_it_is(name, tmp_path):
 def test_encoders_that_transformers_lacks_are_refused_by_key():
   config = base_config()
   use_encoder(config, "qwen2.5-0.5b")
-  arguments = model_of(config).arguments["encoder"]
+  arguments = model_from_config(config).arguments["encoder"]
   with pytest.raises(InputError, match=r"encoder\.qkv_bias and encoder\.qk_norm are both True"):
     hf_config.config_of(arguments | {"qk_norm": True})
   with pytest.raises(InputError, match=r"layer_norm_eps is 1e-05, but a distilbert model has 1e-12"):
@@ -232,19 +234,19 @@ def test_peft_puts_the_adapters_onto_their_base(encoders, tmp_path):
 
 
 def test_the_base_of_adapters_is_named_as_peft_looks_for_it(tmp_path, monkeypatch):
-  assert export._base_name("Qwen/Qwen3-0.6B@ab12") == ("Qwen/Qwen3-0.6B", "ab12")
-  assert export._base_name("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", None)
+  assert export.base_name("Qwen/Qwen3-0.6B@ab12") == ("Qwen/Qwen3-0.6B", "ab12")
+  assert export.base_name("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", None)
   (tmp_path / "base").mkdir()
   monkeypatch.chdir(tmp_path)
-  assert export._base_name("base") == (str(tmp_path / "base"), None)
+  assert export.base_name("base") == (str(tmp_path / "base"), None)
 
 
 @pytest.mark.parametrize(
   "kind,encoder,values,message",
   [
-    ("peft", "minilm-l6", dict(), r"trained its whole encoder, without adapters \(.*use --format=hf"),
-    ("peft", "qwen2.5-tiny", dict(), r"trained its whole encoder, without adapters \(.*use --format=hf"),
-    ("peft", ADAPTED, dict(encoder=dict(random_init=True)), r"base that was drawn at random .*use --format=hf"),
+    ("peft", "minilm-l6", dict(), r"has no adapters, .*\(encoder.lora_rank=0\); use --format=hf"),
+    ("peft", "qwen2.5-tiny", dict(), r"has no adapters, .*\(encoder.lora_rank=0\); use --format=hf"),
+    ("peft", ADAPTED, dict(encoder=dict(random_init=True)), r"belong to a random base .*use --format=hf"),
     (
       "sentence-transformers",
       "minilm-l6,images=2",
@@ -259,7 +261,7 @@ def test_the_base_of_adapters_is_named_as_peft_looks_for_it(tmp_path, monkeypatc
     ),
   ],
 )
-def test_what_a_format_cannot_say_is_refused_and_leaves_nothing(kind, encoder, values, message, tmp_path):
+def test_a_format_that_cannot_represent_the_model_is_refused(kind, encoder, values, message, tmp_path):
   config = load_config("custom", f"encoder={encoder}")
   config.update(values)
   (tmp_path / "run").mkdir()
@@ -269,7 +271,7 @@ def test_what_a_format_cannot_say_is_refused_and_leaves_nothing(kind, encoder, v
   assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_embeddings_are_the_labels_that_the_index_has(encoders, tmp_path, monkeypatch):
+def test_embeddings_are_the_labels_that_the_index_has(encoders, tmp_path):
   workdir = shutil.copytree(encoders("minilm-l6").workdir, tmp_path / "run")
   rng = np.random.default_rng(0)
   prototypes = rng.normal(size=(24, 32)).astype(np.float32)
@@ -277,37 +279,39 @@ def test_embeddings_are_the_labels_that_the_index_has(encoders, tmp_path, monkey
   deleted = np.isin(np.arange(24), [0, 7, 23])
   contents = IndexContents(prototypes, texts, uids, np.zeros(24, np.int32), np.zeros((8, 32)), deleted)
   write_index(workdir / "index", contents, checkpoint=checkpoint_id(workdir / "checkpoints", 5), search="exact")
-  monkeypatch.setattr(export, "_BLOCK", 5)  # The labels come in more than one block.
-  folder = exported(workdir, "embeddings", tmp_path / "out")
-  np.testing.assert_array_equal(np.load(folder / "labels.npy"), prototypes[~deleted])
-  table = pq.read_table(folder / "labels.parquet").to_pydict()
-  kept = np.flatnonzero(~deleted).tolist()
-  assert table["id"] == kept
-  assert table["uid"] == [uids[i] for i in kept] and table["text"] == [texts[i] for i in kept]
-  np.testing.assert_array_equal(np.asarray(table["embedding"], np.float32), prototypes[~deleted])
+  (tmp_path / "blocks").mkdir()
+  export.export_embeddings(workdir, tmp_path / "blocks", labels_at_once=5)
+  for folder in (exported(workdir, "embeddings", tmp_path / "out"), tmp_path / "blocks"):
+    np.testing.assert_array_equal(np.load(folder / "labels.npy"), prototypes[~deleted])
+    table = pq.read_table(folder / "labels.parquet").to_pydict()
+    kept = np.flatnonzero(~deleted).tolist()
+    assert table["id"] == kept
+    assert table["uid"] == [uids[i] for i in kept] and table["text"] == [texts[i] for i in kept]
+    np.testing.assert_array_equal(np.asarray(table["embedding"], np.float32), prototypes[~deleted])
   write_index(workdir / "index", contents, checkpoint={"step": 4, "sha256": "0" * 64}, search="exact")
   with pytest.raises(InputError, match="was made from another checkpoint"):
     export.export(workdir, "embeddings", tmp_path / "other")
 
 
-def test_a_trained_encoder_embeds_elsewhere_as_evaluation_did(tmp_path_factory, tmp_path):
-  trained = trained_workdirs.texts_only(tmp_path_factory)
-  model = SentenceTransformer(str(exported(trained.workdir, "sentence-transformers", tmp_path / "out")), device="cpu")
-  found = model.encode([query["title"] for query in trained.queries])
-  np.testing.assert_allclose(found, trained.embeddings("test_queries"), atol=2e-5)
+def test_a_trained_encoder_embeds_elsewhere_as_evaluation_did(texts_only, tmp_path):
+  model = SentenceTransformer(
+    str(exported(texts_only.workdir, "sentence-transformers", tmp_path / "out")), device="cpu"
+  )
+  found = model.encode([query["title"] for query in texts_only.queries])
+  np.testing.assert_allclose(found, texts_only.embeddings("test_queries"), atol=2e-5)
 
 
-def test_output_that_cannot_be_is_refused(encoders, tmp_path):
+def test_an_output_that_exists_or_cannot_be_written_is_refused(encoders, tmp_path):
   (tmp_path / "full").mkdir()
   (tmp_path / "full/file").touch()
   workdir = encoders("minilm-l6").workdir
-  with pytest.raises(InputError, match="full: exists already; name a new folder"):
+  with pytest.raises(InputError, match="full: exists already; use a new folder"):
     export.export(workdir, "hf", tmp_path / "full")
   with pytest.raises(InputError, match="file/out: cannot be written"):
     export.export(workdir, "hf", tmp_path / "full/file/out")
 
 
-def test_the_command_exports_and_names_what_is_wrong(encoders, tmp_path):
+def test_the_command_exports_and_reports_errors(encoders, tmp_path):
   workdir = f"--workdir={encoders('minilm-l6').workdir}"
   hf = ["export", workdir, "--format=hf"]
   found = run_commands(
@@ -324,7 +328,7 @@ def test_the_command_exports_and_names_what_is_wrong(encoders, tmp_path):
   messages = {
     "size": "--max_shard_size=5: must be",
     "format": "--format: must be given",
-    "workdir": f"{tmp_path}/config.json: not found",
+    "workdir": f"{tmp_path}/config.json: cannot be read",
   }
   for name, message in messages.items():
     status, _, stderr = found[name]

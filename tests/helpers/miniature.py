@@ -1,4 +1,4 @@
-"""Writes small data sets in the raw format and a tiny tokenizer, so that tests need no download."""
+"""Writes small data sets in the raw format and a tiny tokenizer, so that tests need no downloads."""
 
 import gzip
 import io
@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizerFast
 
@@ -87,10 +88,20 @@ def write_raw_folder(
   images: bool = False,
   seed: int = 0,
 ) -> Path:
-  """Writes a folder in which a query's words tell its labels, with both filter files.
+  """Writes a raw folder in which the words of a query determine its first label, with both filter files.
 
-  Label `i` is called by two words; a query carries the words of its first label, so that a model
-  can learn the set. With `images`, queries have 0 to 3 and labels 0 or 1 pictures.
+  A label is named by two words, and a query contains the words of its first label, so that a model can learn the set.
+
+  Args:
+    folder: Folder to write; it is created if it does not exist.
+    num_train: Number of training queries.
+    num_test: Number of test queries.
+    num_labels: Number of labels.
+    images: Whether to write images: 0 to 3 for a query, 0 or 1 for a label.
+    seed: Seed of all random draws.
+
+  Returns:
+    The folder.
   """
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -109,24 +120,24 @@ def write_raw_folder(
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
-  """Writes one JSON object a line, gzipped without a time stamp."""
+  """Writes a gzip file with one JSON object per line, without a time stamp."""
   text = "".join(json.dumps(record) + "\n" for record in records)
   path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def read_lines(path: Path) -> list[dict]:
-  """What `write_lines` wrote."""
+  """Reads a file that `write_lines` has written."""
   return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
-def expect_miniature(monkeypatch, name: str, folder: Path) -> None:
-  """Makes the builder `name` expect the rows of the miniature in `folder`, not the published."""
+def expect_miniature(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> None:
+  """Makes the builder `name` expect the numbers of rows of the miniature in `folder`."""
   counts = {split: len(read_lines(folder / f"{file}.json.gz")) for split, file in SPLIT_NAMES.items()}
   monkeypatch.setitem(builders.EXPECTED_COUNTS, name, counts)
 
 
 def write_tokenizer(folder: str | os.PathLike) -> Path:
-  """Saves a WordPiece tokenizer with the miniature's words and single letters; no download."""
+  """Saves a WordPiece tokenizer with the words of the miniature and single letters."""
   folder = Path(folder)
   letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [str(digit) for digit in range(10)]
   pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "about", *WORDS, *letters]

@@ -1,4 +1,4 @@
-"""Tiny random decoders of transformers, ours with the same weights, and the sizes of published ones, for tests."""
+"""Tiny random decoders of transformers, ours with the same weights, and the sizes of published decoders."""
 
 import warnings
 
@@ -9,18 +9,18 @@ import torch
 import transformers
 
 from configs.encoders import ENCODERS
-from tests.helpers import tiny_encoders, tiny_siglip
-from vixml_jax.models import layers
+from tests.helpers import tiny_encoders
 from vixml_jax.models.decoder import Decoder
+from vixml_jax.models.parameters import split_params
 from vixml_jax.weights import engine, hf_config, hf_folder, tables
 
 KINDS = ("qwen2", "qwen3", "llama")
 VOCAB, LAYERS, DIM, HEADS, KV_HEADS, MLP = tiny_encoders.VOCAB, 3, 32, 4, 2, 48
 
-# Over 64 positions, the pairs of a head of 8 turn 10.2, 1.02, 0.1 and 0.01 times: with 0.5 and 4 as the bounds one
-# keeps its speed, one lies between, two are slowed down.
+# Over 64 positions, the pairs of a head of 8 turn 10.2, 1.02, 0.1 and 0.01 times. With the bounds 0.5 and 4, one is
+# unchanged, one is interpolated and two are slowed down.
 ROPE_SCALING = (8.0, 0.5, 4.0, 64)
-# Projections that get adapters: ours -> theirs, within a layer.
+# Projections with adapters, within a layer: our name -> the name in transformers.
 PROJECTIONS = {
   "attention/query": "self_attn.q_proj",
   "attention/key": "self_attn.k_proj",
@@ -33,21 +33,21 @@ PROJECTIONS = {
 
 _ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
-# Number of parameters of the published models, without an output head of its own.
+# Number of parameters of the published models, without a separate output head.
 PARAMETERS = {
   "qwen2.5-0.5b": 494_032_768,
   "qwen2.5-1.5b": 1_543_714_304,
   "qwen2.5-3b": 3_085_938_688,
-  # The only one here with an output head of its own, 152,064 x 3584, which the published number includes.
+  # The only one with a separate output head, 152,064 x 3584, which the published number includes.
   "qwen2.5-7b": 7_615_616_512 - 152064 * 3584,
-  # Their files repeat the word vectors as `lm_head.weight`: 751,632,384 and 2,031,739,904 with it.
+  # Their files contain the word vectors twice, also as `lm_head.weight`.
   "qwen3-0.6b": 751_632_384 - 151936 * 1024,
   "qwen3-1.7b": 2_031_739_904 - 151936 * 2048,
   "qwen3-4b": 4_022_468_096,
   "llama-3.2-1b": 1_235_814_400,
   "llama-3.2-3b": 3_212_749_824,
 }
-_NOT_OF_THE_WEIGHTS = (
+_NOT_DETERMINED_BY_WEIGHTS = (
   "architecture",
   "pretrained",
   "random_init",
@@ -63,8 +63,8 @@ _NOT_OF_THE_WEIGHTS = (
 
 
 def published(name):
-  """Arguments of our decoder for a published model, as far as its weights decide them."""
-  arguments = {key: value for key, value in ENCODERS[name].items() if key not in _NOT_OF_THE_WEIGHTS}
+  """Arguments of our decoder for a published model that its weights determine."""
+  arguments = {key: value for key, value in ENCODERS[name].items() if key not in _NOT_DETERMINED_BY_WEIGHTS}
   return arguments | {"rope_scaling": arguments["rope_scaling"] or None}
 
 
@@ -92,17 +92,17 @@ def hf_decoder(kind, seed=0):
   """A Qwen2Model, Qwen3Model or LlamaModel whose parameters, norms and biases included, are all random."""
   made = {"qwen2": transformers.Qwen2Model, "qwen3": transformers.Qwen3Model, "llama": transformers.LlamaModel}
   model = made[kind](transformers_config(kind))
-  tiny_siglip.randomize(model, seed)
+  tiny_encoders.randomize(model, seed)
   return model.eval()
 
 
 def abstract(**arguments):
   """Structure, shapes and axes of our decoder."""
-  return layers.split_params(nnx.eval_shape(lambda: Decoder(**arguments, rngs=nnx.Rngs(0))))
+  return split_params(nnx.eval_shape(lambda: Decoder(**arguments, rngs=nnx.Rngs(0))))
 
 
 def our_decoder(folder, **arguments):
-  """Structure and loaded parameters of the decoder in a folder; it may have no adapters."""
+  """Structure and loaded parameters of the decoder in a folder, without adapters."""
   graphdef, shapes, _ = abstract(**hf_config.encoder_arguments(folder) | arguments)
   table = tables.TABLES[hf_config.read_config(folder)["model_type"]]
   return graphdef, hf_folder.load_pretrained(folder, table, shapes)
@@ -122,7 +122,7 @@ def with_adapters(folder, adapters, **arguments):
 
 def peft_decoder(base, rank, alpha, seed=1):
   """`base` with rank-stabilized adapters of peft on all seven projections, A and B random."""
-  with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that is to go.
+  with warnings.catch_warnings():  # peft 0.21 uses a deprecated name of transformers 5.23.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
     model = peft.get_peft_model(
       base,

@@ -1,4 +1,4 @@
-"""Tiny random encoders of transformers, and ours with the same weights, for parity tests."""
+"""Tiny random encoders of transformers, and ours with the same weights."""
 
 from flax import nnx
 import jax.numpy as jnp
@@ -6,58 +6,71 @@ import numpy as np
 import torch
 import transformers
 
-from vixml_jax.models import layers
 from vixml_jax.models.bert import BertEncoder
+from vixml_jax.models.parameters import split_params
 from vixml_jax.weights import hf_config, hf_folder, tables
 
 VOCAB, LAYERS, DIM, HEADS, MLP, POSITIONS = 50, 3, 32, 4, 48, 24
 
 
+def transformers_config(kind):
+  """A small BertConfig or DistilBertConfig."""
+  if kind == "bert":
+    return transformers.BertConfig(
+      vocab_size=VOCAB,
+      num_hidden_layers=LAYERS,
+      hidden_size=DIM,
+      num_attention_heads=HEADS,
+      intermediate_size=MLP,
+      max_position_embeddings=POSITIONS,
+    )
+  return transformers.DistilBertConfig(
+    vocab_size=VOCAB, n_layers=LAYERS, dim=DIM, n_heads=HEADS, hidden_dim=MLP, max_position_embeddings=POSITIONS
+  )
+
+
 def hf_encoder(kind, seed=0):
   """A BertModel or DistilBertModel whose parameters, norms and biases included, are all random."""
+  config = transformers_config(kind)
   if kind == "bert":
-    model = transformers.BertModel(
-      transformers.BertConfig(
-        vocab_size=VOCAB,
-        num_hidden_layers=LAYERS,
-        hidden_size=DIM,
-        num_attention_heads=HEADS,
-        intermediate_size=MLP,
-        max_position_embeddings=POSITIONS,
-      ),
-      add_pooling_layer=False,
-    )
+    model = transformers.BertModel(config, add_pooling_layer=False)
   else:
-    model = transformers.DistilBertModel(
-      transformers.DistilBertConfig(
-        vocab_size=VOCAB, n_layers=LAYERS, dim=DIM, n_heads=HEADS, hidden_dim=MLP, max_position_embeddings=POSITIONS
-      )
-    )
+    model = transformers.DistilBertModel(config)
+  randomize(model, seed)
+  return model.eval()
+
+
+def randomize(model, seed):
+  """Draws all parameters of a model of torch; the scales of norms are near 1."""
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, parameter in model.named_parameters():
       noise = torch.randn(parameter.shape, generator=generator)
       is_scale = "norm" in name.lower() and name.endswith("weight")
       parameter.copy_(1 + 0.1 * noise if is_scale else 0.2 * noise)
-  return model.eval()
+
+
+def our_shapes(folder, **arguments):
+  """Structure, shapes and axes of our encoder for the config in a folder."""
+  arguments = hf_config.encoder_arguments(folder) | arguments
+  return split_params(nnx.eval_shape(lambda: BertEncoder(**arguments, rngs=nnx.Rngs(0))))
 
 
 def our_encoder(folder, **arguments):
   """Structure and loaded parameters of the encoder in a folder."""
-  arguments = hf_config.encoder_arguments(folder) | arguments
-  graphdef, shapes, _ = layers.split_params(nnx.eval_shape(lambda: BertEncoder(**arguments, rngs=nnx.Rngs(0))))
+  graphdef, shapes, _ = our_shapes(folder, **arguments)
   table = tables.TABLES[hf_config.read_config(folder)["model_type"]]
   return graphdef, hf_folder.load_pretrained(folder, table, shapes)
 
 
 def texts(lengths, seed=0):
-  """Random token ids, one array a text; without 0, the padding, whose gradient torch leaves out."""
+  """Random token ids, one array per text; without 0, the padding, whose gradient torch does not compute."""
   rng = np.random.default_rng(seed)
   return [rng.integers(1, VOCAB, length).astype(np.int32) for length in lengths]
 
 
 def padded(rows):
-  """Token ids and attention mask, one text a row."""
+  """Token ids and attention mask with one text per row, padded on the right."""
   width = max(map(len, rows))
   tokens = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
   return tokens, np.stack([np.arange(width) < len(row) for row in rows]).astype(np.int32)
@@ -78,7 +91,7 @@ def packed(rows_of_texts, width):
 
 
 class Gradients:
-  """Gradients of a torch model, to be read like a checkpoint."""
+  """Gradients of a torch model as the tensors of a checkpoint."""
 
   name = "gradients"
 

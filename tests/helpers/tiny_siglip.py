@@ -1,12 +1,12 @@
-"""A tiny random SigLIP vision tower of transformers, its tensors as big_vision lays them out, and ours, for tests."""
+"""A tiny random SigLIP vision tower of transformers, its tensors in the format of big_vision, and ours."""
 
 import numpy as np
-import torch
 import transformers
 
+from tests.helpers import tiny_encoders
 from vixml_jax.models.siglip import define_siglip
 
-# 30 = 3 * 8 + 6: a remainder that is cut off, like 384 = 27 * 14 + 6. Three heads of eight.
+# 30 = 3 * 8 + 6 has a remainder that is ignored, like 384 = 27 * 14 + 6. Three heads of eight.
 ARGUMENTS = {
   "image_size": 30,
   "patch_size": 8,
@@ -27,25 +27,16 @@ def _config_values():
 def hf_tower(seed=0):
   """A SiglipVisionModel whose parameters, norms and biases included, are all random."""
   model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**_config_values()))
-  randomize(model, seed)
+  tiny_encoders.randomize(model, seed)
   return model.eval()
 
 
 def hf_towers(seed=0):
-  """A SiglipModel: the vision tower of `hf_tower` beside a text tower."""
+  """A SiglipModel: the vision tower of `hf_tower` and a text tower."""
   text = dict(vocab_size=20, hidden_size=24, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
   model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=_config_values()))
   model.vision_model.load_state_dict(hf_tower(seed).state_dict())
   return model.eval()
-
-
-def randomize(model, seed):
-  generator = torch.Generator().manual_seed(seed)
-  with torch.no_grad():
-    for name, parameter in model.named_parameters():
-      noise = torch.randn(parameter.shape, generator=generator)
-      is_scale = "norm" in name and name.endswith("weight")
-      parameter.copy_(1 + 0.1 * noise if is_scale else 0.2 * noise)
 
 
 def pixels(count=2, size=30, seed=0):

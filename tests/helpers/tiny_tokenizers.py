@@ -1,4 +1,4 @@
-"""Tiny byte-level BPE tokenizers, as decoders have them, made on the spot."""
+"""Tiny byte-level BPE tokenizers like those of decoders."""
 
 import os
 from pathlib import Path
@@ -11,11 +11,11 @@ _TEXTS = ["This product text title", "This product image and its image", "and it
 
 
 def write_byte_bpe(folder: str | os.PathLike, begin: str = "") -> Path:
-  """Saves a tokenizer whose `eos_token` ends a turn, not a text, as those of Qwen's instruct models do.
+  """Saves a tokenizer whose `eos_token` ends a turn and not a text, as in Qwen's instruct models.
 
   Args:
-    folder: where to.
-    begin: token that every text starts with, as Llama's do; "" for none, as Qwen's.
+    folder: Folder to write to.
+    begin: Token at the start of every text, as in Llama; "" for none, as in Qwen.
   """
   tokenizer = Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""What tests of training share: loss and gradients on a mesh, runs that are stopped or in processes, equal states."""
+"""Shared by tests of training: the parts of a run, loss and gradients on a mesh, interrupted runs, two processes."""
 
 import dataclasses
 import json
@@ -15,69 +15,120 @@ import pytest
 from tests.helpers.miniature_runs import ROOT
 from vixml_jax.errors import Preempted
 from vixml_jax.experiment import train_and_evaluate
-from vixml_jax.input.batches import make_batch
-from vixml_jax.models import layers
+from vixml_jax.input.batches import TrainingQueries, make_batch, steps_per_epoch
+from vixml_jax.models.parameters import join_params
 from vixml_jax.run import configuration
-from vixml_jax.run.from_config import set_up
-from vixml_jax.run.state import abstract_state, create_state, init_params
+from vixml_jax.run.checkpoint import Checkpointer
+from vixml_jax.run.setup import RunSetup, set_up_run
+from vixml_jax.run.state import TrainState, abstract_state, create_state, init_params
 from vixml_jax.training import loop
-from vixml_jax.training.step import batch_loss, device_batch
+from vixml_jax.training.loop import training_queries
+from vixml_jax.training.start import initial_checkpoint
+from vixml_jax.training.step import StepConfig, batch_loss, device_batch, step_config
 
 
-def loss_and_gradients(run, mesh, bank=None):
-  """Loss, query embeddings and gradients of a batch of 16 on the host, near initial parameters.
+@dataclasses.dataclass(frozen=True)
+class TrainingParts:
+  """What `training.loop.train` builds before its first step."""
 
-  At these themselves adapters begin with zeros, and half of their gradients are zero, too.
+  setup: RunSetup
+  queries: TrainingQueries
+  total_steps: int
+  step: StepConfig
+  abstract: TrainState
+
+
+def training_parts(config, workdir):
+  """Returns the parts of a run that `workdir` belongs to."""
+  setup = set_up_run(config, workdir, extract=True)
+  queries = training_queries(setup.config, setup.data)
+  total_steps = setup.config.train.epochs * steps_per_epoch(len(queries), setup.config.train.batch_size)
+  step = step_config(setup.config, setup.model, setup.layout, total_steps)
+  return TrainingParts(setup, queries, total_steps, step, abstract_on(setup, step, queries, setup.mesh))
+
+
+def first_checkpoint(config, workdir):
+  """Returns the checkpoint of step 0, and the encoder of the run."""
+  parts = training_parts(config, workdir)
+  setup, encoder = parts.setup, parts.setup.load_encoder()
+  checkpoint = initial_checkpoint(
+    setup.config,
+    parts.abstract,
+    parts.step.optimizer,
+    parts.queries,
+    encoder,
+    setup.weights_folder,
+    setup.data.fingerprint,
+  )
+  return checkpoint, encoder
+
+
+def abstract_on(setup, step, queries, mesh):
+  """Returns the abstract state on a mesh."""
+  return abstract_state(setup.model, step.optimizer, len(queries), setup.data.num_labels, "float32", mesh)
+
+
+def loss_and_gradients(parts, mesh, features=None, remat=True):
+  """Returns loss, query embeddings and gradients of a batch of 16 on the host, close to the initial parameters.
+
+  At the initial parameters themselves, adapters are zero, and so are half of their gradients.
   """
-  batch = make_batch(run.queries, np.arange(len(run.queries)), 16, run.layout, seed=0, epoch=0, step=1)
-  abstract = abstract_state(run.model, run.optimizer, len(run.queries), run.corpus.num_labels, "float32", mesh)
-  params, frozen = run.model.split(init_params(run.model, mesh, 0))
+  setup, model = parts.setup, parts.setup.model
+  batch = make_batch(parts.queries, np.arange(len(parts.queries)), 16, setup.layout, seed=0, epoch=0, step=1)
+  abstract = abstract_on(setup, parts.step, parts.queries, mesh)
+  params, frozen = model.split(init_params(model, mesh, 0))
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: x + jax.device_put(rng.normal(0, 0.02, x.shape).astype(x.dtype), x.sharding), params)
-  state = create_state(abstract, params, run.optimizer)
+  state = create_state(abstract, params, parts.step.optimizer)
+  step = dataclasses.replace(parts.step, remat=remat)
   loss_of = jax.jit(
     jax.value_and_grad(
       lambda params, frozen, state, batch: batch_loss(
-        run.model, layers.join_params(params, frozen), state, batch, run.layout, run.loss, run.base_key, True, mesh
+        step, mesh, join_params(params, frozen), state, batch, step.base_key
       ),
       has_aux=True,
     )
   )
-  (loss, (_, embeddings)), gradients = loss_of(params, frozen, state, device_batch(batch, mesh, bank))
+  (loss, (_, embeddings)), gradients = loss_of(params, frozen, state, device_batch(batch, features, mesh))
   return jax.device_get((loss, embeddings, gradients))
 
 
 def assert_close(left, right):
-  """Equal but for the order of sums."""
+  """Checks that two trees are equal up to rounding, since sums are taken in different orders."""
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
 def assert_same_bits(left, right):
+  """Checks that two trees are equal."""
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
     np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
+def metrics_of(final):
+  """Returns the metrics among the values of final_metrics.json, without times and settings."""
+  return {name: value for name, value in final.items() if "@" in name}
+
+
 def final_state(config, workdir):
-  """The state that a finished run left."""
-  run = set_up(config, workdir)
-  with loop.Checkpointer(workdir / "checkpoints", 2) as checkpointer:
-    return jax.device_get(checkpointer.restore(run.total_steps, run.abstract, len(run.queries)).state)
+  """Returns the state of a finished run, on the host."""
+  parts = training_parts(config, workdir)
+  with Checkpointer(workdir / "checkpoints", 2) as checkpointer:
+    return jax.device_get(checkpointer.restore(parts.total_steps, parts.abstract, len(parts.queries)).state)
 
 
-def assert_stopped_and_started_again_ends_with_the_same_bits(config, folder, monkeypatch):
-  """Trains once undisturbed, and once with SIGTERM in between, in the folders `undisturbed` and `stopped`."""
-  train_and_evaluate(config, folder / "undisturbed")
+def assert_sigterm_changes_no_bit(config, undisturbed, workdir, monkeypatch):
+  """Trains in `workdir` with a SIGTERM in the second epoch, continues, and compares with an undisturbed workdir."""
   send_sigterm_at_batch(5, monkeypatch)
   with pytest.raises(Preempted, match="saved step"):
-    train_and_evaluate(config, folder / "stopped")
+    train_and_evaluate(config, workdir)
   monkeypatch.undo()
-  train_and_evaluate(config, folder / "stopped")
-  assert_same_bits(final_state(config, folder / "undisturbed"), final_state(config, folder / "stopped"))
+  train_and_evaluate(config, workdir)
+  assert_same_bits(final_state(config, undisturbed), final_state(config, workdir))
 
 
 def send_sigterm_at_batch(number, monkeypatch):
-  """From now on training gets SIGTERM while it makes its batch of this number."""
+  """Sends SIGTERM to this process when training makes its batch of this number, counted from now on."""
   calls = iter(range(1000))
 
   def batch_then_sigterm(*args, **kwargs):
@@ -89,14 +140,15 @@ def send_sigterm_at_batch(number, monkeypatch):
 
 
 def command(config, workdir, devices=8, encoder="minilm-l6"):
-  """The command line that trains `config`, which must come from configs/custom.py with that encoder."""
+  """Returns the command line that trains `config`, which must come from configs/custom.py with this encoder."""
   given = configuration.flatten_config(config)
   flags = [
     f"--config.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
     for key, value in given.items()
     if value != () and not key.startswith("baselines")
   ]
-  environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  flags_of_xla = os.environ["XLA_FLAGS"].replace("_device_count=8", f"_device_count={devices}")  # See conftest.
+  environment = os.environ | {"XLA_FLAGS": flags_of_xla}
   arguments = [
     sys.executable,
     "-m",
@@ -109,13 +161,14 @@ def command(config, workdir, devices=8, encoder="minilm-l6"):
 
 
 def read_step(workdir):
+  """Returns the step of the last line of metrics.jsonl; 0 if there is none."""
   path = workdir / "metrics.jsonl"
   lines = path.read_text().splitlines() if path.exists() else []
   return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
 
 
 def two_processes(config, workdir, devices=2, encoder="minilm-l6"):
-  """Starts a run in two processes of so many devices each."""
+  """Starts a run in two processes with the given number of devices each."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
@@ -125,23 +178,26 @@ def two_processes(config, workdir, devices=2, encoder="minilm-l6"):
   return [subprocess.Popen(**started) for started in commands]
 
 
-def assert_two_processes_train_like_one(config, folder, devices=2, encoder="minilm-l6"):
-  """Two epochs in two processes of so many devices each, and in one that has them all."""
-  config.train.epochs = 2
-  alone = subprocess.run(**command(config, folder / "one", 2 * devices, encoder))
-  assert alone.returncode == 0, alone.stdout
-  processes = two_processes(config, folder / "two", devices, encoder)
+def assert_two_processes_train_like_one(config, one, two, encoder="minilm-l6"):
+  """Trains in two processes of four devices each, and compares with a workdir of one process of eight devices.
+
+  Args:
+    config: Config of the finished run.
+    one: Workdir of the finished run.
+    two: Workdir of the two processes.
+    encoder: Name of the encoder in the config.
+  """
+  processes = two_processes(config, two, 4, encoder)
   outputs = [process.communicate(timeout=300)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 
-  def losses(name):
-    lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+  def losses(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [line["values"]["loss"] for line in lines if line["split"] == "train"]
 
-  # Float tolerance grows over steps: sums are taken in another order.
-  np.testing.assert_allclose(losses("one"), losses("two"), rtol=2e-3)
-  config.mesh.update(dict(data=-1, fsdp=1, tensor=1))  # To read what they left on this process's devices.
-  one, two = (dataclasses.asdict(final_state(config, folder / name)) for name in ("one", "two"))
-  np.testing.assert_allclose(one["bank"], two["bank"], atol=5e-3)
-  np.testing.assert_allclose(one["centroids"], two["centroids"], atol=5e-3)
-  np.testing.assert_array_equal(one["label_clusters"], two["label_clusters"])
+  # Sums are taken in different orders, and the differences grow from step to step.
+  np.testing.assert_allclose(losses(one), losses(two), rtol=2e-3)
+  alone, together = (final_state(config, workdir) for workdir in (one, two))
+  np.testing.assert_allclose(alone.bank, together.bank, atol=5e-3)
+  np.testing.assert_allclose(alone.centroids, together.centroids, atol=5e-3)
+  np.testing.assert_array_equal(alone.label_clusters, together.label_clusters)

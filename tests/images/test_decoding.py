@@ -1,5 +1,6 @@
-"""Any bytes become pixels or a reason; pixels are upright, in RGB, on white."""
+"""All bytes become pixels or a reason; pixels are upright, in RGB, on white; base64 becomes bytes."""
 
+import base64
 import io
 import struct
 import zlib
@@ -9,10 +10,10 @@ from PIL import Image, ImageOps
 import pytest
 
 from vixml_jax.images import decoding
-from vixml_jax.images.decoding import BadImage, decode
+from vixml_jax.images.decoding import BadImage, decode, from_data_uri
 
 RNG = np.random.default_rng(0)
-PICTURE = RNG.integers(0, 256, (5, 7, 3), np.uint8)
+PIXELS = RNG.integers(0, 256, (5, 7, 3), np.uint8)
 
 
 def encoded(image, kind="PNG", **options):
@@ -22,7 +23,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def png_header(width, height):
-  """A PNG whose header says so; there is no picture behind it."""
+  """A PNG with this size in its header and without pixels."""
 
   def chunk(name, data):
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -33,17 +34,17 @@ def png_header(width, height):
 
 @pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {})])
 def test_lossless_formats_give_the_pixels_that_were_saved(kind, options):
-  np.testing.assert_array_equal(decode(encoded(Image.fromarray(PICTURE), kind, **options)), PICTURE)
+  np.testing.assert_array_equal(decode(encoded(Image.fromarray(PIXELS), kind, **options)), PIXELS)
 
 
-def test_alpha_is_laid_on_white():
+def test_alpha_is_composited_on_white():
   rgba = np.zeros((1, 3, 4), np.uint8)
   rgba[0] = [[200, 100, 0, 255], [200, 100, 0, 0], [200, 100, 0, 51]]  # 51 / 255 = 0.2.
   expected = [[200, 100, 0], [255, 255, 255], [244, 224, 204]]
   np.testing.assert_allclose(decode(encoded(Image.fromarray(rgba)))[0].astype(int), expected, atol=1)
 
 
-def test_gray_with_alpha_is_laid_on_white():
+def test_gray_with_alpha_is_composited_on_white():
   image = Image.fromarray(np.array([[[0, 255], [0, 0]]], np.uint8), "LA")
   np.testing.assert_array_equal(decode(encoded(image))[0], [[0] * 3, [255] * 3])
 
@@ -99,19 +100,19 @@ def test_one_pixel_wide_is_an_image(size):
 def test_exif_orientation_is_applied(orientation):
   exif = Image.Exif()
   exif[0x0112] = orientation
-  blob = encoded(Image.fromarray(PICTURE), exif=exif)
+  blob = encoded(Image.fromarray(PIXELS), exif=exif)
   expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(blob))))
   assert expected.shape == ((5, 7, 3) if orientation < 5 else (7, 5, 3))
   np.testing.assert_array_equal(decode(blob), expected)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # As `images` has it; pytest puts its own filters first.
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # As in `decoding`; the filters of pytest come first.
 @pytest.mark.parametrize("exif", [b"Exif\0\0" + b"\xff" * 40, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"])
-def test_broken_exif_does_not_cost_the_picture(exif):
-  assert decode(encoded(Image.fromarray(PICTURE), "JPEG", exif=exif)).shape == (5, 7, 3)
+def test_image_with_broken_exif_is_decoded(exif):
+  assert decode(encoded(Image.fromarray(PIXELS), "JPEG", exif=exif)).shape == (5, 7, 3)
 
 
-# Below Pillow's own limit; where it warns; where it refuses by itself; and the most that a header can say.
+# Below Pillow's own limit; where Pillow warns; where Pillow refuses; and the maximum of a header.
 @pytest.mark.parametrize("side", [8193, 12_000, 20_000, 2**31 - 1])
 def test_enormous_image_is_refused_by_its_header(side):
   with pytest.raises(BadImage, match="more than 67,108,864 pixels"):
@@ -120,7 +121,7 @@ def test_enormous_image_is_refused_by_its_header(side):
 
 def test_largest_image_is_decoded_and_one_row_more_is_not(monkeypatch):
   monkeypatch.setattr(decoding, "MAX_PIXELS", 35)
-  assert decode(encoded(Image.fromarray(PICTURE))).shape == (5, 7, 3)
+  assert decode(encoded(Image.fromarray(PIXELS))).shape == (5, 7, 3)
   with pytest.raises(BadImage, match="pixels"):
     decode(encoded(Image.new("RGB", (7, 6))))
 
@@ -131,14 +132,14 @@ def test_largest_image_is_decoded_and_one_row_more_is_not(monkeypatch):
     (b"", decoding.EMPTY),
     (b"<html>404 Not Found</html>", decoding.NOT_AN_IMAGE),
     (b"\x89PNG\r\n\x1a\n", decoding.NOT_AN_IMAGE),
-    # Formats that Pillow knows but that are not taken; PostScript would start a program.
+    # Formats that Pillow reads but `decode` does not; PostScript would start a program.
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", decoding.NOT_AN_IMAGE),
     (b"P6 1 1 255\n\x01\x02\x03", decoding.NOT_AN_IMAGE),
     (png_header(4, 4), decoding.DAMAGED),
   ],
   ids=["no bytes", "html", "signature alone", "postscript", "netpbm", "no pixels"],
 )
-def test_what_is_no_image_has_a_reason(blob, reason):
+def test_bytes_that_are_not_an_image_have_a_reason(blob, reason):
   with pytest.raises(BadImage) as caught:
     decode(blob)
   assert str(caught.value) == reason
@@ -169,3 +170,15 @@ def test_damaged_bytes_give_pixels_or_a_reason(kind):
       assert str(error) in decoding.REASONS
       bad += 1
   assert bad
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "data:;base64,"])
+def test_base64_gives_the_bytes_of_an_image(prefix):
+  blob = encoded(Image.fromarray(PIXELS))
+  assert from_data_uri(prefix + base64.b64encode(blob).decode()) == blob
+
+
+@pytest.mark.parametrize("text", ["data:image/png,AAAA", "data:image/png", "A", "AAA=AAA", "A A=", "é", "../a.png"])
+def test_text_that_is_not_base64_has_a_reason(text):
+  with pytest.raises(ValueError, match="^not base64"):
+    from_data_uri(text)

@@ -1,4 +1,4 @@
-"""Features from every source of images, resumed and over several devices, against a plain forward pass."""
+"""Features from every source of images, resumed and by several processes, equal those of a plain forward pass."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.images import decoding, sources
 from vixml_jax.images.extraction import prepare_features
 from vixml_jax.images.tower import ImageTower
-from vixml_jax.models import layers
+from vixml_jax.models.parameters import merge_params
 from vixml_jax.models.siglip import define_siglip
 from vixml_jax.weights.siglip import save_npz
 
@@ -61,7 +61,7 @@ def expected(shared):
   pixels = [
     np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")) for rows in blobs.values() for row in rows for blob in row
   ]
-  forward = jax.jit(layers.merge_params(define_siglip(TOWER)[0], _params()))
+  forward = jax.jit(merge_params(define_siglip(TOWER)[0], _params()))
   vectors = np.asarray(forward(jnp.asarray(np.stack(pixels) / 127.5 - 1, jnp.float32)))
   lengths = {split: np.array([len(row) for row in rows]) for split, rows in blobs.items()}
   parts = np.split(vectors, np.cumsum([counts.sum() for counts in lengths.values()])[:-1])
@@ -82,7 +82,7 @@ def _check(features, expected):
 
 @pytest.mark.parametrize("part_rows, batch_size", [(1024, 64), (7, 8), (7, 3)])
 def test_features_are_those_of_a_plain_forward_pass(shared, expected, tmp_path, monkeypatch, part_rows, batch_size):
-  monkeypatch.setattr(sources, "PART_ROWS", part_rows)
+  monkeypatch.setattr(sources, "ROWS_PER_PART", part_rows)
   features = prepare_features(shared[0], tmp_path, shared[1], batch_size=batch_size)
   _check(features, expected)
   assert features.builder.info.full_name == "custom_features/tiny/1.0.0"
@@ -168,8 +168,8 @@ def _write_img2dataset(folder, builder):
 
 @pytest.mark.parametrize("write", [_write_files, _write_single_parquets, _write_shuffled_parquets, _write_img2dataset])
 def test_every_source_gives_the_same_features(shared, expected, tmp_path, monkeypatch, write):
-  monkeypatch.setattr(sources, "PART_IMAGES", 5)
-  monkeypatch.setattr(sources, "_CHUNK", 4)
+  monkeypatch.setattr(sources, "IMAGES_PER_PART", 5)
+  monkeypatch.setattr(sources, "PER_READ", 4)
   source = write(tmp_path / "images", shared[0])
   features = prepare_features(shared[0], tmp_path / "data", shared[1], images=source, batch_size=16)
   _check(features, expected)
@@ -181,8 +181,8 @@ def _sources_of_part(builder, source, numbers):
 
 
 def test_parts_of_parquet_are_read_alone_or_together(shared, tmp_path, monkeypatch):
-  monkeypatch.setattr(sources, "PART_IMAGES", 5)
-  monkeypatch.setattr(sources, "_CHUNK", 4)
+  monkeypatch.setattr(sources, "IMAGES_PER_PART", 5)
+  monkeypatch.setattr(sources, "PER_READ", 4)
   source = _write_shuffled_parquets(tmp_path, shared[0])
   parts = range(sources.open_sources(source, shared[0])["train"].num_parts)
   together = _sources_of_part(shared[0], source, parts)
@@ -237,19 +237,19 @@ def test_finished_features_are_not_made_again(shared, tmp_path, monkeypatch):
   features = prepare_features(shared[0], tmp_path, shared[1])
   assert features.dim == 8
   other = _write_tower(tmp_path / "tiny.npz", seed=1)
-  with pytest.raises(InputError, match="holds features with another checkpoint_sha256; choose another --name"):
+  with pytest.raises(InputError, match="has features with another checkpoint_sha256; choose another --name"):
     prepare_features(shared[0], tmp_path, other)
-  with pytest.raises(InputError, match="holds features with another preprocessing"):
+  with pytest.raises(InputError, match="has features with another preprocessing"):
     prepare_features(shared[0], tmp_path, shared[1], preprocessing="huggingface")
-  with pytest.raises(InputError, match="holds features with another images"):
+  with pytest.raises(InputError, match="has features with another images"):
     prepare_features(shared[0], tmp_path, shared[1], images=_write_files(tmp_path / "images", shared[0]))
 
 
-def test_weights_that_give_no_numbers_are_refused(shared, tmp_path):
+def test_weights_that_give_nan_are_refused(shared, tmp_path):
   params = _params()
   params["head"]["probe"][:] = np.nan
   save_npz(params, tmp_path / "nan.npz")
-  with pytest.raises(InputError, match="nan.npz: gives features that float16 cannot hold"):
+  with pytest.raises(InputError, match="nan.npz: its features are not finite or exceed float16"):
     prepare_features(shared[0], tmp_path, str(tmp_path / "nan.npz"))
 
 
@@ -257,10 +257,10 @@ KILLED = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from vixml_jax import datasets
-from vixml_jax.datasets import image_sources
+from vixml_jax.images import sources
 from vixml_jax.images.feature_parts import FeatureParts
 from vixml_jax.images.extraction import prepare_features
-image_sources.PART_ROWS = 8
+sources.ROWS_PER_PART = 8
 write = FeatureParts.write
 def slow(self, split, number, part):
   if (split, number) == ("train", 3):
@@ -283,7 +283,7 @@ def test_killed_extraction_keeps_what_it_finished(shared, expected, tmp_path, mo
   with process:
     assert any(line == "halfway\n" for line in process.stderr)
     process.send_signal(signal.SIGKILL)
-  monkeypatch.setattr(sources, "PART_ROWS", 8)
+  monkeypatch.setattr(sources, "ROWS_PER_PART", 8)
   encoded = []
   encode_parts = ImageTower.encode_parts
 
@@ -313,21 +313,21 @@ def test_killed_extraction_keeps_what_it_finished(shared, expected, tmp_path, mo
 @pytest.mark.parametrize(
   "case, line",
   [
-    ("image twice", "train images: row 3, slot 0 is there twice; give each image of a row a slot of its own"),
-    ("row out of range", "trn_images.parquet: record 1: row 40, slot 0 is out of range, the split has rows 0 to 39"),
+    ("image twice", "train images: row 3, slot 0 occurs twice; give each image of a row its own slot"),
+    ("row out of range", "trn_images.parquet: record 1: row 40, slot 0 is out of range; rows are 0 to 39"),
     ("slot below 0", "record 1: row 3, slot -1 is out of range"),
     ("no row", "record 1: row None, slot 0 is out of range"),
-    ("text for a row", "trn_images.parquet: near record 0: row and slot must be whole numbers"),
-    ("no image column", "columns must be row, slot and one of png, jpg, .*; found row, slot, picture"),
-    ("column of text", "column png holds string; it must hold the encoded images"),
-    ("no parquet", "trn_images.parquet: not a readable parquet file"),
+    ("text for a row", "trn_images.parquet: near record 0: row and slot must be integers"),
+    ("no image column", "columns must be row, slot and one of png, jpg, .*; found row, slot, photo"),
+    ("column of text", "column png has type string; it must have the encoded images"),
+    ("not parquet", "trn_images.parquet: not a readable parquet file"),
     ("cut short", "trn_images.parquet: not a readable parquet file"),
-    ("empty folder", "no images there; name a folder with trn, tst or lbl"),
-    ("name of a file", "1-2.png: image files must be called ROW_SLOT.EXT or ROW.EXT"),
-    ("row of a file", "40_0.png: row 40, slot 0 is out of range, the split has rows 0 to 39"),
+    ("empty folder", "no images found; give a folder with trn, tst or lbl"),
+    ("name of a file", "1-2.png: the name of an image file must be ROW_SLOT.EXT or ROW.EXT"),
+    ("row of a file", "40_0.png: row 40, slot 0 is out of range; rows are 0 to 39"),
   ],
 )
-def test_images_that_are_not_as_they_must_be(shared, tmp_path, case, line):
+def test_unusable_images_are_named(shared, tmp_path, case, line):
   folder = tmp_path / "images"
   folder.mkdir()
   path = folder / "trn_images.parquet"
@@ -338,10 +338,10 @@ def test_images_that_are_not_as_they_must_be(shared, tmp_path, case, line):
   elif case == "text for a row":
     pq.write_table(pa.table({"row": ["first"], "slot": [0], "png": [blob]}), path)
   elif case == "no image column":
-    _write_parquet(path, [(3, 0, blob)], "picture")
+    _write_parquet(path, [(3, 0, blob)], "photo")
   elif case == "column of text":
     pq.write_table(pa.table({"row": [3], "slot": [0], "png": ["text"]}), path)
-  elif case == "no parquet":
+  elif case == "not parquet":
     path.write_bytes(b"PAR2" * 10)
   elif case == "cut short":
     _write_parquet(path, [(3, 0, blob)])
@@ -354,16 +354,16 @@ def test_images_that_are_not_as_they_must_be(shared, tmp_path, case, line):
   assert not (tmp_path / "custom_features" / "tiny" / "1.0.0").exists()
 
 
-# The command itself. Name -> arguments after those that name the data, and what its one line must name.
+# Commands. Name -> arguments after those of the data, and a part of the one line on stderr.
 _COMMAND_LINES = {
   "no checkpoint": ([], "--checkpoint"),
   "no such checkpoint": (["--checkpoint={folder}/none.npz"], "{folder}/none.npz"),
   "no npz": (["--checkpoint={folder}/text.npz"], "{folder}/text.npz"),
   "another variant": (["--checkpoint={folder}/tiny.npz", "--variant=siglip2_b32_256"], "siglip2_b32_256"),
   "unknown variant": (["--checkpoint={folder}/tiny.npz", "--variant=siglip9"], "siglip9"),
-  "unknown pre-processing": (["--checkpoint={folder}/tiny.npz", "--preprocessing=crop"], "--preprocessing=crop"),
+  "unknown preprocessing": (["--checkpoint={folder}/tiny.npz", "--preprocessing=crop"], "--preprocessing=crop"),
   "no such images": (["--checkpoint={folder}/tiny.npz", "--images={folder}/nothing"], "{folder}/nothing"),
-  "batch of none": (["--checkpoint={folder}/tiny.npz", "--batch_size=0"], "batch_size 0"),
+  "empty batch": (["--checkpoint={folder}/tiny.npz", "--batch_size=0"], "batch_size 0"),
   "name with a slash": (["--checkpoint={folder}/tiny.npz", "--name=a/b"], "a/b"),
   "nothing published": (["--published={folder}"], "trn_embs_imgs_3_1152_siglip2.npy"),
   "published and checkpoint": (["--published={folder}", "--checkpoint=x.npz"], "--published and --checkpoint"),
@@ -397,7 +397,7 @@ def results(command_folder):
   return run_commands(commands, command_folder)
 
 
-def test_command_makes_features_and_says_so_once(results, command_folder):
+def test_command_makes_features_once(results, command_folder):
   for name, line in (("good", "images/s"), ("again", "nothing to do")):
     status, stdout, stderr = results[name]
     assert (status, stdout) == (0, ""), stderr
@@ -421,10 +421,10 @@ sys.path.insert(0, sys.argv[1])
 import jax
 jax.distributed.initialize(sys.argv[5], 2, int(sys.argv[6]))
 from vixml_jax import datasets
-from vixml_jax.datasets import image_sources
+from vixml_jax.images import sources
 from vixml_jax.images.feature_parts import FeatureParts
 from vixml_jax.images.extraction import prepare_features
-image_sources.PART_ROWS = 8
+sources.ROWS_PER_PART = 8
 write = FeatureParts.write
 def counted(self, split, number, part):
   print("made", split, number, flush=True)

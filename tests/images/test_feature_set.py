@@ -1,4 +1,4 @@
-"""Features sets on disk: order, what they belong to, and the import of published files without unpickling."""
+"""Feature sets on disk: order, their data set, and the import of published files without unpickling."""
 
 import io
 import os
@@ -38,14 +38,14 @@ def _rows(split, start, stop):
     yield 2 * np.arange(len(vectors), dtype=np.int32), vectors
 
 
-@pytest.mark.parametrize("rows_a_shard", [50_000, 7])
-def test_features_are_read_as_they_were_written(builder, tmp_path, monkeypatch, rows_a_shard):
-  monkeypatch.setattr(feature_set, "ROWS_A_SHARD", rows_a_shard)
+@pytest.mark.parametrize("rows_per_shard", [50_000, 7])
+def test_features_are_read_as_they_were_written(builder, tmp_path, monkeypatch, rows_per_shard):
+  monkeypatch.setattr(feature_set, "ROWS_PER_SHARD", rows_per_shard)
   written = write_features(builder, tmp_path / "data", "tiny", {"dim": DIM, "variant": "none"}, _rows)
   found = open_features(builder, tmp_path / "data", "tiny")
   assert (found.dim, found.metadata) == (DIM, written.metadata)
   assert found.metadata["dataset"] == "custom" and found.metadata["rows"] == COUNTS
-  assert found.builder.info.splits["train"].num_shards == (1 if rows_a_shard > 23 else 4)
+  assert found.builder.info.splits["train"].num_shards == (1 if rows_per_shard > 23 else 4)
   for split, count in COUNTS.items():
     lengths, values = zip(*found.split(split), strict=True)
     np.testing.assert_array_equal(np.concatenate(lengths), np.arange(count) % 4)
@@ -55,7 +55,7 @@ def test_features_are_read_as_they_were_written(builder, tmp_path, monkeypatch, 
 
 
 def test_blocks_of_rows_follow_one_another(builder, tmp_path, monkeypatch):
-  monkeypatch.setattr("vixml_jax.datasets.records._ROWS_A_READ", 10)
+  monkeypatch.setattr("vixml_jax.datasets.records.ROWS_PER_READ", 10)
   found = write_features(builder, tmp_path / "data", "tiny", {"dim": DIM}, _rows)
   blocks = list(found.split("train"))
   assert [len(lengths) for lengths, _ in blocks] == [10, 10, 3]
@@ -79,18 +79,18 @@ def test_features_of_other_raw_files_are_refused(builder, tmp_path):
     open_features(other, tmp_path / "data", "tiny")
 
 
-def test_features_that_are_not_there_are_asked_for(builder, tmp_path):
+def test_missing_features_are_requested(builder, tmp_path):
   with pytest.raises(InputError, match=r"custom_features.tiny.1.0.0: no image features; make them with python -m"):
     open_features(builder, tmp_path / "data", "tiny")
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "a b"])
-def test_name_that_is_no_folder_is_refused(builder, tmp_path, name):
+def test_name_that_cannot_be_a_folder_is_refused(builder, tmp_path, name):
   with pytest.raises(InputError, match="choose another --name"):
     features_folder(builder, tmp_path, name)
 
 
-def test_killed_writing_leaves_nothing_that_opens(builder, tmp_path):
+def test_failed_writing_leaves_nothing_that_opens(builder, tmp_path):
   def broken(split, start, stop):
     yield from _rows(split, start, stop - 1)
     raise InputError("the end is missing")
@@ -129,7 +129,7 @@ def _publish(folder, maps=None, dim=DIM, images=40):
   return vectors
 
 
-def test_published_features_are_those_of_numpys_own_reading(builder, tmp_path):
+def test_published_features_are_those_that_numpy_reads(builder, tmp_path):
   vectors = _publish(tmp_path / "published")
   found = import_published(builder, tmp_path / "data", tmp_path / "published")
   assert found.dim == DIM and found.metadata["preprocessing"] == "published"
@@ -154,7 +154,7 @@ def test_published_features_are_imported_once(builder, tmp_path):
   assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
   vectors = tmp_path / "published" / "tst_embs_imgs_3_1152_siglip2.npy"
   np.save(vectors, np.load(vectors) + 1)
-  with pytest.raises(InputError, match="holds features with another checkpoint_sha256; choose another --name"):
+  with pytest.raises(InputError, match="has features with another checkpoint_sha256; choose another --name"):
     import_published(builder, tmp_path / "data", tmp_path / "published")
 
 
@@ -162,14 +162,14 @@ def test_published_features_are_imported_once(builder, tmp_path):
   "maps, line",
   [
     ({"train": _objects([[0]] * 22)}, "train_imgs_384_3_map.npy: 22 rows, but the train split has 23"),
-    ({"labels": _objects([[0]] * 8 + [[3, 40]])}, "labels_imgs_384_3_map.npy: row 8 names image 40, but .* 0 to 39"),
-    ({"test": _objects([[0]] * 4 + [[-2]])}, "test_imgs_384_3_map.npy: row 4 names image -2"),
-    ({"test": _objects([[0]] * 4 + [["a"]])}, "test_imgs_384_3_map.npy: it holds what is no whole number"),
-    ({"test": _objects([[0]] * 4 + [[[1]]])}, "test_imgs_384_3_map.npy: it holds what is no whole number"),
-    ({"test": _objects([[0]] * 4 + [[None]])}, "test_imgs_384_3_map.npy: it holds what is no whole number"),
-    ({"test": _objects([[0]] * 4 + [[2**80]])}, "test_imgs_384_3_map.npy: not an .npy file of lists"),
+    ({"labels": _objects([[0]] * 8 + [[3, 40]])}, "labels_imgs_384_3_map.npy: row 8 has image 40, but .* 0 to 39"),
+    ({"test": _objects([[0]] * 4 + [[-2]])}, "test_imgs_384_3_map.npy: row 4 has image -2"),
+    ({"test": _objects([[0]] * 4 + [["a"]])}, "test_imgs_384_3_map.npy: it has a value that is not an integer"),
+    ({"test": _objects([[0]] * 4 + [[[1]]])}, "test_imgs_384_3_map.npy: it has a value that is not an integer"),
+    ({"test": _objects([[0]] * 4 + [[None]])}, "test_imgs_384_3_map.npy: it has a value that is not an integer"),
+    ({"test": _objects([[0]] * 4 + [[2**80]])}, "test_imgs_384_3_map.npy: not an .npy file with lists of integers"),
     ({"test": _objects([[0]] * 4 + [{}])}, "test_imgs_384_3_map.npy: it has the instruction EMPTY_DICT"),
-    ({"test": np.zeros(5)}, "test_imgs_384_3_map.npy: it holds what is no whole number"),
+    ({"test": np.zeros(5)}, "test_imgs_384_3_map.npy: it has a value that is not an integer"),
     ({"test": np.zeros((5, 1, 1), int)}, "test_imgs_384_3_map.npy: its array of shape"),
   ],
 )
@@ -187,7 +187,7 @@ def test_published_file_that_is_missing_or_damaged_is_named(builder, tmp_path):
   whole = vectors.read_bytes()
   for content, line in (
     (whole[:200], "trn_embs.*: not a readable .npy file of numbers"),
-    (_npy(np.full((40, DIM), 1e6)), "trn_embs.*: among rows .* are values that float16 cannot hold"),
+    (_npy(np.full((40, DIM), 1e6)), "trn_embs.*: rows .* have values that are not finite or exceed float16"),
     (_npy(np.full((40, DIM + 1), 1.0)), "features of the splits have different sizes"),
     (_npy(np.full((40, DIM), 1)), "has shape .* and type int64"),
   ):
@@ -347,9 +347,9 @@ def test_the_attacks_are_attacks(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04", b"\x93NUMPY\x01\x00\x10\x00__import__('os')"])
-def test_file_that_is_no_npy_is_refused(tmp_path, content):
+def test_file_that_is_not_npy_is_refused(tmp_path, content):
   (tmp_path / "map.npy").write_bytes(content)
-  with pytest.raises(InputError, match=r"map.npy: not an .npy file of lists"):
+  with pytest.raises(InputError, match=r"map.npy: not an .npy file with lists of integers"):
     read_lists(tmp_path / "map.npy")
   with pytest.raises(InputError, match="none.npy: cannot be read"):
     read_lists(tmp_path / "none.npy")

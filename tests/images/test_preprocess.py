@@ -13,7 +13,7 @@ from vixml_jax.images.preprocess import PREPROCESSING, big_vision, resize_biline
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 2), (5, 3), (16, 16), (40, 17), (3, 64)]
 
 
-def picture(shape):
+def pixels_of(shape):
   return np.random.default_rng(sum(shape)).integers(0, 256, (*shape, 3), np.uint8)
 
 
@@ -40,12 +40,12 @@ def per_pixel(pixels, size):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [4, 15])
 def test_bilinear_is_tensorflows_to_the_last_bit(shape, size):
-  np.testing.assert_array_equal(resize_bilinear(picture(shape), size), per_pixel(picture(shape), size))
+  np.testing.assert_array_equal(resize_bilinear(pixels_of(shape), size), per_pixel(pixels_of(shape), size))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bilinear_agrees_with_torch(shape):
-  pixels = picture(shape)
+  pixels = pixels_of(shape)
   batch = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
   expected = torch.nn.functional.interpolate(batch, (12, 12), mode="bilinear", align_corners=False, antialias=False)
   np.testing.assert_allclose(resize_bilinear(pixels, 12), expected[0].permute(1, 2, 0).numpy(), atol=2e-3)
@@ -62,12 +62,12 @@ def test_big_vision_by_hand():
   assert _line([0, 100], 4) == [0, 25, 75, 100]
   # 63.75 and 191.25: the cast to uint8 cuts off, it does not round.
   assert _line([0, 255], 4) == [0, 63, 191, 255]
-  # Without antialiasing only the two pixels beside each center (1.5 and 5.5) count.
+  # Without antialiasing only the two pixels around each center (1.5 and 5.5) count.
   assert _line([255, 10, 20, 255, 255, 30, 60, 255], 2) == [15, 45]
 
 
 def test_image_of_the_right_size_is_left_as_it_is():
-  pixels = picture((16, 16))
+  pixels = pixels_of((16, 16))
   for preprocess in PREPROCESSING.values():
     np.testing.assert_array_equal(preprocess(pixels, 16), pixels)
 
@@ -78,14 +78,14 @@ def test_image_of_the_right_size_is_left_as_it_is():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_huggingface_is_siglips_processor(name, options, shape):
   processor = SiglipImageProcessorPil(size={"height": 12, "width": 12}, **options)
-  expected = processor(Image.fromarray(picture(shape)), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-  pixels = PREPROCESSING[name](picture(shape), 12)
+  expected = processor(Image.fromarray(pixels_of(shape)), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+  pixels = PREPROCESSING[name](pixels_of(shape), 12)
   assert pixels.dtype == np.uint8
   np.testing.assert_allclose(pixels.astype(np.float32) / 255 * 2 - 1, expected, atol=2e-7)
 
 
-def test_the_ways_differ_where_an_image_shrinks():
-  pixels = picture((40, 40))
+def test_the_ways_of_resizing_differ_for_a_large_image():
+  pixels = pixels_of((40, 40))
   results = [preprocess(pixels, 12).astype(int) for preprocess in PREPROCESSING.values()]
   assert np.abs(results[0] - results[1]).mean() > 10
   assert np.abs(results[1] - results[2]).mean() > 1

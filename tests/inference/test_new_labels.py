@@ -1,4 +1,4 @@
-"""Labels that come after training: their prototypes, that they are found and deleted ones are not, and bad input."""
+"""Labels that are added after training: their prototypes, search with and without them, and bad input."""
 
 import base64
 import dataclasses
@@ -7,32 +7,24 @@ import shutil
 
 import jax
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.new_labels import score, write_without
-from tests.helpers import trained_workdirs
-from tests.helpers.miniature import read_lines, write_raw_folder
 from tests.helpers.miniature_runs import run_commands
+from tests.helpers.trained_workdirs import raw_records
 import vixml_jax
-from vixml_jax.datasets import raw
 from vixml_jax.errors import InputError
+from vixml_jax.inference.label_files import label_format, read_categories, read_labels, read_uids
 from vixml_jax.inference.new_labels import (
-  LabelFormat,
   add_labels,
   check_categories,
   check_new,
   embed_labels,
   ids_of_uids,
   nearest_clusters,
-  read_categories,
-  read_labels,
-  read_uids,
 )
-from vixml_jax.ragged import Ragged
 from vixml_jax.search import snapshots
-from vixml_jax.search.label_index import IndexContents, LabelIndex, write_index
+from vixml_jax.search.label_index import LabelIndex
+from vixml_jax.search.label_index_files import IndexContents, write_index
 from vixml_jax.search.scann_index import scann_available
 
 NEW = [
@@ -45,36 +37,21 @@ kinds = pytest.mark.parametrize("search", ["exact", pytest.param("scann", marks=
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-  return trained_workdirs.texts_only(tmp_path_factory)
+def predictor(texts_only):
+  return vixml_jax.load(texts_only.workdir)
 
 
 @pytest.fixture(scope="module")
-def predictor(trained):
-  return vixml_jax.load(trained.workdir)
-
-
-@pytest.fixture(scope="module")
-def illustrated(tmp_path_factory):
-  return trained_workdirs.with_images(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def viewer(illustrated):
-  return vixml_jax.load(illustrated.workdir)
-
-
-def label_format(predictor):
-  config = predictor.encoder.config
-  return LabelFormat(tuple(config.dataset.text_fields), config.images, config.features.dim)
+def viewer(with_images):
+  return vixml_jax.load(with_images.workdir)
 
 
 def parsed(predictor, records):
-  return [label_format(predictor).parse(record, f"label {i}") for i, record in enumerate(records)]
+  return [label_format(predictor.encoder.config).parse(record, f"label {i}") for i, record in enumerate(records)]
 
 
 def with_index(predictor, folder, search="exact"):
-  """The predictor with an index of its own, to change."""
+  """Returns the predictor with a copy of its index that the test may edit."""
   index, ids = predictor.index, np.arange(predictor.index.num_labels)
   contents = IndexContents(
     index.embeddings,
@@ -97,7 +74,7 @@ def with_labels(predictor, records):
 
 
 def embedded(predictor, labels):
-  """Prototypes and clusters."""
+  """Returns prototypes and clusters of labels."""
   found = embed_labels(predictor, labels)
   return found.prototypes, found.clusters
 
@@ -105,17 +82,8 @@ def embedded(predictor, labels):
 # Prototypes.
 
 
-def raw_records(workplace, split):
-  """Records of a raw folder with the pictures of each as `images`."""
-  records = read_lines(workplace / raw.SPLITS[split].rows)
-  for picture in pq.read_table(workplace / raw.SPLITS[split].images).to_pylist():
-    records[picture["row"]].setdefault("images", []).append(picture["png"])
-  return records
-
-
-def test_a_label_of_the_training_data_with_its_queries_gets_the_prototype_that_training_gave_it(illustrated, viewer):
-  workplace = illustrated.workdir.parent / "gone" / "raw"
-  queries = raw_records(workplace, "train")
+def test_a_label_of_the_training_data_with_its_queries_gets_the_prototype_that_training_gave_it(with_images, viewer):
+  queries = raw_records(with_images.raw, "train")
   labels = [
     {
       **label,
@@ -125,14 +93,14 @@ def test_a_label_of_the_training_data_with_its_queries_gets_the_prototype_that_t
         if number in query["target_ind"]
       ],
     }
-    for number, label in enumerate(raw_records(workplace, "labels"))
+    for number, label in enumerate(raw_records(with_images.raw, "labels"))
   ]
   assert {len(label.get("images", ())) for label in labels} == {0, 1} and all(label["positives"] for label in labels)
   prototypes, clusters = embedded(viewer, parsed(viewer, labels))
-  # Training made balanced clusters by its initial model: not every label need be nearest to its own.
+  # Training made balanced clusters with its initial model, so a label may be nearer to another one.
   same = clusters == viewer.index.label_clusters
   assert same.mean() > 0.5
-  np.testing.assert_allclose(prototypes[same], illustrated.embeddings("labels")[same], atol=2e-5)
+  np.testing.assert_allclose(prototypes[same], with_images.embeddings("labels")[same], atol=2e-5)
 
 
 def test_a_new_label_has_the_nearest_cluster_and_the_mean_of_its_positives_or_itself(predictor):
@@ -142,12 +110,11 @@ def test_a_new_label_has_the_nearest_cluster_and_the_mean_of_its_positives_or_it
   cosines = own @ predictor.index.cluster_means.T / np.where(norms > 0, norms, np.inf)
   np.testing.assert_array_equal(clusters, cosines.argmax(1))
   centroids = np.stack([predictor.encode(["horse chip", "code"]).mean(0), own[1], own[2]])
-  encoder = predictor.encoder
-  items, _ = encoder._items([label["title"] for label in NEW], None)
-  wanted = encoder._encoder(encoder.layout.chunk_rows).prototypes(encoder.params, items, clusters, centroids)
+  pooled = predictor.encoder.pooled([label["title"] for label in NEW], whole_chunks=True)
+  wanted = predictor.encoder.prototypes(pooled, clusters, centroids)
   np.testing.assert_allclose(prototypes, wanted, atol=2e-6)
   np.testing.assert_allclose(np.linalg.norm(prototypes, axis=1), 1, rtol=1e-5)
-  # Positives have a say.
+  # Positives change the prototype.
   other, _ = embedded(predictor, parsed(predictor, [NEW[0] | {"positives": ["snow rain"]}]))
   assert np.abs(other[0] - prototypes[0]).max() > 1e-3
 
@@ -156,7 +123,12 @@ def test_the_nearest_cluster_is_one_with_labels_and_by_direction():
   clusters = np.float32([[0, 0], [0.1, 0], [0.6, 0.6], [0, 0], [-0.1, 0]])
   embeddings = np.float32([[1, 0.1], [0.6, 0.5], [-0.9, -0.5], [0, -1]])
   mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("data",))
-  assert nearest_clusters(embeddings, clusters, mesh).tolist() == [1, 2, 4, 1]  # Of two equal ones the first.
+  assert nearest_clusters(embeddings, clusters, mesh).tolist() == [
+    1,
+    2,
+    4,
+    1,
+  ]  # Two clusters are equally near to the last embedding.
   assert clusters[2, 0] == np.float32(0.6), "the index's own array stays as it is"
 
 
@@ -175,7 +147,7 @@ def test_one_by_one_they_get_what_they_get_together(predictor, tmp_path):
 
 
 @kinds
-def test_added_labels_are_found_and_deleted_ones_never_come(predictor, tmp_path, search):
+def test_added_labels_are_found_and_deleted_ones_are_not(predictor, tmp_path, search):
   larger = with_labels(with_index(predictor, tmp_path / "index", search), NEW)
   assert larger.index.search_kind == search and larger.index.num_live == 27
   queries = [{"title": label["title"], "allow": None} for label in NEW]
@@ -204,27 +176,27 @@ def test_a_label_ranks_high_for_its_own_text(predictor, tmp_path):
 
 
 def test_retrieval_augmentation_gives_new_labels_their_own_share_and_that_of_their_positives(
-  predictor, trained, tmp_path
+  predictor, texts_only, tmp_path
 ):
   larger = with_labels(with_index(predictor, tmp_path / "index"), NEW)
   augmented = dataclasses.replace(
-    larger, retrieval=vixml_jax.load(trained.workdir, retrieval_augmented=True, retrieval_lambda=0.5).retrieval
+    larger, retrieval=vixml_jax.load(texts_only.workdir, retrieval_augmented=True, retrieval_lambda=0.5).retrieval
   )
   found = {label.id: label.score for label in augmented.predict([NEW[0]["title"]], 27)[0]}
   query = predictor.encode([NEW[0]["title"]])[0].astype(np.float64)
   labels = np.exp(larger.index.embeddings @ query / augmented.retrieval.temperature)
   positives = predictor.encode(["horse chip", "code"])
   memory = np.exp(
-    np.concatenate([trained.embeddings("train_queries"), positives]) @ query / augmented.retrieval.temperature
+    np.concatenate([texts_only.embeddings("train_queries"), positives]) @ query / augmented.retrieval.temperature
   )
   total = labels.sum() + memory.sum()
-  # No training query has the other two.
+  # No training query has labels 25 and 26.
   for number, share in ((24, labels[24] + memory[-2:].sum()), (25, labels[25]), (26, labels[26])):
     assert found[number] == pytest.approx(0.5 * share / total, rel=1e-3)
   assert sum(found.values()) > 0.5 * labels.sum() / total
 
 
-def test_a_kill_while_labels_are_added_leaves_the_former_index(predictor, tmp_path, monkeypatch):
+def test_killing_the_process_that_adds_labels_keeps_the_former_index(predictor, tmp_path, monkeypatch):
   own = with_index(predictor, tmp_path / "index")
   before = own.predict(["gift cake cup"], 24)
 
@@ -275,28 +247,28 @@ def test_a_bad_label_is_named_by_file_and_line(predictor, tmp_path, line, messag
   path = tmp_path / "new.jsonl"
   path.write_text(f"{json.dumps(NEW[0])}\n\n{line}\n")
   with pytest.raises(InputError, match=f"new.jsonl:3: .*{message}"):
-    read_labels(path, label_format(predictor))
+    read_labels(path, label_format(predictor.encoder.config))
 
 
-def test_uids_that_stand_for_two_labels_are_named_by_line(predictor, tmp_path):
+def test_uids_of_two_labels_are_named_by_line(predictor, tmp_path):
   path = tmp_path / "new.jsonl"
   path.write_text("".join(json.dumps({"uid": uid, "title": "x"}) + "\n" for uid in ("a", "label/3", "a")))
-  labels = read_labels(path, label_format(predictor))
-  with pytest.raises(InputError, match="new.jsonl:2: uid 'label/3' stands for a label of .*index already"):
+  labels = read_labels(path, label_format(predictor.encoder.config))
+  with pytest.raises(InputError, match="new.jsonl:2: uid 'label/3' belongs to a label of .*index"):
     check_new(predictor.index, labels, {})
-  with pytest.raises(InputError, match=r"new.jsonl:3: uid 'a' stands for the label of .*new.jsonl:1, too"):
+  with pytest.raises(InputError, match=r"new.jsonl:3: uid 'a' is also that of .*new.jsonl:1; every"):
     check_new(predictor.index, labels, {"label/3": "uids.txt:1"})
   check_new(predictor.index, labels[:2], {"label/3": "uids.txt:1"})
 
 
-def test_uids_of_uids_are_read_as_they_stand_and_unknown_ones_named_by_line(predictor, tmp_path):
+def test_uids_to_delete_are_read_exactly_and_unknown_ones_named_by_line(predictor, tmp_path):
   path = tmp_path / "uids.txt"
   path.write_bytes(b"\xef\xbb\xbflabel/3\r\n\r\nlabel/1\nlabel/3")
   assert ids_of_uids(predictor.index, read_uids(path)).tolist() == [3, 1]
   path.write_text("label/3\nlabel /1\n")
   with pytest.raises(InputError, match="uids.txt:2: label 'label /1' is not in"):
     ids_of_uids(predictor.index, read_uids(path))
-  for content, message in ((b"\n \n", "holds no uid"), (b"\xff\xfe", "uids.txt: cannot be read")):
+  for content, message in ((b"\n \n", "has no uids"), (b"\xff\xfe", "uids.txt: cannot be read")):
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
       read_uids(path)
@@ -307,17 +279,17 @@ def test_uids_of_uids_are_read_as_they_stand_and_unknown_ones_named_by_line(pred
   [
     ("new.csv", "new.csv: files of labels end in .jsonl"),
     ("none.jsonl", "none.jsonl: no such file; --labels"),
-    ("empty.jsonl", "empty.jsonl: holds no label"),
+    ("empty.jsonl", "empty.jsonl: has no labels"),
   ],
 )
-def test_files_of_labels_that_are_none_are_refused(predictor, tmp_path, name, message):
+def test_files_that_are_not_files_of_labels_are_refused(predictor, tmp_path, name, message):
   (tmp_path / "empty.jsonl").write_text("\n")
   with pytest.raises(InputError, match=message):
-    read_labels(tmp_path / name, label_format(predictor))
+    read_labels(tmp_path / name, label_format(predictor.encoder.config))
 
 
-def test_pictures_come_beside_the_file_or_in_it_and_a_bad_one_is_named(illustrated, viewer, tmp_path):
-  png = next(query["images"][0] for query in illustrated.queries if "images" in query)
+def test_images_come_beside_the_file_or_in_it_and_a_bad_one_is_named(with_images, viewer, tmp_path):
+  png = next(query["images"][0] for query in with_images.queries if "images" in query)
   (tmp_path / "a.png").write_bytes(png)
   inside = "data:image/png;base64," + base64.b64encode(png).decode()
   lines = [
@@ -327,7 +299,7 @@ def test_pictures_come_beside_the_file_or_in_it_and_a_bad_one_is_named(illustrat
   ]
   path = tmp_path / "new.jsonl"
   path.write_text("\n".join(map(json.dumps, lines)))
-  beside, within, without = embedded(viewer, read_labels(path, label_format(viewer)))[0]
+  beside, within, without = embedded(viewer, read_labels(path, label_format(viewer.encoder.config)))[0]
   np.testing.assert_allclose(beside, within, atol=1e-6)
   assert np.abs(beside - without).max() > 1e-3
   for bad, place in (
@@ -336,19 +308,19 @@ def test_pictures_come_beside_the_file_or_in_it_and_a_bad_one_is_named(illustrat
   ):
     path.write_text("\n".join(map(json.dumps, [lines[0], {"uid": "d", "title": "sun"} | bad])))
     with pytest.raises(InputError, match=f"new.jsonl:2: {place}"):
-      embedded(viewer, read_labels(path, label_format(viewer)))
+      embedded(viewer, read_labels(path, label_format(viewer.encoder.config)))
 
 
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("{", "is not JSON"),
+    ("{", "not valid JSON"),
     ("[1]", "must be an object"),
     ('{"uid": "a"}', "must be an object"),
     ('{"uid": 3, "categories": []}', "must be an object"),
     ('{"uid": "a", "categories": "red"}', "a list of names"),
     ('{"uid": "a", "categories": [" "]}', "a list of names"),
-    ('{"uid": "b", "categories": []}', "stands in .*:1, too"),
+    ('{"uid": "b", "categories": []}', "is also in .*:1; give"),
     ('{"uid": " ", "categories": []}', "'uid' is empty"),
   ],
 )
@@ -359,7 +331,7 @@ def test_bad_lines_of_categories_are_named(tmp_path, line, message):
     read_categories(path)
 
 
-def test_categories_of_labels_that_there_will_not_be_are_refused(predictor, tmp_path):
+def test_categories_of_labels_that_will_not_exist_are_refused(predictor, tmp_path):
   path = tmp_path / "categories.jsonl"
   path.write_text('{"uid": "label/2", "categories": ["red"]}\n{"uid": "new/0", "categories": ["red"]}')
   categories = read_categories(path)
@@ -374,8 +346,8 @@ def test_categories_of_labels_that_there_will_not_be_are_refused(predictor, tmp_
 # The command.
 
 
-def test_the_command_adds_replaces_and_deletes_and_writes_nothing_after_an_error(trained, predictor, tmp_path):
-  workdir = shutil.copytree(trained.workdir, tmp_path / "run")
+def test_the_command_adds_replaces_and_deletes_and_writes_nothing_after_an_error(texts_only, predictor, tmp_path):
+  workdir = shutil.copytree(texts_only.workdir, tmp_path / "run")
   replaced = {"uid": "label/3", "title": "ship bus", "positives": ["ship"]}
   files = {"new.jsonl": [*NEW, replaced], "late.jsonl": [NEW[0], {"uid": "label/4", "title": "x"}]}
   for name, records in files.items():
@@ -415,62 +387,3 @@ def test_the_command_adds_replaces_and_deletes_and_writes_nothing_after_an_error
   assert index.info["edits"] == 3, "one of each good command; none of those that failed"
   wanted, _ = embedded(predictor, parsed(predictor, [replaced]))
   np.testing.assert_allclose(index.embeddings[index.ids_of(["label/3"])], wanted, atol=2e-6)
-
-
-# The benchmark.
-
-
-def test_a_raw_folder_without_some_labels_keeps_everything_else(tmp_path):
-  source, target = write_raw_folder(tmp_path / "raw", images=True), tmp_path / "less"
-  lost = {0, 5, 23, *read_lines(source / "trn.json.gz")[7]["target_ind"]}  # Of row 7, nothing is left.
-  write_without(source, target, np.isin(np.arange(24), list(lost)))
-  raw.check_folder(target)
-  all_uids = [f"label/{i}" for i in range(24)]
-  uids = [label["uid"] for label in read_lines(target / "lbl.json.gz")]
-  assert uids == [uid for i, uid in enumerate(all_uids) if i not in lost]
-  for split in ("train", "test"):
-    before, after = raw_records(source, split), raw_records(target, split)
-    remain = [row for row in before if split == "test" or not set(row["target_ind"]) <= lost]
-    assert len(after) == len(remain) < (65 if split == "test" else 64)
-    for row, former in zip(after, remain, strict=True):
-      assert (row["uid"], row.get("images")) == (former["uid"], former.get("images"))
-      assert [uids[i] for i in row["target_ind"]] == [all_uids[i] for i in former["target_ind"] if i not in lost]
-      assert len(row["target_rel"]) == len(row["target_ind"])
-    assert filter_pairs(target, split, after, uids) == {
-      (query, label)
-      for query, label in filter_pairs(source, split, before, all_uids)
-      if label in uids and query in {row["uid"] for row in after}
-    }
-  schema = pq.read_schema(target / "trn_images.parquet")
-  assert schema.names == ["row", "slot", "png"] and schema.field("row").type == pa.int32()
-
-
-def filter_pairs(folder, split, rows, labels):
-  pairs = (map(int, line.split()) for line in (folder / raw.SPLITS[split].filter).read_text().splitlines())
-  return {(rows[row]["uid"], labels[label]) for row, label in pairs}
-
-
-def test_scores_of_new_and_old_labels_leave_out_each_other_s_positives():
-  to_id, is_new = np.asarray([1, 2, 3, 0]), np.asarray([False, False, False, True])
-  ranked = [[0, 3, 1, 2], [3, 1, 0, 2], [1, 3, 0, 2]]  # Labels, best first; 3 is the new one.
-
-  def searched(to_id):
-    def search(exclude):
-      ids = np.full((3, 100), -1)
-      for row, labels in enumerate(ranked):
-        left = [to_id[label] for label in labels if to_id[label] >= 0 and to_id[label] not in exclude[row]]
-        ids[row, : len(left)] = left
-      return ids
-
-    return search
-
-  truth, own = Ragged.from_rows([[0, 3], [1], [3, 2]]), Ragged.from_rows([[], [], [1]])
-  found = score(searched(to_id), to_id, is_new, truth, own)
-  # Query 0 has its old label first, which is no error of the new one; label 1 is query 2's own item.
-  assert found["new"] == {"queries": 2, "P@1": 100.0, "R@10": 100.0, "R@100": 100.0}
-  # Of old ones query 0 has its first; for query 1 the new label comes first, for query 2 another old one.
-  assert found["old"] == {"queries": 3, "P@1": pytest.approx(100 / 3), "R@10": 100.0, "R@100": 100.0}
-  assert found["all"] == {"queries": 3, "P@1": pytest.approx(200 / 3), "R@10": 100.0, "R@100": 100.0}
-  without = np.asarray([0, 1, 2, -1])
-  before = score(searched(without), without, is_new, truth, own)
-  assert "new" not in before and before["old"]["P@1"] == pytest.approx(200 / 3)

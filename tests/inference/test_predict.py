@@ -1,4 +1,4 @@
-"""`predict`: every format of queries and answers, killed and resumed, and one line for what is wrong."""
+"""`predict` reads and writes every format, resumes after a kill, and reports bad input in one line."""
 
 import csv
 import json
@@ -10,34 +10,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers import trained_workdirs
 from tests.helpers.miniature_runs import run_commands
 import vixml_jax
 from vixml_jax.errors import InputError
-from vixml_jax.inference.batch_prediction import answer_file, prepare_output
-from vixml_jax.inference.predictor import query_format
+from vixml_jax.inference.batch_prediction import predict_file, prepare_output
+from vixml_jax.inference.queries import query_format
 from vixml_jax.inference.query_files import open_queries
 
 BATCH = 3
 
 
 @pytest.fixture(scope="module")
-def illustrated(tmp_path_factory):
-  return trained_workdirs.with_images(tmp_path_factory)
+def predictor(with_images):
+  return vixml_jax.load(with_images.workdir)
 
 
 @pytest.fixture(scope="module")
-def predictor(illustrated):
-  return vixml_jax.load(illustrated.workdir)
-
-
-@pytest.fixture(scope="module")
-def queries(illustrated, predictor):
-  """The test queries; those with pictures have their vectors, as JSON and parquet hold them."""
-  found = [dict(query) for query in illustrated.queries]
+def queries(with_images, predictor):
+  """Test queries, with feature vectors in place of images, as JSON and Parquet can hold them."""
+  found = [dict(query) for query in with_images.queries]
   for query in found:
     if "images" in query:
-      query["images"] = [vector.tolist() for vector in predictor.pictures(query["images"])[0]]
+      query["images"] = [vector.tolist() for vector in predictor.image_encoder(query["images"])[0]]
   found[4]["title"] = 'of, "commas" and\nlines'
   found[5]["allow"] = []
   return found
@@ -68,7 +62,7 @@ def write_queries(path, queries):
 
 
 def read_answers(path):
-  """Rows of (label, id, text, score), and the uids."""
+  """Returns uid and predictions (label, id, text, score) of each row."""
   if path.suffix == ".csv":
     rows = {}
     with path.open(newline="") as file:
@@ -91,7 +85,7 @@ def read_answers(path):
 
 def answer(predictor, path, output, k=4, batch_size=BATCH):
   opened = open_queries(path, query_format(predictor.encoder.config))
-  return answer_file(predictor, opened, path, output, k=k, batch_size=batch_size)
+  return predict_file(predictor, opened, path, output, k=k, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("source,target", [(".jsonl", ".jsonl"), (".csv", ".csv"), (".parquet", ".parquet")])
@@ -99,7 +93,7 @@ def test_every_format_gives_what_the_api_gives(predictor, queries, expected, tmp
   path, output = write_queries(tmp_path / f"q{source}", queries), tmp_path / f"top{target}"
   statistics = answer(predictor, path, output)
   answers = read_answers(output)
-  if target == ".csv":  # Which has no line for a query without answers.
+  if target == ".csv":  # CSV has no line for a query without predictions.
     assert 5 not in answers
     answers[5] = ("test/5", [])
   assert len(answers) == len(queries)
@@ -122,7 +116,7 @@ class Killed(Exception):
 
 
 def kill_in_block(number, predictor, monkeypatch):
-  """From now on the process ends while it searches its block of this number."""
+  """Raises `Killed` when the predictor searches its block of this number, counted from now."""
   calls, search = iter(range(1000)), type(predictor).search
 
   def search_or_die(self, *args):
@@ -152,27 +146,27 @@ def test_killed_and_started_again_it_writes_the_same_file_to_the_bit(predictor, 
   assert not (tmp_path / f"top{suffix}.partial").exists()
 
 
-def test_a_file_that_was_begun_with_another_input_or_settings_is_refused(predictor, queries, tmp_path, monkeypatch):
+def test_a_file_that_was_started_with_another_input_or_settings_is_refused(predictor, queries, tmp_path, monkeypatch):
   path, output = write_queries(tmp_path / "q.jsonl", queries), tmp_path / "top.jsonl"
   kill_in_block(1, predictor, monkeypatch)
   with pytest.raises(Killed):
     answer(predictor, path, output)
   monkeypatch.undo()
-  with pytest.raises(InputError, match="top.jsonl.partial: was begun with another k; give the former, or delete"):
+  with pytest.raises(
+    InputError, match="top.jsonl.partial: was started with another k; use the former value, or delete"
+  ):
     answer(predictor, path, output, k=3)
-  with pytest.raises(InputError, match="was begun with another batch_size"):
+  with pytest.raises(InputError, match="was started with another batch_size"):
     answer(predictor, path, output, batch_size=4)
   write_queries(path, queries[:-1])
-  with pytest.raises(InputError, match="was begun with another queries_sha256"):
+  with pytest.raises(InputError, match="was started with another queries_sha256"):
     answer(predictor, path, output)
   shutil.rmtree(tmp_path / "top.jsonl.partial")
   assert answer(predictor, path, output)["queries_of_earlier_runs"] == 0
 
 
-def test_pictures_are_read_beside_the_file_or_from_it_and_bad_ones_are_listed(
-  illustrated, predictor, tmp_path, expected
-):
-  given = illustrated.queries
+def test_images_are_read_from_files_or_the_table_and_bad_ones_listed(with_images, predictor, tmp_path, expected):
+  given = with_images.queries
   records = []
   for i, query in enumerate(given):
     names = [f"{i}-{j}.png" for j in range(len(query.get("images", [])))]
@@ -198,7 +192,7 @@ def test_pictures_are_read_beside_the_file_or_from_it_and_bad_ones_are_listed(
     output = tmp_path / f"{path.suffix[1:]}.jsonl"
     answer(predictor, path, output)
     found = read_answers(output)
-    for row in (row for row in range(len(given)) if row not in (4, 5)):  # Which the fixture changed.
+    for row in (row for row in range(len(given)) if row not in (4, 5)):  # The fixture changed rows 4 and 5.
       assert [label[1] for label in found[row][1]] == [label.id for label in expected[row]]
     bad = (tmp_path / f"{output.name}.bad_images.jsonl").read_text()
     assert json.loads(bad) == {"row": 0, "image": 0, "reason": reason}
@@ -243,17 +237,17 @@ def _table(**columns):
     (_write("q.jsonl", '{"title": "a"}\n\n{"uid": "b"}\n'), "q.jsonl:3: has no 'title'"),
     (_write("q.jsonl", '{"title": "a"}\n["b"]\n'), "q.jsonl:2: must be a text or an object with 'title', not list"),
     (_write("q.jsonl", b'{"title": "\xff"}\n'), "q.jsonl:1: not valid JSON in UTF-8"),
-    (_write("q.jsonl", "\n"), "q.jsonl: holds no query"),
-    (_cut("q.jsonl"), r"q.jsonl:31: not valid JSON .*cut off"),
+    (_write("q.jsonl", "\n"), "q.jsonl: has no queries"),
+    (_cut("q.jsonl"), r"q.jsonl:31: not valid JSON .*truncated"),
     (_write("q.csv", "title,color\na,b\n"), "q.csv:1: unknown 'color'"),
     (_write("q.csv", "uid,content\na,b\n"), "q.csv:1: has no 'title'"),
-    (_write("q.csv", "title,title\na,b\n"), "q.csv:1: the column 'title' stands there twice"),
-    (_write("q.csv", "title,content\na,b\nc\n"), "q.csv:3: has 1 cells for 2 columns; is the file cut off"),
-    (_write("q.csv", 'title,content\na,b\nc,"d\n'), "q.csv:3: not valid CSV .*cut off"),
+    (_write("q.csv", "title,title\na,b\n"), "q.csv:1: has two columns 'title'"),
+    (_write("q.csv", "title,content\na,b\nc\n"), "q.csv:3: has 1 cells for 2 columns; is the file truncated"),
+    (_write("q.csv", 'title,content\na,b\nc,"d\n'), "q.csv:3: not valid CSV .*truncated"),
     (_write("q.csv", "title,deny\na,[1\n"), "q.csv:2: 'deny': not valid JSON"),
     (_write("q.csv", ""), "q.csv: is empty"),
-    (_write("q.csv", "title\n"), "q.csv: holds no query"),
-    (_cut("q.parquet"), "q.parquet: cannot be read as parquet .*cut off"),
+    (_write("q.csv", "title\n"), "q.csv: has no queries"),
+    (_cut("q.parquet"), "q.parquet: cannot be read as Parquet .*truncated"),
     (_table(title=["a"], color=["b"]), "q.parquet: unknown 'color'"),
     (_table(title=[1]), "q.parquet: column 'title' is int64; it must be string"),
     (_table(title=["a"], images=["b"]), "column 'images' is string; it must be a list of binary, string or lists"),
@@ -263,7 +257,7 @@ def _table(**columns):
     (_write("q.jsonl", '{"title": "a", "allow": ["label/nothing"]}\n'), "label/nothing"),
   ],
 )
-def test_what_is_wrong_with_a_file_of_queries_is_named(predictor, queries, tmp_path, write, message):
+def test_errors_in_a_file_of_queries_name_the_line(predictor, queries, tmp_path, write, message):
   path = write(tmp_path, queries)
   with pytest.raises(InputError, match=message) as error:
     answer(predictor, path, tmp_path / "top.jsonl")
@@ -271,23 +265,22 @@ def test_what_is_wrong_with_a_file_of_queries_is_named(predictor, queries, tmp_p
   assert not (tmp_path / "top.jsonl").exists()
 
 
-def test_an_output_that_could_not_be_written_is_refused_at_once(tmp_path):
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path):
   queries = tmp_path / "q.jsonl"
   queries.write_text("{}")
   for output, message in (
-    (tmp_path / "top.txt", "top.txt: files of answers end in .jsonl, .csv, .parquet"),
+    (tmp_path / "top.txt", "top.txt: files of predictions end in .jsonl, .csv, .parquet"),
     (tmp_path / "none" / "top.csv", "none: no such folder"),
-    (queries, "q.jsonl: holds the queries"),
+    (queries, "q.jsonl: is the file of queries"),
   ):
     with pytest.raises(InputError, match=message):
       prepare_output(output, queries)
 
 
-def test_the_command_answers_a_file_and_refuses_bad_flags(tmp_path_factory, tmp_path):
-  trained = trained_workdirs.texts_only(tmp_path_factory)
+def test_the_command_answers_a_file_and_refuses_bad_flags(texts_only, tmp_path):
   text = "title,deny\narrow up,label/3;label/4\ncloud,\n"
   (tmp_path / "q.csv").write_text(text)
-  flags = ["predict", f"--workdir={trained.workdir}", f"--queries={tmp_path / 'q.csv'}"]
+  flags = ["predict", f"--workdir={texts_only.workdir}", f"--queries={tmp_path / 'q.csv'}"]
   bad = {
     "k": "--k=0",
     "labels": "--k=25",
@@ -302,14 +295,16 @@ def test_the_command_answers_a_file_and_refuses_bad_flags(tmp_path_factory, tmp_
   done = run_commands(commands, tmp_path)
   status, stdout, stderr = done.pop("good")
   assert status == 0, stderr
-  assert "answers to 2 queries" in stdout and "encode: p50" in stdout and "queries/s" in stdout
+  assert "predictions for 2 queries" in stdout and "encode: p50" in stdout and "queries/s" in stdout
   found = read_answers(tmp_path / "top.jsonl")
-  wanted = vixml_jax.load(trained.workdir).predict([{"title": "arrow up", "deny": ["label/3", "label/4"]}, "cloud"], 3)
+  wanted = vixml_jax.load(texts_only.workdir).predict(
+    [{"title": "arrow up", "deny": ["label/3", "label/4"]}, "cloud"], 3
+  )
   assert [[label[1] for label in labels] for _, labels in found.values()] == [[x.id for x in row] for row in wanted]
   for name, (status, stdout, stderr) in done.items():
     assert status == 1 and not stdout and len([x for x in stderr.splitlines() if x.startswith("error: ")]) == 1, (
       name,
       stderr,
     )
-  assert "--k=0: must be at least 1" in done["k"][2] and "k=25: must be 1 to 24" in done["labels"][2]
+  assert "--k=0: 0 is not a positive integer" in done["k"][2] and "k=25: must be 1 to 24" in done["labels"][2]
   assert "--workdir" in done["nothing"][2] and Path(tmp_path / "q.csv").read_text() == text

@@ -1,18 +1,16 @@
-"""Packing keeps every item whole, and batches depend on (seed, epoch, step) only."""
+"""Packing keeps every item whole: its text, its images and the phrases around them."""
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vixml_jax.input.batches import TrainingQueries, draw_positives, in_batch_positives, make_batch, steps_per_epoch
-from vixml_jax.input.hold_out import hold_out
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, Phrase, pack, without_images
-from vixml_jax.models import layers
+from vixml_jax.models.pooling import pool_segments
 from vixml_jax.ragged import Ragged
-from vixml_jax.rounding import next_power_of_two
 
 
 def texts(seed, count, longest):
@@ -29,7 +27,7 @@ def texts(seed, count, longest):
     (300, 2, PackedLayout(64, 4)),
   ],
 )
-def test_every_text_is_found_whole_where_its_slot_says(count, longest, layout):
+def test_every_text_is_found_whole_in_its_slot(count, longest, layout):
   rows = texts(0, count, longest)
   packed = pack(Items.of_texts(rows), layout)
   assert packed.images is None
@@ -54,76 +52,9 @@ def test_packing_wastes_little():
   assert used_rows <= 1.03 * len(rows.values) / 64
 
 
-def test_chunks_come_in_powers_of_two():
-  assert [next_power_of_two(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
-
-
 def test_a_text_that_does_not_fit_a_row_is_refused():
-  with pytest.raises(ValueError, match="do not fit rows of 16"):
+  with pytest.raises(ValueError, match="an item has 17 tokens and does not fit rows of 16"):
     pack(Items.of_texts(Ragged.from_rows([np.arange(17)])), PackedLayout(16, 1))
-
-
-def test_in_batch_positives_equal_brute_force_with_repeated_labels():
-  rng = np.random.default_rng(0)
-  labels = Ragged.from_rows([rng.choice(30, rng.integers(1, 6), replace=False) for _ in range(20)])
-  columns = rng.integers(0, 30, 25)
-  found = in_batch_positives(labels, columns)
-  expected = [[column in labels[i] for column in columns] for i in range(20)]
-  np.testing.assert_array_equal(found, expected)
-
-
-def test_positives_are_drawn_in_proportion_to_their_weights():
-  labels = Ragged.from_rows([[0, 2, 3], [1]])
-  weights = np.array([1.0, 5.0, 2.0, 7.0])
-  rng = np.random.default_rng(0)
-  draws = np.stack([draw_positives(labels, weights, rng) for _ in range(4000)])
-  np.testing.assert_allclose(np.bincount(draws[:, 0], minlength=4) / 4000, [0.1, 0, 0.2, 0.7], atol=0.03)
-  assert (draws[:, 1] == 1).all()
-
-
-def training_queries(count=21):
-  rng = np.random.default_rng(1)
-  labels = Ragged.from_rows([rng.choice(15, rng.integers(1, 4), replace=False) for _ in range(count)])
-  return TrainingQueries(Items.of_texts(texts(2, count, 8)), labels, Items.of_texts(texts(3, 15, 6)), np.ones(15))
-
-
-def test_an_epoch_reads_every_query_once_and_pads_its_last_batch():
-  data, layout = training_queries(), PackedLayout(16, 2)
-  order = np.random.default_rng(0).permutation(21)
-  assert steps_per_epoch(21, 8) == 3
-  seen = []
-  for step in range(3):
-    batch = make_batch(data, order, 8, layout, seed=0, epoch=0, step=step)
-    seen += batch.query_ids[batch.valid].tolist()
-    for i in np.flatnonzero(batch.valid):
-      assert batch.label_ids[i] in data.labels[batch.query_ids[i]]
-      assert batch.positives[i, i]
-    assert not batch.positives[~batch.valid].any() and not batch.positives[:, ~batch.valid].any()
-  assert sorted(seen) == list(range(21))
-  assert batch.valid.sum() == 5
-
-
-def test_a_batch_is_a_pure_function_of_seed_epoch_and_step():
-  data, layout = training_queries(), PackedLayout(16, 2)
-  order = np.arange(21)
-  first, again, other = (make_batch(data, order, 8, layout, seed=0, epoch=epoch, step=1) for epoch in (2, 2, 3))
-  np.testing.assert_array_equal(first.label_ids, again.label_ids)
-  np.testing.assert_array_equal(first.items.tokens, again.items.tokens)
-  assert (first.label_ids != other.label_ids).any()
-
-
-def test_held_out_queries_take_along_their_reorderings_and_what_differs_by_a_frequent_word():
-  rng = np.random.default_rng(0)
-  rows = [rng.choice(np.arange(5, 500), 2, replace=False) for _ in range(2000)]
-  tokens = Ragged.from_rows(
-    [[1, *row, 2] for row in rows] + [[1, *row[::-1], 2] for row in rows] + [[1, *row, 3, 2] for row in rows]
-  )
-  held_out = hold_out(tokens, 0.1, seed=0)
-  np.testing.assert_array_equal(held_out[:2000], held_out[2000:4000])
-  np.testing.assert_array_equal(held_out[:2000], held_out[4000:])
-  assert 0.07 < held_out.mean() < 0.13
-  assert not hold_out(tokens, 0.0, seed=0).any()
-  assert (hold_out(tokens, 0.1, seed=1) != held_out).any()
 
 
 def items_with_images(seed, count, longest, most):
@@ -138,7 +69,7 @@ TEMPLATES = {"before": ("images", "text"), "after": ("text", "images"), "apart":
 
 @pytest.mark.parametrize("order", TEMPLATES)
 @pytest.mark.parametrize("images", [1, 3, 5])
-def test_every_image_is_found_beside_its_text(order, images):
+def test_every_image_is_found_next_to_its_text(order, images):
   layout = PackedLayout(24, 4, images, TEMPLATES[order])
   items = items_with_images(images, 150, 12, images)
   packed = pack(items, layout)
@@ -176,50 +107,13 @@ def test_rows_have_room_for_the_images_of_the_shortest_texts():
 
 def test_more_images_than_the_layout_has_are_refused():
   items = Items(Ragged.from_rows([[5, 6, 7]]), Ragged.from_rows([[1, 2]]))
-  with pytest.raises(ValueError, match="up to 2 images in a layout of 1"):
+  with pytest.raises(ValueError, match="an item has 2 images, but the layout allows 1"):
     pack(items, PackedLayout(16, 1, 1))
 
 
-def test_the_first_values_of_rows_are_kept():
-  rows = Ragged.from_rows([[4, 5, 6], [], [7], [8, 9]])
-  kept = rows.first(2)
-  assert [row.tolist() for row in kept] == [[4, 5], [], [7], [8, 9]]
-  assert rows.first(3) is rows
-  assert len(rows.first(0).values) == 0
-
-
-def test_modality_dropout_takes_all_images_of_an_item_and_is_a_pure_function_of_the_step():
-  items = items_with_images(0, 400, 6, 3)
-  data = TrainingQueries(
-    items,
-    Ragged.from_rows([[i % 15] for i in range(400)]),
-    items_with_images(1, 15, 6, 3),
-    np.ones(15),
-    modality_dropout=0.3,
-  )
-  layout, order = PackedLayout(32, 4, 3), np.arange(400)
-  kept = {}
-  for step in (0, 1):
-    batch = make_batch(data, order, 200, layout, seed=0, epoch=0, step=step)
-    found = np.zeros(200, int)
-    flat = batch.items.images.segments.reshape(-1, layout.image_places)
-    for i, slot in enumerate(batch.items.slots[:200]):
-      row, place = divmod(int(slot), layout.slots)
-      found[i] = (flat[row] == place + 1).sum()
-    had = items.images.lengths[batch.query_ids]
-    assert ((found == had) | (found == 0)).all()
-    kept[step] = found[had > 0] > 0
-    assert 0.6 < kept[step].mean() < 0.8
-    again = make_batch(data, order, 200, layout, seed=0, epoch=0, step=step)
-    np.testing.assert_array_equal(batch.items.images.segments, again.items.images.segments)
-  whole = make_batch(dataclasses.replace(data, modality_dropout=0.0), order, 200, layout, seed=0, epoch=0, step=0)
-  images = items.images.take(order[:200])
-  assert (whole.items.images.segments > 0).sum() >= len(images.values)
-
-
-FOR_TEXT, FOR_IMAGES, EOS = Phrase((900, 901, 902)), Phrase((910, 911), beside_images=True), Phrase((950,))
+FOR_TEXT, FOR_IMAGES, EOS = Phrase((900, 901, 902)), Phrase((910, 911), for_images=True), Phrase((950,))
 FULL = (FOR_TEXT, "text", FOR_IMAGES, "images", EOS)
-# The rows of the paper's ablation, METHOD "Ablations: prompts".
+# The rows of the ablation of prompts in ViXML (arXiv 2511.13189).
 PROMPTS = [
   ("text",),
   (FOR_TEXT, "text"),
@@ -232,7 +126,7 @@ PROMPTS = [
 
 
 def image(row):
-  """How `laid_out` and `expected` write an image among tokens."""
+  """The number by which `laid_out` and `expected` represent an image among tokens."""
   return -1 - int(row)
 
 
@@ -244,13 +138,13 @@ def expected(template, text, images):
       parts += text.tolist()
     elif part == "images":
       parts += [image(row) for row in images]
-    elif len(images) or not part.beside_images:
+    elif len(images) or not part.for_images:
       parts += part.ids
   return parts
 
 
 def laid_out(packed, layout):
-  """Every item as it stands in its row, its positions, and the images that it owns."""
+  """Yields the tokens of every item in its row, its positions, and its images."""
   tokens, segments, positions = (
     x.reshape(-1, layout.row_length).copy() for x in (packed.tokens, packed.segments, packed.positions)
   )
@@ -274,10 +168,10 @@ def laid_out(packed, layout):
 
 
 def random_template(rng):
-  """Any mix of parts, images and text among them or not."""
+  """A random sequence of parts, with or without images and text."""
   parts = [part for part in ("text", "images") if rng.random() < 0.8]
   parts += [
-    Phrase(tuple(rng.integers(900, 999, rng.integers(1, 4)).tolist()), beside_images=rng.random() < 0.5)
+    Phrase(tuple(rng.integers(900, 999, rng.integers(1, 4)).tolist()), for_images=rng.random() < 0.5)
     for _ in range(rng.integers(0, 5))
   ]
   rng.shuffle(parts)
@@ -306,7 +200,7 @@ def test_every_item_is_its_template_s_parts_in_order(template, special_tokens, m
 
 
 def most_images_by_trying(layout):
-  """The most images of items that fit a row: some number with I images, then one with fewer; texts are empty."""
+  """The maximum number of images in a row, by trying all numbers of items with I images and one with fewer."""
 
   def length(images):
     return len(expected(layout.template, np.zeros(layout.special_tokens), [0] * images))
@@ -334,6 +228,23 @@ def test_the_longest_item_has_the_longest_text_all_phrases_and_all_images():
   assert PackedLayout(64, 1, 3).longest(32) == 35
 
 
+@pytest.mark.parametrize("layout", [PackedLayout(24, 1), PackedLayout(24, 1, 3), PackedLayout(40, 1, 3, FULL)])
+@pytest.mark.parametrize("count", [0, 1, 90])
+def test_items_packed_once_get_chunks_of_any_size(layout, count):
+  items = items_with_images(5, count, 12, layout.images)
+  once = pack(items, layout, round_up=False)
+  for rows in (1, 4, 7, 1000):
+    found = once.with_chunk_rows(rows)
+    wanted = pack(items, dataclasses.replace(layout, chunk_rows=rows), round_up=False)
+    assert found.tokens.shape == wanted.tokens.shape
+    assert (found.images is None) == (wanted.images is None)
+    for one, other in zip(
+      jax.tree.leaves(dataclasses.asdict(found)), jax.tree.leaves(dataclasses.asdict(wanted)), strict=True
+    ):
+      assert one.dtype == other.dtype
+      np.testing.assert_array_equal(one, other)
+
+
 def test_rows_of_short_prompted_items_are_full_before_their_slots_are():
   layout = PackedLayout(60, 1, 3, FULL, 0)
   packed = pack(Items.of_texts(Ragged.from_rows([[7]] * 36)), layout, round_up=False)
@@ -341,18 +252,18 @@ def test_rows_of_short_prompted_items_are_full_before_their_slots_are():
   assert (packed.segments > 0).all() and len(packed.tokens) == 3
 
 
-def test_without_images_a_template_loses_them_and_what_introduces_them():
+def test_template_without_images_has_neither_images_nor_their_phrase():
   assert without_images(FULL) == (FOR_TEXT, "text", EOS)
 
 
-def test_an_item_of_no_token_has_a_slot_of_its_own_and_the_zero_vector():
+def test_an_item_without_tokens_has_its_own_slot_and_the_zero_vector():
   layout = PackedLayout(8, 4, 2, ("text", "images"), 0)
   rows = [[5, 6, 7], [], [8] * 8, [], [9]]
   items = Items(Ragged.from_rows(rows), Ragged.from_rows([[], [], [], [3], []]))
   packed = pack(items, layout)
   hidden = np.random.default_rng(0).normal(size=(*packed.tokens.shape[1:], 4)).astype(np.float32) + 5
   segments = packed.segments[0]
-  pooled = layers.pool_segments(jnp.asarray(hidden), jnp.asarray(segments), layout.slots)
+  pooled = pool_segments(jnp.asarray(hidden), jnp.asarray(segments), layout.slots)
   pooled = np.asarray(pooled).reshape(-1, 4)[packed.slots]
   assert len(np.unique(packed.slots)) == 5
   assert (pooled[1] == 0).all() and (pooled[[0, 2, 3, 4]] > 1).all()
@@ -368,5 +279,5 @@ def test_a_text_without_its_special_tokens_cannot_have_images():
 
 @pytest.mark.parametrize("template", ["before", ("text", "text"), ("text", "images", "images")])
 def test_a_template_of_unknown_or_repeated_parts_is_refused(template):
-  with pytest.raises(ValueError, match="a part is a Phrase"):
+  with pytest.raises(ValueError, match="a part must be a Phrase"):
     PackedLayout(16, 1, 1, template)

@@ -14,7 +14,7 @@ from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.ragged import Ragged
 
 PHRASES = {"T": "This product text", "I": "and its image", "I1": "This product image", "T2": "and its text"}
-# The paper's ablation (METHOD "Ablations: prompts"), and what is left of each for an item without images.
+# The ablation of prompts in ViXML (arXiv 2511.13189), and what remains of each for an item without images.
 ABLATION = {
   "E": "E",
   "T E": "T E",
@@ -38,7 +38,7 @@ def ids(tokenizer, text):
 
 
 def joined(tokenizer, template, title, images):
-  """The published input: tokens of separately tokenized pieces, one after the other; -1 - row stands for an image."""
+  """The input of the published code: concatenated tokens of separately tokenized pieces; -1 - row is an image."""
   pieces = {name: ids(tokenizer, text) for name, text in PHRASES.items()} | {
     "E": ids(tokenizer, title),
     "V": [-1 - row for row in images],
@@ -48,7 +48,7 @@ def joined(tokenizer, template, title, images):
 
 
 def packed_rows(items, layout):
-  """Each item's tokens as it stands in its row, with -1 - row for an image."""
+  """The tokens of each item in its row, with -1 - row for an image."""
   packed = pack(items, layout)
   tokens, segments = (x.reshape(-1, layout.row_length) for x in (packed.tokens, packed.segments))
   if packed.images is not None:
@@ -63,7 +63,7 @@ def packed_rows(items, layout):
 
 @pytest.mark.parametrize("begin", ["", "<|begin|>"])
 @pytest.mark.parametrize("template", ABLATION)
-def test_every_row_of_the_ablation_is_its_pieces_tokenized_apart(tmp_path, template, begin):
+def test_every_prompt_of_the_ablation_equals_its_pieces_tokenized_separately(tmp_path, template, begin):
   folder = tiny_tokenizers.write_byte_bpe(tmp_path, begin)
   theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder, 16)
   assert ours.special_tokens == len(ids(theirs, "")) == bool(begin)
@@ -79,14 +79,14 @@ def test_every_row_of_the_ablation_is_its_pieces_tokenized_apart(tmp_path, templ
 
 
 @pytest.mark.parametrize("template", ABLATION)
-def test_a_model_without_images_has_what_is_left_of_the_template(folder, template):
+def test_a_model_without_images_has_the_form_without_images(folder, template):
   tokenizer = Tokenizer(folder, 16)
   found = parse_template(template, PHRASES, END_OF_TEXT, tokenizer, images=False)
   assert found == parse_template(ABLATION[template], PHRASES, END_OF_TEXT, tokenizer, images=False)
   assert found.count("text") == 1
 
 
-def test_phrases_and_texts_do_not_grow_together(folder):
+def test_tokens_of_phrases_and_texts_are_not_merged(folder):
   tokenizer = Tokenizer(folder, 16)
   phrase, _ = parse_template("T E", PHRASES, END_OF_TEXT, tokenizer, images=False)
   apart = [*phrase.ids, *tokenizer(["title"]).values.tolist()]
@@ -94,7 +94,7 @@ def test_phrases_and_texts_do_not_grow_together(folder):
   assert AutoTokenizer.from_pretrained(folder).decode(apart) == "This product texttitle"
 
 
-def test_eos_is_the_token_that_is_named_not_the_tokenizer_s(folder):
+def test_eos_is_the_configured_token_not_that_of_the_tokenizer(folder):
   tokenizer, theirs = Tokenizer(folder, 16), AutoTokenizer.from_pretrained(folder)
   for name in (END_OF_TEXT, END_OF_TURN):
     wanted = Phrase((theirs.convert_tokens_to_ids(name),))
@@ -102,7 +102,7 @@ def test_eos_is_the_token_that_is_named_not_the_tokenizer_s(folder):
   assert theirs.eos_token == END_OF_TURN
 
 
-def test_a_long_phrase_is_whole_and_texts_are_still_cut(folder):
+def test_long_phrases_are_not_truncated_and_texts_are(folder):
   tokenizer = Tokenizer(folder, 4)
   long = "This product text " * 5
   parts = parse_template("T E", {"T": long}, END_OF_TEXT, tokenizer, images=False)
@@ -120,11 +120,11 @@ def test_encoders_keep_their_special_tokens_around_the_text(tmp_path):
 @pytest.mark.parametrize(
   "template,images,message",
   [
-    ("T E X", False, "unknown word X; known are E .text., V .images., eos and the phrases T, I"),
+    ("T E X", False, "unknown word X; use E .text., V .images., eos and the phrases T, I"),
     ("T text", False, "unknown word text"),
-    ("E E", False, "E stands twice"),
-    ("V E V", True, "V stands twice"),
-    ("T T E", False, "T stands twice"),
+    ("E E", False, "E occurs twice"),
+    ("V E V", True, "V occurs twice"),
+    ("T T E", False, "T occurs twice"),
     ("T E eos", True, "no place for the images; add V"),
     ("T eos", False, "no place for the text"),
     ("V eos", False, "no place for the text"),
@@ -138,7 +138,7 @@ def test_a_bad_template_is_refused_before_any_tokenizer_is_read(template, images
 
 
 def test_an_empty_phrase_and_an_unknown_eos_are_refused(folder, tmp_path):
-  with pytest.raises(InputError, match="config.prompt.phrases.T=' ': says nothing; leave T out"):
+  with pytest.raises(InputError, match="config.prompt.phrases.T=' ': is empty; remove T"):
     parse_template("T E", {"T": " "}, END_OF_TEXT, Tokenizer(folder, 8), images=False)
   with pytest.raises(InputError, match="config.prompt.eos='<.endoftext.>': the tokenizer has no such token"):
     parse_template("E eos", {}, END_OF_TEXT, Tokenizer(miniature.write_tokenizer(tmp_path), 8), images=False)

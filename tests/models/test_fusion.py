@@ -2,7 +2,6 @@
 
 import functools
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +11,8 @@ import torch
 from tests.helpers import tiny_encoders
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, pack
-from vixml_jax.models import layers
 from vixml_jax.models.definition import define_model
-from vixml_jax.models.dual_encoder import DualEncoder
-from vixml_jax.models.fusion import ADAPTERS, ImageTokens, image_tokens
+from vixml_jax.models.fusion import ADAPTERS, ImageTokens
 from vixml_jax.ragged import Ragged
 from vixml_jax.weights import hf_config
 
@@ -23,28 +20,35 @@ FEATURES, IMAGES = 12, 3
 TEMPLATES = {"before": ("images", "text"), "after": ("text", "images"), "apart": ("text",)}
 
 
-@pytest.fixture(scope="module", params=["bert", "distilbert"])
-def encoders(request, tmp_path_factory):
-  """transformers' encoder and the arguments and parameters of ours."""
-  theirs = tiny_encoders.hf_encoder(request.param)
-  folder = tmp_path_factory.mktemp(request.param)
-  theirs.save_pretrained(folder)
-  arguments = hf_config.encoder_arguments(folder)
-  _, params = tiny_encoders.our_encoder(folder)
-  return theirs, arguments, jax.tree.map(jnp.asarray, params)
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+  """Kind -> transformers' encoder, and the arguments and parameters of ours."""
+  found = {}
+  for kind in ("bert", "distilbert"):
+    theirs = tiny_encoders.hf_encoder(kind)
+    folder = tmp_path_factory.mktemp(kind)
+    theirs.save_pretrained(folder)
+    _, params = tiny_encoders.our_encoder(folder)
+    found[kind] = theirs, hf_config.encoder_arguments(folder), jax.tree.map(jnp.asarray, params)
+  return found
 
 
-def model_of(encoders, **fusion):
-  """Our model with the encoder's weights and random ones elsewhere."""
-  _, arguments, params = encoders
-  fusion = dict(feature_dim=FEATURES) | fusion
+@pytest.fixture(scope="module")
+def bert(encoders):
+  return encoders["bert"]
+
+
+def model_of(encoder, fusion):
+  """Our model with the encoder's weights and random values for all other parameters."""
+  _, arguments, params = encoder
   definition = define_model(arguments, dict(num_heads=4, mlp_dim=16), 4, fusion)
-  fresh = layers.split_params(DualEncoder(**definition.arguments, rngs=nnx.Rngs(1)))[1]
-  noise = np.random.default_rng(2)
-  fresh["fusion"] = jax.tree.map(
-    lambda x: jnp.asarray(x + 0.1 * noise.normal(size=x.shape), jnp.float32), fresh["fusion"]
-  )
-  return definition.bind(fresh | {"encoder": params})
+  rng = np.random.default_rng(2)
+  drawn = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), definition.shapes)
+  return definition.bind(drawn | {"encoder": params})
+
+
+def with_images(encoder, **fusion):
+  return model_of(encoder, dict(feature_dim=FEATURES) | fusion)
 
 
 def items(seed=0, count=9):
@@ -68,21 +72,24 @@ def pooled(model, packed_items, bank, layout):
     return jnp.asarray(x.reshape(-1, x.shape[-1]))
 
   images = packed_items.images
-  tokens = image_tokens(
-    {"segments": merged(images.segments), "positions": merged(images.positions), "rows": merged(images.rows)},
-    jnp.asarray(bank),
-  )
+  tokens = ImageTokens(jnp.asarray(bank)[merged(images.rows)], merged(images.segments), merged(images.positions))
   out = compiled(model, layout.slots)(
     merged(packed_items.tokens), merged(packed_items.segments), merged(packed_items.positions), tokens
   )
   return np.asarray(out).reshape(-1, out.shape[-1])[packed_items.slots]
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_early_fusion_is_transformers_with_projected_images_among_its_input_embeddings(encoders, adapter, order):
-  theirs, _, _ = encoders
-  model = model_of(encoders, adapter=adapter)
+@pytest.mark.parametrize(
+  "kind,adapter,order",
+  [
+    *(("bert", adapter, "before") for adapter in ADAPTERS),
+    ("bert", "linear", "after"),
+    ("distilbert", "linear", "before"),
+  ],
+)
+def test_early_fusion_equals_transformers_with_images_among_its_input_embeddings(encoders, kind, adapter, order):
+  theirs, _, _ = encoders[kind]
+  model = with_images(encoders[kind], adapter=adapter)
   layout = PackedLayout(16, 4, IMAGES, TEMPLATES[order])
   queries, bank = items()
   ours = pooled(model, pack(queries, layout), bank, layout)
@@ -108,9 +115,9 @@ def test_early_fusion_is_transformers_with_projected_images_among_its_input_embe
     np.testing.assert_allclose(ours[i], wanted.mean(0).numpy(), atol=2e-5)
 
 
-def test_late_fusion_is_the_mean_of_torch_s_layer_over_text_and_images(encoders):
-  _, arguments, _ = encoders
-  model = model_of(encoders, method="late")
+def test_late_fusion_is_the_mean_of_the_outputs_of_a_torch_layer(bert):
+  _, arguments, _ = bert
+  model = with_images(bert, method="late")
   layout = PackedLayout(16, 4, IMAGES, TEMPLATES["apart"])
   queries, bank = items()
   ours = pooled(model, pack(queries, layout), bank, layout)
@@ -137,7 +144,7 @@ def test_late_fusion_is_the_mean_of_torch_s_layer_over_text_and_images(encoders)
     }
   )
   texts = pooled(
-    model_of(encoders),
+    with_images(bert),
     pack(Items.of_texts(queries.tokens), PackedLayout(16, 4, IMAGES)),
     bank,
     PackedLayout(16, 4, IMAGES),
@@ -150,10 +157,10 @@ def test_late_fusion_is_the_mean_of_torch_s_layer_over_text_and_images(encoders)
     np.testing.assert_allclose(ours[i], wanted.numpy(), atol=2e-5)
 
 
-def test_a_residual_adds_a_map_of_the_mean_features_to_items_with_images_and_nothing_to_others(encoders):
+def test_a_residual_adds_a_map_of_the_mean_features_to_items_with_images_only(bert):
   queries, bank = items()
   layout = PackedLayout(16, 4, IMAGES)
-  model = model_of(encoders, residual=True)
+  model = with_images(bert, residual=True)
   kernel, bias = (np.asarray(param[...]) for param in (model.fusion.residual.kernel, model.fusion.residual.bias))
   found = pooled(model, pack(queries, layout), bank, layout)
   model.fusion.residual = None
@@ -166,25 +173,22 @@ def test_a_residual_adds_a_map_of_the_mean_features_to_items_with_images_and_not
   assert (found == without).all(1).sum() == (queries.images.lengths == 0).sum() > 0
 
 
-def test_an_item_without_images_gets_the_text_only_model_s_vector(encoders):
-  _, arguments, params = encoders
+def test_an_item_without_images_has_the_vector_of_a_model_of_texts_only(bert):
   queries, bank = items()
   texts = Items.of_texts(queries.tokens)
   layout = PackedLayout(16, 4, IMAGES)
-  with_slots = pooled(model_of(encoders), pack(texts, layout), bank, layout)
-  definition = define_model(arguments, dict(num_heads=4, mlp_dim=16), 4)
-  fresh = layers.split_params(DualEncoder(**definition.arguments, rngs=nnx.Rngs(1)))[1]
+  with_slots = pooled(with_images(bert), pack(texts, layout), bank, layout)
   text_layout = PackedLayout(16, 4)
   rows = pack(texts, text_layout)
-  out = definition.bind(fresh | {"encoder": params}).pool(
+  out = model_of(bert, None).pool(
     *(jnp.asarray(x.reshape(-1, 16)) for x in (rows.tokens, rows.segments, rows.positions)), text_layout.slots
   )
   np.testing.assert_allclose(with_slots, np.asarray(out).reshape(-1, out.shape[-1])[rows.slots], atol=1e-6)
 
 
 @pytest.mark.parametrize("method,order", [("early", "before"), ("early", "after"), ("late", "apart")])
-def test_what_shares_a_row_changes_nothing_and_empty_places_get_no_gradient(encoders, method, order):
-  model = model_of(encoders, method=method)
+def test_items_of_a_row_are_independent_and_empty_places_get_no_gradient(bert, method, order):
+  model = with_images(bert, method=method)
   layout = PackedLayout(24, 2, IMAGES, TEMPLATES[order])
   queries, bank = items()
   together = pooled(model, pack(queries, layout), bank, layout)
@@ -207,19 +211,19 @@ def test_what_shares_a_row_changes_nothing_and_empty_places_get_no_gradient(enco
   assert (gradient[filled] > 0).all() and (gradient[~filled] == 0).all()
 
 
-def test_images_without_fusion_and_fusion_without_images_are_refused(encoders):
-  model = model_of(encoders)
+def test_a_model_with_fusion_but_no_images_raises_an_error(bert):
+  model = with_images(bert)
   row = jnp.ones((1, 8), jnp.int32)
-  with pytest.raises(ValueError, match="takes images if it was made with `fusion`"):
+  with pytest.raises(ValueError, match="images must be given if and only if"):
     model.pool(row, row, row, 2)
 
 
-def test_a_residual_belongs_to_early_fusion(encoders):
-  with pytest.raises(ValueError, match="residual belongs to early fusion"):
-    model_of(encoders, method="late", residual=True)
+def test_a_residual_with_late_fusion_raises_an_error(bert):
+  with pytest.raises(ValueError, match="requires early fusion"):
+    with_images(bert, method="late", residual=True)
 
 
 @pytest.mark.parametrize("unknown", [dict(method="middle"), dict(adapter="conv")])
-def test_an_unknown_method_or_adapter_is_refused(encoders, unknown):
+def test_an_unknown_method_or_adapter_raises_an_error(bert, unknown):
   with pytest.raises(ValueError, match=next(iter(unknown.values()))):
-    model_of(encoders, **unknown)
+    with_images(bert, **unknown)

@@ -12,6 +12,8 @@ import torch
 
 from tests.helpers import tiny_decoders, tiny_encoders
 from vixml_jax.models import layers
+from vixml_jax.models.lora import lora_scale, merge_lora
+from vixml_jax.models.parameters import merge_params, split_params
 from vixml_jax.weights import engine, hf_config
 
 RANK, ALPHA = 4, 6.0
@@ -50,19 +52,19 @@ def _packed():
   return tiny_encoders.packed([texts], 19), *tiny_encoders.padded(texts)
 
 
-def test_adapted_decoder_is_that_of_peft(pair):
+def test_the_adapted_decoder_equals_that_of_peft(pair):
   _, theirs, graphdef, params = pair
   packed, tokens, mask = _packed()
   with torch.no_grad():
     wanted = tiny_decoders.run_theirs(theirs, tokens, mask).last_hidden_state.numpy()[mask > 0]
     with theirs.disable_adapter():
       plain = tiny_decoders.run_theirs(theirs, tokens, mask).last_hidden_state.numpy()[mask > 0]
-  found = jax.jit(lambda p: layers.merge_params(graphdef, p)(*packed))(params)[0]
+  found = jax.jit(lambda p: merge_params(graphdef, p)(*packed))(params)[0]
   np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
   assert np.abs(wanted - plain).max() > 0.1
 
 
-def test_gradients_of_adapters_are_those_of_torch(pair):
+def test_gradients_of_adapters_equal_those_of_torch(pair):
   folder, theirs, graphdef, params = pair
   packed, tokens, mask = _packed()
   weights = np.random.default_rng(0).normal(size=(int(mask.sum()), tiny_decoders.DIM)).astype(np.float32)
@@ -74,7 +76,7 @@ def test_gradients_of_adapters_are_those_of_torch(pair):
   flat = engine.flatten_tree(params)
 
   def loss(adapters, base):
-    return (layers.merge_params(graphdef, engine.unflatten_tree(base | adapters))(*packed)[0] * weights).sum()
+    return (merge_params(graphdef, engine.unflatten_tree(base | adapters))(*packed)[0] * weights).sum()
 
   found = jax.jit(jax.grad(loss))({name: flat[name] for name in wanted}, flat)
   assert len(wanted) == 14
@@ -83,16 +85,16 @@ def test_gradients_of_adapters_are_those_of_torch(pair):
     np.testing.assert_allclose(found[name] / scale, gradient / scale, atol=1e-4, err_msg=name)
 
 
-def test_merged_decoder_is_that_of_peft_and_computes_what_the_adapted_one_does(pair, tmp_path):
+def test_the_merged_decoder_equals_that_of_peft_and_the_adapted_one(pair, tmp_path):
   _, theirs, graphdef, params = pair
   packed, *_ = _packed()
-  adapted = jax.jit(lambda p: layers.merge_params(graphdef, p)(*packed))(params)[0]
-  merged = jax.jit(layers.merge_lora, static_argnums=1)(params, layers.lora_scale(RANK, ALPHA))
+  adapted = jax.jit(lambda p: merge_params(graphdef, p)(*packed))(params)[0]
+  merged = jax.jit(merge_lora, static_argnums=1)(params, lora_scale(RANK, ALPHA))
   copy.deepcopy(theirs).merge_and_unload().save_pretrained(tmp_path)
   plain_graphdef, wanted = tiny_decoders.our_decoder(tmp_path)
   assert engine.flatten_tree(merged).keys() == engine.flatten_tree(wanted).keys()
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, wanted)
-  found = jax.jit(lambda p: layers.merge_params(plain_graphdef, p)(*packed))(merged)[0]
+  found = jax.jit(lambda p: merge_params(plain_graphdef, p)(*packed))(merged)[0]
   np.testing.assert_allclose(found, adapted, atol=1e-4, rtol=0)
 
 
@@ -104,8 +106,8 @@ def test_one_adapted_map_merges_into_its_kernel(inputs, outputs):
   rng = np.random.default_rng(0)
   linear.lora_b.set_value(jnp.asarray(rng.normal(size=linear.lora_b.shape), jnp.float32))
   x = rng.normal(size=(4, *inputs.values())).astype(np.float32)
-  params = layers.split_params(linear)[1]
-  merged = layers.merge_lora(params, 2.0 / np.sqrt(3.0))
+  params = split_params(linear)[1]
+  merged = merge_lora(params, 2.0 / np.sqrt(3.0))
   assert merged.keys() == {"kernel", "bias"} and "lora_a" in params
   kernel = np.asarray(merged["kernel"]).reshape(6, -1)
   wanted = (x.reshape(4, 6) @ kernel).reshape(4, *outputs.values())
@@ -147,14 +149,14 @@ def test_every_projection_has_an_adapter_of_its_own_in_every_layer(pair):
   assert all(engine.flatten_tree(axes)[name] == value for name, value in engine.flatten_tree(plain_axes).items())
 
 
-def test_bf16_base_with_f32_adapters_is_as_near_f32_as_that_of_peft(pair):
+def test_a_bfloat16_base_with_float32_adapters_is_as_precise_as_that_of_peft(pair):
   folder, theirs, _, params = pair
   packed, tokens, mask = _packed()
   adapters = {name: value for name, value in engine.flatten_tree(params).items() if "/lora_" in name}
   graphdef, params = tiny_decoders.with_adapters(
     folder, adapters, lora_rank=RANK, lora_alpha=ALPHA, param_dtype="bfloat16", dtype="bfloat16"
   )
-  found = jax.jit(lambda p: layers.merge_params(graphdef, p)(*packed)[0])(params)
+  found = jax.jit(lambda p: merge_params(graphdef, p)(*packed)[0])(params)
   assert found.dtype == jnp.bfloat16
   with torch.no_grad():
     exact, half = (
@@ -163,11 +165,11 @@ def test_bf16_base_with_f32_adapters_is_as_near_f32_as_that_of_peft(pair):
     )
   error, their_error = (np.sqrt(np.square(np.float32(x) - exact).mean()) for x in (found, half))
   assert 0 < error < 1.25 * their_error
-  merged = layers.merge_lora(params, layers.lora_scale(RANK, ALPHA))
+  merged = merge_lora(params, lora_scale(RANK, ALPHA))
   assert {leaf.dtype.name for leaf in jax.tree.leaves(merged)} == {"bfloat16"}
 
 
 @pytest.mark.parametrize("rank, alpha", [(4, 0.0), (4, -1.0), (-1, 4.0)])
-def test_an_adapter_without_rank_or_strength_is_refused(rank, alpha):
+def test_an_adapter_without_rank_or_alpha_raises_an_error(rank, alpha):
   with pytest.raises(ValueError, match="both must be positive"):
     layers.Linear({"embed": 3}, {"mlp": 2}, lora_rank=rank, lora_alpha=alpha, rngs=nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""The prototype network and its initial values against torch's transformer layer."""
+"""The prototype network and its initial values against the transformer layer of torch."""
 
 from flax import nnx
 import jax
@@ -51,7 +51,7 @@ def pair():
   return theirs, ours
 
 
-def test_a_prototype_is_the_mean_of_torch_s_layer_over_the_three_vectors(pair):
+def test_a_prototype_is_the_mean_of_the_outputs_of_a_torch_layer(pair):
   theirs, ours = pair
   vectors = inputs()
   with torch.no_grad():
@@ -59,7 +59,7 @@ def test_a_prototype_is_the_mean_of_torch_s_layer_over_the_three_vectors(pair):
   np.testing.assert_allclose(ours(*map(jnp.asarray, vectors)), wanted, atol=1e-5)
 
 
-def test_the_three_vectors_have_no_order(pair):
+def test_the_order_of_the_three_vectors_does_not_matter(pair):
   _, ours = pair
   pooled, free_vectors, centroids = map(jnp.asarray, inputs())
   np.testing.assert_allclose(ours(pooled, free_vectors, centroids), ours(centroids, pooled, free_vectors), atol=1e-5)
@@ -73,7 +73,8 @@ def test_dropout_acts_inside_the_network_only_with_a_key(pair):
   np.testing.assert_array_equal(one, ours(*vectors, jax.random.key(1)))
 
 
-def test_initial_kernels_spread_like_torch_linear_layers():
+def test_initial_kernels_are_distributed_like_those_of_torch():
+  torch.manual_seed(0)
   network = PrototypeNetwork(256, 8, 512, rngs=nnx.Rngs(0))
   for ours, theirs in ((network.layer.up, torch.nn.Linear(256, 512)), (network.layer.down, torch.nn.Linear(512, 256))):
     kernel, wanted = np.asarray(ours.kernel[...]), theirs.weight.detach().numpy()

@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers import tiny_encoders, tiny_siglip
 from vixml_jax import sharding
-from vixml_jax.models import layers
+from vixml_jax.models.parameters import merge_params, split_params
 from vixml_jax.models.siglip import SiglipVision, define_siglip
 from vixml_jax.weights import engine, siglip
 
@@ -27,10 +27,10 @@ def tower(tmp_path_factory):
 
 def _features(params, pixels, **changes):
   graphdef = tiny_siglip.our_tower(**changes)
-  return jax.jit(lambda params, pixels: layers.merge_params(graphdef, params)(pixels))(params, pixels)
+  return jax.jit(lambda params, pixels: merge_params(graphdef, params)(pixels))(params, pixels)
 
 
-def test_features_and_every_layer_are_those_of_transformers(tower):
+def test_features_and_every_layer_equal_those_of_transformers(tower):
   theirs, params = tower
   pixels = tiny_siglip.pixels()
   with torch.no_grad():
@@ -38,7 +38,7 @@ def test_features_and_every_layer_are_those_of_transformers(tower):
 
   @jax.jit
   def run(params, pixels):
-    ours = layers.merge_params(tiny_siglip.our_tower(), params)
+    ours = merge_params(tiny_siglip.our_tower(), params)
     hidden = ours.encode_layers(ours.embed(pixels))
     return hidden, ours.final_norm(ours.encode(hidden[0])), ours(pixels)
 
@@ -52,8 +52,7 @@ def test_features_and_every_layer_are_those_of_transformers(tower):
   assert np.abs(np.linalg.norm(pooled, axis=-1) - 1).min() > 0.1  # Not normalized.
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_gradients_are_those_of_torch(tower, remat):
+def test_gradients_equal_those_of_torch_with_recomputed_activations(tower):
   theirs, params = tower
   pixels = jnp.asarray(tiny_siglip.pixels())
   weights = np.random.default_rng(1).normal(size=(2, 24)).astype(np.float32)
@@ -62,15 +61,15 @@ def test_gradients_are_those_of_torch(tower, remat):
   wanted = engine.flatten_tree(engine.apply(siglip.tables.SIGLIP, tiny_encoders.Gradients(theirs), params))
 
   def loss(params):
-    return (layers.merge_params(tiny_siglip.our_tower(remat=remat), params)(pixels) * weights).sum()
+    return (merge_params(tiny_siglip.our_tower(remat=True), params)(pixels) * weights).sum()
 
   found = engine.flatten_tree(jax.jit(jax.grad(loss))(params))
   for name, gradient in wanted.items():
-    scale = max(np.abs(gradient).max(), 0.1)  # That of the keys' biases is zero but for rounding.
+    scale = max(np.abs(gradient).max(), 0.1)  # The gradient of the keys' biases is zero except for rounding.
     np.testing.assert_allclose(found[name] / scale, gradient / scale, atol=1e-4, err_msg=name)
 
 
-def test_pixels_beyond_the_last_whole_patch_are_cut_off(tower):
+def test_pixels_beyond_the_last_whole_patch_are_ignored(tower):
   _, params = tower
   pixels = tiny_siglip.pixels()
   beyond, within = pixels.copy(), pixels.copy()
@@ -83,26 +82,26 @@ def test_pixels_beyond_the_last_whole_patch_are_cut_off(tower):
 
 
 @pytest.mark.parametrize("height,width", [(32, 30), (30, 32), (23, 24), (60, 60)])
-def test_images_of_another_grid_are_refused_with_both_grids(tower, height, width):
+def test_images_of_another_grid_raise_an_error_with_both_grids(tower, height, width):
   _, params = tower
   message = f"{height} x {width} pixels have {height // 8} x {width // 8} patches .* positions for 3 x 3"
   with pytest.raises(ValueError, match=message):
     _features(params, jnp.zeros((1, height, width, 3)))
 
 
-def test_bf16_is_near_f32_and_comes_out_as_f32(tower):
+def test_bfloat16_is_near_float32_and_returned_as_float32(tower):
   _, params = tower
   pixels = tiny_siglip.pixels(8)
   f32, bf16 = _features(params, pixels), _features(params, pixels, dtype="bfloat16")
   assert bf16.dtype == jnp.float32
-  assert np.abs(f32 - bf16).max() > 1e-4  # It is bf16 indeed.
+  assert np.abs(f32 - bf16).max() > 1e-4  # The computation is in bfloat16.
   cosine = (f32 * bf16).sum(-1) / (jnp.linalg.norm(f32, axis=-1) * jnp.linalg.norm(bf16, axis=-1))
   assert cosine.min() > 0.999
 
 
 def test_initial_values_are_distributed_as_in_big_vision():
   arguments = {"image_size": 64, "patch_size": 8, "num_layers": 2, "embed_dim": 64, "num_heads": 4, "mlp_dim": 128}
-  init = jax.jit(lambda: layers.split_params(SiglipVision(**arguments, rngs=nnx.Rngs(0)))[1])
+  init = jax.jit(lambda: split_params(SiglipVision(**arguments, rngs=nnx.Rngs(0)))[1])
   flat = engine.flatten_tree(init())
   # flax.linen's lecun_normal for the patches, 1 / sqrt(width) for positions, else xavier_uniform.
   for name, deviation in {
@@ -120,7 +119,7 @@ def test_initial_values_are_distributed_as_in_big_vision():
   assert not np.allclose(first, second)
 
 
-# Shapes of INFERENCE_INFO.md, in the order of our axes; the layers' 27 stands in front.
+# Shapes of big_vision's checkpoint, in the order of our axes; those of a layer without the 27 layers.
 _SO400M = {
   "patch_embedding/kernel": (14, 14, 3, 1152),
   "patch_embedding/bias": (1152,),
@@ -181,7 +180,7 @@ _MILLIONS = {
 
 
 @pytest.mark.parametrize("variant", siglip.VARIANTS)
-def test_every_variant_has_its_published_size_and_spreads_over_a_mesh(variant):
+def test_every_variant_has_its_published_size_and_can_be_sharded(variant):
   arguments = siglip.siglip_arguments(variant)
   _, shapes, axes = define_siglip(arguments)
   millions = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) / 1e6

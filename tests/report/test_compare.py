@@ -1,4 +1,4 @@
-"""Workdirs are compared query by query: intervals and p-values are scipy's, and what cannot be paired is refused."""
+"""Comparison of workdirs query by query: intervals and p-values, written files, and results that cannot be compared."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ OF = {"data set": "custom", "raw files": "ab" * 32, "split": "test", "queries": 
 
 
 def results(rng, num_queries, quality, truth=None):
-  """Metrics of rankings that put one of the true labels first with the given probability."""
+  """Metrics of random rankings whose first label is a true one with probability `quality`."""
   if truth is None:
     truth = Ragged.from_rows([rng.choice(LABELS, rng.integers(1, 4), replace=False) for _ in range(num_queries)])
   ids = np.stack([rng.permutation(LABELS)[:DEPTH] for _ in range(num_queries)])
@@ -66,7 +66,7 @@ def test_intervals_and_p_values_are_those_of_scipy(pair):
     assert found[name].p == pytest.approx(float(swapped.pvalue), abs=0.02), name
 
 
-def test_a_system_does_not_differ_from_itself_and_the_sign_is_that_of_the_second(pair):
+def test_a_system_does_not_differ_from_itself_and_a_better_second_system_has_positive_differences(pair):
   first, second = pair
   for same in paired_bootstrap(first, first, resamples=200).values():
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
@@ -78,9 +78,9 @@ def test_a_system_does_not_differ_from_itself_and_the_sign_is_that_of_the_second
   assert ahead.difference == -behind.difference and ahead.low == pytest.approx(-behind.high)
 
 
-def test_results_of_other_queries_are_not_paired(pair):
+def test_results_of_different_queries_are_refused(pair):
   other, _ = results(np.random.default_rng(7), 400, 0.5)
-  with pytest.raises(ValueError, match="not of the same queries"):
+  with pytest.raises(ValueError, match="results of different queries or of different metrics"):
     paired_bootstrap(pair[0], other)
 
 
@@ -93,7 +93,7 @@ def workdirs(tmp_path, pair):
   return tmp_path / "a", tmp_path / "b"
 
 
-def test_both_rows_are_compared_on_the_terminal_in_json_and_on_a_page(workdirs, pair):
+def test_both_rows_are_printed_and_written_as_json_and_as_a_page(workdirs, pair):
   one, two = workdirs
   table = compare_workdirs(one, [two], resamples=200)
   written = json.loads((one / "compare.json").read_text())
@@ -116,7 +116,7 @@ def test_both_rows_are_compared_on_the_terminal_in_json_and_on_a_page(workdirs, 
   assert not (two / "compare.json").exists()
 
 
-def test_a_workdir_with_one_row_is_compared_in_that_row(workdirs, pair, caplog):
+def test_a_row_that_only_one_workdir_has_is_left_out(workdirs, pair, caplog):
   one, two = workdirs
   PerQuery(OF, {"plain": pair[1]}).save(two / "per_query.npz")
   table = compare_workdirs(one, [two], resamples=50)
@@ -136,14 +136,14 @@ def _fewer_metrics(pair):
 @pytest.mark.parametrize(
   "change,message",
   [
-    ({"raw files": "cd" * 32}, "b: was evaluated on raw files cdcdcdcdcdcd, but .*a on abababababab"),
-    ({"split": "validation"}, "b: was evaluated on split validation, but .*a on test"),
-    ({"propensity": [0.6, 2.6]}, r"b: was evaluated on propensity \[0.6, 2.6\], but .*a on \[0.55, 1.5\]"),
+    ({"raw files": "cd" * 32}, "b: was evaluated with raw files = cdcdcdcdcdcd, but .*a with abababababab"),
+    ({"split": "validation"}, "b: was evaluated with split = validation, but .*a with test"),
+    ({"propensity": [0.6, 2.6]}, r"b: was evaluated with propensity = \[0.6, 2.6\], but .*a with \[0.55, 1.5\]"),
     (_other_labels, "b: its queries have other labels than those of .*a"),
-    (_fewer_metrics, r"b: has other metrics than .*a \(Hit@10, Hit@7\); set the same config.eval.ks"),
+    (_fewer_metrics, r"b: has other metrics than .*a \(Hit@10, Hit@7\); evaluate both with the same config.eval.ks"),
   ],
 )
-def test_workdirs_on_other_data_are_refused_by_name(workdirs, pair, change, message):
+def test_workdirs_with_results_on_other_data_are_refused(workdirs, pair, change, message):
   one, two = workdirs
   other = change(pair) if callable(change) else PerQuery(OF | change, {"plain": pair[1]})
   other.save(two / "per_query.npz")
@@ -153,7 +153,7 @@ def test_workdirs_on_other_data_are_refused_by_name(workdirs, pair, change, mess
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "flipped", "pickled", "of another kind"])
-def test_a_damaged_or_missing_file_says_how_to_make_it_again(workdirs, damage):
+def test_the_error_for_a_damaged_or_missing_file_names_the_command_that_writes_it(workdirs, damage):
   one, two = workdirs
   path = two / "per_query.npz"
   whole = bytearray(path.read_bytes())
@@ -172,9 +172,9 @@ def test_a_damaged_or_missing_file_says_how_to_make_it_again(workdirs, damage):
 
 
 @pytest.mark.parametrize(
-  "others,message", [(["a"], "a is named twice"), (["b", "b"], "b is named twice"), ([], "names no workdir")]
+  "others,message", [(["a"], "a occurs twice"), (["b", "b"], "b occurs twice"), ([], "contains no workdir")]
 )
-def test_a_workdir_is_not_compared_with_itself_and_not_with_nothing(workdirs, others, message):
+def test_other_workdirs_must_be_given_and_must_differ(workdirs, others, message):
   with pytest.raises(InputError, match=message):
     compare_workdirs(workdirs[0], [workdirs[0].parent / name for name in others])
 
@@ -193,6 +193,9 @@ def test_the_command_compares_and_refuses_flags_of_evaluation(workdirs, tmp_path
   assert status == 0, stderr
   assert "P@1" in printed and two in printed
   assert json.loads((workdirs[0] / "compare.json").read_text())["resamples"] == 10_000
-  for name, words in (("with a flag", "error: --search: says how to evaluate"), ("of nothing", "names no workdir")):
+  for name, words in (
+    ("with a flag", "error: --search: cannot be used with --compare"),
+    ("of nothing", "contains no workdir"),
+  ):
     status, printed, stderr = done[name]
     assert status == 1 and not printed and len(stderr.splitlines()) == 1 and words in stderr, stderr

@@ -11,12 +11,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.helpers.image_features import write_random_features
 from tests.helpers.miniature import read_lines, write_raw_folder
-from tests.helpers.miniature_runs import miniature_config
 from vixml_jax import datasets
 from vixml_jax.evaluation.per_query import PerQuery
-from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.input.corpus import Corpus
 from vixml_jax.ragged import Ragged
 from vixml_jax.report.charts import Line, bar_chart, interval_chart, line_chart
@@ -80,20 +77,9 @@ def assert_holds_all_that_it_needs(page):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-  """A workdir of an epoch with images on a miniature."""
-  folder = tmp_path_factory.mktemp("report")
-  config = miniature_config(folder, images=True)
-  builder = datasets.prepare("custom", config.dataset.raw_dir, config.dataset.data_dir)
-  write_random_features(builder, config.dataset.data_dir, "random", 6)
-  config.images = 3
-  config.features.update(dict(name="random", dim=6))
-  config.train.epochs = 1
-  config.dataset.validation_fraction = 0.2
-  config.eval.update(dict(test_images=(0,), retrieval_choose=True))
-  config.baselines = dict(beaten={"P@1": 12.5})
-  train_and_evaluate(config, folder / "run")
-  return folder / "run"
+def trained(with_images):
+  """Workdir of a run with images."""
+  return with_images.workdir
 
 
 def test_every_number_is_that_of_the_workdir(trained):
@@ -126,7 +112,7 @@ def test_every_number_is_that_of_the_workdir(trained):
 def test_the_metrics_of_each_query_add_up_to_those_of_the_run_and_of_its_groups(trained):
   final, evaluation = (json.loads((trained / f"{name}.json").read_text()) for name in ("final_metrics", "evaluation"))
   saved = PerQuery.load(trained / "per_query.npz")
-  assert saved.of["split"] == "test" and saved.of["data set"] == "custom"
+  assert saved.description["split"] == "test" and saved.description["data set"] == "custom"
   assert saved.rows["plain"].mean() == {name: final[name] for name in saved.rows["plain"].names}
   assert saved.rows["augmented"].mean() == {name: final[f"RA/{name}"] for name in saved.rows["augmented"].names}
   groups = evaluation["by_images"]
@@ -154,11 +140,11 @@ def test_evaluations_between_epochs_and_any_value_that_training_logged_become_cu
   write_report(tmp_path, [], {"a": [(0, 0.0), (20, 1e-3)], "b": [(0, 0.0), (20, 1e-3)], "c": [(0, 0.0), (20, 2e-3)]})
   raw = (tmp_path / "report.html").read_text()
   assert re.findall("<figcaption>(.*?)</figcaption>", raw)[2:] == [
-    "loss, and its mean over each epoch",
+    "loss and its mean over each epoch",
     "learning rate of a, b",
     "learning rate of c",
     "entropy",
-    "seconds of each epoch",
+    "seconds per epoch",
     "P@1 on test queries",
   ]
   assert "nan" not in re.sub("<style>.*?</style>", "", raw, flags=re.DOTALL)
@@ -181,15 +167,15 @@ def test_texts_of_any_kind_are_shown_and_do_nothing(trained, tmp_path):
   for text in (*named, "\ufffd\ufffd", "17 · \N{EN DASH}", "4 more"):
     assert text in page.texts, text
   assert page.values(HOSTILE)[-1] == [1.0]
-  # A text is isolated, so that one from right to left does not turn what stands beside it.
+  # A text is isolated, so that right-to-left text does not reorder its neighbors.
   raw = (tmp_path / "report.html").read_text()
   assert raw.count("<bdi>") >= 5 and '<h3 dir="auto">' in raw
-  assert "loss, and its mean" not in raw, "curves of a run that logged nothing"
+  assert "loss and its mean" not in raw, "curves of a run that logged nothing"
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-  """Raw folder and corpus of a miniature with pictures; its tokens are not needed."""
+  """Raw folder and corpus of a miniature with images; its tokens are not needed."""
   folder = tmp_path_factory.mktemp("examples")
   raw = write_raw_folder(folder / "raw", images=True)
   builder = datasets.prepare("custom", raw, folder / "data")
@@ -197,7 +183,7 @@ def corpus(tmp_path_factory):
   return raw, Corpus(**names | dict(builder=builder, text_fields=("title",)))
 
 
-def test_examples_are_the_queries_with_their_labels_ranks_and_pictures(corpus):
+def test_examples_are_the_queries_with_their_labels_ranks_and_images(corpus):
   raw, corpus = corpus
   queries, labels = read_lines(raw / "tst.json.gz"), [label["title"] for label in read_lines(raw / "lbl.json.gz")]
   truth = Ragged.from_rows([query["target_ind"] for query in queries[:15]] + [[]])
@@ -222,10 +208,10 @@ def test_examples_are_the_queries_with_their_labels_ranks_and_pictures(corpus):
       for name, found in ids.items():
         ranked = [labels[other] if other >= 0 else None for other in found[query]]
         assert label.ranks[name] == (ranked.index(label.text) + 1 if label.text in ranked else None)
-  pictures = [picture for example in examples for picture in example.pictures]
-  assert max(len(example.pictures) for example in examples) == 3 and len(pictures) < 3 * len(examples)
-  for picture in pictures:
-    head, _, data = picture.partition(",")
+  images = [image for example in examples for image in example.images]
+  assert max(len(example.images) for example in examples) == 3 and len(images) < 3 * len(examples)
+  for image in images:
+    head, _, data = image.partition(",")
     assert head == "data:image/webp;base64"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (8, 8)
 

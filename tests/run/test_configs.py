@@ -13,11 +13,15 @@ from tests.helpers.miniature import expect_miniature, write_raw_folder
 from tests.helpers.miniature_runs import load_config, shrink
 from vixml_jax import datasets, sharding
 from vixml_jax.errors import InputError
-from vixml_jax.models import layers
+from vixml_jax.input.batches import steps_per_epoch
+from vixml_jax.models.lora import split_lora
 from vixml_jax.run import configuration
-from vixml_jax.run.from_config import model_of, optimizer_of, set_up, settle_free_vectors
+from vixml_jax.run.checkpoint import Checkpointer
+from vixml_jax.run.from_config import model_from_config, with_free_vectors
+from vixml_jax.run.setup import set_up_run
 from vixml_jax.run.state import abstract_state
 from vixml_jax.training.loop import train
+from vixml_jax.training.optimizer import optimizer_from_config
 
 ENCODERS = ("minilm-l3", "minilm-l6", "distilbert", "bert")
 # The decoders that the paper reports.
@@ -56,17 +60,19 @@ def test_full_size_state_is_built_abstractly(name, variant):
   config = load_config(name, variant)
   configuration.check(config)
   queries, labels = PUBLISHED.get(name, (17_083, 9_527))
-  config = settle_free_vectors(config, labels)
+  config = with_free_vectors(config, labels)
   mesh = sharding.make_mesh()
-  model = model_of(config)
+  model = model_from_config(config)
   steps = config.train.epochs * math.ceil(queries / config.train.batch_size)
-  state = abstract_state(model, optimizer_of(config, model, steps), queries, labels, config.train.bank_dtype, mesh)
+  state = abstract_state(
+    model, optimizer_from_config(config, model, steps), queries, labels, config.train.bank_dtype, mesh
+  )
   assert state.bank.shape[0] >= queries and state.bank.shape[0] % 8 == 0
   assert state.centroids.shape[0] >= labels
   per_device = state.bank.sharding.shard_shape(state.bank.shape)
   assert per_device[0] * 8 == state.bank.shape[0], "the bank must be spread over the devices"
   encoder = next((e for e in ENCODER_PARAMETERS if f"encoder={e}" in (variant or "").split(",")), "minilm-l6")
-  base, adapters = layers.split_lora(model.shapes["encoder"])
+  base, adapters = split_lora(model.shapes["encoder"])
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(base)) == ENCODER_PARAMETERS[encoder]
   if encoder in tiny_decoders.PARAMETERS:
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state.params["encoder"]) == jax.tree.map(
@@ -108,11 +114,14 @@ def test_two_steps_run_on_a_miniature(name, variant, tmp_path, monkeypatch):
     write_random_features(builder, config.dataset.data_dir, config.features.name, 6)
     config.features.dim = 6
   configuration.check(config)
-  run = set_up(config, tmp_path)
-  assert run.steps_per_epoch == 2 or config.dataset.validation_fraction
-  checkpoint = train(run, lambda state: {})
-  assert int(checkpoint.state.step) == run.total_steps
-  assert all(math.isfinite(float(abs(leaf).sum())) for leaf in jax.tree.leaves(checkpoint.state.params))
+  setup = set_up_run(config, tmp_path, extract=True)
+  with Checkpointer(tmp_path / "checkpoints", 1) as checkpointer:
+    model = train(
+      setup.config, tmp_path, checkpointer, setup.data, setup.load_encoder(), setup.weights_folder, lambda model: {}
+    )
+  assert model.step == steps_per_epoch(len(setup.data.train_rows), config.train.batch_size)
+  assert model.step == 2 or config.dataset.validation_fraction
+  assert all(math.isfinite(float(abs(leaf).sum())) for leaf in jax.tree.leaves(model.params))
 
 
 def test_configs_hold_the_paper_s_recipe():

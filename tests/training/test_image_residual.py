@@ -47,9 +47,9 @@ def test_a_constant_feature_does_no_harm():
 @pytest.mark.parametrize("norm", [0.5, 2.0])
 def test_vectors_that_are_added_have_the_length_asked_for(norm):
   values = features().astype(np.float16)
-  bank = ImageFeatures(values, {}, "")
+  on_host = ImageFeatures(values)
   fusion = {"project": {"kernel": jnp.ones((6, 16))}, "residual": {"kernel": jnp.ones((6, 16)), "bias": jnp.zeros(16)}}
-  started = start_residual(fusion, bank, norm, seed=0)
+  started = start_residual(fusion, on_host, norm, seed=0)
   assert started["project"] is fusion["project"]
   residual = started["residual"]
   added = (values.astype(np.float32) @ np.asarray(residual["kernel"]) + np.asarray(residual["bias"])) / np.sqrt(6)

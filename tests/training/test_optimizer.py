@@ -11,7 +11,7 @@ import transformers
 from vixml_jax.training import optimizer
 
 RATES = {"encoder": 0.01, "new": 0.03, "free_vectors": 0.1}
-# Path -> (shape, learning rate, whether it decays): what METHOD and the published code do.
+# Path -> (shape, learning rate, whether it decays), as in the published code of PRIME and ViXML.
 PARAMETERS = {
   "encoder/word_embedding": ((5, 4), "encoder", True),
   "encoder/embedding_norm/scale": ((4,), "encoder", False),

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: what PEFT writes is read, what we write PEFT reads, anything else is refused by name."""
+"""Adapters in PEFT's format: we read what PEFT writes and the reverse; anything else is an error that names the key."""
 
 import json
 import math
@@ -16,12 +16,13 @@ import transformers
 from tests.helpers import tiny_decoders, tiny_encoders
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
-from vixml_jax.models import layers
 from vixml_jax.models.definition import ModelDefinition
+from vixml_jax.models.lora import split_lora
+from vixml_jax.models.parameters import merge_params
 from vixml_jax.run.pretrained import load_pretrained_encoder
 from vixml_jax.weights import engine, hf_config, peft
 
-# PEFT asks transformers for a property by its old name.
+# PEFT uses the old name of a property of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 RANK, ALPHA = 4, 6.0
@@ -60,12 +61,12 @@ def saved(tmp_path_factory):
 def abstract(saved):
   """Shapes of our decoder's adapters."""
   arguments = hf_config.encoder_arguments(saved[0]) | dict(lora_rank=RANK, lora_alpha=ALPHA)
-  return layers.split_lora(tiny_decoders.abstract(**arguments)[1])[1]
+  return split_lora(tiny_decoders.abstract(**arguments)[1])[1]
 
 
 @pytest.fixture
 def folder(saved, tmp_path):
-  """A copy of the adapter's folder, to be changed."""
+  """A copy of the adapter's folder that can be changed."""
   for name in ("adapter_config.json", "adapter_model.safetensors"):
     (tmp_path / name).write_bytes((saved[1] / name).read_bytes())
   return tmp_path
@@ -90,10 +91,10 @@ def test_adapters_that_peft_saved_compute_the_same_here(saved, abstract):
     wanted = tiny_decoders.run_theirs(model, tokens, mask).last_hidden_state.numpy()
     plain = tiny_decoders.run_theirs(transformers.Qwen2Model.from_pretrained(base), tokens, mask)
   packed = tiny_encoders.packed([[text] for text in texts], 9)
-  hidden = jax.jit(lambda params: layers.merge_params(graphdef, params)(*packed))(params)
+  hidden = jax.jit(lambda params: merge_params(graphdef, params)(*packed))(params)
   for row, text in enumerate(texts):
     np.testing.assert_allclose(hidden[row, : len(text)], wanted[row, : len(text)], atol=1e-4)
-  assert np.abs(plain.last_hidden_state.numpy() - wanted).max() > 0.1  # The adapters do something.
+  assert np.abs(plain.last_hidden_state.numpy() - wanted).max() > 0.1  # The adapters have an effect.
 
 
 def test_adapters_that_we_save_peft_loads_by_name_and_computes_the_same_with(saved, abstract, tmp_path):
@@ -115,7 +116,7 @@ def test_adapters_that_we_save_peft_loads_by_name_and_computes_the_same_with(sav
   with torch.no_grad():
     wanted = model(tokens).last_hidden_state
     for loaded in (fresh.eval(), again):
-      # Not to the last bit: transformers now takes another way to compute attention.
+      # Not bit by bit: transformers now uses another implementation of attention.
       torch.testing.assert_close(loaded(tokens).last_hidden_state, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -130,7 +131,7 @@ def test_adapters_of_a_causal_model_are_read_by_their_longer_names(abstract, tmp
   np.testing.assert_array_equal(found["lora_b"][2], tensors[f"base_model.model.model.{name.format('B')}"].T)
 
 
-def test_adapters_chosen_by_pattern_are_told_from_their_tensors(abstract, tmp_path):
+def test_adapters_chosen_by_pattern_are_recognized_by_their_tensors(abstract, tmp_path):
   _peft_model(target_modules="all-linear").save_pretrained(tmp_path / "all")
   _peft_model(target_modules=r".*_proj").save_pretrained(tmp_path / "pattern")
   _assert_equal(*(peft.load_adapter(tmp_path / name, abstract, ALPHA) for name in ("all", "pattern")))
@@ -154,7 +155,7 @@ def test_a_base_is_loaded_without_adapters(saved):
   graphdef, shapes, axes = tiny_decoders.abstract(**arguments)
   model = ModelDefinition({"encoder": arguments}, graphdef, {"encoder": shapes}, {"encoder": axes})
   base = load_pretrained_encoder(saved[0], model, sharding.make_mesh(data=4, fsdp=2))["encoder"]
-  wanted, _ = layers.split_lora(shapes)
+  wanted, _ = split_lora(shapes)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), base) == jax.tree.map(lambda x: (x.shape, x.dtype), wanted)
   stored = load_file(saved[0] / "model.safetensors")["layers.1.mlp.up_proj.weight"]
   np.testing.assert_array_equal(base["layers"]["up"]["kernel"][1], stored.T.astype(jnp.bfloat16))
@@ -165,25 +166,25 @@ def test_a_base_is_loaded_without_adapters(saved):
   [
     (dict(r=8), "r is 8, but encoder.lora_rank is 4; set it to 8"),
     (dict(lora_alpha=16), "lora_alpha is 16, but encoder.lora_alpha is 6; set it to 16"),
-    (dict(r="4"), "r is '4'; a positive number is wanted"),
-    (dict(lora_alpha=None), "lora_alpha is None; a positive number is wanted"),
-    (dict(peft_type="LOHA"), "peft_type is 'LOHA'; only 'LORA' is read"),
-    (dict(bias="all"), "bias is 'all'; only 'none' is read"),
-    (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa'; only True or False"),
+    (dict(r="4"), "r is '4'; it must be a positive number"),
+    (dict(lora_alpha=None), "lora_alpha is None; it must be a positive number"),
+    (dict(peft_type="LOHA"), "peft_type is 'LOHA'; it must be 'LORA'"),
+    (dict(bias="all"), "bias is 'all'; it must be 'none'"),
+    (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa'; it must be True or False"),
     (dict(use_dora=True), "use_dora is True; only plain LoRA"),
     (dict(modules_to_save=["embed_tokens"]), r"modules_to_save is \['embed_tokens'\]; only plain LoRA"),
     (
       dict(rank_pattern={"q_proj": 8}),
-      r"rank_pattern is \{'q_proj': 8\}; only plain LoRA is read, the same on every layer: null is wanted",
+      r"rank_pattern is \{'q_proj': 8\}; only plain LoRA, equal on every layer, is supported: set it to null",
     ),
     (dict(alpha_pattern={"q_proj": 8}), "alpha_pattern is"),
     (dict(layers_to_transform=[0]), r"layers_to_transform is \[0\]"),
     (dict(a_later_invention=1), "a_later_invention is 1; only plain LoRA"),
-    (dict(target_modules=["q_proj", "v_proj"]), "target_modules are q_proj, v_proj; the encoder has adapters on down_"),
+    (dict(target_modules=["q_proj", "v_proj"]), "target_modules are q_proj, v_proj; they must be down_"),
     (dict(target_modules=[*TARGETS, "lm_head"]), "target_modules are .*lm_head"),
   ],
 )
-def test_configs_of_other_adapters_are_refused_by_key(folder, abstract, change, message):
+def test_unsupported_configs_raise_an_error_that_names_the_key(folder, abstract, change, message):
   _change(folder, **change)
   with pytest.raises(InputError, match=f"adapter_config.json: {message}") as error:
     peft.load_adapter(folder, abstract, ALPHA)
@@ -192,7 +193,7 @@ def test_configs_of_other_adapters_are_refused_by_key(folder, abstract, change, 
 
 def test_the_alpha_that_replaces_a_scale_over_the_rank_computes_the_same(saved, folder, abstract):
   _change(folder, use_rslora=False)
-  message = r"use_rslora is false, .* write use_rslora true and lora_alpha 3 \(= 6 / sqrt\(4\)\) there"
+  message = r"use_rslora is false, .* set use_rslora to true and lora_alpha to 3 \(= 6 / sqrt\(4\)\) in the file"
   with pytest.raises(InputError, match=message):
     peft.load_adapter(folder, abstract, ALPHA)
   outputs = []
@@ -217,17 +218,17 @@ def test_tensors_that_do_not_fit_are_listed(folder, abstract):
   with pytest.raises(InputError, match=r"1 unfilled: -layers/up/lora_b \(from layers\.0\.mlp\.up_proj\.lora_B\.weight"):
     peft.load_adapter(folder, abstract, ALPHA)
   save_file(tensors | {a: tensors[a][:2].copy()}, file)
-  with pytest.raises(InputError, match=rf"1 wrong shape: {a} is \[2, 32\], wanted \[4, 32\]$"):
+  with pytest.raises(InputError, match=rf"1 wrong shape: {a} is \[2, 32\], expected \[4, 32\]$"):
     peft.load_adapter(folder, abstract, ALPHA)
   save_file(tensors | {a.replace("model.layers", "model.model.layers"): tensors[a]}, file)
   with pytest.raises(InputError, match=r"1 duplicate: base_model\.model"):
     peft.load_adapter(folder, abstract, ALPHA)
 
 
-def test_absent_and_damaged_files_are_named(folder, abstract):
+def test_missing_and_damaged_files_raise_an_error_that_names_them(folder, abstract):
   file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
   file.write_bytes(file.read_bytes()[:500])
-  with pytest.raises(InputError, match=r"adapter_model\.safetensors: is not a whole safetensors file"):
+  with pytest.raises(InputError, match=r"adapter_model\.safetensors: is not a complete safetensors file"):
     peft.load_adapter(folder, abstract, ALPHA)
   file.rename(folder / "adapter_model.bin")
   with pytest.raises(InputError, match=r"has no adapter_model\.safetensors; save the adapter again"):
@@ -237,11 +238,11 @@ def test_absent_and_damaged_files_are_named(folder, abstract):
     with pytest.raises(InputError, match=rf"adapter_config\.json: {message}"):
       peft.load_adapter(folder, abstract, ALPHA)
   settings.unlink()
-  with pytest.raises(InputError, match=r"adapter_config\.json: cannot be read .* name a folder that PEFT saved"):
+  with pytest.raises(InputError, match=r"adapter_config\.json: cannot be read .* give a folder that PEFT saved"):
     peft.load_adapter(folder, abstract, ALPHA)
 
 
-def test_saving_refuses_what_is_no_whole_set_of_adapters(saved, abstract, tmp_path):
+def test_saving_an_incomplete_set_of_adapters_raises_an_error(saved, abstract, tmp_path):
   params = peft.load_adapter(saved[1], abstract, ALPHA)
   del params["layers"]["gate"]
   with pytest.raises(InputError, match=r"2 unfilled: -layers/gate/lora_a, -layers/gate/lora_b$"):
@@ -249,7 +250,7 @@ def test_saving_refuses_what_is_no_whole_set_of_adapters(saved, abstract, tmp_pa
   assert not (tmp_path / "out").exists()
 
 
-def test_alpha_is_written_as_it_is(saved, abstract, tmp_path):
+def test_alpha_is_written_unchanged(saved, abstract, tmp_path):
   params = peft.load_adapter(saved[1], abstract, ALPHA)
   for alpha in (256.0, math.sqrt(2)):
     peft.save_adapter(params, tmp_path, "base", alpha)

@@ -1,7 +1,6 @@
-"""SigLIP checkpoints: both formats in both directions, both layouts, prefixes, bf16, what is refused, resizing."""
+"""SigLIP checkpoints: both formats in both directions, stacked layers, prefixes, bfloat16, errors, resizing."""
 
 import json
-import os
 import zipfile
 
 import jax
@@ -14,15 +13,15 @@ import transformers
 
 from tests.helpers import tiny_siglip
 from vixml_jax.errors import InputError
-from vixml_jax.models import layers
+from vixml_jax.models.parameters import merge_params
 from vixml_jax.models.siglip import define_siglip
-from vixml_jax.weights import engine, siglip, source, tables
+from vixml_jax.weights import engine, hf_folder, siglip, source, tables
 from vixml_jax.weights.npz import NpzFile, write_npz
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-  """The same tower as transformers writes it, and its tensors as big_vision names them."""
+  """A folder of a tower of transformers, the tower, and its tensors under the names of big_vision."""
   folder = tmp_path_factory.mktemp("siglip")
   model = tiny_siglip.hf_tower()
   model.save_pretrained(folder)
@@ -31,7 +30,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def tensors(published):
-  """Tensors of a stacked npz file, for changing."""
+  """Tensors of a stacked npz file that can be changed."""
   return dict(published[2][True])
 
 
@@ -44,25 +43,26 @@ def _load(tensors, path, **options):
   return siglip.load_siglip(path, **options)
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-@pytest.mark.parametrize("prefix", ["", "params/", "img/", "params/img/"])
-def test_a_big_vision_file_makes_the_features_of_transformers(published, tmp_path, stacked, prefix):
+@pytest.mark.parametrize(
+  "prefix,stacked", [("", True), ("", False), ("params/", True), ("img/", True), ("params/img/", False)]
+)
+def test_a_big_vision_file_makes_the_features_of_transformers(published, tmp_path, prefix, stacked):
   folder, model, tensors = published
   named = {f"{prefix}{name}": value for name, value in tensors[stacked].items()}
   params, arguments = _load(named, tmp_path / "tower.npz", image_size=30)
   assert arguments | {"layer_norm_eps": 1e-6} == tiny_siglip.ARGUMENTS
   _assert_equal(params, siglip.load_siglip(folder)[0])
   if prefix:
-    return  # The parameters are those of the case without.
+    return  # The parameters equal those without a prefix.
   pixels = tiny_siglip.pixels()
   with torch.no_grad():
     wanted = model(torch.tensor(pixels).permute(0, 3, 1, 2)).pooler_output
   graphdef, _, _ = define_siglip(arguments)
-  found = jax.jit(lambda params, pixels: layers.merge_params(graphdef, params)(pixels))(params, pixels)
+  found = jax.jit(lambda params, pixels: merge_params(graphdef, params)(pixels))(params, pixels)
   np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
 
 
-def test_the_text_tower_and_the_loss_of_a_two_tower_file_are_left_out(tensors, tmp_path):
+def test_the_text_tower_and_the_loss_of_a_two_tower_file_are_ignored(tensors, tmp_path):
   wanted, _ = _load(tensors, tmp_path / "one.npz")
   both = {f"params/img/{name}": value for name, value in tensors.items()} | {
     "params/txt/Encoder_0/encoderblock/LayerNorm_0/scale": np.ones((2, 4), np.float32),
@@ -88,14 +88,13 @@ def test_a_config_without_what_equals_the_defaults_means_the_base_tower(tmp_path
   settings = {"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}}
   (tmp_path / "config.json").write_text(json.dumps(settings))
   save_file({"logit_scale": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
-  # It has 208 tensors; the two that are fused make six parameters.
+  # It has 208 tensors, two of which are three parameters each.
   with pytest.raises(InputError, match=r"212 unfilled: "):
     siglip.load_siglip(tmp_path, variant="siglip2_b16_224")
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-@pytest.mark.parametrize("prefix", ["params/img/", "params/", ""])
-def test_npz_to_ours_to_npz_is_the_identity(published, tmp_path, stacked, prefix):
+@pytest.mark.parametrize("prefix,stacked", [("params/img/", True), ("params/", False), ("", True)])
+def test_npz_to_ours_to_npz_is_the_identity(published, tmp_path, prefix, stacked):
   wanted = {f"{prefix}{name}": value for name, value in published[2][stacked].items()}
   params, _ = _load(wanted, tmp_path / "in.npz")
   siglip.save_npz(params, tmp_path / "new/out.npz", stacked=stacked, prefix=prefix)
@@ -104,7 +103,7 @@ def test_npz_to_ours_to_npz_is_the_identity(published, tmp_path, stacked, prefix
     for name, value in wanted.items():
       assert found[name].dtype == np.float32
       np.testing.assert_array_equal(found[name], value, err_msg=name, strict=True)
-  assert os.listdir(tmp_path / "new") == ["out.npz"]
+  assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.npz"]
 
 
 def test_bf16_is_read_from_raw_bytes_and_written_as_such(tensors, tmp_path):
@@ -133,7 +132,7 @@ def test_huggingface_to_ours_to_huggingface_is_the_identity_and_transformers_loa
   params, arguments = siglip.load_siglip(folder)
   siglip.save_siglip(params, tmp_path / "out", arguments)
   before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
-  # transformers 5 leaves out the prefix that published checkpoints have.
+  # transformers 5 omits the prefix of published checkpoints.
   assert {name.removeprefix("vision_model.") for name in before} == {
     name.removeprefix("vision_model.") for name in after
   }
@@ -157,7 +156,7 @@ def test_big_vision_becomes_huggingface_and_back(published, tensors, tmp_path):
     _assert_equal({name: found[name] for name in found}, tensors)
 
 
-def test_saving_refuses_parameters_that_are_no_tower(published, tmp_path):
+def test_saving_parameters_that_are_no_tower_raises_an_error(published, tmp_path):
   params, arguments = siglip.load_siglip(published[0])
   del params["head"]["attention"]["key"]["bias"]
   with pytest.raises(InputError, match=r"1 unfilled: -head/attention/key/bias$"):
@@ -185,7 +184,7 @@ def test_a_missing_layer_is_unfilled(published, tmp_path):
     _load(tensors, tmp_path / "tower.npz")
 
 
-def test_layers_kept_in_both_ways_are_unmapped(published, tmp_path):
+def test_layers_stored_in_both_ways_are_unmapped(published, tmp_path):
   with pytest.raises(InputError, match=r"16 unmapped: \+Transformer/encoderblock/"):
     _load(published[2][True] | published[2][False], tmp_path / "tower.npz")
 
@@ -206,7 +205,7 @@ def test_duplicates_are_listed_whether_by_prefix_or_in_the_archive(tensors, tmp_
 def test_wrong_shapes_are_listed_with_both_shapes(tensors, tmp_path):
   name = "Transformer/encoderblock/MlpBlock_0/Dense_1/kernel"
   tensors[name] = np.ascontiguousarray(tensors[name].swapaxes(1, 2))
-  with pytest.raises(InputError, match=rf"1 wrong shape: {name} is \[3, 24, 40\], wanted \[3, 40, 24\]$"):
+  with pytest.raises(InputError, match=rf"1 wrong shape: {name} is \[3, 24, 40\], expected \[3, 40, 24\]$"):
     _load(tensors, tmp_path / "tower.npz")
 
 
@@ -216,7 +215,7 @@ def test_a_fused_tensor_of_the_wrong_shape_is_listed_once(published, tmp_path):
   tensors["head.attention.in_proj_weight"] = np.zeros((48, 24), np.float32)
   save_file(tensors, tmp_path / "model.safetensors")
   (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-  with pytest.raises(InputError, match=r"size: 1 wrong shape: .*in_proj_weight is \[48, 24\], wanted \[72, 24\]$"):
+  with pytest.raises(InputError, match=r"size: 1 wrong shape: .*in_proj_weight is \[48, 24\], expected \[72, 24\]$"):
     siglip.load_siglip(tmp_path)
 
 
@@ -227,7 +226,7 @@ def test_a_part_of_a_tensor_that_no_rule_reads_is_unmapped(published):
   table = tables.Table("siglip", rules, tables.SIGLIP.ignored, renamed=tables.SIGLIP.renamed)
   del params["head"]["attention"]["value"]["kernel"]
   with pytest.raises(InputError, match=r"1 unmapped: \+vision_model\.head\.attention\.in_proj_weight \(part 3 of 3\)$"):
-    engine.apply(table, siglip.files.SafetensorsFolder(folder), params)
+    engine.apply(table, hf_folder.SafetensorsFolder(folder), params)
 
 
 def test_two_rules_for_one_part_are_a_duplicate(published):
@@ -236,24 +235,24 @@ def test_two_rules_for_one_part_are_a_duplicate(published):
   again = next(rule for rule in tables.SIGLIP.rules if rule.part == (1, 3))
   table = tables.Table("siglip", (*tables.SIGLIP.rules, again), tables.SIGLIP.ignored, renamed=tables.SIGLIP.renamed)
   with pytest.raises(InputError, match=r"2 duplicate: head/attention/key/kernel, vision_model\..*in_proj_weight$"):
-    engine.apply(table, siglip.files.SafetensorsFolder(folder), params)
+    engine.apply(table, hf_folder.SafetensorsFolder(folder), params)
 
 
 @pytest.mark.parametrize(
   "name,change,message",
   [
-    ("embedding/kernel", None, "has no tensor embedding/kernel; name a file with a SigLIP image tower"),
+    ("embedding/kernel", None, "has no tensor embedding/kernel; give a file with a SigLIP image tower"),
     ("pos_embedding", np.zeros((9, 24), np.float32), r"has a tensor of shape \[9, 24\] for pos_embedding"),
-    ("pos_embedding", np.zeros((1, 10, 24), np.float32), "10 positions make no square"),
+    ("pos_embedding", np.zeros((1, 10, 24), np.float32), "10 positions are not a square"),
     (
       "MAPHead_0/MultiHeadDotProductAttention_0/query/kernel",
       np.zeros((24, 5, 5), np.float32),
-      "a width of 24 does not divide by 5 heads",
+      "a width of 24 is not divisible by 5 heads",
     ),
-    ("embedding/kernel", np.zeros((0, 8, 3, 24), np.float32), "has .*patch_size 0; a positive integer"),
+    ("embedding/kernel", np.zeros((0, 8, 3, 24), np.float32), "has .*patch_size 0; it must be a positive integer"),
   ],
 )
-def test_files_that_hold_no_tower_are_refused_by_name(tensors, tmp_path, name, change, message):
+def test_files_without_a_tower_raise_an_error_that_names_the_tensor(tensors, tmp_path, name, change, message):
   tensors = {key: value for key, value in tensors.items() if key != name} | ({} if change is None else {name: change})
   with pytest.raises(InputError, match=rf"tower\.npz: {message}"):
     _load(tensors, tmp_path / "tower.npz")
@@ -263,15 +262,15 @@ def test_files_that_hold_no_tower_are_refused_by_name(tensors, tmp_path, name, c
   "change,message",
   [
     ({"model_type": "siglip2_vision_model"}, "model_type is 'siglip2_vision_model'.*NaFlex"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; the tower only does 'gelu_pytorch_tanh'"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; the tower supports only 'gelu_pytorch_tanh'"),
     ({"vision_use_head": False}, "vision_use_head is False"),
     ({"num_channels": 4}, "num_channels is 4"),
-    ({"num_attention_heads": 5}, "24 does not divide by 5 heads"),
-    ({"image_size": [30, 30]}, r"image_size \[30, 30\]; a positive integer"),
-    ({"image_size": 7}, "7 pixels are less than a patch of 8"),
+    ({"num_attention_heads": 5}, "24 is not divisible by 5 heads"),
+    ({"image_size": [30, 30]}, r"image_size \[30, 30\]; it must be a positive integer"),
+    ({"image_size": 7}, "7 pixels are smaller than a patch of 8"),
   ],
 )
-def test_configs_of_other_towers_are_refused_by_key(published, tmp_path, change, message):
+def test_unsupported_configs_raise_an_error_that_names_the_key(published, tmp_path, change, message):
   folder, _, _ = published
   settings = json.loads((folder / "config.json").read_text()) | change
   (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -280,19 +279,19 @@ def test_configs_of_other_towers_are_refused_by_key(published, tmp_path, change,
     siglip.load_siglip(tmp_path)
 
 
-def test_pickles_damaged_and_absent_files_are_refused_by_name(tensors, tmp_path):
+def test_pickled_damaged_and_missing_files_raise_an_error_that_names_them(tensors, tmp_path):
   file = tmp_path / "tower.npz"
   with pytest.raises(InputError, match=r"tower\.npz: no such file"):
     siglip.load_siglip(file)
   name = "Transformer/encoder_norm/bias"
   np.savez(file, **(tensors | {name: np.array([{}] * 24, object)}))
-  with pytest.raises(InputError, match=rf"tower\.npz: is not a whole npz file of plain arrays \(tensor {name}\)"):
+  with pytest.raises(InputError, match=rf"tower\.npz: is not a complete npz file of plain arrays \(tensor {name}\)"):
     siglip.load_siglip(file)
-  with pytest.raises(InputError, match=rf"tensor {name} is float64; float32, float16 and bfloat16 are read"):
+  with pytest.raises(InputError, match=rf"tensor {name} is float64; it must be float32, float16 or bfloat16"):
     _load(tensors | {name: np.zeros(24)}, file)
   content = file.read_bytes()
   file.write_bytes(content[:2000])
-  with pytest.raises(InputError, match=r"tower\.npz: is not a whole npz file"):
+  with pytest.raises(InputError, match=r"tower\.npz: is not a complete npz file"):
     siglip.load_siglip(file)
   value = tensors["pos_embedding"].tobytes()
   assert content.count(value) == 1
@@ -315,16 +314,16 @@ def test_the_same_tensors_make_the_same_file(tensors, tmp_path):
   for name in ("one.npz", "other.npz"):
     write_npz(tensors, tmp_path / name)
   one, other = (siglip.checkpoint_hashes(tmp_path / name) for name in ("one.npz", "other.npz"))
-  assert one == {"one.npz": source.sha256(tmp_path / "one.npz")} and [*one.values()] == [*other.values()]
+  assert one == {"one.npz": source.file_hash(tmp_path / "one.npz")} and [*one.values()] == [*other.values()]
 
 
 def test_a_folders_hashes_are_those_of_its_safetensors(published):
   folder, _, _ = published
-  assert siglip.checkpoint_hashes(folder) == {"model.safetensors": source.sha256(folder / "model.safetensors")}
+  assert siglip.checkpoint_hashes(folder) == {"model.safetensors": source.file_hash(folder / "model.safetensors")}
 
 
 class _Published:
-  """What INFERENCE_INFO.md says of a So400m/14@384 file, without its contents."""
+  """Names and shapes of big_vision's So400m/14@384 file, without its values."""
 
   name = "so400m.npz"
 
@@ -372,13 +371,13 @@ class _Published:
 
 
 class _Fits(Exception):
-  """All names and shapes fit: reading has begun."""
+  """Raised by the first read: all names and shapes fit."""
 
 
-def test_so400m_at_384_is_known_from_its_file_alone_and_fits_to_the_last_tensor():
+def test_the_published_so400m_at_384_is_recognized_and_fits_to_the_last_tensor():
   published = _Published()
-  arguments, table = siglip._npz_arguments(published)
-  assert arguments == siglip.siglip_arguments("siglip2_so400m14_384")  # 384 pixels, though 27 patches are 378.
+  arguments, table = siglip.npz_arguments(published)
+  assert arguments == siglip.siglip_arguments("siglip2_so400m14_384")  # 384 pixels, although 27 patches are 378.
   with pytest.raises(_Fits):
     engine.apply(table, published, define_siglip(arguments)[1])
   published.shapes["params/img/MAPHead_0/probe"] = (1, 1152)
@@ -387,15 +386,15 @@ def test_so400m_at_384_is_known_from_its_file_alone_and_fits_to_the_last_tensor(
 
 
 def test_a_variant_is_checked_against_the_checkpoint(published, tensors, tmp_path):
-  with pytest.raises(InputError, match=r"is no siglip2_b16_224: it has .*patch_size 8 \(not 16\).*embed_dim 24"):
+  with pytest.raises(InputError, match=r"is not siglip2_b16_224: it has .*patch_size 8 \(not 16\).*embed_dim 24"):
     _load(tensors, tmp_path / "tower.npz", variant="siglip2_b16_224")
-  with pytest.raises(InputError, match="is no siglip2_so400m14_384"):
+  with pytest.raises(InputError, match="is not siglip2_so400m14_384"):
     siglip.load_siglip(published[0], variant="siglip2_so400m14_384")
-  with pytest.raises(InputError, match="variant 'so400m' is not known; known are siglip2_b32_256, "):
+  with pytest.raises(InputError, match="variant 'so400m' is not known; it must be one of siglip2_b32_256, "):
     siglip.load_siglip(published[0], variant="so400m")
 
 
-def test_a_variants_name_stands_for_its_place_on_the_hub(monkeypatch, published):
+def test_the_name_of_a_variant_is_resolved_on_the_hub(monkeypatch, published):
   asked = []
 
   def fetch(name, **_):
@@ -408,7 +407,7 @@ def test_a_variants_name_stands_for_its_place_on_the_hub(monkeypatch, published)
 
 
 def _bilinear(grid, size):
-  """Bilinear interpolation with the corners kept, written out: first down, then across."""
+  """Bilinear interpolation with fixed corners: first along columns, then along rows."""
   places = np.linspace(0, len(grid) - 1, size)
   rows = np.stack(
     [
@@ -446,10 +445,8 @@ def test_a_tower_loads_at_another_resolution(published, tensors, tmp_path):
   np.testing.assert_array_equal(params["position_embedding"][[0, 4, 20, 24]], own["position_embedding"][[0, 2, 6, 8]])
   graphdef, shapes, _ = define_siglip(arguments)
   assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, params)
-  features = jax.jit(lambda params, pixels: layers.merge_params(graphdef, params)(pixels))(
-    params, tiny_siglip.pixels(2, 47)
-  )
+  features = jax.jit(lambda params, pixels: merge_params(graphdef, params)(pixels))(params, tiny_siglip.pixels(2, 47))
   assert features.shape == (2, 24) and np.isfinite(features).all()
   _assert_equal(siglip.load_siglip(published[0], image_size=47)[0], params)
-  with pytest.raises(InputError, match="7 pixels are less than a patch of 8"):
+  with pytest.raises(InputError, match="7 pixels are smaller than a patch of 8"):
     siglip.load_siglip(tmp_path / "tower.npz", image_size=7)

@@ -1,1 +1,1 @@
-"""Compiles the programs of a config for an accelerator that is not there, and says what they need and cost."""
+"""Compiles the programs of a config for devices that need not exist, and reports their memory, cost and time."""

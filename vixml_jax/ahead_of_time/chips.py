@@ -1,4 +1,4 @@
-"""Kinds of TPU chips, and the devices of a slice of them that need not exist."""
+"""Kinds of TPU chips, and the devices of slices that need not exist."""
 
 import dataclasses
 import importlib.util
@@ -19,17 +19,17 @@ GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one chip can do, as Google Cloud publishes it (cloud.google.com/tpu/docs/v5e, v5p, v6e, v4).
+  """Properties of one chip, as Google Cloud publishes them (cloud.google.com/tpu/docs/v5e, v5p, v6e, v4).
 
   Attributes:
-    hbm_bytes: memory that the compiler grants a program, a little less than the published 16, 95, 32 and 32 GB.
-    flops: peak of bfloat16 products a second.
-    hbm_bandwidth: bytes a second.
-    link_bandwidth: bytes a second of one link of the interconnect in one direction: the published bandwidth of a chip
-      over its links and both directions.
-    axes: of the interconnect: 2 for a plane, 3 for a cube.
-    wraps_at: an axis of the slice is a ring if its length is a multiple of this, else a line.
-    options: what the compiler must be told of this kind.
+    hbm_bytes: Memory that the compiler grants a program; slightly less than the published 16, 95, 32 and 32 GB.
+    flops: Peak rate of bfloat16 matrix products, in FLOP/s.
+    hbm_bandwidth: HBM bandwidth in bytes/s.
+    link_bandwidth: Bandwidth of one link of the interconnect in one direction, in bytes/s: the published bandwidth of
+      a chip, divided by its links and both directions.
+    axes: Number of axes of the interconnect: 2 for a plane, 3 for a cube.
+    wraps_at: An axis of a slice is a ring if its length is a multiple of this, else a line.
+    options: Options of `topologies.get_topology_desc` for this kind.
   """
 
   hbm_bytes: float
@@ -47,8 +47,9 @@ CHIPS = {
   "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 100e9, 3, 4),
   "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 100e9, 2, 16),
 }
-# What libtpu is told before it is loaded: others may load it meanwhile, and it need not ask the network where it runs.
-# The type stands in for a machine that has none; the topology's name decides.
+# Environment variables that libtpu reads when it is loaded: other processes may load it at the same time, and it must
+# not ask the network which machine it runs on. The accelerator type replaces that of a machine without TPU; the name of
+# the topology decides.
 _SETTINGS = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
   "TPU_SKIP_MDS_QUERY": "1",
@@ -63,10 +64,10 @@ class Slice:
   """Connected chips of one kind.
 
   Attributes:
-    name: such as "v5e:4x4".
-    chip: the kind.
-    shape: chips along each axis of the interconnect.
-    devices: as JAX knows them, one a chip.
+    name: Kind and shape, such as "v5e:4x4".
+    chip: Properties of each chip.
+    shape: Number of chips along each axis of the interconnect.
+    devices: JAX devices, one per chip.
   """
 
   name: str
@@ -75,24 +76,24 @@ class Slice:
   devices: list[jax.Device]
 
   def mesh(self, data: int, fsdp: int, tensor: int) -> Mesh:
-    """The mesh of these sizes.
+    """Returns the mesh of these sizes.
 
     Raises:
-      InputError: if the sizes do not multiply to the chips, or cannot be laid along the interconnect.
+      InputError: If the product of the sizes is not the number of chips, or the mesh does not fit the interconnect.
     """
     try:
       return sharding.make_mesh(data, fsdp, tensor, devices=self.devices)
-    except NotImplementedError as error:  # JAX's word for an axis that is no product of the slice's own.
+    except NotImplementedError as error:  # JAX raises it if a mesh axis is not a product of axes of the slice.
       raise InputError(
-        f"mesh: {data} x {fsdp} x {tensor} cannot be laid along the {'x'.join(map(str, self.shape))} chips of "
+        f"mesh: {data} x {fsdp} x {tensor} cannot be mapped to the {'x'.join(map(str, self.shape))} chips of "
         f"{self.name}; change mesh.data, mesh.fsdp or mesh.tensor"
       ) from error
 
   def ring_bandwidth(self, group: int) -> float:
-    """Bytes a second that a chip sends while `group` of them exchange by rings.
+    """Returns the bytes/s that a chip sends while `group` chips exchange as rings.
 
-    A group that is longer than an axis of the slice spans several, whose links all help. Where an axis is no ring, its
-    ends have one link only, and all wait for them.
+    A group that is longer than an axis of the slice spans several axes and uses the links of all of them. If an axis
+    is not a ring, the chips at its ends have only one link along it, and all others wait for them.
     """
     axes, reached = 0, 1
     for length in sorted(self.shape, reverse=True):
@@ -103,24 +104,23 @@ class Slice:
 
 
 def tpu_slice(name: str) -> Slice:
-  """A slice of a Cloud TPU pod, described by libtpu; no TPU need be there.
+  """Returns a slice of a Cloud TPU pod as libtpu describes it; no TPU is needed.
 
   Args:
-    name: kind and shape, such as "v5e:4x4" or "v5p:2x2x4".
+    name: Kind and shape, such as "v5e:4x4" or "v5p:2x2x4".
 
   Raises:
-    InputError: if the kind or the shape is unknown, or libtpu is not installed.
+    InputError: If the kind or the shape is unknown, or libtpu is not installed.
   """
   kind, _, shape = name.partition(":")
   if kind not in CHIPS or not re.fullmatch(rf"\d+(x\d+){{{CHIPS[kind].axes - 1}}}", shape):
     raise InputError(
-      f"--topology={name}: must be one of {', '.join(CHIPS)}, a colon and the chips along each axis, "
+      f"--topology={name}: must be one of {', '.join(CHIPS)}, a colon and the number of chips along each axis, "
       f"such as {_EXAMPLES}"
     )
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(
-      "libtpu is not installed, which compiles for TPUs, also where there is none: "
-      "pip install 'vixml-jax[tpu]' -c constraints.txt"
+      "libtpu is not installed, which compiles for TPUs on any machine; run: pip install -c constraints.txt -e '.[tpu]'"
     )
   for name_of_setting, value in _SETTINGS.items():
     os.environ.setdefault(name_of_setting, value)
@@ -128,8 +128,13 @@ def tpu_slice(name: str) -> Slice:
   try:
     described = topologies.get_topology_desc(name, platform="tpu", **CHIPS[kind].options)
   except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-    raise InputError(f"--topology={name}: libtpu knows no such slice ({error}); such as {_EXAMPLES}") from error
+    raise InputError(
+      f"--topology={name}: libtpu does not know this slice ({error}); choose one such as {_EXAMPLES}"
+    ) from error
   devices = list(described.devices)
   if len(devices) != math.prod(axes):
-    raise InputError(f"--topology={name}: libtpu describes {len(devices)} devices; one a chip is needed")
+    raise InputError(
+      f"--topology={name}: libtpu describes {len(devices)} devices for {math.prod(axes)} chips; choose a topology with "
+      "one device per chip"
+    )
   return Slice(name, CHIPS[kind], axes, devices)

@@ -1,9 +1,12 @@
-"""The text of a compiled program (HLO) as computations of instructions, with the sizes of their arrays."""
+"""Parses the text of a compiled program (HLO) into computations and instructions with the sizes of their arrays."""
 
 from collections.abc import Iterator
 import dataclasses
 import math
 import re
+
+# Opcodes whose result has the elements of their operand, in another layout, shape or dtype.
+VIEWS = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
 
 _BITS = {
   "pred": 8,
@@ -33,7 +36,13 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class ArrayShape:
-  """One array: its element type, its dimensions, and whether it lies in the chip's main memory (HBM)."""
+  """The type of one array.
+
+  Attributes:
+    dtype: Element type as HLO writes it, such as "bf16".
+    dims: Size of each dimension.
+    in_hbm: Whether the array is in the chip's main memory (HBM).
+  """
 
   dtype: str
   dims: tuple[int, ...]
@@ -41,14 +50,17 @@ class ArrayShape:
 
   @property
   def bytes(self) -> float:
-    """Size without padding."""
+    """Size in bytes, without padding."""
     return math.prod(self.dims) * _BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else 0) / 8
 
 
 def arrays_of(shape: str) -> list[ArrayShape]:
-  """The arrays of a shape or tuple of shapes.
+  """Returns the arrays of a shape or of a tuple of shapes.
 
-  `S(n)` in a layout puts one into another memory than HBM; single numbers are in registers, whatever theirs says.
+  `S(n)` in a layout puts an array into another memory than HBM. Scalars are in registers, whatever their layout says.
+
+  >>> [(array.dtype, array.dims, array.in_hbm) for array in arrays_of("(bf16[8,128]{1,0}, f32[16]{0:S(1)})")]
+  [('bf16', (8, 128), True), ('f32', (16,), False)]
   """
   return [
     ArrayShape(dtype, tuple(int(size) for size in dims.split(",") if size), bool(dims) and "S(" not in layout)
@@ -58,67 +70,88 @@ def arrays_of(shape: str) -> list[ArrayShape]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line: `name = shape opcode(operands), attributes`."""
+  """One instruction: `name = shape opcode(operands), attributes`.
+
+  Attributes:
+    name: Name of the instruction, unique in its computation.
+    shape: Shape of the result, or a tuple of shapes.
+    opcode: Operation, such as "dot".
+    operands: Names of the instructions whose results it uses.
+    text: Text between the parentheses of the operands: the value of a constant, the number of a parameter.
+    attributes: Text after the operands.
+  """
 
   name: str
   shape: str
   opcode: str
   operands: tuple[str, ...]
-  text: str  # What stands between the operands' parentheses: the value of a constant, the number of a parameter.
+  text: str
   attributes: str
 
   def attribute(self, pattern: str) -> str | None:
-    """What the group of `pattern` finds in the attributes."""
+    """Returns the first group of `pattern` in the attributes; None if it does not match."""
     found = re.search(pattern, self.attributes)
     return found[1] if found else None
 
-  def called(self, key: str) -> str | None:
-    """Name of the computation that an attribute such as `calls` or `body` names."""
-    return self.attribute(rf"\b{key}=%?([\w.\-]+)")
+  def called(self, key: str) -> str:
+    """Returns the name of the computation of an attribute such as `calls` or `body`; "" if there is none."""
+    return self.attribute(rf"\b{key}=%?([\w.\-]+)") or ""
 
   @property
   def arrays(self) -> list[ArrayShape]:
-    """The arrays that come out."""
+    """Arrays of the result."""
     return arrays_of(self.shape)
 
   @property
   def bytes(self) -> float:
-    """Size of all that comes out."""
+    """Size of the result in bytes."""
     return sum(array.bytes for array in self.arrays)
 
   @property
   def hbm_bytes(self) -> float:
-    """Size of that part of it which lies in HBM."""
+    """Size of the part of the result that is in HBM, in bytes."""
     return sum(array.bytes for array in self.arrays if array.in_hbm)
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-  """Instructions by name, in the order in which they run, and the name of the last."""
+  """A named list of instructions, such as a function, the body of a loop or a fusion.
+
+  Attributes:
+    name: Name of the computation.
+    instructions: Instructions by name, in the order of execution.
+    root: Name of the instruction whose result is that of the computation.
+  """
 
   name: str
   instructions: dict[str, Instruction]
   root: str
 
   def operands(self, instruction: Instruction) -> Iterator[Instruction]:
-    """The instructions whose results one takes."""
+    """Yields the instructions whose results an instruction uses."""
     return (self.instructions[name] for name in instruction.operands if name in self.instructions)
 
   def parameter(self, number: int) -> Instruction | None:
-    """What stands for the caller's operand of this number."""
+    """Returns the parameter with this number; None if there is none."""
     for instruction in self.instructions.values():
       if instruction.opcode == "parameter" and instruction.text.strip() == str(number):
         return instruction
     return None
 
   def users(self, name: str) -> list[Instruction]:
-    """The instructions that take a result."""
+    """Returns the instructions that use a result."""
     return [instruction for instruction in self.instructions.values() if name in instruction.operands]
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """A program: its computations by name, the name of the first one, and over how many chips it runs."""
+  """A compiled program.
+
+  Attributes:
+    computations: Computations by name.
+    entry: Name of the computation that runs first.
+    num_partitions: Number of chips that the program runs on.
+  """
 
   computations: dict[str, Computation]
   entry: str
@@ -126,7 +159,11 @@ class Module:
 
 
 def parse(text: str) -> Module:
-  """Reads what `jax.stages.Compiled.as_text` returns."""
+  """Parses optimized HLO, which `jax.stages.Compiled.as_text` returns.
+
+  Raises:
+    ValueError: If a line is not an instruction of HLO.
+  """
   computations: dict[str, Computation] = {}
   entry = name = root = ""
   instructions: dict[str, Instruction] = {}
@@ -144,21 +181,21 @@ def parse(text: str) -> Module:
 
 
 def _instruction(name: str, line: str) -> Instruction:
-  """Takes apart what stands right of `=`; the shape may be a tuple, with parentheses of its own."""
+  """Parses the text to the right of `=`. The shape may be a tuple, which has parentheses of its own."""
   end = _closing(line, 0) + 1 if line.startswith("(") else line.index(" ")
   opcode = _OPCODE.match(line, end + 1)
   if opcode is None:
-    raise ValueError(f"no instruction of HLO: {line[:200]}")
+    raise ValueError(f"not an instruction of HLO: {line[:200]}")
   last = _closing(line, opcode.end() - 1)
   inside = line[opcode.end() : last]
   return Instruction(name, line[:end], opcode[1], tuple(_NAME.findall(inside)), inside, line[last + 1 :])
 
 
 def _closing(line: str, start: int) -> int:
-  """Where the parenthesis that opens at `start` closes."""
+  """Returns the index of the parenthesis that closes the one at `start`."""
   depth = 0
   for place in range(start, len(line)):
     depth += {"(": 1, ")": -1}.get(line[place], 0)
     if not depth:
       return place
-  raise ValueError(f"no instruction of HLO: {line[:200]}")
+  raise ValueError(f"not an instruction of HLO: {line[:200]}")

@@ -1,4 +1,4 @@
-"""The least time that programs can take on a chip, and what a run of them comes to."""
+"""Computes the least time that a program can take on a chip, and the FLOPs that a model needs."""
 
 import dataclasses
 import re
@@ -13,12 +13,12 @@ from vixml_jax.weights import engine
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-  """Seconds that a program takes if all else were free.
+  """Lower bounds of a program's time, in seconds; each ignores all other costs.
 
   Attributes:
-    compute: matrix products at the chip's bfloat16 peak, those in float32 with all their passes.
-    hbm: its traffic of HBM at the published bandwidth.
-    interconnect: its collectives as rings, one after the other.
+    compute: Matrix products at the chip's bfloat16 peak; those in float32 with all their passes.
+    hbm: HBM traffic at the published bandwidth.
+    interconnect: Collectives as rings, one after another.
   """
 
   compute: float
@@ -27,7 +27,7 @@ class Roofline:
 
   @classmethod
   def of(cls, cost: Cost, where: Slice) -> "Roofline":
-    """The three times of a program on a slice."""
+    """Returns the roofline of a program with this cost on a slice."""
     sent = sum(
       times * collective.moved / where.ring_bandwidth(collective.group)
       for collective, times in cost.collectives.items()
@@ -36,27 +36,27 @@ class Roofline:
 
   @property
   def seconds(self) -> float:
-    """The largest of the three, as if the other two went on beside it."""
+    """The largest of the three times, which assumes that the other two overlap with it completely."""
     return max(dataclasses.astuple(self))
 
   @property
   def bound(self) -> str:
-    """Which one that is."""
+    """Name of the largest of the three times."""
     times = dataclasses.asdict(self)
     return max(times, key=times.__getitem__)
 
 
 def model_flops(model: ModelDefinition, lengths: np.ndarray, train: bool) -> float:
-  """FLOPs that the encoder's layers need for items of these lengths, nothing computed twice.
+  """Returns the FLOPs that the encoder's layers need for items of these lengths, without any recomputation.
 
-  A weight costs 2 a token forward, 2 for the gradient of its input, 2 for its own, which frozen ones have not:
-  6 N of a full model, 4 N with adapters. Attention adds 4 times length, heads and their width, and twice that
-  backward. Embeddings, fusion, prototypes and losses are left out.
+  Per token, a weight costs 2 FLOPs forward, 2 for the gradient of its input and 2 for its own gradient, which frozen
+  weights do not have. Training N weights costs 6 N, and 4 N if they are frozen. Attention costs 4 times length, heads
+  and head width forward, and twice that backward. Embeddings, fusion, prototypes and losses are not counted.
 
   Args:
-    model: the model's definition.
-    lengths: int [items], tokens of each.
-    train: also backward.
+    model: Definition of the model.
+    lengths: Number of tokens of each item, int [items].
+    train: Whether to count the backward pass.
   """
   layers = engine.flatten_tree(model.shapes["encoder"]["layers"])
   trained = engine.flatten_tree(model.split(model.shapes)[0].get("encoder", {}))

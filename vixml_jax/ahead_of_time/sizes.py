@@ -1,4 +1,4 @@
-"""How large a data set is, as far as its programs can tell, without the data."""
+"""The sizes of a data set that its programs depend on, without the data."""
 
 import dataclasses
 
@@ -8,22 +8,22 @@ from vixml_jax.datasets import open_dataset
 from vixml_jax.datasets.builders import EXPECTED_COUNTS
 from vixml_jax.errors import InputError
 
-# Mean tokens of a text, special ones included: a title of a product (assumed; a synthetic one of the same number of
-# words has 14.8, docs/performance.md), and the name of an icon (counted). A product's title with its description fills
-# `max_length`.
+# Mean number of tokens of a text, special tokens included. The title of a product is assumed to have 15; a synthetic
+# title with the same number of words has 14.8 (docs/performance.md). The name of an icon has 4 (counted). A title with
+# its description is assumed to have `max_length` tokens.
 _TITLE, _ICON_NAME = 15.0, 4.0
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSize:
-  """Rows of each split, and what an item has on average.
+  """Number of rows of each split, and means over items.
 
   Attributes:
-    train: training queries.
-    test: test queries; they count for the bank of image features only.
-    labels: L.
-    tokens: mean tokens of a text, special ones included.
-    images: mean images of an item.
+    train: Number of training queries.
+    test: Number of test queries; used only for the size of the image features.
+    labels: Number of labels L.
+    tokens: Mean number of tokens of a text, special tokens included.
+    images: Mean number of images of an item.
   """
 
   train: int
@@ -34,7 +34,7 @@ class DataSize:
 
   @property
   def num_images(self) -> int:
-    """Vectors in the bank of image features."""
+    """Number of image feature vectors of all items."""
     return round((self.train + self.test + self.labels) * self.images)
 
 
@@ -45,31 +45,23 @@ def data_size(
   tokens: float | None = None,
   images: float | None = None,
 ) -> DataSize:
-  """The size of a config's data set: what is given, else what is published, else what has been prepared.
+  """Returns the size of a config's data set: the given numbers, else the published ones, else those of prepared data.
 
   Args:
-    config: the whole config.
-    num_queries: training queries.
-    num_labels: L.
-    tokens: mean tokens of a text, special ones included; else assumed.
-    images: mean images of an item; else the most that the config allows.
+    config: The whole config.
+    num_queries: Number of training queries.
+    num_labels: Number of labels L.
+    tokens: Mean number of tokens of a text, special tokens included; None to assume it.
+    images: Mean number of images of an item; None for the most that the config allows.
 
   Raises:
-    InputError: if a number is neither given nor known, or is out of range.
+    InputError: If a number is neither given nor known, or is out of range.
   """
   data = config.dataset
   given = {"train": num_queries, "labels": num_labels}
   counts = EXPECTED_COUNTS.get(data.name) or ({} if None not in given.values() else _prepared(data))
   known = {"test": 0, **counts, **{split: count for split, count in given.items() if count is not None}}
-  if tokens is None:
-    tokens = (
-      _ICON_NAME
-      if data.name == "mm_icons_9k"
-      else _TITLE
-      if tuple(data.text_fields) == ("title",)
-      else (data.max_length)
-    )
-    tokens = min(tokens, data.max_length)
+  tokens = min(_assumed_tokens(data), data.max_length) if tokens is None else tokens
   images = config.images if images is None else images
   _check("num_queries", known["train"], known["train"] >= 1, "must be at least 1")
   _check("num_labels", known["labels"], known["labels"] >= 1, "must be at least 1")
@@ -77,12 +69,18 @@ def data_size(
     "tokens_per_item",
     tokens,
     3 <= tokens <= data.max_length,
-    f"must lie between 3 and config.dataset.max_length={data.max_length}",
+    f"must be between 3 and config.dataset.max_length={data.max_length}",
   )
   _check(
-    "images_per_item", images, 0 <= images <= config.images, f"must lie between 0 and config.images={config.images}"
+    "images_per_item", images, 0 <= images <= config.images, f"must be between 0 and config.images={config.images}"
   )
   return DataSize(known["train"], known["test"], known["labels"], float(tokens), float(images))
+
+
+def _assumed_tokens(data: ConfigDict) -> float:
+  if data.name == "mm_icons_9k":
+    return _ICON_NAME
+  return _TITLE if tuple(data.text_fields) == ("title",) else data.max_length
 
 
 def _prepared(data: ConfigDict) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Raw files of extreme classification sets as TFDS data sets, without TensorFlow."""
+"""Raw files of extreme classification data sets, prepared as TFDS data sets without TensorFlow."""
 
 from vixml_jax.datasets.prepared import open_dataset, prepare
 

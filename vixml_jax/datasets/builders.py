@@ -1,22 +1,23 @@
-"""TFDS builders of the known data sets; each reads a raw folder and keeps the order of its rows.
+"""TFDS builders of the known data sets. Each reads a raw folder and keeps the order of its rows.
 
-Splits `train`, `test`, `labels`. A label's row is its id, so records are written in the order of
-the raw files: `ShardBasedBuilder` streams them, while `GeneratorBasedBuilder` keeps a split in
-memory and, beyond 1 GB, needs TensorFlow to spill it.
+The splits are `train`, `test` and `labels`. The row of a label is its id, so rows are written in the order of the raw
+files. `ShardBasedBuilder` streams them; `GeneratorBasedBuilder` would keep a split in memory and, beyond 1 GB, need
+TensorFlow to write it to disk.
 """
 
 from collections.abc import Callable, Iterator
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from vixml_jax.datasets import raw
+from vixml_jax.datasets import raw, raw_images, raw_records
 from vixml_jax.errors import InputError
 
-ROWS_A_SHARD = 50_000
+ROWS_PER_SHARD = 50_000
 
 _AMAZON_COUNTS = {"train": 294_805, "test": 134_835, "labels": 131_073}
 EXPECTED_COUNTS = {
@@ -26,15 +27,19 @@ EXPECTED_COUNTS = {
   "lf_amazon_titles_1_3m": {"train": 2_248_619, "test": 970_237, "labels": 1_305_265},
   "mm_icons_9k": {"train": 17_083, "test": 5_646, "labels": 9_527},
 }
-"""Rows of each split of the published sets; what differs from them is refused."""
+"""Number of rows of each split of the published data sets. Raw files with other numbers are refused."""
 
 
-# TFDS publishes no types: to mypy its classes take no keyword.
+_Examples = Iterator[tuple[int, dict[str, Any]]]
+_Shard = Callable[[], _Examples]
+
+
+# TFDS has no type annotations, so mypy does not know the keywords of its classes.
 class RawFolder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-  """Any folder in the raw format; the subclasses name a data set and the text that it uses."""
+  """Builder of a folder in the raw format. Subclasses give the name of a data set and its text fields."""
 
   VERSION = tfds.core.Version("1.0.0")
-  MANUAL_DOWNLOAD_INSTRUCTIONS = "Put the raw files (see vixml_jax.datasets.raw) into one folder."
+  MANUAL_DOWNLOAD_INSTRUCTIONS = "Copy the raw files (see vixml_jax.datasets.raw) to one folder."
   TEXT_FIELDS: tuple[str, ...] = ("title",)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -46,62 +51,60 @@ class RawFolder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: i
           "uid": tfds.features.Text(),
           "title": tfds.features.Text(),
           "content": tfds.features.Text(),
-          "target_ind": _numbers(np.int32, "label ids of a query; none for a label"),
-          "target_rel": _numbers(np.float32, "relevance of each of them"),
-          "filter_ind": _numbers(np.int32, "labels to take out before a query is scored"),
+          "target_ind": _numbers(np.int32, "ids of the labels of a query; empty for a label"),
+          "target_rel": _numbers(np.float32, "relevance of each of these labels"),
+          "filter_ind": _numbers(np.int32, "ids of the labels that are removed before a query is scored"),
           "image_slots": _numbers(np.int32, "slot of each image"),
-          "images": tfds.features.Tensor(shape=(None,), dtype=np.object_, doc="encoded, as given"),
+          "images": tfds.features.Tensor(shape=(None,), dtype=np.object_, doc="encoded images, as in the raw files"),
         }
       ),
       disable_shuffling=True,
       metadata=tfds.core.MetadataDict(),
     )
 
-  def _shard_iterators_per_split(
-    self, dl_manager: tfds.download.DownloadManager
-  ) -> dict[str, list[Callable[[], Iterator[tuple[int, dict]]]]]:
+  def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[_Shard]]:
     folder = Path(dl_manager.manual_dir)
     raw.check_folder(folder)
     counts = {split: _count(folder / files.rows) for split, files in raw.SPLITS.items()}
     _check_counts(self.name, folder, counts)
     self.info.metadata.update(sha256=raw.sha256_of_files(folder), counts=counts, text_fields=list(self.TEXT_FIELDS))
-    # Labels come first, since a mistake in them is behind most mistakes elsewhere.
+    # Labels come first, since a mistake in them causes most mistakes elsewhere.
     return {split: _shards(folder, split, counts) for split in ("labels", "train", "test")}
 
 
 class LfAmazonTitles131k(RawFolder):
-  """LF-AmazonTitles-131K: a product's title -> products bought with it."""
+  """LF-AmazonTitles-131K: from the title of a product to the products bought with it."""
 
   name = "lf_amazon_titles_131k"
 
 
 class LfAmazon131k(RawFolder):
-  """LF-Amazon-131K: a product's title and description -> products bought with it."""
+  """LF-Amazon-131K: from the title and description of a product to the products bought with it."""
 
   name = "lf_amazon_131k"
   TEXT_FIELDS = ("title", "content")
 
 
 class MmAmazonTitles300k(RawFolder):
-  """MM-AmazonTitles-300K: a product's title and images -> products bought with it."""
+  """MM-AmazonTitles-300K: from the title and images of a product to the products bought with it."""
 
   name = "mm_amazon_titles_300k"
 
 
 class LfAmazonTitles13m(RawFolder):
-  """LF-AmazonTitles-1.3M: a product's title -> products seen or bought with it."""
+  """LF-AmazonTitles-1.3M: from the title of a product to the products viewed or bought with it."""
 
   name = "lf_amazon_titles_1_3m"
 
 
 class MmIcons9k(RawFolder):
-  """MM-Icons-9K: an icon's name and pictures -> the tags that its authors gave it."""
+  """MM-Icons-9K: from the name and images of an icon to the tags that its authors gave it."""
 
   name = "mm_icons_9k"
 
 
 class Custom(RawFolder):
-  """A folder of your own in the raw format."""
+  """Any folder in the raw format."""
 
   name = "custom"
 
@@ -113,14 +116,14 @@ BUILDERS = {
 
 
 def _numbers(dtype: type, doc: str) -> tfds.features.Tensor:
-  """A list of numbers as raw bytes, written several times faster than as a list of integers."""
+  """Returns a feature that stores a list of numbers as raw bytes, which is several times faster than as a list."""
   return tfds.features.Tensor(shape=(None,), dtype=dtype, encoding=tfds.features.Encoding.BYTES, doc=doc)
 
 
 def _count(path: Path) -> int:
-  rows = raw.count_rows(path)
+  rows = raw_records.count_rows(path)
   if not rows:
-    raise InputError(f"{path}: the file is empty; it must have one JSON object a line")
+    raise InputError(f"{path}: the file is empty; it must have one JSON object per line")
   return rows
 
 
@@ -128,39 +131,39 @@ def _check_counts(name: str, folder: Path, counts: dict[str, int]) -> None:
   for split, expected in EXPECTED_COUNTS.get(name, {}).items():
     if counts[split] != expected:
       raise InputError(
-        f"{folder / raw.SPLITS[split].rows}: {counts[split]} rows, but {name} has "
-        f"{expected}; download the set again, or use configs/custom.py for another"
+        f"{folder / raw.SPLITS[split].rows}: {counts[split]} rows, but {name} has {expected}; download the data set "
+        "again, or use configs/custom.py for another one"
       )
 
 
-def _shards(folder: Path, split: str, counts: dict[str, int]) -> list[Callable[[], Iterator[tuple[int, dict]]]]:
-  """One generator function a shard; they are called in order and share one pass over the files."""
+def _shards(folder: Path, split: str, counts: dict[str, int]) -> list[_Shard]:
+  """Returns a generator function for each shard. They are called in order and share one pass over the files."""
   num_rows = counts[split]
   examples = _examples(folder, split, counts)
-  full_shards = (num_rows - 1) // ROWS_A_SHARD
-  # The last shard runs the generator to its end, where the checks of a whole file are made.
-  return [lambda: itertools.islice(examples, ROWS_A_SHARD)] * full_shards + [lambda: examples]
+  full_shards = (num_rows - 1) // ROWS_PER_SHARD
+  # The last shard exhausts the generator, whose end checks the file as a whole.
+  return [lambda: itertools.islice(examples, ROWS_PER_SHARD)] * full_shards + [lambda: examples]
 
 
-def _examples(folder: Path, split: str, counts: dict[str, int]) -> Iterator[tuple[int, dict]]:
-  """Row number and features of every row of a split."""
-  files, data_warnings = raw.SPLITS[split], raw.DataWarnings()
+def _examples(folder: Path, split: str, counts: dict[str, int]) -> _Examples:
+  """Yields row number and features of every row of a split."""
+  files, data_warnings = raw.SPLITS[split], raw_records.DataWarnings()
   num_rows, num_labels = counts[split], counts["labels"]
   if files.filter:
-    rows = raw.read_queries(folder / files.rows, num_labels, data_warnings)
-    excluded = raw.read_filter(folder / files.filter, num_rows, num_labels)
+    rows = raw_records.read_queries(folder / files.rows, num_labels, data_warnings)
+    excluded = raw_records.read_filter(folder / files.filter, num_rows, num_labels)
   else:
-    rows, excluded = raw.read_labels(folder / files.rows, data_warnings), None
-  images = raw.read_images(folder / files.images, num_rows)
+    rows, excluded = raw_records.read_labels(folder / files.rows, data_warnings), None
+  images = raw_images.read_images(folder / files.images, num_rows)
   with tqdm(total=num_rows, desc=f"prepare {split}", unit=" rows", disable=None) as bar:
-    # `rows` ends last, since what it checks at its end must be checked.
+    # `rows` is exhausted last, so that its check of the whole file runs.
     for number, ((slots, blobs), row) in enumerate(zip(images, rows, strict=True)):
       row.setdefault("target_ind", np.zeros(0, np.int32))
       row.setdefault("target_rel", np.zeros(0, np.float32))
       row["filter_ind"] = np.zeros(0, np.int32) if excluded is None else excluded[number]
       row["image_slots"], row["images"] = np.asarray(slots, np.int32), blobs
       yield number, row
-      # The writer holds on to a shard's examples until it has counted them.
+      # The writer keeps the examples of a shard until it has counted them; emptied ones take no memory.
       row.clear()
       bar.update()
   data_warnings.report()

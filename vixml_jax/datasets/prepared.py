@@ -1,12 +1,15 @@
-"""Prepares a data set once and opens it again, refusing data made from other raw files."""
+"""Prepares a data set from its raw files once, opens it again, and refuses it if the raw files have changed."""
 
+import contextlib
+import io
 import logging
 import os
 from pathlib import Path
+import shutil
 
 import tensorflow_datasets as tfds
 
-from vixml_jax.datasets import builders, building, raw
+from vixml_jax.datasets import builders, raw
 from vixml_jax.errors import InputError
 from vixml_jax.files import locked
 
@@ -14,22 +17,24 @@ _log = logging.getLogger(__name__)
 _EMBEDDED = {"mm_icons_9k": Path(__file__).parent / "mm_icons_9k"}
 
 
-def prepare(name: str, raw_dir: str | os.PathLike | None, data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
-  """Builds a data set from its raw files unless that has been done, and opens it.
+def prepare(
+  name: str, raw_dir: str | os.PathLike[str] | None, data_dir: str | os.PathLike[str]
+) -> tfds.core.DatasetBuilder:
+  """Builds a data set from its raw files if that has not been done, and opens it.
 
   Args:
-    name: a key of `builders.BUILDERS`, e.g. `lf_amazon_titles_131k` or `custom`.
-    raw_dir: folder with the raw files. None or "" stands for the files in this package (embedded
-      sets) or for data that are prepared already.
-    data_dir: folder for all prepared data; it is made when missing.
+    name: Key of `builders.BUILDERS`, such as `lf_amazon_titles_131k` or `custom`.
+    raw_dir: Folder with the raw files. None or "" stands for the files in this package (embedded data sets) or for
+      data that have been prepared.
+    data_dir: Folder for all prepared data. It is created if it does not exist.
 
   Returns:
-    The builder, ready for `as_data_source`. `info.metadata` holds `sha256` of the raw files by
-    name, `counts` by split and `text_fields`.
+    The builder, ready for `as_data_source`. Its `info.metadata` has `sha256` of the raw files by name, `counts` of
+    rows by split, and `text_fields`.
 
   Raises:
-    InputError: unknown name, missing or malformed raw files, or prepared data that come from
-      other raw files than those in `raw_dir`.
+    InputError: The name is unknown, raw files are missing or malformed, or the prepared data were built from other
+      raw files than those in `raw_dir`.
   """
   builder_class = _builder_class(name)
   folder = Path(raw_dir) if raw_dir else _EMBEDDED.get(name)
@@ -41,25 +46,23 @@ def prepare(name: str, raw_dir: str | os.PathLike | None, data_dir: str | os.Pat
       return open_dataset(name, data_dir)
     if folder is None:
       raise InputError(
-        f"{name} has not been prepared in {data_dir}: set --config.dataset.raw_dir to the "
-        "folder with its raw files (trn.json.gz, tst.json.gz, lbl.json.gz, ...)"
+        f"{name} has not been prepared in {data_dir}: set --config.dataset.raw_dir to the folder with its raw files "
+        "(trn.json.gz, tst.json.gz, lbl.json.gz, ...)"
       )
     raw.check_folder(folder)
-    building.remove_leftovers(target)
-    builder = builder_class(data_dir=data_dir)
     _log.info("preparing %s from %s", name, folder)
-    building.build(builder, data_dir, folder)
+    build(builder_class(data_dir=data_dir), data_dir, folder)
     builder = open_dataset(name, data_dir)
     counts = builder.info.metadata["counts"]
     _log.info("prepared %s in %s: %s", name, target, ", ".join(f"{count:,} {split}" for split, count in counts.items()))
     return builder
 
 
-def open_dataset(name: str, data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
-  """Opens what `prepare` made.
+def open_dataset(name: str, data_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
+  """Opens a data set that `prepare` has built.
 
   Raises:
-    InputError: unknown name, or nothing has been prepared.
+    InputError: The name is unknown, or the data set has not been prepared.
   """
   _builder_class(name)
   target = _folder(name, data_dir)
@@ -68,24 +71,48 @@ def open_dataset(name: str, data_dir: str | os.PathLike) -> tfds.core.DatasetBui
   return tfds.builder_from_directory(target)
 
 
+def build(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike[str], manual_dir: Path | None = None) -> None:
+  """Runs a TFDS builder of this package without its messages and downloads. Only one process may do so at a time.
+
+  The folder of the data set appears when all files are written. Leftovers of a killed build are removed.
+
+  Args:
+    builder: Builder of the data set.
+    data_dir: Folder for all prepared data.
+    manual_dir: Folder with the raw files, if the builder reads any.
+  """
+  target = Path(builder.data_path)
+  for leftover in target.parent.glob(f"*incomplete*{target.name}*"):
+    shutil.rmtree(leftover)
+  config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+  tfds.disable_progress_bar()  # The builders of this package show bars with known totals.
+  with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads.
+    builder.download_and_prepare(
+      download_dir=Path(data_dir) / "downloads", download_config=config, file_format="array_record"
+    )
+
+
+def changed_files(prepared: dict[str, str], found: dict[str, str]) -> list[str]:
+  """Returns the sorted names of the files that differ between two dicts of name to sha256."""
+  return sorted(name for name in prepared.keys() | found.keys() if prepared.get(name) != found.get(name))
+
+
 def _builder_class(name: str) -> type[builders.RawFolder]:
   if name not in builders.BUILDERS:
-    raise InputError(f"unknown data set '{name}'; known are {', '.join(builders.BUILDERS)}")
+    raise InputError(f"unknown data set '{name}'; choose from {', '.join(builders.BUILDERS)}")
   return builders.BUILDERS[name]
 
 
-def _folder(name: str, data_dir: str | os.PathLike) -> Path:
+def _folder(name: str, data_dir: str | os.PathLike[str]) -> Path:
   return Path(data_dir) / name / str(builders.BUILDERS[name].VERSION)
 
 
-def _check_same_files(name: str, folder: Path, target: Path, data_dir: str | os.PathLike) -> None:
+def _check_same_files(name: str, folder: Path, target: Path, data_dir: str | os.PathLike[str]) -> None:
   raw.check_folder(folder)
   prepared = open_dataset(name, data_dir).info.metadata["sha256"]
-  found = raw.sha256_of_files(folder)
-  changed = sorted(n for n in prepared.keys() | found.keys() if prepared.get(n) != found.get(n))
+  changed = changed_files(prepared, raw.sha256_of_files(folder))
   if changed:
     raise InputError(
-      f"{target}: was prepared from other raw files than those in {folder} "
-      f"({', '.join(changed)} differ); delete it to prepare these, or set another "
-      "--config.dataset.data_dir"
+      f"{target}: was prepared from other raw files than those in {folder} ({', '.join(changed)} differ); delete it to "
+      "prepare these, or set another --config.dataset.data_dir"
     )

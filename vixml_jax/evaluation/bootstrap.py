@@ -1,4 +1,4 @@
-"""Confidence intervals of the metrics by resampling queries."""
+"""Bootstrap confidence intervals of metrics: queries are resampled with replacement."""
 
 import numpy as np
 
@@ -8,22 +8,22 @@ _QUERIES_AT_ONCE = 16_384
 
 
 def resample(metrics: QueryMetrics, *, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-  """The metrics of `resamples` samples of Q queries drawn with replacement.
+  """Returns the metrics of bootstrap samples, each of which has Q queries drawn with replacement.
 
-  The draws depend on the seed and on Q only, so results of two systems on the same queries
-  are paired: subtract them for a paired bootstrap.
+  The draws depend only on the seed and on Q. The samples of two systems on the same queries are therefore paired, and
+  their differences are the samples of a paired bootstrap.
 
-  A sample is drawn block by block (first how many of its draws fall into each block, then
-  which), which is the same distribution and needs memory for `resamples` x 16,384 weights
-  whatever Q is. Ratios of sums are formed anew in every sample.
+  Each sample is drawn in blocks: first how many of its draws fall into each block, then which queries of the block.
+  This gives the same distribution, and memory is limited to `resamples` x 16,384 weights for any Q. Ratios of sums are
+  computed from the sums of each sample.
 
   Args:
-    metrics: of Q queries.
-    resamples: S, how many samples.
-    seed: seed of the draws.
+    metrics: Metrics of Q queries.
+    resamples: Number of samples S.
+    seed: Seed of the draws.
 
   Returns:
-    float64 [S, M], in percent, columns as in `metrics.names`.
+    The metrics in percent, float64 [S, M], columns as in `metrics.names`.
   """
   rng = np.random.default_rng(seed)
   num_queries = len(metrics)
@@ -42,19 +42,19 @@ def resample(metrics: QueryMetrics, *, resamples: int = 1000, seed: int = 0) -> 
 def bootstrap_intervals(
   metrics: QueryMetrics, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict[str, tuple[float, float]]:
-  """Percentile intervals of every metric over queries.
+  """Returns a percentile interval of each metric.
 
-  They say how much the numbers would move with other test queries; they say nothing about the
-  spread over training seeds.
+  The intervals estimate how much the metrics vary with the choice of test queries. They do not include the variation
+  over training seeds.
 
   Args:
-    metrics: of Q queries.
-    resamples: how many samples.
-    seed: seed of the draws; the same seed gives the same intervals.
-    level: share of the samples inside the interval.
+    metrics: Metrics of Q queries.
+    resamples: Number of samples.
+    seed: Seed of the draws; the same seed gives the same intervals.
+    level: Fraction of the samples within an interval.
 
   Returns:
-    for every metric (low, high) in percent.
+    The bounds (low, high) of each metric by name, in percent.
   """
   samples = resample(metrics, resamples=resamples, seed=seed)
   low, high = np.percentile(samples, [50 * (1 - level), 50 * (1 + level)], axis=0)
@@ -62,6 +62,6 @@ def bootstrap_intervals(
 
 
 def _counts(rng: np.random.Generator, size: int, draws: int) -> np.ndarray:
-  """How often each of `size` queries is drawn."""
-  chosen = rng.integers(0, size, draws, dtype=np.uint16)  # 16 bits: four times fewer random bits
+  """Returns how often each of `size` queries is drawn in a number of draws, float32 [size]."""
+  chosen = rng.integers(0, size, draws, dtype=np.uint16)  # 16 bits are enough, and need a quarter of the random bits.
   return np.bincount(chosen, minlength=size).astype(np.float32)

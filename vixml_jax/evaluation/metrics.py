@@ -1,26 +1,25 @@
-"""Ranking metrics of extreme classification, for each query and over all, by label frequency too.
+"""Ranking metrics of extreme classification: per query, over all queries, and by label frequency.
 
-Definitions are those of pyxclib, which the published numbers come from, in percent:
+The definitions are those of pyxclib, with which the published numbers were computed. Values are in percent.
 
   P@k       hits among the first k, divided by k
-  nDCG@k    sum of 1 / log2(rank + 1) over the hits, divided by its greatest value, that of
-            min(k, positives) hits in front
-  PSP@k     hits weighted by inverse propensity, summed over ALL queries, divided by the same
-            sum for the best possible ranking (a ratio of sums, not a mean of ratios)
-  PSnDCG@k  nDCG@k with hits weighted by inverse propensity: mean over queries divided by the
-            mean for the best possible ranking
+  nDCG@k    sum of 1 / log2(rank + 1) over the hits, divided by its largest possible value, which is
+            that of min(k, positives) hits at the first ranks
+  PSP@k     hits weighted by inverse propensity, summed over ALL queries, divided by the same sum for
+            the best possible ranking (a ratio of sums, not a mean of ratios)
+  PSnDCG@k  nDCG@k with hits weighted by inverse propensity: mean over queries, divided by the mean
+            for the best possible ranking
   R@k       hits among the first k, divided by the positives
 
-and, which pyxclib does not have, in their usual form:
+These metrics have their usual definitions:
 
   MAP@k     sum of P@rank over the hits among the first k, divided by min(k, positives)
-  MRR@k     1 / rank of the first hit, 0 if that is beyond k
+  MRR@k     1 / rank of the first hit, or 0 if there is none among the first k
   Hit@k     1 if there is a hit among the first k
 
-Queries without positives count as 0 in every mean, and add nothing to either sum of PSP and
-PSnDCG, as in pyxclib. Places without a prediction (id -1) count as misses.
-(pyxclib's MAP in the published code divides by the hits found instead, and its MRR gives a
-query without any hit 1; ours do not, so these two do not compare with it.)
+Queries without positives count as 0 in every mean and add nothing to the sums of PSP and PSnDCG, as in pyxclib. Places
+without a prediction (id -1) count as misses. MAP and MRR cannot be compared with pyxclib, whose MAP divides by the hits
+found and whose MRR is 1 for a query without hits.
 """
 
 from collections.abc import Sequence
@@ -37,35 +36,15 @@ NUM_DECILES = 10
 _QUERIES_AT_ONCE = 16_384
 
 
-def inverse_propensity(frequencies: np.ndarray, num_queries: int, a: float, b: float) -> np.ndarray:
-  """How much rarer labels weigh: 1 + (log N - 1) (B + 1)^A (frequency + B)^-A.
-
-  Jain et al., Extreme multi-label loss functions, KDD 2016. Amazon sets: A 0.6, B 2.6;
-  Wikipedia: 0.5, 0.4; all else: 0.55, 1.5.
-
-  Args:
-    frequencies: for each label its number of training queries, [L].
-    num_queries: N, training queries, with or without labels.
-    a: A.
-    b: B.
-
-  Returns:
-    float64 [L].
-  """
-  scale = (np.log(num_queries) - 1) * (b + 1) ** a
-  return 1 + scale * (np.asarray(frequencies, np.float64) + b) ** -a
-
-
 @dataclasses.dataclass(frozen=True)
 class QueryMetrics:
-  """Every metric of every query, as a share whose numerators and denominators are summed.
+  """All metrics of all queries, as numerators and denominators that are summed over queries.
 
   Attributes:
-    names: M metrics, such as `P@1`.
-    numerators: float32 [Q, M].
-    denominators: float32 [Q, M']: the best possible value, for those M' metrics that are ratios of sums.
-    ratios: for each of the M' columns the position of its metric in `names`. All other
-      metrics are plain means over queries.
+    names: Names of the M metrics, such as `P@1`.
+    numerators: Numerators float32 [Q, M].
+    denominators: Best possible values float32 [Q, M'] of the M' metrics that are ratios of sums.
+    ratios: Position in `names` of each of these M' metrics. All other metrics are means over queries.
   """
 
   names: tuple[str, ...]
@@ -77,17 +56,17 @@ class QueryMetrics:
     return len(self.numerators)
 
   def take(self, rows: np.ndarray) -> "QueryMetrics":
-    """The same for some of the queries."""
+    """Returns the metrics of the given queries."""
     return dataclasses.replace(self, numerators=self.numerators[rows], denominators=self.denominators[rows])
 
   def totals(self, numerators: np.ndarray, denominators: np.ndarray, num_queries: int) -> np.ndarray:
-    """Percentages from sums over queries: [..., M] and [..., M'] -> [..., M]."""
+    """Returns percentages [..., M] from sums over queries [..., M] and [..., M']."""
     below = np.full(numerators.shape, num_queries, np.float64)
     below[..., list(self.ratios)] = denominators
     return 100 * np.divide(numerators, below, out=np.zeros(below.shape), where=below > 0)
 
   def mean(self) -> dict[str, float]:
-    """Every metric over all queries, in percent."""
+    """Returns each metric over all queries in percent."""
     numerators = self.numerators.sum(0, dtype=np.float64)
     values = self.totals(numerators, self.denominators.sum(0, dtype=np.float64), len(self))
     return dict(zip(self.names, values.tolist(), strict=True))
@@ -101,37 +80,53 @@ def query_metrics(
   precision_ks: Sequence[int] = PRECISION_KS,
   recall_ks: Sequence[int] = RECALL_KS,
 ) -> QueryMetrics:
-  """Compares rankings with the truth, a block of queries at a time; nothing is Q x L.
+  """Returns the metrics of each query. Queries are compared in blocks, and no array is [Q, L].
 
   Args:
-    ids: int [Q, K], labels from best to worst, none twice; -1 where there is none.
-    truth: the positives of each query, Q rows; a label that stands twice in a row counts once.
-    propensity: inverse propensities, [L].
-    precision_ks: k of P, nDCG, PSP and PSnDCG.
-    recall_ks: k of R. MAP, MRR and Hit are given at both sets of k.
+    ids: Labels int [Q, K] from best to worst, without repeats; -1 in places without a prediction.
+    truth: Positives of each query, Q rows; a repeated label counts once.
+    propensity: Inverse propensities [L].
+    precision_ks: Values of k for P, nDCG, PSP and PSnDCG.
+    recall_ks: Values of k for R. MAP, MRR and Hit are computed for both sets of k.
 
   Raises:
-    ValueError: if K is less than the greatest k, or the rows differ in number.
+    ValueError: K is less than the largest k, or `ids` and `truth` have different numbers of rows.
   """
   largest = max(*precision_ks, *recall_ks)
   if ids.shape[1] < largest:
-    raise ValueError(f"{ids.shape[1]} predictions a query do not suffice for metrics at {largest}")
+    raise ValueError(f"ids has {ids.shape[1]} predictions per query, too few for metrics at {largest}")
   if len(ids) != len(truth):
-    raise ValueError(f"{len(ids)} predictions but {len(truth)} rows of truth")
+    raise ValueError(f"ids has {len(ids)} rows, but truth has {len(truth)}")
   names, ratios = _layout(precision_ks, recall_ks)
   numerators = np.empty((len(ids), len(names)), np.float32)
   denominators = np.empty((len(ids), len(ratios)), np.float32)
   for start in range(0, len(ids), _QUERIES_AT_ONCE):
     rows = slice(start, min(start + _QUERIES_AT_ONCE, len(ids)))
-    block = _Block(ids[rows, :largest], _distinct(truth.take(np.arange(rows.start, rows.stop))), propensity)
+    block = _QueryBlock(ids[rows, :largest], _distinct(truth.take(np.arange(rows.start, rows.stop))), propensity)
     numerators[rows] = block.numerators(precision_ks, recall_ks)
     denominators[rows] = block.best(precision_ks)
   return QueryMetrics(names, numerators, denominators, ratios)
 
 
-def evaluate(ids: np.ndarray, truth: Ragged, propensity: np.ndarray, **ks) -> dict[str, float]:
-  """`query_metrics(...).mean()`: every metric in percent, with keys such as `PSP@5`."""
-  return query_metrics(ids, truth, propensity, **ks).mean()
+def evaluate(
+  ids: np.ndarray,
+  truth: Ragged,
+  propensity: np.ndarray,
+  *,
+  precision_ks: Sequence[int] = PRECISION_KS,
+  recall_ks: Sequence[int] = RECALL_KS,
+) -> dict[str, float]:
+  """Returns each metric over all queries in percent, by names such as `PSP@5`; see `query_metrics`.
+
+  The first query finds one of its two labels at the first rank, the second finds its label at rank 3. Label 0 is rare:
+
+  >>> truth = Ragged.from_rows([[1, 2], [0]])
+  >>> ids = np.array([[1, 4, 5], [3, 4, 0]])
+  >>> found = evaluate(ids, truth, np.array([9.0, 1, 1, 1, 1, 1]), precision_ks=(1, 3), recall_ks=(3,))
+  >>> {name: round(found[name], 2) for name in ("P@1", "P@3", "R@3", "MRR@3", "PSP@1", "PSP@3")}
+  {'P@1': 50.0, 'P@3': 33.33, 'R@3': 75.0, 'MRR@3': 66.67, 'PSP@1': 10.0, 'PSP@3': 90.91}
+  """
+  return query_metrics(ids, truth, propensity, precision_ks=precision_ks, recall_ks=recall_ks).mean()
 
 
 def metrics_by_frequency(
@@ -142,27 +137,26 @@ def metrics_by_frequency(
   precision_ks: Sequence[int] = PRECISION_KS,
   recall_ks: Sequence[int] = RECALL_KS,
 ) -> list[dict[str, float | None]]:
-  """How well rare and frequent labels are found: ten groups of labels by training frequency.
+  """Returns metrics of ten groups of labels by training frequency.
 
-  Labels in ascending order of (frequency, id) are cut into ten groups of equal size, the first
-  holding the rarest. Of each group:
+  Labels are sorted by (frequency, id) and divided into ten groups of equal size; the first group has the rarest labels.
+  The metrics of a group are:
 
-    P@k  its share of P@k: hits on its labels among the first k, divided by k and by all
-         queries; the ten shares add up to P@k
-    R@k  of all pairs of a query and a positive of this group, how many have the label among
-         the first k (a mean over pairs, so that it exists without a rule for queries that
-         have no positive here); None if there is no such pair
+    P@k  hits on labels of the group among the first k, divided by k and by the number of queries; the
+         values of the ten groups add up to P@k
+    R@k  share of the pairs of a query and a positive of the group whose label is among the first k, a
+         mean over pairs, so that queries without a positive in the group need no rule; None without pairs
 
   Args:
-    ids: int [Q, K], labels from best to worst; -1 where there is none.
-    truth: the positives of each query, Q rows.
-    frequencies: for each label its number of training queries, [L].
-    precision_ks: k of P.
-    recall_ks: k of R.
+    ids: Labels int [Q, K] from best to worst; -1 in places without a prediction.
+    truth: Positives of each query, Q rows.
+    frequencies: Number of training queries of each label [L].
+    precision_ks: Values of k for P.
+    recall_ks: Values of k for R.
 
   Returns:
-    ten dicts with keys `decile` (1 to 10), `labels`, `min_frequency`, `max_frequency`,
-    `positives` (pairs), and the metrics in percent. With fewer than ten labels, empty groups are left out.
+    A dict for each group with `decile` (1 to 10), `labels`, `min_frequency`, `max_frequency`, `positives` (number of
+    pairs), and the metrics in percent. With fewer than ten labels, empty groups are left out.
   """
   order = np.argsort(frequencies, kind="stable")
   groups = [group for group in np.array_split(order, NUM_DECILES) if len(group)]
@@ -197,8 +191,8 @@ def metrics_by_frequency(
   return result
 
 
-def _layout(precision_ks, recall_ks) -> tuple[tuple[str, ...], tuple[int, ...]]:
-  """Names of the columns, and which of them are ratios of sums; the order of `_Block.numerators`."""
+def _layout(precision_ks: Sequence[int], recall_ks: Sequence[int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+  """Returns the names of the columns of `_QueryBlock.numerators`, and which of them are ratios of sums."""
   ratios = [f"{name}@{k}" for name in ("PSP", "PSnDCG") for k in precision_ks]
   plain = [f"{name}@{k}" for name in ("P", "nDCG") for k in precision_ks]
   plain += [f"R@{k}" for k in recall_ks]
@@ -206,23 +200,24 @@ def _layout(precision_ks, recall_ks) -> tuple[tuple[str, ...], tuple[int, ...]]:
   return (*ratios, *plain), tuple(range(len(ratios)))
 
 
-def _all_ks(precision_ks, recall_ks) -> list[int]:
+def _all_ks(precision_ks: Sequence[int], recall_ks: Sequence[int]) -> list[int]:
   return sorted({*precision_ks, *recall_ks})
 
 
-class _Block:
-  """The metrics of a block of queries; sums over ranks are cumulated once for all k."""
+class _QueryBlock:
+  """Metrics of a block of queries; cumulative sums over ranks serve all k."""
 
   def __init__(self, ids: np.ndarray, truth: Ragged, propensity: np.ndarray):
     self.hits = is_in_row(ids, truth)
-    self.weights = np.where(self.hits, propensity[ids], 0)  # ids of -1 are no hits
+    self.weights = np.where(self.hits, propensity[ids], 0)  # Places with id -1 are never hits.
     self.truth = truth
     self.positives = truth.lengths[:, None]
     self.ranks = np.arange(1, ids.shape[1] + 1)
     self.discounts = 1 / np.log2(self.ranks + 1)
     self.propensity = propensity
 
-  def numerators(self, precision_ks, recall_ks) -> np.ndarray:
+  def numerators(self, precision_ks: Sequence[int], recall_ks: Sequence[int]) -> np.ndarray:
+    """Returns the columns of `_layout`, [Q, M]."""
     at = np.asarray(precision_ks) - 1
     recall_at = np.asarray(recall_ks) - 1
     all_at = np.asarray(_all_ks(precision_ks, recall_ks)) - 1
@@ -244,20 +239,20 @@ class _Block:
       axis=1,
     )
 
-  def best(self, precision_ks) -> np.ndarray:
-    """PSP and PSnDCG of the best possible ranking: the positives of the greatest weights in front."""
+  def best(self, precision_ks: Sequence[int]) -> np.ndarray:
+    """Returns PSP and PSnDCG of the best possible ranking, whose first labels are the positives of largest weight."""
     at = np.asarray(precision_ks) - 1
-    best = self._greatest_weights(at.max() + 1)
+    best = self._largest_weights(at.max() + 1)
     return np.concatenate([best.cumsum(1)[:, at] / self.ranks[at], self._ndcg(best, at)], axis=1)
 
   def _ndcg(self, gains: np.ndarray, at: np.ndarray) -> np.ndarray:
     width = at.max() + 1
     gained = (gains[:, :width] * self.discounts[:width]).cumsum(1)[:, at]
-    greatest = self.discounts.cumsum()
-    return gained / greatest[np.clip(np.minimum(at + 1, self.positives), 1, None) - 1]
+    largest = self.discounts.cumsum()
+    return gained / largest[np.clip(np.minimum(at + 1, self.positives), 1, None) - 1]
 
-  def _greatest_weights(self, width: int) -> np.ndarray:
-    """The `width` greatest weights among each query's positives, in descending order, else 0."""
+  def _largest_weights(self, width: int) -> np.ndarray:
+    """Returns the `width` largest weights of the positives of each query in descending order, padded with 0."""
     weights = self.propensity[self.truth.values]
     rows = self.truth.row_ids()
     order = np.lexsort((-weights, rows))
@@ -269,11 +264,11 @@ class _Block:
 
 
 def _distinct(rows: Ragged) -> Ragged:
-  """The same rows in ascending order and without repeats."""
+  """Returns rows with the same values, sorted and without repeats."""
   if len(rows.values) == 0:
     return rows
   stride = int(rows.values.max()) + 1
   keys = np.sort(rows.row_ids() * stride + rows.values)
-  keys = keys[np.append(True, keys[1:] != keys[:-1])]  # np.unique hashes, at several times the cost
+  keys = keys[np.append(True, keys[1:] != keys[:-1])]  # np.unique hashes, which takes several times as long.
   row_ids, values = np.divmod(keys, stride)
   return Ragged(values, np.searchsorted(row_ids, np.arange(len(rows) + 1)))

@@ -1,4 +1,4 @@
-"""Metrics of every query on disk, and of what data they are, so that workdirs can be compared query by query."""
+"""Stores the metrics of each query and a description of the data, so that workdirs can be compared query by query."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -15,26 +15,26 @@ from vixml_jax.errors import InputError
 from vixml_jax.evaluation.metrics import QueryMetrics
 from vixml_jax.files import fingerprint_of, new_file
 
-FILE = "per_query.npz"
-
 
 @dataclasses.dataclass(frozen=True)
 class PerQuery:
-  """What one evaluation found for each query.
+  """The results of an evaluation for each query.
 
   Attributes:
-    of: what it was evaluated on (`evaluated_on`); results with the same are of the same queries.
-    rows: "plain" and, where it was asked for, "augmented"; they share names, ratios and denominators.
+    description: Description of the queries (`describe_queries`). If the descriptions of two results are equal, their
+      queries are the same.
+    rows: Metrics of the rows "plain" and, after a retrieval-augmented evaluation, "augmented". All rows have the same
+      names, ratios and denominators.
   """
 
-  of: Mapping[str, Any]
+  description: Mapping[str, Any]
   rows: Mapping[str, QueryMetrics]
 
   def save(self, path: Path) -> None:
-    """Writes one npz, whole or not at all: float32 and texts, nothing that needs pickle."""
+    """Writes an .npz file of numbers and texts as a whole or not at all; pickle is not used."""
     plain = self.rows["plain"]
     arrays: dict[str, Any] = {name: row.numerators for name, row in self.rows.items()} | {
-      "of": np.array(json.dumps(self.of)),
+      "of": np.array(json.dumps(self.description)),
       "names": np.array(plain.names),
       "ratios": np.array(plain.ratios, np.int64),
       "denominators": plain.denominators,
@@ -44,14 +44,14 @@ class PerQuery:
 
   @classmethod
   def load(cls, path: Path) -> "PerQuery":
-    """Reads what `save` wrote.
+    """Reads a file that `save` has written.
 
     Raises:
-      InputError: there is no such file, or it is damaged.
+      InputError: If the file is missing or damaged.
     """
     evaluate_again = f"run python -m vixml_jax.evaluate --workdir={path.parent} first"
     try:
-      # numpy leaves open what it opens itself and cannot read.
+      # The file is opened here because numpy does not close a file that it fails to read.
       with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         names, ratios = tuple(file["names"].tolist()), tuple(file["ratios"].tolist())
         rows = {
@@ -66,18 +66,18 @@ class PerQuery:
       raise InputError(f"{path}: cannot be read ({error}); {evaluate_again}") from error
 
 
-def evaluated_on(
+def describe_queries(
   builder: tfds.core.DatasetBuilder, split: str, rows: np.ndarray | None, propensity: tuple[float, float]
 ) -> dict[str, Any]:
-  """What must be equal for two results to be of the same queries, scored in the same way.
+  """Returns a description of evaluated queries, which is equal for results that can be compared query by query.
 
-  Neither the tokens nor the images: models that read other parts of the same queries can be compared.
+  It contains neither tokens nor images, so models that read different parts of the same queries can be compared.
 
   Args:
-    builder: the prepared data set.
+    builder: The prepared data set.
     split: "test" or "validation".
-    rows: which rows of the training split are the queries; None for a whole split.
-    propensity: A and B of PSP.
+    rows: Rows of the training split that are the queries; None for a whole split.
+    propensity: Constants A and B of the propensity in PSP.
   """
   texts = {name: digest for name, digest in builder.info.metadata["sha256"].items() if not name.endswith(".parquet")}
   return {

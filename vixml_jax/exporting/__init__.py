@@ -1,1 +1,1 @@
-"""Trained encoders and label embeddings in the formats of other libraries."""
+"""Export of trained encoders and label embeddings to the formats of other libraries."""

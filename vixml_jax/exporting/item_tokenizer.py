@@ -1,4 +1,4 @@
-"""A tokenizer that makes whole items of texts: the phrases and the end of a prompt's template stand in its own file."""
+"""A tokenizer that turns texts into whole items: its own file has the phrases and the end of a prompt's template."""
 
 import os
 from typing import Any
@@ -12,7 +12,12 @@ _NAMED = ("unk_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos
 
 
 def max_item_length(template: tuple[PromptPart, ...], max_length: int) -> int:
-  """The most tokens of an item without images whose text has at most `max_length`, special ones included."""
+  """Returns the largest number of tokens of an item without images.
+
+  Args:
+    template: Parts of an item.
+    max_length: Largest number of tokens of a text, special ones included.
+  """
   before, after = _around_text(template)
   return len(before) + max_length + len(after)
 
@@ -20,18 +25,18 @@ def max_item_length(template: tuple[PromptPart, ...], max_length: int) -> int:
 def save_item_tokenizer(
   tokenizer_folder: str | os.PathLike, template: tuple[PromptPart, ...], max_length: int, folder: str | os.PathLike
 ) -> None:
-  """Writes a tokenizer that turns a text into the very ids that a packed row has for an item of that text alone.
+  """Writes a tokenizer that turns a text into the ids that a packed row has for an item with that text alone.
 
-  Phrases and eos are put around the text as special tokens are, by ids: so they are not merged with the text, and what
-  is cut off a long text is the text's end. Libraries that read a `tokenizer.json` need nothing else for that.
+  Phrases and eos are put around the text by their ids, like special tokens. So they are never merged with the text, and
+  a long text loses its end. A library that reads `tokenizer.json` needs no other file.
 
   Args:
-    tokenizer_folder: holds the tokenizer that texts were tokenized with in training.
-    template: the parts of an item without images, one of them the text; see `packing.without_images`.
-    max_length: most tokens of a text, special ones included.
-    folder: to write `tokenizer.json` and `tokenizer_config.json` to.
+    tokenizer_folder: Folder of the tokenizer that tokenized texts in training.
+    template: Parts of an item without images, one of them the text; see `packing.without_images`.
+    max_length: Largest number of tokens of a text, special ones included.
+    folder: Folder to write `tokenizer.json` and `tokenizer_config.json` to.
   """
-  # After `load_fast`, which keeps transformers from advising to install torch.
+  # Imported after `load_fast`, which keeps transformers from advising to install torch.
   original = load_fast(os.fspath(tokenizer_folder))
   from transformers import PreTrainedTokenizerFast
 
@@ -43,7 +48,7 @@ def save_item_tokenizer(
   before, after = [*before, *first], [*last, *after]
   backend.post_processor = _template_processing(backend, before, after)
   named = {name: value for name in _NAMED if (value := getattr(original, name, None)) is not None}
-  # Padding is masked wherever it is read, so any token will do where there is none for it.
+  # Padding is always masked, so any token may stand for it if the tokenizer has no padding token.
   padding = original.pad_token or backend.id_to_token((after or before or [0])[-1])
   PreTrainedTokenizerFast(
     tokenizer_object=backend,
@@ -56,7 +61,7 @@ def save_item_tokenizer(
 
 
 def _around_text(template: tuple[PromptPart, ...]) -> tuple[list[int], list[int]]:
-  """Ids of the phrases before and after the text."""
+  """Returns the ids of the phrases before and after the text."""
   place = template.index("text")
   before, after = (
     [token for part in side if isinstance(part, Phrase) for token in part.ids]
@@ -66,7 +71,7 @@ def _around_text(template: tuple[PromptPart, ...]) -> tuple[list[int], list[int]
 
 
 def _special_ids(backend: Any) -> tuple[list[int], list[int]]:
-  """Ids that a tokenizer puts before and after every text."""
+  """Returns the ids that a tokenizer puts before and after every text."""
   ids, bare = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
   start = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
   return ids[:start], ids[start + len(bare) :]

@@ -1,5 +1,6 @@
-"""Turns encoded images of any origin into RGB pixels, or into the reason why one has none."""
+"""Decodes images of any origin to RGB pixels, or gives the reason why an image has none."""
 
+import base64
 import io
 import warnings
 
@@ -8,7 +9,7 @@ from PIL import Image
 from PIL.Image import Transpose
 
 MAX_PIXELS = 64 * 2**20
-"""Most pixels of an image by its header, such as 8192 x 8192: up to 256 MB while it is decoded."""
+"""Largest number of pixels that an image may have by its header (8192 x 8192). Decoding takes up to 256 MB."""
 
 MISSING = "missing"
 UNREADABLE = "the file cannot be read"
@@ -17,9 +18,9 @@ NOT_AN_IMAGE = "not a PNG, JPEG, WebP, GIF or BMP image"
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
 DAMAGED = "truncated or damaged"
 REASONS = (MISSING, UNREADABLE, EMPTY, NOT_AN_IMAGE, TOO_LARGE, DAMAGED)
-"""Why an image may have no pixels."""
+"""Reasons why an image may have no pixels. Parts of an extraction on disk store positions in this tuple."""
 
-# What a raw folder may hold. Pillow reads dozens more, some of them through other programs (EPS) or in little-tried C.
+# Formats that a raw folder may hold. Pillow reads dozens of others, some with other programs (EPS) or by rarely used C.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -32,33 +33,57 @@ _UPRIGHT = {
   8: Transpose.ROTATE_90,
 }
 
-# Pillow warns of broken EXIF data, of palettes, and of images up to twice its limit of pixels, which is above ours: of
-# a million images from the web these would be pages, and each picture gets its answer below.
+# Pillow warns about broken EXIF data, palettes, and images with up to twice its own limit of pixels. A million images
+# from the web would give pages of such warnings, and `decode` handles each of these cases.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImage(Exception):
-  """An image has no pixels; the message is one of `REASONS`."""
+  """Raised for an image without pixels; the message is one of `REASONS`."""
+
+
+def from_data_uri(text: str) -> bytes:
+  """Returns the bytes of an image that is given as text.
+
+  >>> from_data_uri("data:image/gif;base64,R0lGODk=")
+  b'GIF89'
+  >>> from_data_uri("R0lGODk=")
+  b'GIF89'
+
+  Args:
+    text: Base64, alone or after `data:image/...;base64,`.
+
+  Raises:
+    ValueError: The text is not base64; the message is a short reason.
+  """
+  if text.startswith("data:"):
+    head, _, text = text.partition(",")
+    if not head.endswith(";base64"):
+      raise ValueError("not base64: ';base64,' is missing before the data")
+  try:
+    return base64.b64decode(text, validate=True)
+  except ValueError as error:  # binascii.Error is one.
+    raise ValueError("not base64") from error
 
 
 def decode(blob: bytes) -> np.ndarray:
-  """Pixels of an encoded image as people see it: upright by its EXIF tag, in RGB, on white.
+  """Returns the pixels of an encoded image as a viewer shows them: upright by its EXIF tag, in RGB, on white.
 
-  Animations give their first frame, 16-bit gray its upper byte. Color profiles are not applied. Safe to call from
-  several threads.
+  An animation gives its first frame, 16-bit gray its upper byte. Color profiles are not applied. Several threads may
+  call this function at once.
 
   Args:
-    blob: a PNG, JPEG, WebP, GIF or BMP file.
+    blob: PNG, JPEG, WebP, GIF or BMP file.
 
   Returns:
-    uint8 [height, width, 3].
+    Pixels, uint8 [height, width, 3].
 
   Raises:
-    BadImage: with the reason; whatever the bytes are, nothing else is raised.
+    BadImage: The image has no pixels. No bytes raise any other exception.
   """
   if not blob:
     raise BadImage(EMPTY)
-  # Decoders raise nearly any exception on hostile bytes (OSError, SyntaxError, struct.error, MemoryError, ...).
+  # Decoders raise almost any exception on hostile bytes (OSError, SyntaxError, struct.error, MemoryError, ...).
   try:
     image = Image.open(io.BytesIO(blob), formats=_FORMATS)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -77,7 +102,7 @@ def decode(blob: bytes) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-  """Applies the EXIF orientation; EXIF data that cannot be read is no reason to lose the picture."""
+  """Applies the EXIF orientation. An image with unreadable EXIF data is used as it is stored."""
   image.load()
   try:
     orientation = image.getexif().get(_EXIF_ORIENTATION)
@@ -87,7 +112,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-  if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255.
+  if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion would clip at 255.
     gray = np.clip(np.asarray(image, np.int64) >> 8, 0, 255)
     return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
   if image.has_transparency_data:

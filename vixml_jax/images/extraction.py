@@ -1,4 +1,4 @@
-"""Makes a features set of images: opens their source, encodes what is missing in parts, puts the parts together."""
+"""Makes image features of a data set: encodes the images part by part, and merges the parts to a feature set."""
 
 from collections.abc import Iterator
 import contextlib
@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import tensorflow_datasets as tfds
 
+from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.errors import InputError
 from vixml_jax.files import fingerprint_of, locked
 from vixml_jax.images import feature_set, sources
@@ -26,14 +27,14 @@ from vixml_jax.images.tower import ImageTower
 from vixml_jax.weights import siglip
 
 BAD_IMAGES = "bad_images.jsonl"
-"""Beside the features: a line for each image that has none, with split, row, slot and reason."""
+"""File next to the features with a line for each image without features: split, row, slot and reason."""
 
 _log = logging.getLogger(__name__)
 
 
 def prepare_features(
   builder: tfds.core.DatasetBuilder,
-  data_dir: str | os.PathLike,
+  data_dir: str | os.PathLike[str],
   checkpoint: str,
   *,
   name: str = "",
@@ -43,31 +44,31 @@ def prepare_features(
   batch_size: int = 64,
   dtype: str = "",
 ) -> FeatureSet:
-  """Makes features of a data set's images unless that has been done, and opens them.
+  """Makes features of the images of a data set if that has not been done, and opens them.
 
-  A run that was killed and is started again keeps the parts that were finished, of about 2,000 images each. With
-  several processes each makes its share of the parts, on the devices of its own, and the first writes the set:
-  `data_dir` has to be a folder that they share.
+  A run that is killed and started again keeps its finished parts, of about 2,000 images each. If there are several
+  processes, each makes its share of the parts on its own devices, and the first process writes the feature set; they
+  must share the folder `data_dir`.
 
   Args:
-    builder: the prepared data set.
-    data_dir: folder for all prepared data.
-    checkpoint: an `.npz` of big_vision, a Hugging Face folder, or a name on the hub; see `weights.siglip.load_siglip`.
-    name: what to call the features; by default the variant, else the checkpoint's file or folder.
-    variant: of `weights.siglip.VARIANTS`, which the checkpoint then has to be.
-    preprocessing: of `images.preprocess.PREPROCESSING`.
-    images: where they are; see `images.sources.open_sources`. "" for those in the data set.
-    batch_size: images a step of each process, rounded up so that its devices share them evenly.
-    dtype: in which the tower computes. By default float32 on CPUs and bfloat16 elsewhere.
+    builder: Prepared data set.
+    data_dir: Folder for all prepared data.
+    checkpoint: An `.npz` of big_vision, a Hugging Face folder, or a name on the hub; see `weights.siglip.load_siglip`.
+    name: Name of the features; "" for the variant, or else for the name of the checkpoint's file or folder.
+    variant: Key of `weights.siglip.VARIANTS` that the checkpoint must be; None for any tower.
+    preprocessing: Key of `images.preprocess.PREPROCESSING`.
+    images: Place of the images, see `images.sources.open_sources`; "" for the images in the data set.
+    batch_size: Number of images per step of each process, rounded up to a multiple of its devices.
+    dtype: Type in which the tower computes; "" for float32 on CPUs and bfloat16 elsewhere.
 
   Returns:
-    The features. Beside them, `bad_images.jsonl` lists the images that have none.
+    The features. The file `bad_images.jsonl` next to them lists the images without features.
 
   Raises:
-    InputError: the checkpoint or the images are not as they must be, or there are other features of that name.
+    InputError: The checkpoint or the images cannot be used, or other features with this name exist.
   """
   if preprocessing not in PREPROCESSING:
-    raise InputError(f"preprocessing {preprocessing!r} is not known; known are {', '.join(PREPROCESSING)}")
+    raise InputError(f"unknown preprocessing {preprocessing!r}; choose from {', '.join(PREPROCESSING)}")
   if batch_size < 1:
     raise InputError(f"batch_size {batch_size}: must be at least 1")
   name = name or variant or Path(checkpoint).name.removesuffix(".npz")
@@ -78,42 +79,45 @@ def prepare_features(
     "preprocessing": preprocessing,
     "images": fingerprint_of([source.identity for source in splits.values()]) if images else "dataset",
   }
-  # One run at a time; its first process speaks for it.
+  # One run at a time. The first process of a run takes the lock for all of its processes.
   with locked(f"{target.parent}.lock") if jax.process_index() == 0 else contextlib.nullcontext():
     found = feature_set.find_features(builder, data_dir, name, made_by)
     if found:
-      _log.info("%s: features of this checkpoint and pre-processing are there; nothing to do", target)
+      _log.info("%s: features of this checkpoint and preprocessing exist; nothing to do", target)
       return found
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    encoder = ImageTower(checkpoint, variant, preprocessing, batch_size, dtype)
-    key = fingerprint_of([made_by, dtype, builder.info.metadata["sha256"], sources.PART_IMAGES, sources.PART_ROWS])
-    parts = FeatureParts(target.parent / f"parts-{key[:16]}", encoder.dim)
-    _encode(encoder, splits, parts)
+    tower = ImageTower(checkpoint, variant, preprocessing, batch_size, dtype)
+    key = fingerprint_of(
+      [made_by, dtype, builder.info.metadata["sha256"], sources.IMAGES_PER_PART, sources.ROWS_PER_PART]
+    )
+    parts = FeatureParts(target.parent / f"parts-{key[:16]}", tower.dim)
+    _encode(tower, splits, parts)
     if jax.process_index() == 0:
-      how = made_by | {"checkpoint": checkpoint, "variant": variant or "", "dtype": dtype, "dim": encoder.dim}
-      _finish(builder, data_dir, name, parts, how)
+      made_with = {"checkpoint": checkpoint, "variant": variant or "", "dtype": dtype, "dim": tower.dim}
+      _finish(builder, data_dir, name, parts, made_by | made_with)
     _wait_for_all("features written")
     return feature_set.open_features(builder, data_dir, name)
 
 
-def _wait_for_all(what: str) -> None:
+def _wait_for_all(point: str) -> None:
+  """Waits until all processes have reached a point of the program."""
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(what)
+    multihost_utils.sync_global_devices(point)
 
 
-def _encode(encoder: ImageTower, sources: dict[str, ImageSource], parts: FeatureParts) -> None:
-  """Makes this process's share of the parts that are missing."""
+def _encode(tower: ImageTower, splits: dict[str, ImageSource], parts: FeatureParts) -> None:
+  """Makes this process's share of the missing parts."""
   missing = {
-    split: np.setdiff1d(np.arange(source.num_parts), parts.finished(split)) for split, source in sources.items()
+    split: np.setdiff1d(np.arange(source.num_parts), parts.finished(split)) for split, source in splits.items()
   }
-  _wait_for_all("parts listed")  # All share out the same list.
-  kept = sum(source.num_parts - len(missing[split]) for split, source in sources.items())
+  _wait_for_all("parts listed")  # All processes must divide the same list.
+  kept = sum(source.num_parts - len(missing[split]) for split, source in splits.items())
   if kept:
     _log.info("%d parts were finished by an earlier run and are kept", kept)
   start, count = time.monotonic(), 0
-  for split, source in sources.items():
+  for split, source in splits.items():
     share = np.array_split(missing[split], jax.process_count())[jax.process_index()].tolist()
-    for number, part in encoder.encode_parts(source, share, split):
+    for number, part in tower.encode_parts(source, share, split):
       parts.write(split, number, part)
       count += sum(reason is None for reason in part.reasons)
   seconds = time.monotonic() - start
@@ -123,14 +127,14 @@ def _encode(encoder: ImageTower, sources: dict[str, ImageSource], parts: Feature
 
 def _finish(
   builder: tfds.core.DatasetBuilder,
-  data_dir: str | os.PathLike,
+  data_dir: str | os.PathLike[str],
   name: str,
   parts: FeatureParts,
   metadata: dict[str, Any],
 ) -> None:
-  """Puts the parts together to a TFDS set and removes them."""
+  """Merges the parts to a feature set and removes them."""
   folder = feature_set.features_folder(builder, data_dir, name).parent
-  merged = {split: parts.merge(split) for split in feature_set.SPLITS}
+  merged = {split: parts.merge(split) for split in SPLITS}
   _report_bad_images(folder / BAD_IMAGES, merged)
   counts = {
     "num_images": {split: part.num_images for split, part in merged.items()},
@@ -144,6 +148,7 @@ def _finish(
 
 
 def _report_bad_images(path: Path, merged: dict[str, MergedParts]) -> None:
+  """Writes the list of images without features, and logs how many there are for each reason."""
   reasons: dict[str, int] = {}
   with path.open("w") as file:
     for record in _bad_images(merged):

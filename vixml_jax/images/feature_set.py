@@ -1,8 +1,8 @@
-"""Image features of a data set as a TFDS data set: one example a row, with a vector for each image.
+"""Image features of a data set as a TFDS data set: an example per row, with a vector for each image of the row.
 
-Splits `train`, `test`, `labels`, whose rows are those of the data set that the images belong to. A folder
-`<data_dir>/<data set>_features/<name>/1.0.0` holds features of one kind; it is opened only for the data that it was
-made of.
+The splits `train`, `test` and `labels` have the rows of the data set to which the images belong. The folder
+`<data_dir>/<data set>_features/<name>/1.0.0` has features of one kind. It is opened only for the raw files from which
+it was made.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,26 +17,37 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from vixml_jax.datasets import building
+from vixml_jax.datasets.prepared import build, changed_files
+from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.datasets.records import Records
 from vixml_jax.errors import InputError
 
-ROWS_A_SHARD = 50_000
-SPLITS = ("train", "test", "labels")
+ROWS_PER_SHARD = 50_000
 _VERSION = "1.0.0"
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
 
 RowReader = Callable[[str, int, int], Iterator[tuple[np.ndarray, np.ndarray]]]
-"""`(split, start, stop)` -> slots int32 [I] and features float16 [I, F] of each of these rows."""
+"""`(split, start, stop)` -> slots, int32 [I], and features, float16 [I, F], of each row of the range."""
 
 
-class ImageFeatures(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+class FeatureSetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
   """Features of the images of a data set, in the order of its rows."""
 
   VERSION = tfds.core.Version(_VERSION)
   name = "image_features"
 
-  def __init__(self, dataset: str, config: str, metadata: dict[str, Any], rows: RowReader, data_dir: str | os.PathLike):
+  def __init__(
+    self, dataset: str, config: str, metadata: dict[str, Any], rows: RowReader, data_dir: str | os.PathLike[str]
+  ):
+    """Makes a builder.
+
+    Args:
+      dataset: Name of the data set to which the images belong.
+      config: Name of the features.
+      metadata: Metadata of the feature set, with `dim` and `rows` (the number of rows by split).
+      rows: Reads the features.
+      data_dir: Folder for all prepared data.
+    """
     self.name = f"{dataset}_features"
     self._metadata, self._rows = metadata, rows
     super().__init__(data_dir=data_dir, config=tfds.core.BuilderConfig(name=config, description=config))
@@ -48,8 +59,8 @@ class ImageFeatures(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
       description=type(self).__doc__,
       features=tfds.features.FeaturesDict(
         {
-          "slots": tensor(shape=(None,), dtype=np.int32, doc="slot of each image that has features, ascending"),
-          "features": tensor(shape=(None, self._metadata["dim"]), dtype=np.float16, doc="one vector an image"),
+          "slots": tensor(shape=(None,), dtype=np.int32, doc="slot of each image with features, ascending"),
+          "features": tensor(shape=(None, self._metadata["dim"]), dtype=np.float16, doc="a vector per image"),
         }
       ),
       disable_shuffling=True,
@@ -58,17 +69,17 @@ class ImageFeatures(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
 
   def _shard_iterators_per_split(
     self, dl_manager: tfds.download.DownloadManager
-  ) -> dict[str, list[Callable[[], Iterator[tuple[int, dict]]]]]:
+  ) -> dict[str, list[Callable[[], Iterator[tuple[int, dict[str, np.ndarray]]]]]]:
     del dl_manager
     return {
       split: [
-        functools.partial(self._examples, split, start, min(start + ROWS_A_SHARD, count))
-        for start in range(0, count, ROWS_A_SHARD)
+        functools.partial(self._examples, split, start, min(start + ROWS_PER_SHARD, count))
+        for start in range(0, count, ROWS_PER_SHARD)
       ]
       for split, count in self._metadata["rows"].items()
     }
 
-  def _examples(self, split: str, start: int, stop: int) -> Iterator[tuple[int, dict]]:
+  def _examples(self, split: str, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     with tqdm(
       total=self._metadata["rows"][split],
       initial=start,
@@ -80,7 +91,8 @@ class ImageFeatures(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
       for number, (slots, features) in enumerate(self._rows(split, start, stop), start):
         row = {"slots": slots, "features": features}
         yield number, row
-        row.clear()  # The writer holds on to a shard's examples until it has counted them.
+        # The writer keeps the examples of a shard until it has counted them; emptied ones take no memory.
+        row.clear()
         bar.update()
 
 
@@ -89,10 +101,10 @@ class FeatureSet:
   """Features of the images of a data set.
 
   Attributes:
-    builder: the TFDS data set, `split`s `train`, `test` and `labels`.
-    metadata: `dataset` and `dataset_sha256` that it belongs to; `checkpoint`, `checkpoint_sha256` (of its files),
-      `variant`, `preprocessing`, `images` (where they came from) and `dtype`, how it was made; `dim`; and by split
-      `rows`, `num_images` with features and `num_bad_images` without.
+    builder: TFDS data set with the splits `train`, `test` and `labels`.
+    metadata: `dataset` and `dataset_sha256`, the data set and its raw files; `checkpoint`, `checkpoint_sha256` (of
+      its files), `variant`, `preprocessing`, `images` (where they came from) and `dtype`, how the features were made;
+      `dim`; and by split `rows`, `num_images` with features and `num_bad_images` without.
   """
 
   builder: tfds.core.DatasetBuilder
@@ -100,15 +112,15 @@ class FeatureSet:
 
   @property
   def dim(self) -> int:
-    """F."""
+    """F, the size of a feature vector."""
     return self.metadata["dim"]
 
   def split(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The features of a split, a few thousand rows at a time, in the order of its rows.
+    """Yields the features of a split, a few thousand rows at a time, in row order.
 
     Yields:
-      `lengths`, int64 [R], the number of images of each of the next R rows; and `values`, float16 [M, F] with
-      M = sum(lengths), row by row and by ascending slot. An item's first I images are the first I of its vectors.
+      The number of images of each of the next R rows, int64 [R]; and their vectors, float16 [M, F] with M the sum of
+      these numbers, by row and ascending slot. The first I images of an item are the first I of its vectors.
     """
     for batch in Records(self.builder, name).batches():
       rows = [record.numbers("features", np.float16) for record in batch]
@@ -116,56 +128,57 @@ class FeatureSet:
       yield lengths, np.concatenate(rows).reshape(-1, self.dim)
 
 
-def features_folder(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, name: str) -> Path:
-  """Where the features called `name` of a data set are or will be.
+def features_folder(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike[str], name: str) -> Path:
+  """Returns the folder of the features with a name, which need not exist.
 
   Raises:
-    InputError: the name is not fit for a folder.
+    InputError: The name cannot be the name of a folder.
   """
   if not _NAME.fullmatch(name):
-    raise InputError(f"features called {name!r}: a name has letters, digits, '_', '-' and '.'; choose another --name")
+    raise InputError(
+      f"features with the name {name!r}: a name consists of letters, digits, '_', '-' and '.'; choose another --name"
+    )
   return Path(data_dir) / f"{builder.name}_features" / name / _VERSION
 
 
-def open_features(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, name: str) -> FeatureSet:
-  """Opens the features of a data set's images.
+def open_features(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike[str], name: str) -> FeatureSet:
+  """Opens the features of the images of a data set.
 
   Args:
-    builder: the prepared data set.
-    data_dir: folder for all prepared data.
-    name: what the features are called: the variant or checkpoint that made them, unless they were named.
+    builder: Prepared data set.
+    data_dir: Folder for all prepared data.
+    name: Name of the features: the variant or the checkpoint that made them, unless another name was given.
 
   Raises:
-    InputError: there are none of that name, or they were made of other raw files.
+    InputError: No features with this name exist, or they were made from other raw files.
   """
   folder = features_folder(builder, data_dir, name)
   if not (folder / "dataset_info.json").is_file():
     raise InputError(f"{folder}: no image features; make them with python -m vixml_jax.extract_features")
   features = tfds.builder_from_directory(folder)
   metadata = dict(features.info.metadata)
-  found, wanted = metadata["dataset_sha256"], builder.info.metadata["sha256"]
-  changed = sorted(file for file in found.keys() | wanted.keys() if found.get(file) != wanted.get(file))
+  changed = changed_files(metadata["dataset_sha256"], builder.info.metadata["sha256"])
   if changed:
     raise InputError(
-      f"{folder}: features of the images of other raw files than {builder.name} now has "
-      f"({', '.join(changed)} differ); choose another --name, or delete the folder and extract again"
+      f"{folder}: features of the images of other raw files than {builder.name} now has ({', '.join(changed)} differ); "
+      "choose another --name, or delete the folder and extract them again"
     )
   return FeatureSet(features, metadata)
 
 
 def find_features(
-  builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, name: str, made_by: dict[str, Any]
+  builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike[str], name: str, made_by: dict[str, Any]
 ) -> FeatureSet | None:
-  """The features that `made_by` would make, if they are there.
+  """Returns the features that `made_by` describes, or None if they do not exist.
 
   Args:
-    builder: the prepared data set.
-    data_dir: folder for all prepared data.
-    name: of the features.
-    made_by: what decides the features; a part of their metadata.
+    builder: Prepared data set.
+    data_dir: Folder for all prepared data.
+    name: Name of the features.
+    made_by: The part of the metadata that decides the values of the features.
 
   Raises:
-    InputError: there are features of that name that were made otherwise.
+    InputError: Features with this name exist that were made in another way.
   """
   folder = features_folder(builder, data_dir, name)
   if not folder.is_dir():
@@ -174,40 +187,42 @@ def find_features(
   other = [key for key, value in made_by.items() if features.metadata.get(key) != value]
   if other:
     raise InputError(
-      f"{folder}: holds features with another {' and '.join(other)}; choose another --name, or delete "
-      "the folder to make them again"
+      f"{folder}: has features with another {' and '.join(other)}; choose another --name, or delete the folder to make "
+      "them again"
     )
   return features
 
 
 def write_features(
-  builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, name: str, metadata: dict[str, Any], rows: RowReader
+  builder: tfds.core.DatasetBuilder,
+  data_dir: str | os.PathLike[str],
+  name: str,
+  metadata: dict[str, Any],
+  rows: RowReader,
 ) -> FeatureSet:
-  """Writes features as a TFDS data set, whole or not at all. One process at a time may be here.
+  """Writes features as a TFDS data set, as a whole or not at all. Only one process may do so at a time.
 
   Args:
-    builder: the prepared data set.
-    data_dir: folder for all prepared data.
-    name: of the features.
-    metadata: `dim` and how the features were made; what they belong to is added.
-    rows: reads them.
+    builder: Prepared data set.
+    data_dir: Folder for all prepared data.
+    name: Name of the features.
+    metadata: `dim` and how the features were made. The data set to which they belong is added here.
+    rows: Reads the features.
 
   Returns:
     The features, opened.
   """
-  folder = features_folder(builder, data_dir, name)
   metadata = {
     "dataset": builder.name,
     "dataset_sha256": dict(builder.info.metadata["sha256"]),
     "rows": {split: builder.info.metadata["counts"][split] for split in SPLITS},
   } | metadata
-  building.remove_leftovers(folder)
-  building.build(ImageFeatures(builder.name, name, metadata, rows, data_dir), data_dir)
+  build(FeatureSetBuilder(builder.name, name, metadata, rows, data_dir), data_dir)
   return open_features(builder, data_dir, name)
 
 
 def to_float16(values: np.ndarray) -> np.ndarray | None:
-  """float16 of the same shape, or None where a value is not finite or beyond what float16 holds."""
+  """Converts an array to float16; returns None if a value is not finite or exceeds the range of float16."""
   with np.errstate(over="ignore"):
     halves = values.astype(np.float16)
   return halves if np.isfinite(halves).all() else None

@@ -1,9 +1,10 @@
-"""The feature bank: the image vectors of a whole data set as one array, on the devices or memory-mapped."""
+"""Image feature vectors of a data set as one array, sharded over the devices or memory-mapped on the host."""
 
 from collections.abc import Iterator
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,74 +21,110 @@ from vixml_jax.ragged import Ragged, offsets_of
 
 _FORMAT = 1
 _SPLITS = ("train", "labels", "test")
-# Of a device's memory, what `auto` gives to the bank: parameters, optimizer and activations need the rest.
-_SHARE = 0.25
+# The share of a device's memory that features may take: parameters, optimizer and activations need the rest.
+_MEMORY_SHARE = 0.25
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeviceImages:
+  """Images of packed rows on the mesh, J places a row; leading chunk dimensions are possible.
+
+  Attributes:
+    segments: int32 [..., R, J], slot 1..S of the item that an image belongs to; 0 for an empty place.
+    positions: int32 [..., R, J], the image's position among the tokens of its row; T where it has none.
+    rows: int32 [..., R, J], rows of the features on the devices; None where `features` is set.
+    features: float16 [..., R, J, F], gathered on the host; None where the features are on the devices.
+  """
+
+  segments: jax.Array
+  positions: jax.Array
+  rows: jax.Array | None = None
+  features: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFeatures:
-  """M image vectors, and which of them each item has.
+  """Feature vectors of M images.
 
   Attributes:
-    values: float16 [M, F], memory-mapped.
-    images: for "train", "labels" and "test" the rows of `values` of each item, by ascending slot.
-    fingerprint: sha256 in hex of what the features were made of and how many an item may have.
-    on_devices: float16 [M rounded up, F], sharded over the mesh; None where the bank stays on the host.
+    values: float16 [M, F] on the host, memory-mapped or not.
+    on_devices: float16 [M rounded up, F], sharded over the mesh; None where the features stay on the host.
   """
 
   values: np.ndarray
-  images: dict[str, Ragged]
-  fingerprint: str
   on_devices: jax.Array | None = None
 
   def placed(self, mesh: Mesh, where: str) -> "ImageFeatures":
-    """The bank on the devices ("device"), left memory-mapped ("host"), or on the devices if it fits ("auto")."""
-    if where == "auto":
-      needed = bytes_per_device(len(self.values), self.values.shape[1], sharding.row_devices(mesh))
-      where = "device" if needed <= _SHARE * _memory(mesh) else "host"
-    if where == "host":
+    """Returns the features where `fusion.bank` asks for them.
+
+    Args:
+      mesh: the devices.
+      where: "device", "host", or "auto" for the devices if they fit (see `fits_devices`).
+    """
+    memory = _device_memory(mesh)
+    if where == "host" or (where == "auto" and not fits_devices(len(self.values), self.values.shape[1], mesh, memory)):
       return self
     rows = _ZeroPadded(self.values, sharding.padded_rows(len(self.values)))
-    return dataclasses.replace(
-      self,
-      on_devices=jax.make_array_from_callback(rows.shape, sharding.named_sharding(mesh, "image", "vector"), rows.read),
-    )
+    on_devices = jax.make_array_from_callback(rows.shape, sharding.named_sharding(mesh, "image", "vector"), rows.read)
+    return dataclasses.replace(self, on_devices=on_devices)
 
-  def on_mesh(self, images: PackedImages, mesh: Mesh) -> dict[str, jax.Array]:
-    """What a program needs of packed images, spread over the mesh by row.
-
-    Returns:
-      `segments` and `positions` as in `PackedImages`, and `rows` of the bank on the devices, or, where the bank is
-      on the host, `features` float16 [chunks, R, J, F] gathered from it.
-    """
+  def on_mesh(self, images: PackedImages, mesh: Mesh) -> DeviceImages:
+    """Returns packed images on the mesh, sharded by row: with row numbers, or with features gathered here."""
     leading = ("chunk",) * (images.rows.ndim - 2)
     by_row = sharding.named_sharding(mesh, *leading, "row", "vector")
-    arrays = {"segments": images.segments, "positions": images.positions}
+    segments, positions = (sharding.to_global(array, by_row) for array in (images.segments, images.positions))
     if self.on_devices is not None:
-      arrays["rows"] = images.rows
-    else:
-      arrays["features"] = np.asarray(self.values[images.rows])
-    return {name: sharding.to_global(array, by_row) for name, array in arrays.items()}
+      return DeviceImages(segments, positions, rows=sharding.to_global(images.rows, by_row))
+    features = sharding.to_global(np.asarray(self.values[images.rows]), by_row)
+    return DeviceImages(segments, positions, features=features)
 
 
-def bytes_per_device(num_images: int, dim: int, devices: int) -> int:
-  """Memory that M vectors of width F in float16 take on each of the devices that share them."""
-  return sharding.padded_rows(num_images) * dim * np.dtype(np.float16).itemsize // devices
+@dataclasses.dataclass(frozen=True)
+class DatasetFeatures:
+  """The image features of a data set, and which of them each item has.
+
+  Attributes:
+    features: vectors of all images of all splits.
+    rows: for "train", "labels" and "test" the rows of `features` of each item, by ascending slot.
+    fingerprint: sha256 in hex of what the features were made of and of how many images an item may have.
+  """
+
+  features: ImageFeatures
+  rows: dict[str, Ragged]
+  fingerprint: str
 
 
-def load_image_features(features: FeatureSet, images: int, cache_dir: str | os.PathLike) -> ImageFeatures:
-  """Reads a data set of features into one array, or opens what an earlier call left in `cache_dir`.
+def bytes_per_device(num_images: int, dim: int, mesh: Mesh) -> int:
+  """Returns the memory that M float16 vectors of width F take on each device of a mesh."""
+  return sharding.padded_rows(num_images) * dim * np.dtype(np.float16).itemsize // sharding.row_devices(mesh)
+
+
+def fits_devices(num_images: int, dim: int, mesh: Mesh, memory: float) -> bool:
+  """Returns whether `fusion.bank=auto` keeps the features on the devices: they take at most a quarter of the memory.
 
   Args:
-    features: what `extract_features` wrote.
+    num_images: M.
+    dim: F.
+    mesh: the devices.
+    memory: bytes of each device.
+  """
+  return bytes_per_device(num_images, dim, mesh) <= _MEMORY_SHARE * memory
+
+
+def load_image_features(features: FeatureSet, images: int, cache_dir: str | os.PathLike[str]) -> DatasetFeatures:
+  """Reads a set of features into one array, or opens the array that an earlier call left in `cache_dir`.
+
+  Args:
+    features: the set that `extract_features` wrote.
     images: I, the most images of an item; those of the lowest slots are kept.
-    cache_dir: folder for the arrays of all banks.
+    cache_dir: folder for the arrays of all sets.
 
   Returns:
-    The bank, memory-mapped.
+    The features, memory-mapped.
 
   Raises:
-    InputError: not one item has an image, or the cache cannot be read.
+    InputError: no item has an image, or the cache cannot be read.
   """
   fingerprint = fingerprint_of({"format": _FORMAT, "images": images} | features.metadata)
   folder = Path(cache_dir) / f"{features.metadata['dataset']}-{fingerprint[:16]}"
@@ -102,11 +139,13 @@ def load_image_features(features: FeatureSet, images: int, cache_dir: str | os.P
     raise InputError(f"{folder}: cannot be read ({error}); delete it to build it again") from error
   if not len(values):
     raise InputError(f"{features.metadata['dataset']}: none of its items has an image; set --config.images=0")
-  return ImageFeatures(values, {split: _ids(array) for split, array in offsets.items()}, fingerprint)
+  return DatasetFeatures(
+    ImageFeatures(values), {split: _row_ids(array) for split, array in offsets.items()}, fingerprint
+  )
 
 
 def _write(features: FeatureSet, images: int, folder: Path) -> None:
-  """One array of all vectors, split after split, and where each item's begin."""
+  """Writes one array of all vectors, split after split, and the offsets of the items."""
   with ArrayFile(folder / "values.npy", np.float16, (features.dim,)) as file:
     for split in _SPLITS:
       first, lengths = file.rows, [np.zeros(0, np.int64)]
@@ -121,19 +160,19 @@ def _write(features: FeatureSet, images: int, folder: Path) -> None:
 
 
 def _first_images(features: FeatureSet, split: str, images: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Lengths and vectors of blocks of items, of each item no more than the first `images`."""
+  """Yields lengths and vectors of blocks of items, at most the first `images` of each item."""
   for lengths, values in features.split(split):
     kept = Ragged.of_lengths(np.arange(len(values)), lengths).first(images)
     yield kept.lengths, values[kept.values]
 
 
-def _ids(offsets: np.ndarray) -> Ragged:
-  """Rows of the bank for each item: they stand one after the other."""
+def _row_ids(offsets: np.ndarray) -> Ragged:
+  """Returns the rows of each item's features, which are stored item after item."""
   return Ragged(np.arange(offsets[0], offsets[-1], dtype=np.int32), offsets - offsets[0])
 
 
-def _memory(mesh: Mesh) -> int:
-  """Bytes of a device's memory; of a CPU device its share of the machine's."""
+def _device_memory(mesh: Mesh) -> int:
+  """Returns the bytes of a device's memory; for a CPU device its share of the machine's."""
   device = mesh.local_devices[0]
   stats = device.memory_stats() or {}
   whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -151,7 +190,7 @@ class _ZeroPadded:
   def shape(self) -> tuple[int, int]:
     return self.num_rows, self.values.shape[1]
 
-  def read(self, index) -> np.ndarray:
+  def read(self, index: Any) -> np.ndarray:
     rows = np.arange(self.num_rows)[index[0]]
     part = np.zeros((len(rows), self.values.shape[1]), self.values.dtype)
     known = self.values[rows[0] : min(rows[-1] + 1, len(self.values))]

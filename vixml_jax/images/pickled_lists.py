@@ -1,8 +1,8 @@
-"""Reads an `.npy` file of lists of whole numbers, a pickle within, without unpickling it.
+"""Reads an `.npy` file with lists of integers, which is a pickle, without unpickling it.
 
-A pickle is a program. This reads its instructions one by one and carries out those alone that build numbers, lists and
-numpy's arrays of them; it imports nothing and calls nothing that the file names. Any other instruction or name is
-refused, so that the worst a file can do is to be refused.
+A pickle is a program. This module reads its instructions one by one and executes only those that build integers, lists
+and numpy arrays of them. It never imports or calls anything that the file names, and refuses a file with any other
+instruction or name.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ import numpy as np
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged
 
-# The names that a pickled array asks for, under the modules of numpy 1 and 2. None of them is looked up.
+# The names that a pickled array uses, in the modules of numpy 1 and 2. None of them is imported.
 _NAMES = {
   "numpy": {"dtype", "ndarray"},
   "numpy.core.multiarray": {"_reconstruct", "scalar"},
@@ -42,18 +42,18 @@ _LITERALS = (
 )
 
 
-def read_lists(path: str | os.PathLike) -> Ragged:
-  """The rows of an array of whole numbers, or of lists of them.
+def read_lists(path: str | os.PathLike[str]) -> Ragged:
+  """Reads the rows of an array of integers or of lists of integers.
 
   Args:
-    path: `.npy` file of a one-dimensional object array whose entries are whole numbers or lists (tuples, arrays) of
-      them; or of a two-dimensional array, which numpy makes where all lists are of one length.
+    path: `.npy` file with a one-dimensional object array whose entries are integers or lists (tuples, arrays) of
+      integers; or with a two-dimensional array, which numpy makes of lists with equal lengths.
 
   Returns:
-    int64 values by row.
+    The integers of each row, int64.
 
   Raises:
-    InputError: the file cannot be read, holds anything else, or asks for more than that.
+    InputError: The file cannot be read, or contains anything else.
   """
   path = Path(path)
   try:
@@ -64,48 +64,50 @@ def read_lists(path: str | os.PathLike) -> Ragged:
         return _rows(shape, np.lib.format.read_array(file, allow_pickle=False).ravel().tolist())
       array = _Reader().run(file.read())
     if not isinstance(array, _Array) or array.shape != shape:
-      raise _Refused("it holds no array of its header's shape")
+      raise _Refused("its array does not have the shape of its header")
     return _rows(shape, array.entries)
   except _Refused as error:
     raise InputError(
-      f"{path}: {error}; a map holds lists of whole numbers and nothing else: download it again, and do "
-      "not open this one with numpy"
+      f"{path}: {error}; a map has lists of integers and nothing else: download it again, and do not open this file "
+      "with numpy"
     ) from error
   except OSError as error:
     raise InputError(f"{path}: cannot be read ({error.strerror or error}); download it again") from error
-  # What a program makes of nonsense: too few values on its stack, values of other types, and so on.
+  # Errors of a malformed program: too few values on the stack, values of other types, and so on.
   except (ValueError, EOFError, OverflowError, LookupError, TypeError, AttributeError) as error:
-    raise InputError(f"{path}: not an .npy file of lists ({error}); download it again") from error
+    raise InputError(f"{path}: not an .npy file with lists of integers ({error}); download it again") from error
 
 
 class _Refused(Exception):
-  """The file asks for something that is not needed to build lists of numbers."""
+  """Raised for an instruction, a name or a value that lists of integers do not need."""
 
 
 class _Dtype:
-  """Stands for numpy.dtype(code)."""
+  """Substitute for `numpy.dtype(code)`."""
 
   def __init__(self, code: str, *_: Any):
     self._code, self._order = code, "|"
 
-  def build(self, state: tuple) -> None:
+  def build(self, state: tuple[Any, ...]) -> None:
+    """Sets the byte order, as `numpy.dtype.__setstate__` does."""
     self._order = state[1]
 
   def numbers(self, data: bytes) -> list[int]:
-    """The whole numbers that some bytes are."""
+    """Returns the integers that bytes encode."""
     if not _INTEGERS.fullmatch(self._code) or self._order not in ("<", ">", "|", "="):
-      raise _Refused(f"it holds numbers of type {self._code}")
+      raise _Refused(f"it has numbers of type {self._code}")
     return np.frombuffer(data, np.dtype(self._order + self._code)).tolist()
 
 
 class _Array:
-  """Stands for a numpy array: its shape and, in a flat list, its entries."""
+  """Substitute for a numpy array: its shape and a flat list of its entries."""
 
   def __init__(self, *_: Any):
     self.shape: tuple[int, ...] = ()
-    self.entries: list = []
+    self.entries: list[Any] = []
 
-  def build(self, state: tuple) -> None:
+  def build(self, state: tuple[Any, ...]) -> None:
+    """Sets shape and entries, as `numpy.ndarray.__setstate__` does."""
     _, self.shape, dtype, by_columns, entries = state
     if by_columns:
       raise _Refused("an array in it is stored by columns")
@@ -113,7 +115,7 @@ class _Array:
 
 
 class _Reader:
-  """A stack machine for the instructions that arrays of lists of numbers need."""
+  """A stack machine for the pickle instructions that arrays of lists of integers need."""
 
   def __init__(self) -> None:
     self._stack: list[Any] = []
@@ -145,7 +147,7 @@ class _Reader:
     }
 
   def run(self, program: bytes) -> Any:
-    """Carries out a pickle and returns what it leaves."""
+    """Executes a pickle and returns its value."""
     do = self._do
     for opcode, argument, _ in pickletools.genops(program):
       name = opcode.name
@@ -159,42 +161,42 @@ class _Reader:
   def _remember(self, number: int) -> None:
     self._memo[number] = self._stack[-1]
 
-  def _take(self, count: int) -> list:
+  def _take(self, count: int) -> list[Any]:
     if count > len(self._stack):
       raise IndexError("its stack is empty")
     taken = self._stack[-count:]
     del self._stack[-count:]
     return taken
 
-  def _take_to_mark(self) -> list:
+  def _take_to_mark(self) -> list[Any]:
     mark = self._marks.pop()
     taken = self._stack[mark:]
     del self._stack[mark:]
     return taken
 
-  def _extend(self, values: list) -> None:
+  def _extend(self, values: list[Any]) -> None:
     if not isinstance(self._stack[-1], list):
-      raise _Refused("it appends to what is no list")
+      raise _Refused("it appends to a value that is not a list")
     self._stack[-1].extend(values)
 
   def _name(self, module: str, name: str) -> None:
     if name not in _NAMES.get(module, ()):
-      raise _Refused(f"it asks for {module}.{name}"[:100])
+      raise _Refused(f"it uses {module}.{name}"[:100])
     self._stack.append(_Name(name))
 
-  def _reduce(self, function: "_Name", arguments: tuple) -> None:
-    if not isinstance(function, _Name) or function.name not in _STAND_INS:
-      raise _Refused("it calls what is no function")
-    self._stack.append(_STAND_INS[function.name](*arguments))
+  def _reduce(self, function: "_Name", arguments: tuple[Any, ...]) -> None:
+    if not isinstance(function, _Name) or function.name not in _SUBSTITUTES:
+      raise _Refused("it calls a value that is not a function")
+    self._stack.append(_SUBSTITUTES[function.name](*arguments))
 
-  def _build(self, state: tuple) -> None:
+  def _build(self, state: tuple[Any, ...]) -> None:
     if not isinstance(self._stack[-1], _Array | _Dtype):
-      raise _Refused("it changes what is no array")
+      raise _Refused("it sets the state of a value that is not an array")
     self._stack[-1].build(state)
 
 
 class _Name:
-  """A name that was asked for and is admitted."""
+  """An allowed name that the file uses."""
 
   def __init__(self, name: str):
     self.name = name
@@ -211,8 +213,8 @@ def _from_buffer(data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str)
   return array
 
 
-# What is done where the file asks for numpy's function of that name.
-_STAND_INS: dict[str, Callable] = {
+# Called where the file calls the numpy function of that name.
+_SUBSTITUTES: dict[str, Callable[..., Any]] = {
   "_reconstruct": _Array,
   "dtype": _Dtype,
   "scalar": _scalar,
@@ -220,7 +222,8 @@ _STAND_INS: dict[str, Callable] = {
 }
 
 
-def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+  """Returns shape and type of the array in an `.npy` file."""
   if np.lib.format.read_magic(file) == (1, 0):
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
   else:
@@ -228,8 +231,8 @@ def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
   return shape, dtype
 
 
-def _rows(shape: tuple[int, ...], entries: list) -> Ragged:
-  """Rows of a flat list of entries: numbers, or lists of numbers where the array has one dimension."""
+def _rows(shape: tuple[int, ...], entries: list[Any]) -> Ragged:
+  """Returns the rows of an array with a flat list of entries: integers or, in one dimension, lists of integers."""
   if len(shape) not in (1, 2) or len(entries) != math.prod(shape):
     raise _Refused(f"its array of shape {shape} has {len(entries)} entries")
   if len(shape) == 2:
@@ -238,11 +241,11 @@ def _rows(shape: tuple[int, ...], entries: list) -> Ragged:
     lists = [_numbers(entry) for entry in entries]
     lengths, flat = np.array([len(numbers) for numbers in lists], np.int64), list(itertools.chain.from_iterable(lists))
   if not set(map(type, flat)) <= {int}:
-    raise _Refused("it holds what is no whole number")
+    raise _Refused("it has a value that is not an integer")
   return Ragged.of_lengths(np.array(flat, np.int64), lengths)
 
 
-def _numbers(entry: Any) -> Sequence:
+def _numbers(entry: Any) -> Sequence[Any]:
   if isinstance(entry, _Array):
     return entry.entries
   return entry if isinstance(entry, list | tuple) else [entry]

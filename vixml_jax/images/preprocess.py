@@ -1,4 +1,4 @@
-"""Square pixels for SigLIP, as big_vision makes them or as Hugging Face's processor does."""
+"""Resizes images to squares for SigLIP, in the ways of big_vision and of Hugging Face's image processor."""
 
 from collections.abc import Callable
 import functools
@@ -8,13 +8,13 @@ from PIL import Image
 
 
 def big_vision(pixels: np.ndarray, size: int) -> np.ndarray:
-  """`resize(size)` of big_vision: TF's bilinear without antialiasing, cut to whole numbers.
+  """Resizes an image as `resize(size)` of big_vision: TensorFlow's bilinear resize, truncated to integers.
 
-  big_vision (pp/ops_image.py) casts the resized image back to uint8, which cuts off fractions.
+  big_vision (pp/ops_image.py) casts the resized image back to uint8, which truncates. It does not antialias.
 
   Args:
     pixels: uint8 [height, width, 3].
-    size: side of the square, in pixels; proportions are not kept.
+    size: Side of the square, in pixels. The aspect ratio is not kept.
 
   Returns:
     uint8 [size, size, 3].
@@ -25,14 +25,14 @@ def big_vision(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize_bilinear(pixels: np.ndarray, size: int) -> np.ndarray:
-  """What `tf.image.resize(pixels, (size, size), "bilinear", antialias=False)` computes, in float32.
+  """Computes `tf.image.resize(pixels, (size, size), "bilinear", antialias=False)` in float32.
 
-  Half-pixel centers; each output mixes the four pixels around its center, whatever the scale, so that a large image
-  is sampled and not averaged. Values outside the image repeat its border.
+  Pixels have half-integer centers. Each output pixel mixes the four pixels around its center at any scale, so a large
+  image is sampled and not averaged. Values outside the image repeat its border.
 
   Args:
     pixels: uint8 or float32 [height, width, channels].
-    size: side of the square.
+    size: Side of the square, in pixels.
 
   Returns:
     float32 [size, size, channels].
@@ -51,12 +51,12 @@ def resize_bilinear(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def huggingface(pixels: np.ndarray, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
-  """The resize of transformers' SiglipImageProcessor: Pillow's, antialiased.
+  """Resizes an image as transformers' SiglipImageProcessor, with Pillow and antialiasing.
 
   Args:
     pixels: uint8 [height, width, 3].
-    size: side of the square, in pixels; proportions are not kept.
-    resample: bicubic is the class's default; the published siglip2 processors say bilinear.
+    size: Side of the square, in pixels. The aspect ratio is not kept.
+    resample: Filter. Bicubic is the default of the class; the published siglip2 processors set bilinear.
 
   Returns:
     uint8 [size, size, 3].
@@ -69,11 +69,11 @@ PREPROCESSING: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
   "huggingface": huggingface,
   "huggingface_bilinear": functools.partial(huggingface, resample=Image.Resampling.BILINEAR),
 }
-"""Ways to make pixels, by name; the name is recorded with the features."""
+"""Ways to resize an image, by name. The name is recorded with the features."""
 
 
 def _taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """For each output position the two source positions that it mixes, and the share of the second."""
+  """Returns the two source positions that each output position mixes, and the weight of the second."""
   scale = np.float32(length) / np.float32(size)
   center = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
   floor = np.floor(center)

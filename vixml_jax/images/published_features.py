@@ -1,8 +1,8 @@
 """Imports the image features published with the paper.
 
-A folder holds, for each split, `{trn,tst,lbl}_embs_imgs_3_1152_siglip2.npy` (float32 [images, 1152], one row an image)
-and `{train,test,labels}_imgs_384_3_map.npy` (for each row of the split a list of rows of the former, -1 for none; a
-pickle, which is read by `pickled_lists`).
+The folder has two files for each split. `{trn,tst,lbl}_embs_imgs_3_1152_siglip2.npy` has the vectors, float32
+[images, 1152]. `{train,test,labels}_imgs_384_3_map.npy` has a list for each row of the split, with the positions of its
+images among the vectors, -1 for a missing image. The second file is a pickle, which `pickled_lists` reads.
 """
 
 from collections.abc import Iterator
@@ -28,30 +28,34 @@ _FILES = {
 
 
 def import_published(
-  builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, folder: str | os.PathLike, name: str = "published"
+  builder: tfds.core.DatasetBuilder,
+  data_dir: str | os.PathLike[str],
+  folder: str | os.PathLike[str],
+  name: str = "published",
 ) -> FeatureSet:
-  """Makes features of the published files unless that has been done, and opens them.
+  """Makes features of the published files if that has not been done, and opens them.
 
-  A row's slots are the places in its list. Vectors are kept as float16.
+  The slots of a row are the positions in its list. Vectors are stored as float16.
 
   Args:
-    builder: the prepared data set that the files belong to.
-    data_dir: folder for all prepared data.
-    folder: with the six files.
-    name: what to call the features.
+    builder: Prepared data set to which the files belong.
+    data_dir: Folder for all prepared data.
+    folder: Folder with the six files.
+    name: Name of the features.
 
   Raises:
-    InputError: a file is missing, damaged, of another data set or not to be trusted, or there are other features of
-      that name.
+    InputError: A file is missing, damaged, unsafe or belongs to another data set, or other features with this name
+      exist.
   """
   folder = Path(folder)
   for file in (file for files in _FILES.values() for file in files):
     if not (folder / file).is_file():
       raise InputError(
-        f"{folder / file}: missing; --published names the folder with {', '.join(_FILES['train'])} and "
-        "those of the other splits"
+        f"{folder / file}: missing; set --published to the folder with {', '.join(_FILES['train'])} and those of the "
+        "other splits"
       )
-  made_by = {"checkpoint_sha256": sorted(_sha256(folder)), "preprocessing": "published", "images": "published"}
+  hashes = [sha256_of_file(folder / file) for files in _FILES.values() for file in files]
+  made_by = {"checkpoint_sha256": sorted(hashes), "preprocessing": "published", "images": "published"}
   target = feature_set.features_folder(builder, data_dir, name)
   with locked(f"{target.parent}.lock"):
     found = feature_set.find_features(builder, data_dir, name, made_by)
@@ -59,12 +63,12 @@ def import_published(
 
 
 def _write(
-  builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike, folder: Path, name: str, made_by: dict[str, Any]
+  builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike[str], folder: Path, name: str, made_by: dict[str, Any]
 ) -> FeatureSet:
   splits = {split: _PublishedSplit(folder, split, count) for split, count in builder.info.metadata["counts"].items()}
   dims = {split: published.dim for split, published in splits.items()}
   if len(set(dims.values())) > 1:
-    raise InputError(f"{folder}: the features of the splits have different sizes: {dims}; they are not of one set")
+    raise InputError(f"{folder}: the features of the splits have different sizes: {dims}; use files of one data set")
   metadata = made_by | {
     "checkpoint": _FILES["train"][0],
     "variant": "siglip2_so400m14_384",
@@ -79,7 +83,7 @@ def _write(
 
 
 class _PublishedSplit:
-  """The two files of one split."""
+  """The two files of one split, checked."""
 
   def __init__(self, folder: Path, split: str, num_rows: int):
     vectors, lists = (folder / file for file in _FILES[split])
@@ -89,20 +93,21 @@ class _PublishedSplit:
     self.num_images = int((self._map.values >= 0).sum())
     if len(self._map) != num_rows:
       raise InputError(
-        f"{lists}: {len(self._map)} rows, but the {split} split has {num_rows}; do these files belong to this data set?"
+        f"{lists}: {len(self._map)} rows, but the {split} split has {num_rows}; check that the files belong to this "
+        "data set"
       )
     _check_range(lists, self._map, len(self._vectors))
 
   def rows(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Slots and float16 features of each row of a range."""
+    """Yields slots, int32 [I], and features, float16 [I, F], of each row of a range."""
     for row in range(start, stop):
       images = self._map[row]
       slots = np.flatnonzero(images >= 0).astype(np.int32)
       values = feature_set.to_float16(self._vectors[images[slots]])
       if values is None:
         raise InputError(
-          f"{self._vectors_path}: among rows {images[slots].tolist()} are values that float16 cannot "
-          "hold; download it again"
+          f"{self._vectors_path}: rows {images[slots].tolist()} have values that are not finite or exceed float16; "
+          "download it again"
         )
       yield slots, values
 
@@ -113,7 +118,10 @@ def _open_vectors(path: Path) -> np.ndarray:
   except (OSError, ValueError, EOFError) as error:
     raise InputError(f"{path}: not a readable .npy file of numbers ({error}); download it again") from error
   if vectors.ndim != 2 or vectors.dtype.kind != "f":
-    raise InputError(f"{path}: has shape {vectors.shape} and type {vectors.dtype}; a row of floats an image is wanted")
+    raise InputError(
+      f"{path}: has shape {vectors.shape} and type {vectors.dtype}, but must have a row of floats per image; "
+      "download it again"
+    )
   return vectors
 
 
@@ -122,11 +130,6 @@ def _check_range(path: Path, rows: Ragged, num_images: int) -> None:
   if len(wrong):
     row = np.searchsorted(rows.offsets, wrong[0], "right") - 1
     raise InputError(
-      f"{path}: row {row} names image {rows.values[wrong[0]]}, but there are images 0 to "
-      f"{num_images - 1}; do the two files of the split belong together?"
+      f"{path}: row {row} has image {rows.values[wrong[0]]}, but images are 0 to {num_images - 1}; check that the two "
+      "files of the split belong together"
     )
-
-
-def _sha256(folder: Path) -> list[str]:
-  """Hex digest of each file."""
-  return [sha256_of_file(folder / file) for files in _FILES.values() for file in files]

@@ -1,8 +1,10 @@
-"""Encodes images with SigLIP: threads decode and resize them while the devices compute."""
+"""Encodes images with a SigLIP tower: threads decode and resize images while the devices compute."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+import dataclasses
+import itertools
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -19,39 +21,70 @@ from vixml_jax.images.feature_parts import FeaturePart
 from vixml_jax.images.feature_set import to_float16
 from vixml_jax.images.preprocess import PREPROCESSING
 from vixml_jax.images.sources import ImageSource
-from vixml_jax.models import layers
+from vixml_jax.models.parameters import merge_params
 from vixml_jax.models.siglip import define_siglip
-from vixml_jax.typing import Array
+from vixml_jax.typing import Array, Tree
 from vixml_jax.weights.siglip import load_siglip
 
-# Batches in flight: threads decode and the host collects while the devices compute.
+# Batches on the devices at a time: the host collects one batch while the devices compute the next.
 _IN_FLIGHT = 2
 
 
-class _Image(NamedTuple):
-  """An image on its way: where it belongs, and why it has no pixels (None if it has)."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedImage:
+  """An image that has been decoded and resized for a tower; `ImageTower.prepare` makes it.
+
+  Attributes:
+    pixels: uint8 [size, size, 3].
+  """
+
+  pixels: np.ndarray
+
+
+class _Place(NamedTuple):
+  """The part of a source, the row and the slot that an image belongs to."""
 
   part: int
   row: int
   slot: int
+
+
+class _Decoded(NamedTuple):
+  """An image with its pixels, or with the reason why it has none."""
+
+  place: _Place
+  pixels: np.ndarray | None
   reason: str | None
 
 
-class ImageTower:
-  """A SigLIP tower on this process's devices, with its pre-processing.
+class _Encoded(NamedTuple):
+  """An image with its feature vector, float32 [F]; zeros where `reason` says why it has no pixels."""
 
-  Args:
-    checkpoint: as `load_siglip` takes it.
-    variant: as `load_siglip` takes it.
-    preprocessing: of `PREPROCESSING`.
-    batch_size: images a step, rounded up to a multiple of the devices.
-    dtype: in which the tower computes.
+  place: _Place
+  reason: str | None
+  vector: np.ndarray
+
+
+class ImageTower:
+  """A SigLIP vision tower with its preprocessing, on the devices of this process.
 
   Attributes:
-    dim: F.
+    dim: F, the size of a feature vector.
   """
 
   def __init__(self, checkpoint: str, variant: str | None, preprocessing: str, batch_size: int, dtype: str):
+    """Loads a tower.
+
+    Args:
+      checkpoint: File, folder or name on the hub; see `load_siglip`.
+      variant: Name of the published tower that the checkpoint must be, or None; see `load_siglip`.
+      preprocessing: Key of `PREPROCESSING`.
+      batch_size: Number of images per step, rounded up to a multiple of the number of devices.
+      dtype: Type in which the tower computes.
+
+    Raises:
+      InputError: The checkpoint cannot be read, or is not the variant.
+    """
     params, arguments = load_siglip(checkpoint, variant=variant)
     graphdef, _, _ = define_siglip(arguments | {"dtype": dtype})
     devices = jax.local_devices()
@@ -65,129 +98,140 @@ class ImageTower:
     self._params = jax.device_put(params, sharding.named_sharding(mesh))
     self._rows = sharding.named_sharding(mesh, "row")
 
-    def encode(params, pixels):
-      # What big_vision's value_range and Hugging Face's rescaling and normalizing both come to.
-      return layers.merge_params(graphdef, params)(pixels.astype(jnp.float32) / 255 * 2 - 1)
+    def encode(params: Tree, pixels: Array) -> Array:
+      # big_vision's value_range and Hugging Face's rescaling and normalizing both map 0..255 to -1..1.
+      return merge_params(graphdef, params)(pixels.astype(jnp.float32) / 255 * 2 - 1)
 
     self._encode = jax.jit(encode, out_shardings=self._rows)
 
-  def encode_parts(self, source: ImageSource, numbers: Sequence[int], name: str) -> Iterator[tuple[int, FeaturePart]]:
-    """Encodes parts of a source one after the other; the next one's images are decoded meanwhile.
+  def prepare(self, blob: bytes) -> PreparedImage:
+    """Decodes an image and resizes it for this tower. Several threads may call it at once.
 
     Args:
-      source: images of one split.
-      numbers: ascending numbers of the parts.
-      name: what the progress bar calls them.
-
-    Yields:
-      Each part's number and features, also for a part without images.
+      blob: PNG, JPEG, WebP, GIF or BMP file.
 
     Raises:
-      InputError: the tower's output is not finite.
+      BadImage: The image has no pixels.
     """
-    empty = dict.fromkeys(numbers)
-    images: list[_Image] = []
-    vectors: list[np.ndarray] = []
-    with tqdm(desc=f"encode {name} images", unit=" images", disable=None, leave=False) as bar:
-      for image, vector in self._encoded(source, numbers):
-        if images and image.part != images[-1].part:
-          yield self._part(images, vectors)
-          images, vectors = [], []
-        empty.pop(image.part, None)
-        images.append(image)
-        vectors.append(vector)
-        bar.update()
-    if images:
-      yield self._part(images, vectors)
-    for number in empty:
-      yield number, _make_part([], np.zeros((0, self.dim), np.float16))
+    return PreparedImage(self._preprocess(decode(blob), self._size))
 
-  def _part(self, images: list[_Image], vectors: list[np.ndarray]) -> tuple[int, FeaturePart]:
-    values = to_float16(np.stack(vectors))
+  def encode(self, images: Sequence[bytes | Path | PreparedImage]) -> tuple[np.ndarray, list[str | None]]:
+    """Encodes images that are in memory or in files.
+
+    The features are those that `encode_parts` computes for a source with one part that holds the same images.
+
+    Args:
+      images: Encoded images, paths of files with encoded images, or images that `prepare` made.
+
+    Returns:
+      Features, float16 [images, F], which are zeros for an image without pixels; and for each image None or the
+      reason (one of `decoding.REASONS`) why it has no pixels.
+
+    Raises:
+      InputError: float16 cannot hold the output of the tower.
+    """
+    part = self._feature_part(list(self._encoded((_Place(0, row, 0), image) for row, image in enumerate(images))))
+    return part.features, part.reasons
+
+  def encode_parts(self, source: ImageSource, numbers: Sequence[int], name: str) -> Iterator[tuple[int, FeaturePart]]:
+    """Encodes parts of a source in order. Images of the next part are decoded meanwhile.
+
+    Args:
+      source: Images of one split.
+      numbers: Ascending numbers of the parts.
+      name: Name of the images in the progress bar.
+
+    Yields:
+      Number and features of each part. A part without images has features of shape [0, F].
+
+    Raises:
+      InputError: float16 cannot hold the output of the tower.
+    """
+    images = (
+      (_Place(number, image.row, image.slot), image.blob) for number, piece in source.read(numbers) for image in piece
+    )
+    encoded = tqdm(self._encoded(images), desc=f"encode {name} images", unit=" images", disable=None, leave=False)
+    empty = dict.fromkeys(numbers)
+    for number, group in itertools.groupby(encoded, key=lambda image: image.place.part):
+      del empty[number]
+      yield number, self._feature_part(list(group))
+    for number in empty:
+      yield number, self._feature_part([])
+
+  def _feature_part(self, images: list[_Encoded]) -> FeaturePart:
+    values = to_float16(np.stack([image.vector for image in images])) if images else np.zeros((0, self.dim), np.float16)
     if values is None:
       raise InputError(
-        f"{self._checkpoint}: gives features that float16 cannot hold; are its weights damaged? If not, "
-        "try --dtype=float32"
+        f"{self._checkpoint}: its features are not finite or exceed float16; check that its weights are not damaged, "
+        "or try --dtype=float32"
       )
-    return images[0].part, _make_part(images, values)
+    return FeaturePart(
+      np.array([image.place.row for image in images], np.int64),
+      np.array([image.place.slot for image in images], np.int32),
+      [image.reason for image in images],
+      values,
+    )
 
-  def _encoded(self, source: ImageSource, numbers: Sequence[int]) -> Iterator[tuple[_Image, np.ndarray]]:
-    """Every image in order with its float32 vector [F]: zeros if it has no pixels."""
-    pending: deque[tuple[list[_Image], Array | None]] = deque()
+  def _encoded(self, images: Iterable[tuple[_Place, bytes | Path | PreparedImage | None]]) -> Iterator[_Encoded]:
+    """Yields every image in order with its vector."""
+    pending: deque[tuple[list[_Decoded], Array | None]] = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-      for images, pixels in self._batches(self._decoded(source, numbers, pool)):
-        pending.append((images, self._start(pixels)))
+      for batch in self._batches(self._decoded(images, pool)):
+        pending.append((batch, self._start(batch)))
         if len(pending) > _IN_FLIGHT:
           yield from self._collect(*pending.popleft())
-      for batch in pending:
-        yield from self._collect(*batch)
+      for batch, output in pending:
+        yield from self._collect(batch, output)
 
   def _decoded(
-    self, source: ImageSource, numbers: Sequence[int], pool: ThreadPoolExecutor
-  ) -> Iterator[tuple[_Image, np.ndarray | None]]:
-    """Every image in order with its pixels; up to two batches are decoded ahead of what is asked for."""
-    waiting: deque = deque()
-
-    def oldest() -> tuple[_Image, np.ndarray | None]:
-      part, row, slot, future = waiting.popleft()
-      pixels, reason = future.result()
-      return _Image(part, row, slot, reason), pixels
-
-    for part, images in source.read(numbers):
-      for row, slot, blob in images:
-        waiting.append((part, row, slot, pool.submit(_pixels, blob, self._preprocess, self._size)))
-        if len(waiting) > 2 * self._batch_size:
-          yield oldest()
+    self, images: Iterable[tuple[_Place, bytes | Path | PreparedImage | None]], pool: ThreadPoolExecutor
+  ) -> Iterator[_Decoded]:
+    """Yields every image in order with its pixels; at most two batches are decoded in advance."""
+    waiting: deque[Future[_Decoded]] = deque()
+    for place, image in images:
+      waiting.append(pool.submit(self._decode, place, image))
+      if len(waiting) > 2 * self._batch_size:
+        yield waiting.popleft().result()
     while waiting:
-      yield oldest()
+      yield waiting.popleft().result()
 
-  def _batches(self, decoded: Iterable[tuple[_Image, np.ndarray | None]]) -> Iterator[tuple[list[_Image], list]]:
-    """Runs of images of which at most `batch_size` have pixels, and those pixels."""
-    images: list[_Image] = []
-    pixels: list[np.ndarray] = []
-    for image, square in decoded:
-      images.append(image)
-      if square is not None:
-        pixels.append(square)
-      if len(pixels) == self._batch_size:
-        yield images, pixels
-        images, pixels = [], []
-    if images:
-      yield images, pixels
+  def _decode(self, place: _Place, image: bytes | Path | PreparedImage | None) -> _Decoded:
+    if image is None:
+      return _Decoded(place, None, MISSING)
+    try:
+      if not isinstance(image, PreparedImage):
+        image = self.prepare(image.read_bytes() if isinstance(image, Path) else image)
+      return _Decoded(place, image.pixels, None)
+    except BadImage as error:
+      return _Decoded(place, None, str(error))
+    except OSError:
+      return _Decoded(place, None, UNREADABLE)
 
-  def _start(self, pixels: list[np.ndarray]) -> Array | None:
-    """Sends a batch to the devices and does not wait; what is missing to a whole batch is black."""
+  def _batches(self, decoded: Iterable[_Decoded]) -> Iterator[list[_Decoded]]:
+    """Yields consecutive images, in lists of which at most `batch_size` have pixels."""
+    batch: list[_Decoded] = []
+    with_pixels = 0
+    for image in decoded:
+      batch.append(image)
+      with_pixels += image.pixels is not None
+      if with_pixels == self._batch_size:
+        yield batch
+        batch, with_pixels = [], 0
+    if batch:
+      yield batch
+
+  def _start(self, images: list[_Decoded]) -> Array | None:
+    """Sends a batch to the devices and does not wait. A batch with too few images is filled with black ones."""
+    pixels = [image.pixels for image in images if image.pixels is not None]
     if not pixels:
       return None
     batch = np.zeros((self._batch_size, self._size, self._size, 3), np.uint8)
     np.stack(pixels, out=batch[: len(pixels)])
     return self._encode(self._params, jax.device_put(batch, self._rows))
 
-  def _collect(self, images: list[_Image], output: Array | None) -> Iterator[tuple[_Image, np.ndarray]]:
+  def _collect(self, images: list[_Decoded], output: Array | None) -> Iterator[_Encoded]:
+    """Waits for a batch; `output` is float32 [batch_size, F], or None if no image has pixels."""
     vectors = iter(() if output is None else np.asarray(output))
-    none = np.zeros(self.dim, np.float32)
+    zeros = np.zeros(self.dim, np.float32)
     for image in images:
-      yield image, none if image.reason else next(vectors)
-
-
-def _pixels(
-  blob: bytes | Path | None, preprocess: Callable[[np.ndarray, int], np.ndarray], size: int
-) -> tuple[np.ndarray | None, str | None]:
-  """Pixels of an image, or why it has none."""
-  if blob is None:
-    return None, MISSING
-  try:
-    return preprocess(decode(blob.read_bytes() if isinstance(blob, Path) else blob), size), None
-  except BadImage as error:
-    return None, str(error)
-  except OSError:
-    return None, UNREADABLE
-
-
-def _make_part(images: list[_Image], values: np.ndarray) -> FeaturePart:
-  return FeaturePart(
-    np.array([image.row for image in images], np.int64),
-    np.array([image.slot for image in images], np.int32),
-    [image.reason for image in images],
-    values,
-  )
+      yield _Encoded(image.place, image.reason, zeros if image.reason else next(vectors))

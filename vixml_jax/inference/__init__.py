@@ -1,1 +1,1 @@
-"""Answers queries from a workdir: a trained encoder, its label index, and files of queries larger than memory."""
+"""Prediction with a trained workdir: encoding of queries, search, files of queries, and labels added after training."""

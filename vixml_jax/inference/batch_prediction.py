@@ -1,4 +1,7 @@
-"""Answers a file of queries that may be larger than memory, block by block; a killed run goes on where it was."""
+"""Predicts the labels of a file of queries block by block; a run that was killed resumes after its last block.
+
+The file may be larger than memory.
+"""
 
 from collections.abc import Sequence
 import dataclasses
@@ -15,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vixml_jax.errors import InputError
-from vixml_jax.files import locked, sha256_of_file, write_json
+from vixml_jax.files import locked, read_json_object, sha256_of_file, write_json
 from vixml_jax.inference.predictor import Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query
 from vixml_jax.inference.query_files import QueryFile
@@ -28,69 +31,69 @@ _log = logging.getLogger(__name__)
 
 
 def prepare_output(output: Path, queries: Path) -> None:
-  """Refuses, before any time is spent, an output that could not be written.
+  """Checks before any work that the output can be written.
 
   Raises:
-    InputError: another ending than those of `result_format`, a folder that is not there or not writable, or the
-      file of queries itself.
+    InputError: The suffix is not one of `result_format`, the folder does not exist or cannot be written to, or the
+      output is the file of queries.
   """
   result_format(output)
   if output.is_dir():
-    raise InputError(f"{output}: is a folder; --output must name a file")
+    raise InputError(f"{output}: is a folder; set --output to a file")
   if output.exists() and queries.exists() and output.samefile(queries):
-    raise InputError(f"{output}: holds the queries; name another --output")
+    raise InputError(f"{output}: is the file of queries; use another --output")
   if not output.parent.is_dir():
-    raise InputError(f"{output.parent}: no such folder; make it, or name another --output")
+    raise InputError(f"{output.parent}: no such folder; create it or use another --output")
   if not os.access(output.parent, os.W_OK):
-    raise InputError(f"{output.parent}: cannot be written to; name another --output")
+    raise InputError(f"{output.parent}: cannot be written to; use another --output")
 
 
-def answer_file(
+def predict_file(
   predictor: Predictor, queries: QueryFile, path: Path, output: Path, *, k: int, batch_size: int
 ) -> dict[str, Any]:
-  """Writes the answers to a file of queries, their statistics, and a list of pictures that could not be read.
+  """Writes the predictions for a file of queries, statistics, and a list of images that could not be read.
 
-  Finished blocks are kept in `OUTPUT.partial/`. A run that was killed and is started again takes them up and ends with
-  the same file to the bit: blocks are cut at fixed rows, and each is encoded and searched by itself. The output
-  appears whole or not at all.
+  Finished blocks are kept in `OUTPUT.partial/`. A run that was killed and is started again uses them and writes the
+  same bytes as a run that was not killed: blocks are cut at fixed rows, and each is encoded and searched by itself.
+  The output appears whole or not at all.
 
   Args:
-    predictor: what answers.
-    queries: the file, opened.
-    path: of it.
-    output: see `result_format`. Beside it come `OUTPUT.stats.json` and, where there are any, `OUTPUT.bad_images.jsonl`
-      with row, image and reason, a line each: such a query is answered by what else it has.
-    k: labels a query.
-    batch_size: queries a block.
+    predictor: The model and its index.
+    queries: The file of queries, opened.
+    path: Path of the file of queries.
+    output: File to write, see `result_format`. `OUTPUT.stats.json` is written next to it. If an image could not be
+      read, `OUTPUT.bad_images.jsonl` has a line with row, image and reason for it; its query is encoded without it.
+    k: Number of labels for each query.
+    batch_size: Number of queries in a block.
 
   Returns:
-    What the statistics hold: queries, and of encoding and searching apart p50 and p99 of the milliseconds a block
-    takes, and queries a second. They are measured on the blocks of this process, but for its first, which compiles.
+    The statistics: number of queries, and for encoding and for searching the median and the 99th percentile of the
+    milliseconds per block, and queries per second. The first block of this process, which compiles, is left out.
 
   Raises:
-    InputError: something is wrong with the file, or the folder was begun with another file or other settings.
+    InputError: The file of queries has an error, or the folder was started with another file or other settings.
   """
   predictor.check_k(k)
-  count = queries.check(_FilterNames(predictor))
+  count = queries.check(_FilterChecker(predictor))
   partial = output.with_name(f"{output.name}.partial")
   with locked(partial / "lock"):
     job = _Job(predictor, partial, result_format(output), k, batch_size)
-    job.take_up(
+    job.start_or_resume(
       {"queries_sha256": sha256_of_file(path), "k": k, "batch_size": batch_size, "output": output.suffix}
       | predictor.settings()
     )
     numbers = range(-(-count // batch_size))
     with tqdm(total=count, desc="predict", unit="query", disable=None) as progress:
       for number, block in zip(numbers, queries.blocks(batch_size), strict=True):
-        job.do(number, block)
+        job.run(number, block)
         progress.update(len(block))
     statistics = job.statistics(count)
     job.publish(numbers, output, statistics)
   return statistics
 
 
-class _FilterNames:
-  """Refuses a query whose filters name what the index does not know; each name is looked up once."""
+class _FilterChecker:
+  """Checks that the index knows the names in the filters of queries; each name is looked up once."""
 
   def __init__(self, predictor: Predictor):
     self._index = predictor.index
@@ -113,7 +116,7 @@ class _FilterNames:
 
 @dataclasses.dataclass
 class _Timings:
-  """Seconds that each block took, and its queries."""
+  """Duration in seconds and number of queries of each block."""
 
   seconds: list[float] = dataclasses.field(default_factory=list)
   queries: list[int] = dataclasses.field(default_factory=list)
@@ -123,7 +126,7 @@ class _Timings:
     self.queries.append(queries)
 
   def summary(self) -> dict[str, float] | None:
-    """Without the first block, unless it is the only one; None where all had been done before."""
+    """Returns statistics without the first block, unless it is the only one; None if there are no blocks."""
     first = 1 if len(self.seconds) > 1 else 0
     if not self.seconds:
       return None
@@ -136,7 +139,7 @@ class _Timings:
 
 
 class _Job:
-  """The blocks of one file: those that are finished lie in a folder."""
+  """The blocks of one file of queries; a folder holds the finished ones."""
 
   def __init__(self, predictor: Predictor, folder: Path, form: ResultFormat, k: int, batch_size: int):
     self._predictor, self._folder, self._form = predictor, folder, form
@@ -144,22 +147,23 @@ class _Job:
     self._encoding, self._searching = _Timings(), _Timings()
     self._resumed = 0
 
-  def take_up(self, settings: dict[str, Any]) -> None:
-    """Begins the folder, or goes on with one of the same file and settings."""
+  def start_or_resume(self, settings: dict[str, Any]) -> None:
+    """Starts the folder, or resumes it if the file of queries and the settings are the same."""
     path, settings = self._folder / _JOB, {"format": _FORMAT} | settings
-    begun = _read_json(path)
-    if begun is None or not any(self._folder.glob("part-*")):
+    if not path.exists() or not any(self._folder.glob("part-*")):
       write_json(path, settings)
       return
-    other = sorted(key for key in begun.keys() | settings.keys() if begun.get(key) != settings.get(key))
+    again = "delete its folder to start again"
+    former = read_json_object(path, absent=again, damaged=again)
+    other = sorted(key for key in former.keys() | settings.keys() if former.get(key) != settings.get(key))
     if other:
       raise InputError(
-        f"{self._folder}: was begun with another {', '.join(other)}; give the former, or delete this "
-        "folder to begin anew"
+        f"{self._folder}: was started with another {', '.join(other)}; use the former value, or delete this folder to "
+        "start again"
       )
 
-  def do(self, number: int, block: Sequence[Query]) -> None:
-    """Answers a block unless that was done; the file of its answers is the last to appear."""
+  def run(self, number: int, block: Sequence[Query]) -> None:
+    """Writes the predictions for a block unless they exist; their file is written after all others of the block."""
     target = self._part(number)
     if target.exists():
       self._resumed += len(block)
@@ -170,16 +174,16 @@ class _Job:
     embeddings = self._predictor.encode(block, unreadable=bad, whole_chunks=True)
     self._encoding.add(started, len(block))
     started = time.perf_counter()
-    found = self._predictor.search(embeddings, self._k, block)
+    found = self._predictor.search(embeddings, self._k, self._predictor.filters(block))
     self._searching.add(started, len(block))
     if bad:
       _write_bad(self._bad(number), first_row, bad)
     work = self._folder / "incomplete"
     self._form.write(work, first_row, block, self._predictor.named(*found))
-    os.replace(work, target)
+    work.replace(target)
 
   def statistics(self, count: int) -> dict[str, Any]:
-    """See `answer_file`."""
+    """Returns the statistics that `predict_file` describes."""
     return {
       "queries": count,
       "queries_of_earlier_runs": self._resumed,
@@ -191,7 +195,7 @@ class _Job:
     }
 
   def publish(self, numbers: range, output: Path, statistics: dict[str, Any]) -> None:
-    """Joins the parts, puts all into place, and removes the folder."""
+    """Joins the parts, moves all files into place, and removes the folder."""
     whole = self._folder / "whole"
     self._form.join(map(self._part, numbers), whole)
     bad = [path for path in map(self._bad, numbers) if path.exists()]
@@ -200,10 +204,10 @@ class _Job:
     if bad:
       lines = b"".join(path.read_bytes() for path in bad)
       (self._folder / "bad").write_bytes(lines)
-      os.replace(self._folder / "bad", listed)
-      _log.warning("%d pictures could not be read and were left out; %s lists them", lines.count(b"\n"), listed)
+      (self._folder / "bad").replace(listed)
+      _log.warning("%d images could not be read and were left out; %s lists them", lines.count(b"\n"), listed)
     write_json(output.with_name(f"{output.name}.stats.json"), statistics)
-    os.replace(whole, output)
+    whole.replace(output)
     shutil.rmtree(self._folder)
 
   def _part(self, number: int) -> Path:
@@ -213,17 +217,8 @@ class _Job:
     return self._folder / f"bad-{number:08d}"
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    return None
-  except (OSError, ValueError) as error:
-    raise InputError(f"{path}: damaged ({error}); delete its folder to begin anew") from error
-
-
 def _write_bad(path: Path, first_row: int, bad: Sequence[UnreadableImage]) -> None:
   with path.open("w", encoding="utf-8") as file:
-    for picture in bad:
-      record = {"row": first_row + picture.query, "image": picture.image, "reason": picture.reason}
+    for image in bad:
+      record = {"row": first_row + image.query, "image": image.image, "reason": image.reason}
       file.write(json.dumps(record) + "\n")

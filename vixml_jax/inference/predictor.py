@@ -1,36 +1,37 @@
-"""Answers queries from a workdir: encodes them, searches the label index, and names what it found."""
+"""Prediction from a workdir: encodes queries, searches the label index, and returns uids and texts of labels."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 import numpy as np
 
 from vixml_jax.errors import InputError
 from vixml_jax.files import fingerprint_of
-from vixml_jax.inference.queries import Query, QueryFormat
+from vixml_jax.inference.queries import Query, query_format
 from vixml_jax.inference.query_images import QueryImageEncoder
 from vixml_jax.inference.trained_encoder import TrainedEncoder, load_trained_encoder
 from vixml_jax.run.workdir import INDEX
-from vixml_jax.search import retrieval_augmented as retrieval
-from vixml_jax.search.label_index import Filters, LabelIndex
+from vixml_jax.search import retrieval_augmented
+from vixml_jax.search.filters import Filters
+from vixml_jax.search.label_index import LabelIndex
+from vixml_jax.search.retrieval_augmented import RetrievalSettings
 
 GivenQuery = str | Mapping[str, Any] | Query
 
 
 class Prediction(NamedTuple):
-  """A label for a query.
+  """A label that was found for a query.
 
   Attributes:
-    label: the label's uid.
-    id: its row in the index.
-    text: its text.
-    score: cosine of query and prototype; with retrieval augmentation a share of probability.
+    label: Uid of the label.
+    id: Row of the label in the index.
+    text: Text of the label.
+    score: Cosine of query and prototype; with retrieval augmentation a share of probability.
   """
 
   label: str
@@ -40,88 +41,97 @@ class Prediction(NamedTuple):
 
 
 class UnreadableImage(NamedTuple):
-  """A picture that cannot be read: image `image` of query `query` of a call, from 0, and why."""
+  """An image without pixels.
+
+  Attributes:
+    query: Position of the query in the call, from 0.
+    image: Position of the image in the query, from 0.
+    reason: Why the image has no pixels.
+  """
 
   query: int
   image: int
   reason: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Retrieval:
-  """Settings of retrieval-augmented inference.
+class LabelSearch(Protocol):
+  """A search of the labels of an index, such as `LabelIndex.search`."""
 
-  Attributes:
-    lambda_: weight of labels against training queries.
-    temperature: of the softmax over both.
-    hits: labels, and training queries, that are looked at.
-  """
-
-  lambda_: float
-  temperature: float
-  hits: int
+  def __call__(
+    self, queries: np.ndarray | jax.Array, k: int, filters: Filters | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns scores and ids as `LabelIndex.search` does."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Predictor:
-  """What answers queries; `load` makes it.
+  """Answers queries; `load` makes it.
 
   Attributes:
-    encoder: embeds texts and images.
-    index: of the labels.
-    pictures: features of pictures; None for a model of texts only.
-    retrieval: how training queries have a say; None for plain search.
+    encoder: Encoder of texts and images.
+    index: Index of the labels.
+    image_encoder: Encoder of images to feature vectors; None for a model of texts only.
+    retrieval: Settings of retrieval-augmented inference; None for plain search.
+    label_search: Search of the labels to use instead of `index.search`.
   """
 
   encoder: TrainedEncoder
   index: LabelIndex
-  pictures: QueryImageEncoder | None
-  retrieval: Retrieval | None
+  image_encoder: QueryImageEncoder | None
+  retrieval: RetrievalSettings | None
+  label_search: LabelSearch | None = None
+
+  def __repr__(self) -> str:
+    return (
+      f"Predictor(workdir={str(self.encoder.workdir)!r}, step={self.encoder.checkpoint['step']}, "
+      f"labels={self.index.num_live}, images={self.encoder.images}, search={self.index.search_kind!r}, "
+      f"retrieval={self.retrieval})"
+    )
 
   @property
   def mesh(self) -> Mesh:
-    """The devices."""
+    """Devices that encode and search."""
     return self.encoder.mesh
 
   def predict(self, queries: Sequence[GivenQuery], k: int = 10) -> list[list[Prediction]]:
-    """The k labels of highest score for each query.
+    """Returns the k labels of highest score for each query.
 
     Example:
       predictor = vixml_jax.load("runs/quickstart")
-      predictor.predict(["arrow up", {"title": "cloud", "images": ["cloud.png"], "deny": ["mdi/cloud"]}], k=5)
+      predictor.predict(["arrow up", {"title": "cloud", "deny": ["tag/arrow_up"]}], k=5)
 
     Args:
-      queries: each a text, or a dict with `title` and, where wanted, `content`, `images` (a list of paths, bytes,
-        pictures of Pillow or feature vectors [F]), `allow` and `deny` (lists of uids of labels) and `categories`.
-      k: how many, 1 to the number of labels.
+      queries: Each a text, or a dict with `title` and optionally `content`, `images` (a list of paths, bytes, Pillow
+        images or feature vectors [F]), `allow` and `deny` (lists of uids of labels) and `categories`.
+      k: Number of labels, 1 to the number of labels in the index.
 
     Returns:
-      For each query its labels, best first; fewer than k where filters leave fewer, or, with retrieval augmentation,
-      where fewer have a share.
+      For each query its labels, best first. There are fewer than k if filters leave fewer, or, with retrieval
+      augmentation, if fewer have a share of probability.
 
     Raises:
-      InputError: naming the query, by its place from 0, and what is wrong with it; or k.
+      InputError: A query is wrong (the message names its position from 0), or k is.
     """
     checked = self.checked(queries)
     self.check_k(k)
-    return self.named(*self.search(self.encode(checked), k, checked)) if checked else []
+    return self.named(*self.search(self.encode(checked), k, self.filters(checked))) if checked else []
 
   def checked(self, queries: Sequence[GivenQuery]) -> list[Query]:
-    """The queries of a call, checked.
+    """Checks the queries of a call and returns them.
 
     Raises:
-      InputError: naming the query, by its place from 0.
+      InputError: A query is wrong; the message names its position from 0.
     """
     if isinstance(queries, str | Mapping):
       raise InputError("queries: must be a list of queries; put a single one into brackets")
-    wanted = query_format(self.encoder.config)
-    return [query if isinstance(query, Query) else wanted.parse(query, f"query {i}") for i, query in enumerate(queries)]
+    form = query_format(self.encoder.config)
+    return [query if isinstance(query, Query) else form.parse(query, f"query {i}") for i, query in enumerate(queries)]
 
   def check_k(self, k: int) -> None:
-    """Refuses a k that the index cannot give.
+    """Checks the number of labels that are asked for.
 
     Raises:
-      InputError: naming its bounds.
+      InputError: It is out of range.
     """
     if not 1 <= k <= self.index.num_live:
       raise InputError(f"k={k}: must be 1 to {self.index.num_live}, the number of labels")
@@ -129,54 +139,85 @@ class Predictor:
   def encode(
     self, queries: Sequence[GivenQuery], *, unreadable: list[UnreadableImage] | None = None, whole_chunks: bool = False
   ) -> np.ndarray:
-    """Unit-norm embeddings, float32 [Q, D].
+    """Returns embeddings of unit norm, float32 [Q, D].
 
     Args:
-      queries: as for `predict`.
-      unreadable: takes the pictures that cannot be read, and that queries then go without; None refuses them.
-      whole_chunks: see `TrainedEncoder.embed`.
+      queries: Queries as for `predict`.
+      unreadable: List that images without pixels are appended to; their queries are encoded without them. None to
+        raise an error for such an image.
+      whole_chunks: See `TrainedEncoder.embed`.
 
     Raises:
-      InputError: naming the query and what is wrong with it.
+      InputError: A query is wrong; the message names it.
     """
     checked = self.checked(queries)
     vectors = self.image_vectors(checked, unreadable) if self.encoder.images else None
     return self.encoder.embed([query.text for query in checked], vectors, whole_chunks=whole_chunks)
 
-  def search(self, embeddings: np.ndarray, k: int, queries: Sequence[Query] = ()) -> tuple[np.ndarray, np.ndarray]:
-    """The best labels of embedded queries.
+  def filters(self, queries: Sequence[Query]) -> Filters | None:
+    """Returns the labels that each query allows and denies, as ids; None if no query has a filter.
+
+    Raises:
+      InputError: A uid or a category is unknown; the message names it.
+    """
+    if not any(query.allow is not None or query.categories is not None or query.deny for query in queries):
+      return None
+    return self.index.filters(
+      allow=[query.allow for query in queries],
+      deny=[query.deny for query in queries],
+      categories=[query.categories for query in queries],
+    )
+
+  def search(self, embeddings: np.ndarray, k: int, filters: Filters | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the best labels of embedded queries.
 
     Args:
-      embeddings: [Q, D].
-      k: how many.
-      queries: the Q queries, for their filters; empty for none.
+      embeddings: Embeddings [Q, D].
+      k: Number of labels for each query.
+      filters: Labels that each query may have, from `filters`.
 
     Returns:
-      scores float32 [Q, K], descending, and ids int32 [Q, K]; -inf and -1 where there are fewer.
+      Scores float32 [Q, K], descending, and ids int32 [Q, K]. Score -inf and id -1 fill the places of a query with
+      fewer labels.
     """
-    filters = self._filters(queries)
+    search = self.label_search or self.index.search
     if self.retrieval is None:
-      return self.index.search(embeddings, k, filters)
-    return self._augmented(embeddings, k, filters)
+      return search(embeddings, k, filters)
+    # The label search applies the filters too, so that a query with few allowed labels finds them.
+    hits = self.retrieval.hits
+    neighbors = retrieval_augmented.Neighbors(
+      *search(embeddings, hits, filters), *self.index.query_index.search(embeddings, hits)
+    )
+    return retrieval_augmented.combine(
+      neighbors,
+      self.index.query_labels,
+      num_labels=self.index.num_labels,
+      lambda_=self.retrieval.lambda_,
+      temperature=self.retrieval.temperature,
+      k=k,
+      filters=filters,
+    )
 
   def named(self, scores: np.ndarray, ids: np.ndarray) -> list[list[Prediction]]:
-    """Results of `search` with uids and texts, without the empty places."""
-    distinct, places = np.unique(ids, return_inverse=True)
+    """Returns results of `search` with uids and texts, without empty places."""
+    distinct, positions = np.unique(ids, return_inverse=True)
     real = distinct >= 0
-    names = dict(
-      enumerate(
-        zip(self.index.uids(distinct[real]), distinct[real].tolist(), self.index.texts(distinct[real]), strict=True),
-        int(np.sum(~real)),
-      )
+    labels = zip(
+      self.index.uids(distinct[real]), distinct[real].tolist(), self.index.texts(distinct[real]), strict=True
     )
-    found: list[list[int]] = places.reshape(ids.shape).tolist()  # type: ignore[assignment]
+    names = dict(enumerate(labels, int(np.sum(~real))))
+    rows = zip(positions.reshape(ids.shape), scores.tolist(), strict=True)
     return [
-      [Prediction(*names[place], score) for place, score in zip(row, of_row, strict=True) if place in names]
-      for row, of_row in zip(found, scores.tolist(), strict=True)
+      [
+        Prediction(*names[position], score)
+        for position, score in zip(row.tolist(), of_row, strict=True)
+        if position in names
+      ]
+      for row, of_row in rows
     ]
 
   def settings(self) -> dict[str, Any]:
-    """What decides an answer besides the query, as JSON."""
+    """Returns all that determines an answer besides the query, as JSON."""
     return {
       "checkpoint": self.encoder.checkpoint,
       "index": fingerprint_of(self.index.info),
@@ -186,69 +227,45 @@ class Predictor:
       "search": self.index.search_kind,
     }
 
-  def image_vectors(self, queries: Sequence[Query], bad: list[UnreadableImage] | None) -> list[list[np.ndarray]]:
-    """For each query the vectors of its first I images that can be read; pictures go through the tower together."""
-    pictures = [
-      (i, j, image)
+  def image_vectors(self, queries: Sequence[Query], unreadable: list[UnreadableImage] | None) -> list[list[np.ndarray]]:
+    """Returns the feature vectors of each query's images; the images of all queries are encoded together.
+
+    Args:
+      queries: Checked queries.
+      unreadable: As for `encode`.
+
+    Raises:
+      InputError: An image has no pixels and `unreadable` is None.
+    """
+    images = {
+      (i, j): image
       for i, query in enumerate(queries)
       for j, image in enumerate(query.images)
       if not isinstance(image, np.ndarray)
-    ]
-    features: dict[tuple[int, int], np.ndarray] = {}
-    if pictures:
-      assert self.pictures is not None  # A model that takes images has it.
-      values, reasons = self.pictures([image for _, _, image in pictures])
-      for (i, j, _), value, reason in zip(pictures, values, reasons, strict=True):
+    }
+    vectors: dict[tuple[int, int], np.ndarray] = {}
+    if images:
+      assert self.image_encoder is not None  # A model that takes images has one.
+      values, reasons = self.image_encoder(list(images.values()))
+      for (i, j), value, reason in zip(images, values, reasons, strict=True):
         if reason is None:
-          features[i, j] = value
-        elif bad is None:
-          raise InputError(f"{queries[i].where}: image {j}: {reason}; mend it or leave it out")
+          vectors[i, j] = value
+        elif unreadable is None:
+          raise InputError(f"{queries[i].where}: image {j}: {reason}; correct it or leave it out")
         else:
-          bad.append(UnreadableImage(i, j, reason))
+          unreadable.append(UnreadableImage(i, j, reason))
     return [
       [
-        image if isinstance(image, np.ndarray) else features[i, j]
+        image if isinstance(image, np.ndarray) else vectors[i, j]
         for j, image in enumerate(query.images)
-        if isinstance(image, np.ndarray) or (i, j) in features
+        if isinstance(image, np.ndarray) or (i, j) in vectors
       ]
       for i, query in enumerate(queries)
     ]
 
-  def _filters(self, queries: Sequence[Query]) -> Filters | None:
-    """What the queries allow and deny, as ids; None where none says anything."""
-    if not any(query.allow is not None or query.categories is not None or query.deny for query in queries):
-      return None
-    return self.index.filters(
-      allow=[query.allow for query in queries],
-      deny=[query.deny or None for query in queries],
-      categories=[query.categories for query in queries],
-    )
-
-  def _augmented(self, embeddings: np.ndarray, k: int, filters: Filters | None) -> tuple[np.ndarray, np.ndarray]:
-    """Retrieval-augmented inference. The label search keeps to the filters, too, so that few allowed are not missed."""
-    index, how = self.index, self.retrieval
-    assert how is not None
-    neighbors = retrieval.Neighbors(
-      *index.search(embeddings, how.hits, filters), *index.query_index.search(embeddings, how.hits)
-    )
-    return retrieval.combine(
-      neighbors,
-      index.query_labels,
-      num_labels=index.num_labels,
-      lambda_=how.lambda_,
-      temperature=how.temperature,
-      k=k,
-      filters=filters,
-    )
-
-
-def query_format(config: ConfigDict) -> QueryFormat:
-  """What the model of a config makes of a query."""
-  return QueryFormat(tuple(config.dataset.text_fields), config.images, config.features.dim)
-
 
 def load(
-  workdir: str | os.PathLike,
+  workdir: str | os.PathLike[str],
   search: str | None = None,
   retrieval_augmented: bool = False,
   mesh: Mesh | None = None,
@@ -258,44 +275,49 @@ def load(
   image_checkpoint: str | None = None,
   image_batch_size: int = 8,
 ) -> Predictor:
-  """Loads what training wrote; no training data are needed.
+  """Loads a trained workdir. No training data are needed.
 
   Args:
-    workdir: the folder of the run.
-    search: "exact" (on the devices) or "scann" (approximate, on the CPUs); by default as the index was built.
-    retrieval_augmented: whether training queries have a say, too.
-    mesh: devices to use; by default all, laid out as in training where that fits their number.
-    retrieval_lambda: weight of labels against training queries; by default as in the run's evaluation.
-    retrieval_temperature: of retrieval; by default as in the run's evaluation.
-    image_checkpoint: the SigLIP tower, for pictures; by default the one that made the features of the training data.
-    image_batch_size: pictures that go through the tower at a time; fewer cost as much.
+    workdir: Folder of the run.
+    search: "exact" (on the devices) or "scann" (approximate, on the CPU); None for the kind that the index was written
+      for.
+    retrieval_augmented: Whether to use retrieval-augmented inference.
+    mesh: Devices to use; None for all devices, in the layout of training if that fits their number.
+    retrieval_lambda: Weight of the labels against that of the training queries; None for that of the run's evaluation.
+    retrieval_temperature: Temperature of retrieval; None for that of the run's evaluation.
+    image_checkpoint: SigLIP tower that encodes images; None for the one that made the features of the training data.
+    image_batch_size: Number of images that the tower encodes at a time. A smaller batch takes as long as a full one.
 
   Raises:
-    InputError: for whatever is missing, damaged, or of another checkpoint.
+    InputError: A file is missing, damaged, or of another checkpoint.
   """
   workdir = Path(workdir)
   encoder = load_trained_encoder(workdir, mesh)
   index = LabelIndex.open(workdir / INDEX, checkpoint=encoder.checkpoint, search=search, mesh=encoder.mesh)
-  pictures = None
+  image_encoder = None
   if encoder.images:
-    pictures = QueryImageEncoder(encoder.config, encoder.image_origin or {}, image_checkpoint, image_batch_size)
-  how = _retrieval(index, workdir, retrieval_lambda, retrieval_temperature) if retrieval_augmented else None
-  return Predictor(encoder, index, pictures, how)
+    image_encoder = QueryImageEncoder(encoder.config, encoder.image_origin or {}, image_checkpoint, image_batch_size)
+  settings = None
+  if retrieval_augmented:
+    settings = _retrieval_settings(index, workdir, retrieval_lambda, retrieval_temperature)
+  return Predictor(encoder, index, image_encoder, settings)
 
 
-def _retrieval(index: LabelIndex, workdir: Path, lambda_: float | None, temperature: float | None) -> Retrieval:
-  """The settings of the evaluation, but for those that are given."""
-  chosen = index.retrieval
-  if chosen is None:
+def _retrieval_settings(
+  index: LabelIndex, workdir: Path, lambda_: float | None, temperature: float | None
+) -> RetrievalSettings:
+  """Returns the settings of the evaluation, with the given values in place of its own."""
+  stored = index.retrieval
+  if stored is None:
     raise InputError(
-      f"{workdir / INDEX}: holds no training queries, which retrieval augmentation needs; run "
+      f"{workdir / INDEX}: has no training queries, which retrieval-augmented inference needs; run "
       f"python -m vixml_jax.evaluate --workdir={workdir} --retrieval_augmented"
     )
-  how = Retrieval(
-    chosen["lambda"] if lambda_ is None else lambda_,
-    chosen["temperature"] if temperature is None else temperature,
-    chosen["hits"],
+  settings = RetrievalSettings(
+    stored["lambda"] if lambda_ is None else lambda_,
+    stored["temperature"] if temperature is None else temperature,
+    stored["hits"],
   )
-  retrieval.check_setting(how.lambda_, how.temperature)
-  _ = index.query_index  # Now, since its files go when labels are added or deleted.
-  return how
+  retrieval_augmented.check_setting(settings.lambda_, settings.temperature)
+  _ = index.query_index  # Opened now, because the next snapshot removes its files.
+  return settings

@@ -1,7 +1,5 @@
-"""What a query may be, and its checks: a text, or a title with content, images and filters."""
+"""The form of a query and its checks: a text, or a title with content, images and filters."""
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 import dataclasses
 import io
@@ -10,19 +8,22 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
 from vixml_jax.datasets.records import join_texts
 from vixml_jax.errors import InputError
+from vixml_jax.images.decoding import from_data_uri
 from vixml_jax.images.feature_set import to_float16
+from vixml_jax.images.tower import PreparedImage
 
 LISTS = ("images", "allow", "deny", "categories")
 KEYS = ("uid", "title", "content", *LISTS)
 """Keys of a query, and columns of a file of queries."""
 
-Picture = bytes | Path | np.ndarray
-"""An encoded image, a file that holds one, or a feature vector float16 [F]."""
+QueryImage = bytes | Path | PreparedImage | np.ndarray
+"""An encoded image, a file with one, an image prepared for the tower, or a feature vector float16 [F]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +31,17 @@ class Query:
   """A query whose values have been checked.
 
   Attributes:
-    text: as the encoder reads it.
-    images: pictures and feature vectors, in their order.
-    allow: uids of the only labels that it may have; None for all.
-    deny: uids of labels that it may not have.
-    categories: names of the only categories whose labels it may have; None for all.
-    uid: what its answer is to be found by.
-    where: what errors call it.
+    text: Text that the encoder reads.
+    images: Images and feature vectors, in their order.
+    allow: Uids of the only labels that the query may have; None for all labels.
+    deny: Uids of labels that the query may not have.
+    categories: Names of the only categories whose labels the query may have; None for all labels.
+    uid: Name of the query in the results.
+    where: Name of the query in error messages, such as a file and a line.
   """
 
   text: str
-  images: tuple[Picture, ...] = ()
+  images: tuple[QueryImage, ...] = ()
   allow: tuple[str, ...] | None = None
   deny: tuple[str, ...] = ()
   categories: tuple[str, ...] | None = None
@@ -50,12 +51,12 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class QueryFormat:
-  """What a model makes of a query.
+  """The form of queries that a model takes.
 
   Attributes:
-    text_fields: the fields that make up an item's text, as in training.
-    images: I, the most images; 0 for a model of texts only.
-    feature_dim: F.
+    text_fields: Fields that are joined to an item's text, as in training.
+    images: I, the largest number of images; 0 for a model of texts only.
+    feature_dim: F, the size of an image's feature vector.
   """
 
   text_fields: tuple[str, ...]
@@ -64,14 +65,14 @@ class QueryFormat:
 
   @property
   def required(self) -> str:
-    """The key that no query may lack: its title, unless the model does not read that."""
+    """The key that every query must have: `title`, unless the model does not read it."""
     return "title" if "title" in self.text_fields else self.text_fields[0]
 
   def check_keys(self, keys: Sequence[str], where: str) -> None:
-    """Refuses unknown keys, a missing title, and images where the model takes none.
+    """Checks the keys of a query, or the columns of a file of queries.
 
     Raises:
-      InputError: naming them.
+      InputError: A key is unknown, the title is missing, or there are images and the model takes none.
     """
     unknown = [key for key in keys if key not in KEYS]
     if unknown:
@@ -82,15 +83,15 @@ class QueryFormat:
       raise InputError(f"{where}: has 'images', but this model was trained on texts only; leave them out")
 
   def parse(self, given: str | Mapping[str, Any], where: str, root: Path | None = None) -> Query:
-    """Checks a query.
+    """Checks a query and returns it.
 
     Args:
-      given: a text, or a dict of `KEYS`; None stands for a key that is not there.
-      where: what errors call it.
-      root: the folder that relative paths of images start from; None for the current one.
+      given: A text, or a dict with `KEYS`. A key with the value None counts as absent.
+      where: Name of the query in error messages.
+      root: Folder of relative paths of images; None for the current one.
 
     Raises:
-      InputError: naming `where`, the key and what it must be.
+      InputError: A value is wrong; the message names `where`, the key and what the value must be.
     """
     if isinstance(given, str):
       return Query(_encodable(given), where=where)
@@ -111,11 +112,16 @@ class QueryFormat:
     names = {key: tuple(_name(name, key, where) for name in value) for key, value in lists.items()}
     return Query(join_texts(fields), images, uid=None if uid is None else str(uid), where=where, **names)
 
-  def _image(self, image: Any, where: str, root: Path | None) -> Picture:
+  def _image(self, image: Any, where: str, root: Path | None) -> QueryImage:
+    if isinstance(image, PreparedImage):
+      return image
     if isinstance(image, bytes | bytearray | memoryview):
       return bytes(image)
     if isinstance(image, str) and image.startswith("data:"):
-      return _decoded(image, where)
+      try:
+        return from_data_uri(image)
+      except ValueError as error:
+        raise InputError(f"{where}: an image is {error}; write data: URIs as data:image/...;base64,...") from error
     if isinstance(image, str | os.PathLike):
       return (root or Path()) / image
     if isinstance(image, Image.Image):
@@ -123,11 +129,11 @@ class QueryFormat:
     if isinstance(image, np.ndarray | Sequence):
       return self._vector(image, where)
     raise InputError(
-      f"{where}: an image must be a path, bytes, a picture of Pillow or a vector of "
-      f"{self.feature_dim} numbers, not {_kind(image)}"
+      f"{where}: an image must be a path, bytes, a Pillow image or a vector of {self.feature_dim} numbers, "
+      f"not {_kind(image)}"
     )
 
-  def _vector(self, image: Any, where: str) -> np.ndarray:
+  def _vector(self, image: np.ndarray | Sequence[Any], where: str) -> np.ndarray:
     try:
       vector = np.asarray(image, np.float32)
     except (TypeError, ValueError):
@@ -140,14 +146,19 @@ class QueryFormat:
     halves = to_float16(vector)
     if halves is None:
       raise InputError(
-        f"{where}: a feature vector of an image has values that are not finite, or that float16 cannot "
-        "hold; make it as extract_features does"
+        f"{where}: a feature vector of an image has values that are not finite or exceed float16; use vectors that "
+        "extract_features made"
       )
     return halves
 
 
+def query_format(config: ConfigDict) -> QueryFormat:
+  """Returns the form of queries that the model of a config takes."""
+  return QueryFormat(tuple(config.dataset.text_fields), config.images, config.features.dim)
+
+
 def _encodable(text: str) -> str:
-  """Half a surrogate pair, which JSON can spell, becomes the replacement character, as in the training data."""
+  """Replaces each half of a surrogate pair, which JSON can spell, as was done in the training data."""
   return text.encode(errors="surrogatepass").decode(errors="replace")
 
 
@@ -159,29 +170,16 @@ def _list(value: Any, key: str, where: str) -> Sequence[Any] | np.ndarray:
 
 def _name(value: Any, key: str, where: str) -> str:
   if not isinstance(value, str | numbers.Integral) or isinstance(value, bool):
-    raise InputError(f"{where}: {key!r} must be a list of names, but holds {_kind(value)}")
+    raise InputError(f"{where}: {key!r} must be a list of names, but contains {_kind(value)}")
   return str(value)
 
 
-def _decoded(uri: str, where: str) -> bytes:
-  """Bytes of an image that JSON holds as `data:image/png;base64,...`."""
-  head, _, body = uri.partition(",")
-  try:
-    if not head.endswith(";base64"):
-      raise ValueError("not base64")
-    return base64.b64decode(body, validate=True)
-  except (ValueError, binascii.Error) as error:
-    raise InputError(
-      f"{where}: an image given as data: must be base64 behind 'data:image/...;base64,' ({error})"
-    ) from error
-
-
-def _png(picture: Image.Image) -> bytes:
-  """A picture of Pillow as a file: decoded again, it is what its own file would be."""
+def _png(image: Image.Image) -> bytes:
+  """Returns a Pillow image as a PNG file, which decodes to the same pixels as the file that the image came from."""
   buffer = io.BytesIO()
-  if picture.mode not in ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"):
-    picture = picture.convert("RGB")
-  picture.save(buffer, "PNG", exif=picture.getexif())
+  if image.mode not in ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"):
+    image = image.convert("RGB")
+  image.save(buffer, "PNG", exif=image.getexif())
   return buffer.getvalue()
 
 

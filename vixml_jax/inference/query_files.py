@@ -1,6 +1,6 @@
-"""Files of queries, read a block at a time: JSON lines, CSV, parquet.
+"""Files of queries, read a block at a time: JSON lines, CSV and Parquet.
 
-Every reader gives the queries in the order of the file, and names file and line (parquet: row) of what is wrong.
+Every reader yields the queries in the order of the file. Errors name the file and the line (Parquet: the row).
 """
 
 from collections.abc import Callable, Iterator
@@ -18,35 +18,41 @@ from vixml_jax.inference.queries import LISTS, Query, QueryFormat
 
 _MAX_CELL = 2**26  # Characters of a CSV cell: vectors are long, and a quote that is not closed must end somewhere.
 _SEPARATOR = ";"
+_ROWS_AT_ONCE = 4096
 
 
 class QueryFile(Protocol):
-  """Queries in a file."""
+  """A file of queries."""
 
   def check(self, look: Callable[[Query], None]) -> int:
-    """Reads the whole file but for pictures, refuses what it or `look` finds wrong, and counts its queries."""
+    """Reads the whole file except for images, passes every query to `look`, and returns the number of queries."""
 
   def blocks(self, size: int) -> Iterator[list[Query]]:
-    """All queries, `size` at a time."""
+    """Yields all queries, `size` at a time."""
 
 
-def open_queries(path: Path, wanted: QueryFormat) -> QueryFile:
-  """A file of queries, by the ending of its name.
+def open_queries(path: Path, form: QueryFormat) -> QueryFile:
+  """Opens a file of queries, by the suffix of its name.
 
   Args:
-    path: `.jsonl`, an object a line; `.csv` with a head, whose lists are JSON or stand between semicolons; or
-      `.parquet`. Keys and columns are `queries.KEYS`; paths of images start from the file's folder.
-    wanted: what the model takes.
+    path: `.jsonl`, an object per line; `.csv` with a header, in which a list is JSON or its values are separated by
+      semicolons; or `.parquet`. Keys and columns are `queries.KEYS`. Relative paths of images start at the file's
+      folder.
+    form: Form of queries that the model takes.
 
   Raises:
-    InputError: no such file, another ending, or columns that are unknown or missing.
+    InputError: The file does not exist, its suffix is unknown, or columns are unknown or missing.
   """
-  readers: dict[str, type] = {".jsonl": _JsonLines, ".csv": _Csv, ".parquet": _Parquet}
+  readers: dict[str, Callable[[Path, QueryFormat], QueryFile]] = {
+    ".jsonl": _JsonLinesQueries,
+    ".csv": _CsvQueries,
+    ".parquet": _ParquetQueries,
+  }
   if path.suffix not in readers:
     raise InputError(f"{path}: files of queries end in {', '.join(readers)}; convert or rename it")
   if not path.is_file():
     raise InputError(f"{path}: no such file; --queries must name one")
-  return readers[path.suffix](path, wanted)
+  return readers[path.suffix](path, form)
 
 
 def _in_blocks(queries: Iterator[Query], size: int) -> Iterator[list[Query]]:
@@ -54,24 +60,24 @@ def _in_blocks(queries: Iterator[Query], size: int) -> Iterator[list[Query]]:
     yield block
 
 
-def _counted(path: Path, queries: Iterator[Query], look: Callable[[Query], None]) -> int:
+def _count(path: Path, queries: Iterator[Query], look: Callable[[Query], None]) -> int:
   count = 0
   for query in queries:
     look(query)
     count += 1
   if not count:
-    raise InputError(f"{path}: holds no query")
+    raise InputError(f"{path}: has no queries; add at least one")
   return count
 
 
-class _JsonLines:
-  """An object a line; blank lines are passed over."""
+class _JsonLinesQueries:
+  """An object per line; blank lines are ignored."""
 
-  def __init__(self, path: Path, wanted: QueryFormat):
-    self._path, self._wanted = path, wanted
+  def __init__(self, path: Path, form: QueryFormat):
+    self._path, self._form = path, form
 
   def check(self, look: Callable[[Query], None]) -> int:
-    return _counted(self._path, self._queries(), look)
+    return _count(self._path, self._queries(), look)
 
   def blocks(self, size: int) -> Iterator[list[Query]]:
     return _in_blocks(self._queries(), size)
@@ -81,14 +87,14 @@ class _JsonLines:
       for number, line in enumerate(file, 1):
         if line.strip():
           where = f"{self._path}:{number}"
-          yield self._wanted.parse(_json(line, where, "is the file cut off?"), where, self._path.parent)
+          yield self._form.parse(_json(line, where, "is the file truncated?"), where, self._path.parent)
 
 
-class _Csv:
-  """A head, then a query a line; an empty cell is no value."""
+class _CsvQueries:
+  """A header, then a query per line; an empty cell counts as no value."""
 
-  def __init__(self, path: Path, wanted: QueryFormat):
-    self._path, self._wanted = path, wanted
+  def __init__(self, path: Path, form: QueryFormat):
+    self._path, self._form = path, form
     csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
     with _opened(path, lambda: path.open(newline="", encoding="utf-8-sig")) as file:
       columns = self._next(csv.reader(file, strict=True))
@@ -96,12 +102,12 @@ class _Csv:
       raise InputError(f"{path}: is empty; its first line must name the columns")
     repeated = {name for name in columns if columns.count(name) > 1}
     if repeated:
-      raise InputError(f"{path}:1: the column {min(repeated)!r} stands there twice")
-    wanted.check_keys(columns, f"{path}:1")
+      raise InputError(f"{path}:1: has two columns {min(repeated)!r}; remove or rename one")
+    form.check_keys(columns, f"{path}:1")
     self._columns = columns
 
   def check(self, look: Callable[[Query], None]) -> int:
-    return _counted(self._path, self._queries(), look)
+    return _count(self._path, self._queries(), look)
 
   def blocks(self, size: int) -> Iterator[list[Query]]:
     return _in_blocks(self._queries(), size)
@@ -116,51 +122,51 @@ class _Csv:
         where = f"{self._path}:{reader.line_num}"
         if len(cells) != len(self._columns):
           raise InputError(
-            f"{where}: has {len(cells)} cells for {len(self._columns)} columns; is the file cut off, or "
-            "a comma not in quotes?"
+            f"{where}: has {len(cells)} cells for {len(self._columns)} columns; is the file truncated, or is a comma "
+            "not in quotes?"
           )
-        yield self._wanted.parse(self._record(cells, where), where, self._path.parent)
+        yield self._form.parse(self._record(cells, where), where, self._path.parent)
 
-  def _next(self, reader) -> list[str] | None:
+  def _next(self, reader: Any) -> list[str] | None:
     try:
       return next(reader, None)
     except (csv.Error, UnicodeDecodeError) as error:
       raise InputError(
-        f"{self._path}:{reader.line_num}: not valid CSV in UTF-8 ({error}); is the file cut off?"
+        f"{self._path}:{reader.line_num}: not valid CSV in UTF-8 ({error}); is the file truncated?"
       ) from error
 
   def _record(self, cells: list[str], where: str) -> dict[str, Any]:
-    record: dict[str, Any] = {self._wanted.required: ""}
+    record: dict[str, Any] = {self._form.required: ""}
     for name, cell in zip(self._columns, cells, strict=True):
       if cell:
         record[name] = _cell_list(cell, f"{where}: {name!r}") if name in LISTS else cell
     return record
 
 
-class _Parquet:
-  """A query a row. Images are lists of binary, of paths, or of vectors of floats."""
+class _ParquetQueries:
+  """A query per row. Images are lists of binary, of paths, or of vectors of floats."""
 
-  def __init__(self, path: Path, wanted: QueryFormat):
-    self._path, self._wanted = path, wanted
+  def __init__(self, path: Path, form: QueryFormat):
+    self._path, self._form = path, form
     with self._file() as file:
-      schema, self._rows = file.schema_arrow, file.metadata.num_rows
-    wanted.check_keys(schema.names, str(path))
+      schema, num_rows = file.schema_arrow, file.metadata.num_rows
+    form.check_keys(schema.names, str(path))
     for name in schema.names:
       if not _fits(name, schema.field(name).type):
         raise InputError(
           f"{path}: column {name!r} is {schema.field(name).type}; it must be {_TYPES.get(name, 'string')}"
         )
     self._names = schema.names
-    if not self._rows:
-      raise InputError(f"{path}: holds no query")
+    if not num_rows:
+      raise InputError(f"{path}: has no queries; add at least one")
 
   def check(self, look: Callable[[Query], None]) -> int:
-    # Pictures may be gigabytes, and the schema has told their type.
+    # Images may take gigabytes, and the schema has been checked already.
     names = [name for name in self._names if name != "images"]
-    return _counted(self._path, self._queries(4096, names), look)
+    return _count(self._path, self._queries(_ROWS_AT_ONCE, names), look)
 
   def blocks(self, size: int) -> Iterator[list[Query]]:
-    # A batch of pyarrow may end where a row group does: blocks are cut here.
+    # A batch of pyarrow may end where a row group ends, so blocks are cut here.
     return _in_blocks(self._queries(size, self._names), size)
 
   def _queries(self, size: int, names: list[str]) -> Iterator[Query]:
@@ -171,7 +177,7 @@ class _Parquet:
         columns = {name: _values(batch.column(name)) for name in names}
         for i in range(batch.num_rows):
           record = {name: values[i] for name, values in columns.items()}
-          yield self._wanted.parse(record, f"{self._path}: row {row}", self._path.parent)
+          yield self._form.parse(record, f"{self._path}: row {row}", self._path.parent)
           row += 1
 
   def _file(self) -> pq.ParquetFile:
@@ -182,7 +188,7 @@ class _Parquet:
       return read()
     except (OSError, pa.ArrowException) as error:
       raise InputError(
-        f"{self._path}: cannot be read as parquet ({str(error).splitlines()[0]}); is the file cut off?"
+        f"{self._path}: cannot be read as Parquet ({str(error).splitlines()[0]}); is the file truncated?"
       ) from error
 
 
@@ -196,7 +202,7 @@ _TYPES = {
 
 
 def _fits(name: str, found: pa.DataType) -> bool:
-  """Whether a column's type can hold what its name says."""
+  """Returns whether a column of this name may have this type."""
   if name in LISTS:
     if not _is_list(found):
       return False
@@ -219,7 +225,7 @@ def _is_binary(found: pa.DataType) -> bool:
 
 
 def _values(column: pa.Array) -> list[Any]:
-  """Python values of a column, but vectors as arrays: a list of a million floats would be a million objects."""
+  """Returns the Python values of a column. Vectors become arrays: Python lists would hold an object per number."""
   if not (_is_list(column.type) and _is_list(column.type.value_type)):
     return column.to_pylist()
   return [
@@ -231,10 +237,10 @@ def _values(column: pa.Array) -> list[Any]:
 
 
 def _cell_list(cell: str, where: str) -> list[Any]:
-  """A list in a CSV cell: JSON, or values between semicolons."""
+  """Returns the list in a CSV cell: JSON, or values separated by semicolons."""
   if not cell.lstrip().startswith("["):
     return [part.strip() for part in cell.split(_SEPARATOR)]
-  return _json(cell.encode(), where, "put other values than a JSON list between semicolons")
+  return _json(cell.encode(), where, "separate values by semicolons unless the cell is a JSON list")
 
 
 def _json(line: bytes, where: str, advice: str) -> Any:
@@ -249,4 +255,4 @@ def _opened(path: Path, open_file: Callable[[], Any]) -> Any:
   try:
     return open_file()
   except OSError as error:
-    raise InputError(f"{path}: cannot be read ({error.strerror}); name another file of queries") from error
+    raise InputError(f"{path}: cannot be read ({error.strerror}); use another file of queries") from error

@@ -1,8 +1,7 @@
-"""Feature vectors of queries' pictures, made by the tower that made those of the training data, and as it did."""
+"""Feature vectors of images in queries, made by the image tower that made the features of the training data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import functools
-import os
 from pathlib import Path
 import threading
 from typing import Any
@@ -12,91 +11,98 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vixml_jax.errors import InputError
-from vixml_jax.images.sources import EncodedImage
-from vixml_jax.images.tower import ImageTower
+from vixml_jax.images.tower import ImageTower, PreparedImage
 from vixml_jax.weights.siglip import checkpoint_hashes
 
-_PUBLISHED = "published"  # Preprocessing of features that were downloaded: which tower made them is in no file's hash.
+_PUBLISHED = "published"  # Preprocessing of downloaded features; no file records the hash of the tower that made them.
 
 
 class QueryImageEncoder:
-  """A SigLIP tower that is loaded when the first picture comes.
-
-  Args:
-    config: of the run.
-    origin: how the features of the training data were made (`inference.json`).
-    checkpoint: the tower, as `load_siglip` takes it; by default the one that the config or the features name.
-    batch_size: pictures that go through the tower at a time; fewer cost as much.
-  """
+  """A SigLIP tower that is loaded when the first image is encoded."""
 
   def __init__(self, config: ConfigDict, origin: dict[str, Any], checkpoint: str | None, batch_size: int):
+    """Records where the tower is.
+
+    Args:
+      config: Config of the run.
+      origin: `image_features` of `inference.json`: how the features of the training data were made.
+      checkpoint: The tower, see `load_siglip`; None for the one that the config or `origin` names.
+      batch_size: Number of images that the tower encodes at a time. A smaller batch takes as long as a full one.
+    """
     self._config, self._origin = config, origin
     self._checkpoint, self._batch_size = checkpoint, batch_size
     self._lock = threading.Lock()
 
-  def __call__(self, pictures: Sequence[bytes | Path]) -> tuple[np.ndarray, list[str | None]]:
-    """Features of encoded images or of files that hold them.
+  def __call__(self, images: Sequence[bytes | Path | PreparedImage]) -> tuple[np.ndarray, list[str | None]]:
+    """Encodes images.
+
+    Args:
+      images: Encoded images, files with encoded images, or images that `prepare` made.
 
     Returns:
-      float16 [pictures, F], zeros for a picture that cannot be read, and why it cannot (None where it can).
+      Features float16 [images, F], zeros for an image without pixels; and for each image the reason why it has no
+      pixels, or None.
 
     Raises:
-      InputError: the tower is not here, or is another one.
+      InputError: The tower cannot be found, or it is not the one of the training data.
     """
-    with self._lock:  # The tower is loaded once, whoever comes first.
-      tower = self._tower
-    ((_, part),) = tower.encode_parts(_Given(pictures), [0], "query")
-    return part.features, part.reasons
+    return self._tower().encode(images)
+
+  def prepare(self, blob: bytes) -> PreparedImage:
+    """Decodes and resizes an image for the tower. Several threads may call it at once.
+
+    Raises:
+      BadImage: The image has no pixels.
+      InputError: As for `__call__`.
+    """
+    return self._tower().prepare(blob)
+
+  def _tower(self) -> ImageTower:
+    with self._lock:  # Only one thread loads it.
+      return self._loaded_tower
 
   @functools.cached_property
-  def _tower(self) -> ImageTower:
+  def _loaded_tower(self) -> ImageTower:
     checkpoint = self._find()
-    origin, wanted = self._origin, self._config.features
+    origin, features = self._origin, self._config.features
     published = origin.get("preprocessing") == _PUBLISHED
     if not published and sorted(checkpoint_hashes(checkpoint).values()) != sorted(origin["checkpoint_sha256"]):
       raise InputError(
-        f"{checkpoint}: is not the tower that made the image features {wanted.name} (another sha256); "
-        f"name {origin.get('checkpoint', 'that one')} by --image_checkpoint"
+        f"{checkpoint}: is not the tower that made the image features {features.name} (its sha256 differs); "
+        f"set --image_checkpoint to {origin.get('checkpoint', 'that tower')}"
       )
     dtype = "float32" if jax.default_backend() == "cpu" else origin.get("dtype", "bfloat16")
     tower = ImageTower(
       checkpoint,
       origin.get("variant") or None,
-      wanted.preprocessing if published else origin["preprocessing"],
+      features.preprocessing if published else origin["preprocessing"],
       self._batch_size,
       dtype,
     )
-    if tower.dim != wanted.dim:
+    if tower.dim != features.dim:
       raise InputError(
-        f"{checkpoint}: gives features of {tower.dim} numbers, but the model takes {wanted.dim}; name "
-        "the tower that made its image features by --image_checkpoint"
+        f"{checkpoint}: makes features of size {tower.dim}, but the model takes size {features.dim}; set "
+        "--image_checkpoint to the tower that made the model's image features"
       )
     return tower
 
   def _find(self) -> str:
-    """The tower's place: as given, else the first of those on record that is here."""
+    """Returns the given checkpoint, or the first recorded one that exists."""
     if self._checkpoint:
       return self._checkpoint
     recorded = [self._config.features.checkpoint, self._origin.get("checkpoint", "")]
     recorded = [place for place in recorded if place and not place.endswith(".npy")]
     for place in recorded:
-      if os.path.exists(os.path.expanduser(place)):
+      if _exists(place):
         return place
-    made = f"the image features {self._config.features.name} were made by {' or '.join(recorded) or 'a tower'}, "
     raise InputError(
-      f"{made}which is not here: name its npz file or folder by --image_checkpoint, or give feature "
-      "vectors in place of pictures"
+      f"the image features {self._config.features.name} were made by {' or '.join(recorded) or 'a tower'}, which does "
+      "not exist here; set --image_checkpoint to its npz file or folder, or give feature vectors instead of images"
     )
 
 
-class _Given:
-  """Pictures at hand as a source of one part, a row each."""
-
-  num_parts, identity = 1, None
-
-  def __init__(self, pictures: Sequence[bytes | Path]):
-    self._pictures = pictures
-
-  def read(self, parts: Sequence[int]) -> Iterator[tuple[int, list[EncodedImage]]]:
-    for part in parts:
-      yield part, [EncodedImage(row, 0, blob) for row, blob in enumerate(self._pictures)]
+def _exists(place: str) -> bool:
+  try:
+    return Path(place).expanduser().exists()
+  except RuntimeError:  # The home of a user of another machine.
+    return False

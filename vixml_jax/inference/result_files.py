@@ -1,11 +1,11 @@
-"""Answers as JSON lines, CSV or parquet: each block a part, the parts joined at the end."""
+"""Files of predictions, written a block of queries at a time and joined at the end: JSON lines, CSV and Parquet."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import csv
 import io
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,56 +28,61 @@ _CSV_COLUMNS = ("row", "uid", "rank", "label", "id", "text", "score")
 
 
 class ResultFormat(Protocol):
-  """How answers are written."""
+  """A format of predictions."""
 
-  def write(self, path: Path, first_row: int, queries: Sequence[Query], answers: Sequence[list[Prediction]]) -> None:
-    """One part: the answers to consecutive queries, the first of which is query `first_row` of its file."""
+  def write(self, path: Path, first_row: int, queries: Sequence[Query], results: Sequence[list[Prediction]]) -> None:
+    """Writes one part: the predictions for consecutive queries, which start at row `first_row` of their file."""
 
   def join(self, parts: Iterable[Path], path: Path) -> None:
-    """All parts as one file."""
+    """Writes all parts to one file."""
 
 
 def result_format(path: Path) -> ResultFormat:
-  """The format of a file of answers, by the ending of its name.
+  """Returns the format of a file of predictions, by the suffix of its name.
 
-  `.jsonl`: `{"row", "uid", "predictions": [{"label", "id", "text", "score"}, ...]}` a line. `.parquet`: the same as
-  columns. `.csv`: a line for every prediction, with its `rank` from 1. `row` counts from 0; `uid` is the query's.
+  `.jsonl` has `{"row", "uid", "predictions": [{"label", "id", "text", "score"}, ...]}` per line. `.parquet` has the
+  same as columns. `.csv` has a line for every prediction, with its `rank` from 1. `row` counts queries from 0, and
+  `uid` is that of the query.
 
   Raises:
-    InputError: another ending.
+    InputError: The suffix is unknown.
   """
-  formats: dict[str, type] = {".jsonl": _JsonLines, ".csv": _Csv, ".parquet": _Parquet}
+  formats: dict[str, Callable[[], ResultFormat]] = {
+    ".jsonl": _JsonLinesResults,
+    ".csv": _CsvResults,
+    ".parquet": _ParquetResults,
+  }
   if path.suffix not in formats:
-    raise InputError(f"{path}: files of answers end in {', '.join(formats)}; name --output so")
+    raise InputError(f"{path}: files of predictions end in {', '.join(formats)}; give --output such a suffix")
   return formats[path.suffix]()
 
 
-class _JsonLines:
-  def write(self, path: Path, first_row: int, queries: Sequence[Query], answers: Sequence[list[Prediction]]) -> None:
+class _JsonLinesResults:
+  def write(self, path: Path, first_row: int, queries: Sequence[Query], results: Sequence[list[Prediction]]) -> None:
     with path.open("w", encoding="utf-8") as file:
-      for record in _records(first_row, queries, answers):
+      for record in _records(first_row, queries, results):
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
   def join(self, parts: Iterable[Path], path: Path) -> None:
     _concatenate(b"", parts, path)
 
 
-class _Csv:
-  def write(self, path: Path, first_row: int, queries: Sequence[Query], answers: Sequence[list[Prediction]]) -> None:
+class _CsvResults:
+  def write(self, path: Path, first_row: int, queries: Sequence[Query], results: Sequence[list[Prediction]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
       writer = csv.writer(file, lineterminator="\n")
-      for row, (query, found) in enumerate(zip(queries, answers, strict=True), first_row):
+      for row, (query, found) in enumerate(zip(queries, results, strict=True), first_row):
         writer.writerows((row, query.uid, rank, *prediction) for rank, prediction in enumerate(found, 1))
 
   def join(self, parts: Iterable[Path], path: Path) -> None:
-    head = io.StringIO()
-    csv.writer(head, lineterminator="\n").writerow(_CSV_COLUMNS)
-    _concatenate(head.getvalue().encode(), parts, path)
+    header = io.StringIO()
+    csv.writer(header, lineterminator="\n").writerow(_CSV_COLUMNS)
+    _concatenate(header.getvalue().encode(), parts, path)
 
 
-class _Parquet:
-  def write(self, path: Path, first_row: int, queries: Sequence[Query], answers: Sequence[list[Prediction]]) -> None:
-    pq.write_table(pa.Table.from_pylist(list(_records(first_row, queries, answers)), _SCHEMA), path)
+class _ParquetResults:
+  def write(self, path: Path, first_row: int, queries: Sequence[Query], results: Sequence[list[Prediction]]) -> None:
+    pq.write_table(pa.Table.from_pylist(list(_records(first_row, queries, results)), _SCHEMA), path)
 
   def join(self, parts: Iterable[Path], path: Path) -> None:
     with pq.ParquetWriter(path, _SCHEMA) as writer:
@@ -85,13 +90,13 @@ class _Parquet:
         writer.write_table(pq.read_table(part, schema=_SCHEMA))
 
 
-def _records(first_row: int, queries: Sequence[Query], answers: Sequence[list[Prediction]]) -> Iterable[dict]:
-  for row, (query, found) in enumerate(zip(queries, answers, strict=True), first_row):
+def _records(first_row: int, queries: Sequence[Query], results: Sequence[list[Prediction]]) -> Iterator[dict[str, Any]]:
+  for row, (query, found) in enumerate(zip(queries, results, strict=True), first_row):
     yield {"row": row, "uid": query.uid, "predictions": [prediction._asdict() for prediction in found]}
 
 
-def _concatenate(head: bytes, parts: Iterable[Path], path: Path) -> None:
+def _concatenate(header: bytes, parts: Iterable[Path], path: Path) -> None:
   with path.open("wb") as file:
-    file.write(head)
+    file.write(header)
     for part in parts:
       file.write(part.read_bytes())

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vixml_jax import sharding
-from vixml_jax.encoding.item_encoder import ItemEncoder
+from vixml_jax.encoding.item_encoder import ItemEncoder, normalize
 from vixml_jax.errors import InputError
 from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.items import Items
@@ -24,77 +23,85 @@ from vixml_jax.ragged import Ragged
 from vixml_jax.rounding import next_power_of_two
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import checkpoint_id, newest_checkpoint, restore_params
-from vixml_jax.run.from_config import layout_of, model_of
-from vixml_jax.run.pretrained import frozen_params
+from vixml_jax.run.from_config import layout_from_config, model_from_config
+from vixml_jax.run.inference_files import read_inference_info
+from vixml_jax.run.pretrained import check_base, frozen_params
 from vixml_jax.run.state import abstract_params
-from vixml_jax.run.workdir import CHECKPOINTS, INFERENCE_INFO, TOKENIZER
-from vixml_jax.training.start import check_base
+from vixml_jax.run.workdir import CHECKPOINTS, CONFIG, TOKENIZER
 from vixml_jax.typing import Tree
 from vixml_jax.weights import source
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedEncoder:
-  """What embeds texts and images as training did.
+  """Embeds texts and images as training did; `load_trained_encoder` makes it.
 
   Attributes:
-    workdir: where it comes from.
-    config: of the run.
-    checkpoint: step and sha256 of the model, as an index records them.
+    workdir: Folder that training wrote.
+    checkpoint: Step and sha256 of the model, as an index records them.
+    config: Config of the run.
     meta: JSON part of the checkpoint: provenance.
-    image_origin: how the image features of the training data were made; None for a model of texts only.
-    definition: the model without values.
-    tokenizer: of the texts.
-    layout: shape of packed rows.
-    mesh: devices that parameters and rows lie on.
-    params: the parameters that are trained.
-    frozen: the others.
+    image_origin: How the image features of the training data were made; None for a model of texts only.
+    definition: Definition of the model.
+    tokenizer: Tokenizer of the texts.
+    layout: Shape of packed rows.
+    mesh: Devices that hold parameters and rows.
+    params: Trained parameters.
+    frozen: Parameters that were not trained.
   """
 
   workdir: Path
-  config: ConfigDict
   checkpoint: dict[str, Any]
-  meta: dict[str, Any]
-  image_origin: dict[str, Any] | None
-  definition: ModelDefinition
-  tokenizer: Tokenizer
-  layout: PackedLayout
-  mesh: Mesh
+  config: ConfigDict = dataclasses.field(repr=False)
+  meta: dict[str, Any] = dataclasses.field(repr=False)
+  image_origin: dict[str, Any] | None = dataclasses.field(repr=False)
+  definition: ModelDefinition = dataclasses.field(repr=False)
+  tokenizer: Tokenizer = dataclasses.field(repr=False)
+  layout: PackedLayout = dataclasses.field(repr=False)
+  mesh: Mesh = dataclasses.field(repr=False)
   params: Tree = dataclasses.field(repr=False)
   frozen: Tree = dataclasses.field(repr=False)
 
   @property
   def images(self) -> int:
-    """I, the most images of an item; 0 for a model of texts only."""
+    """I, the largest number of images of an item; 0 for a model of texts only."""
     return self.config.images
 
   @property
   def feature_dim(self) -> int:
-    """F."""
+    """F, the size of an image's feature vector."""
     return self.config.features.dim
 
   def embed(
     self, texts: Sequence[str], vectors: Sequence[Sequence[np.ndarray]] | None = None, *, whole_chunks: bool = False
   ) -> np.ndarray:
-    """Unit-norm plain embeddings, float32 [items, D].
+    """Returns plain embeddings of unit norm, float32 [items, D].
 
     Args:
-      texts: of the items.
-      vectors: for each item the feature vectors [F] of its images; of more than I the first are taken.
-      whole_chunks: always run the program for chunks of `layout.chunk_rows` rows, so that nothing is compiled for a
-        last few items; else few items go in a chunk that is no larger than it has to be.
+      texts: Texts of the items.
+      vectors: Feature vectors [F] of each item's images; the first I of each item are used.
+      whole_chunks: Whether to always run the program for chunks of `layout.chunk_rows` rows, so that the last few
+        items of a file compile nothing. Otherwise few items are put into a chunk that is as small as possible.
     """
-    items, bank = self._items(texts, vectors)
-    return self._encoder(self._rows(items, whole_chunks)).queries(self.params, items, bank=bank)
+    return normalize(self.pooled(texts, vectors, whole_chunks=whole_chunks))
 
-  def pooled(self, texts: Sequence[str], vectors: Sequence[Sequence[np.ndarray]] | None = None) -> np.ndarray:
-    """Encoder outputs before the norm, float32 [items, D]; arguments as for `embed`."""
-    items, bank = self._items(texts, vectors)
-    return self._encoder(self._rows(items, False)).pooled(self.params, items, bank=bank)
+  def pooled(
+    self, texts: Sequence[str], vectors: Sequence[Sequence[np.ndarray]] | None = None, *, whole_chunks: bool = False
+  ) -> np.ndarray:
+    """Returns encoder outputs before normalization, float32 [items, D]; arguments as for `embed`."""
+    items, features = self._items(texts, vectors)
+    most = self.layout.chunk_rows
+    if whole_chunks or items.tokens.lengths.sum() > most * self.layout.row_length:
+      return self._encoder(most).pooled(self.params, items, features=features)
+    packed = pack(items, dataclasses.replace(self.layout, chunk_rows=1), round_up=False)
+    # Every size of a chunk compiles a program, so there are few sizes.
+    unit = sharding.row_devices(self.mesh)
+    rows = min(unit * next_power_of_two(-(-len(packed.tokens) // unit)), most)
+    return self._encoder(rows).pooled_packed(self.params, packed.with_chunk_rows(rows), features)
 
   def prototypes(self, pooled: np.ndarray, clusters: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Unit-norm prototypes of labels, float32 [L, D], of their `pooled` outputs; see `ItemEncoder.prototypes`."""
-    return self._encoder(self.layout.chunk_rows).prototypes_of(self.params, pooled, clusters, centroids)
+    """Returns prototypes of labels, float32 [L, D] of unit norm; see `ItemEncoder.prototypes`."""
+    return self._encoder(self.layout.chunk_rows).prototypes(self.params, pooled, clusters, centroids)
 
   def _items(
     self, texts: Sequence[str], vectors: Sequence[Sequence[np.ndarray]] | None
@@ -105,17 +112,9 @@ class TrainedEncoder:
     kept = [given[: self.images] for given in vectors] if vectors is not None else [()] * len(texts)
     lengths = [len(given) for given in kept]
     rows = Ragged.of_lengths(np.arange(sum(lengths), dtype=np.int32), lengths)
-    # Empty places of packed rows name row 0, which has to exist.
+    # Empty places of packed rows refer to row 0, so there must be one.
     values = [vector for given in kept for vector in given] or [np.zeros(self.feature_dim)]
-    return Items(tokens, rows), ImageFeatures(np.stack(values).astype(np.float16), {}, "")
-
-  def _rows(self, items: Items, whole_chunks: bool) -> int:
-    """Rows of a chunk: of few sizes, since each compiles a program."""
-    most, unit = self.layout.chunk_rows, sharding.row_devices(self.mesh)
-    if whole_chunks or items.tokens.lengths.sum() > most * self.layout.row_length:
-      return most
-    needed = len(pack(items, dataclasses.replace(self.layout, chunk_rows=unit), round_up=False).tokens)
-    return min(unit * next_power_of_two(needed), most)
+    return Items(tokens, rows), ImageFeatures(np.stack(values).astype(np.float16))
 
   def _encoder(self, rows: int) -> ItemEncoder:
     if rows not in self._encoders:
@@ -125,30 +124,28 @@ class TrainedEncoder:
 
   @functools.cached_property
   def _encoders(self) -> dict[int, ItemEncoder]:
-    """By rows of a chunk; each keeps its compiled programs."""
+    """Encoders by rows of a chunk; each keeps its compiled programs."""
     return {}
 
 
 def load_trained_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEncoder:
-  """Restores the newest checkpoint of a workdir; no training data are needed.
+  """Restores the newest checkpoint of a workdir. No training data are needed.
 
   Args:
-    workdir: what training, or `vixml_jax.evaluate`, wrote.
-    mesh: devices to restore onto; by default all devices, laid out as in training where that fits their number.
+    workdir: Folder that training, or `vixml_jax.evaluate`, wrote.
+    mesh: Devices to restore onto; None for all devices, in the layout of training if that fits their number.
 
   Raises:
-    InputError: for whatever is missing or damaged, and where the frozen base of a decoder is not the one it was
-      trained on.
+    InputError: A file is missing or damaged, or the frozen encoder is not the one of training.
   """
-  config = configuration.read(workdir / "config.json")
+  config = configuration.read(workdir / CONFIG)
   configuration.check(config)
   step, meta = newest_checkpoint(workdir / CHECKPOINTS)
-  facts = _facts(workdir, step)
-  folder = workdir / TOKENIZER
-  source.check_hashes(folder, facts["tokenizer_sha256"])
-  tokenizer = Tokenizer(folder, config.dataset.max_length)
+  info = read_inference_info(workdir, step)
+  source.check_hashes(workdir / TOKENIZER, info["tokenizer_sha256"])
+  tokenizer = Tokenizer(workdir / TOKENIZER, config.dataset.max_length)
   mesh = mesh or _mesh(config)
-  definition = model_of(config)
+  definition = model_from_config(config)
   pretrained = None
   if definition.freezes_encoder and not config.encoder.random_init:
     pretrained = source.resolve(config.encoder.pretrained)
@@ -156,10 +153,10 @@ def load_trained_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEnco
   abstract, _ = definition.split(abstract_params(definition, mesh))
   return TrainedEncoder(
     workdir=workdir,
-    config=config,
     checkpoint=checkpoint_id(workdir / CHECKPOINTS, step),
+    config=config,
     meta=meta,
-    image_origin=facts["image_features"],
+    image_origin=info["image_features"],
     definition=definition,
     tokenizer=tokenizer,
     layout=_layout(config, tokenizer, mesh),
@@ -169,25 +166,8 @@ def load_trained_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEnco
   )
 
 
-def _facts(workdir: Path, step: int) -> dict[str, Any]:
-  path = workdir / INFERENCE_INFO
-  try:
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    return {key: facts[key] for key in ("tokenizer_sha256", "image_features")}
-  except FileNotFoundError as error:
-    raise InputError(
-      f"{workdir}: has a checkpoint of step {step}, but no {INFERENCE_INFO}, tokenizer or index to answer queries "
-      f"with; where its data set is, run python -m vixml_jax.evaluate --workdir={workdir}"
-    ) from error
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(
-      f"{path}: damaged ({type(error).__name__}: {error}); run python -m vixml_jax.evaluate "
-      f"--workdir={workdir} to write it again"
-    ) from error
-
-
 def _mesh(config: ConfigDict) -> Mesh:
-  """All devices in the layout of training, else all of them along the axis that training left open."""
+  """Returns all devices in the layout of training, or else along the axis that is free for that architecture."""
   try:
     return sharding.make_mesh(**config.mesh.to_dict())
   except InputError:
@@ -196,6 +176,6 @@ def _mesh(config: ConfigDict) -> Mesh:
 
 
 def _layout(config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh) -> PackedLayout:
-  """As in training, in chunks that the mesh divides."""
-  layout, unit = layout_of(config, tokenizer), sharding.row_devices(mesh)
+  """Returns the layout of training, with chunks that the mesh divides."""
+  layout, unit = layout_from_config(config, tokenizer), sharding.row_devices(mesh)
   return dataclasses.replace(layout, chunk_rows=-(-layout.chunk_rows // unit) * unit)

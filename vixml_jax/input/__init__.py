@@ -1,1 +1,1 @@
-"""From prepared data sets to what the model reads: tokens, features, packed batches."""
+"""Model inputs made from prepared data sets: tokens, packed rows, training batches."""

@@ -1,4 +1,4 @@
-"""Training batches as a pure function of (seed, epoch, order, step): which queries, which labels, packed."""
+"""Makes training batches as a pure function of (seed, epoch, order, step): queries and positives, packed."""
 
 import dataclasses
 
@@ -8,21 +8,21 @@ from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedItems, PackedLayout, pack
 from vixml_jax.ragged import Ragged
 
-# Separate the uses of the seed from each other and from the order of the epoch.
+# These numbers separate the random streams of one seed from each other and from the order of the epoch.
 _POSITIVES_STREAM = 1
 _MODALITY_STREAM = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingQueries:
-  """The queries that training draws from.
+  """The queries and labels of which batches are made.
 
   Attributes:
-    items: texts and images of every training query, N rows.
-    labels: label ids of every training query, N rows, none empty.
-    label_items: texts and images of every label, L rows.
-    label_weights: float64 [L], weight with which a label is drawn as the positive of a query.
-    modality_dropout: probability with which an item of a batch loses all its images.
+    items: Texts and images of the training queries, N rows.
+    labels: Ids of the positives of each training query, N rows, none empty.
+    label_items: Texts and images of the labels, L rows.
+    label_weights: Weight of each label when the positive of a query is drawn, float64 [L].
+    modality_dropout: Probability with which an item of a batch loses all of its images.
   """
 
   items: Items
@@ -37,14 +37,14 @@ class TrainingQueries:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """One step's input, on the host.
+  """The input of one training step, on the host.
 
   Attributes:
-    items: the B queries and then the B labels, packed together.
-    query_ids: int32 [B].
-    label_ids: int32 [B], the positive drawn for each query.
-    positives: bool [B, B], whether label j of the batch is a positive of query i.
-    valid: bool [B], False for the places that the last batch of an epoch leaves empty.
+    items: The B queries followed by the B labels, packed together.
+    query_ids: Row of each query in the training queries, int32 [B].
+    label_ids: Id of the positive that was drawn for each query, int32 [B].
+    positives: Whether label j of the batch is a positive of query i, bool [B, B].
+    valid: False for the places that the last batch of an epoch does not fill, bool [B].
   """
 
   items: PackedItems
@@ -55,17 +55,20 @@ class Batch:
 
 
 def steps_per_epoch(num_queries: int, batch_size: int) -> int:
-  """Every query is seen once an epoch; the last batch may be smaller."""
+  """Returns the number of batches in which every query occurs once; the last batch may be smaller."""
   return -(-num_queries // batch_size)
 
 
 def draw_positives(labels: Ragged, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """One label a row with probability in proportion to its weight, int32 [rows].
+  """Draws one label from each row, with probability proportional to its weight.
 
   Args:
-    labels: label ids of each row, none empty.
-    weights: float64 [L].
-    rng: one uniform number is drawn a row.
+    labels: Label ids, R rows, none empty.
+    weights: Weight of each label, float64 [L].
+    rng: Generator, from which one uniform number per row is drawn.
+
+  Returns:
+    Label ids, int32 [R].
   """
   ends = np.cumsum(weights[labels.values])
   below = np.concatenate([[0.0], ends])[labels.offsets[:-1]]
@@ -75,7 +78,15 @@ def draw_positives(labels: Ragged, weights: np.ndarray, rng: np.random.Generator
 
 
 def in_batch_positives(labels: Ragged, batch_labels: np.ndarray) -> np.ndarray:
-  """bool [rows, columns]: whether `batch_labels[j]` (labels may repeat) is among the labels of row i."""
+  """Finds the positives in a batch.
+
+  Args:
+    labels: Label ids of each query, R rows.
+    batch_labels: Label ids, which may repeat, int [B].
+
+  Returns:
+    Whether `batch_labels[j]` is one of the labels of row i, bool [R, B].
+  """
   unique, column = np.unique(batch_labels, return_inverse=True)
   place = np.minimum(np.searchsorted(unique, labels.values), len(unique) - 1)
   hit = unique[place] == labels.values
@@ -87,14 +98,19 @@ def in_batch_positives(labels: Ragged, batch_labels: np.ndarray) -> np.ndarray:
 def make_batch(
   data: TrainingQueries, order: np.ndarray, batch_size: int, layout: PackedLayout, *, seed: int, epoch: int, step: int
 ) -> Batch:
-  """The batch of `step` (0-based within the epoch).
+  """Returns the batch of a step.
 
   Args:
-    data: training queries.
-    order: int64 [N], the order of the epoch.
-    batch_size: B of the whole mesh.
-    layout: shape of packed rows.
-    seed, epoch, step: with `order`, all that the batch depends on.
+    data: Training queries.
+    order: Order of the queries in the epoch, int64 [N].
+    batch_size: B, over the whole mesh.
+    layout: Shape of the packed rows.
+    seed: Seed of the run.
+    epoch: Number of the epoch.
+    step: Number of the step within the epoch, from 0.
+
+  Returns:
+    The batch, which depends on the arguments alone.
   """
   chosen = order[step * batch_size : (step + 1) * batch_size]
   labels = data.labels.take(chosen)
@@ -109,11 +125,11 @@ def make_batch(
   valid = np.arange(batch_size) < filled
   positives = np.zeros((batch_size, batch_size), bool)
   positives[:filled, :filled] = in_batch_positives(labels, drawn)
-  # Empty places point at the first item: they are computed at no cost and count nowhere.
+  # Empty places refer to the first item, which costs no computation; `valid` excludes them from the loss.
   slots = np.zeros(2 * batch_size, np.int32)
   slots[:filled], slots[batch_size : batch_size + filled] = packed.slots[:filled], packed.slots[filled:]
 
-  def padded(ids):
+  def padded(ids: np.ndarray) -> np.ndarray:
     return np.pad(ids.astype(np.int32), (0, batch_size - filled))
 
   return Batch(dataclasses.replace(packed, slots=slots), padded(chosen), padded(drawn), positives, valid)

@@ -1,7 +1,7 @@
-"""The tokenized data set: tokens, positives and filters of a whole set as memory-mapped arrays.
+"""The tokenized data set: tokens, positives and filters of all splits as memory-mapped arrays.
 
-Built once from a prepared data set, in a few thousand rows at a time, and cached under a
-fingerprint of all that decides its contents.
+It is built once from a prepared data set, a few thousand rows at a time, and cached under a fingerprint of everything
+that decides its contents.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -28,21 +29,21 @@ _TEXT_FEATURES = ("title", "content")
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """A tokenized data set of N training queries, M test queries and L labels.
+  """A tokenized data set with N training queries, M test queries and L labels.
 
   Attributes:
-    train_tokens: N rows of int32 token ids with special tokens, at most `max_length` each.
-    test_tokens: M such rows.
-    label_tokens: L such rows; the row is the label's id.
-    train_labels: N rows of int32 label ids, the positives, in the order of the raw file.
-    test_labels: M such rows.
-    train_filter: N rows of int32 label ids to take out before a query is scored.
-    test_filter: M such rows.
+    train_tokens: Token ids of the training queries, N rows of int32, special tokens included.
+    test_tokens: Token ids of the test queries, M rows.
+    label_tokens: Token ids of the labels, L rows; the row is the id of the label.
+    train_labels: Ids of the positives of each training query, N rows of int32, in the order of the raw file.
+    test_labels: Ids of the positives of each test query, M rows.
+    train_filter: Ids of the labels that are removed before a training query is scored, N rows of int32.
+    test_filter: The same for the test queries, M rows.
     num_labels: L.
-    vocab_size: number of token ids.
-    fingerprint: sha256 in hex of raw files, tokenizer, length and text fields.
-    builder: the prepared data set, for texts and images.
-    text_fields: the text features that make up an item's text.
+    vocab_size: Number of token ids.
+    fingerprint: sha256 in hex of the raw files, the tokenizer, its maximum length and the text fields.
+    builder: The prepared data set, from which texts are read.
+    text_fields: Names of the fields that make up the text of an item.
   """
 
   train_tokens: Ragged
@@ -59,44 +60,39 @@ class Corpus:
   text_fields: tuple[str, ...]
 
   def label_text(self, ids: Sequence[int]) -> list[str]:
-    """Text of the given labels, read from disk."""
+    """Returns the texts of labels, read from disk."""
     return _texts(self.builder, "labels", ids, self.text_fields)
 
   def query_text(self, split: str, ids: Sequence[int]) -> list[str]:
-    """Text of the given rows of `train` or `test`, read from disk."""
+    """Returns the texts of rows of a split (`train` or `test`), read from disk."""
     return _texts(self.builder, split, ids, self.text_fields)
 
 
 def load_corpus(
   builder: tfds.core.DatasetBuilder,
-  tokenizer_dir: str | os.PathLike,
-  max_length: int,
+  tokenizer: Tokenizer,
   text_fields: Sequence[str] | None,
-  cache_dir: str | os.PathLike,
+  cache_dir: str | os.PathLike[str],
 ) -> Corpus:
-  """Tokenizes a prepared data set, or opens what an earlier call left in `cache_dir`.
+  """Tokenizes a prepared data set, or opens the files that an earlier call left in `cache_dir`.
 
   Args:
-    builder: what `vixml_jax.datasets.prepare` returns.
-    tokenizer_dir: folder (or hub name) of a fast Hugging Face tokenizer.
-    max_length: T, most tokens of a text, special tokens included; longer texts are cut on the
-      right.
-    text_fields: text features to join by a space, of `title` and `content`; None stands for the
-      fields that the data set is published with.
-    cache_dir: folder for the arrays of all corpora.
+    builder: Prepared data set; see `vixml_jax.datasets.prepare`.
+    tokenizer: Tokenizer of all texts.
+    text_fields: Fields (`title`, `content`) that are joined by a space; None for the fields with which the data set
+      was published.
+    cache_dir: Folder for the arrays of all corpora.
 
   Returns:
-    The corpus, its values memory-mapped.
+    The corpus. Its values are memory-mapped.
 
   Raises:
-    InputError: unknown text field, no usable tokenizer or a cache that cannot be read.
+    InputError: A text field is unknown, or the cache cannot be read.
   """
-  metadata = builder.info.metadata
-  fields = tuple(text_fields or metadata["text_fields"])
+  fields = tuple(text_fields or builder.info.metadata["text_fields"])
   unknown = [field for field in fields if field not in _TEXT_FEATURES]
   if unknown:
-    raise InputError(f"unknown text field '{unknown[0]}'; known are {', '.join(_TEXT_FEATURES)}")
-  tokenizer = Tokenizer(tokenizer_dir, max_length)
+    raise InputError(f"unknown text field '{unknown[0]}'; choose from {', '.join(_TEXT_FEATURES)}")
   fingerprint = _fingerprint(builder, tokenizer, fields)
   folder = Path(cache_dir) / f"{builder.name}-{fingerprint[:16]}"
   with locked(f"{folder}.lock"):
@@ -160,7 +156,7 @@ def _texts(builder: tfds.core.DatasetBuilder, split: str, ids: Sequence[int], fi
 
 
 class _RaggedWriter:
-  """Appends rows of int32 to the files that `Ragged.load` maps, without holding the values in memory."""
+  """Appends rows of int32 to the files that `Ragged.load` reads, without holding the values in memory."""
 
   def __init__(self, path: Path):
     self._path = path
@@ -171,9 +167,9 @@ class _RaggedWriter:
     self._values.append(rows.values)
     self._lengths.append(rows.lengths)
 
-  def __enter__(self) -> "_RaggedWriter":
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *exception) -> None:
+  def __exit__(self, *exception: object) -> None:
     self._values.__exit__(*exception)
     np.save(f"{self._path}.offsets.npy", offsets_of(np.concatenate(self._lengths)))

@@ -1,4 +1,4 @@
-"""Holds out training queries to choose settings on, near-duplicates together."""
+"""Holds out training queries for validation, with near-duplicates on the same side."""
 
 import numpy as np
 
@@ -6,29 +6,29 @@ from vixml_jax.ragged import Ragged, ranges
 
 
 def hold_out(tokens: Ragged, fraction: float, seed: int) -> np.ndarray:
-  """Picks queries by a hash of the rarer two thirds of their distinct tokens.
+  """Selects queries by a hash of the rarer two thirds of their distinct tokens.
 
-  Queries that differ in the order of their words or in a frequent word ("arrow left", "left arrow filled") fall on
-  the same side, so that held-out queries are about as new to the model as the test queries of a split by product.
+  Queries that differ only in the order of their words or in a frequent word ("arrow left", "left arrow filled") are on
+  the same side. So held-out queries are about as new to the model as the test queries of a split by product.
 
   Args:
-    tokens: token ids of all training queries, N rows.
-    fraction: share to hold out, 0 <= fraction < 1.
-    seed: chooses the hash.
+    tokens: Token ids of all training queries, N rows.
+    fraction: Fraction of the queries to hold out, 0 <= fraction < 1.
+    seed: Seed of the hash.
 
   Returns:
-    bool [N], True for a held-out query.
+    True for a held-out query, bool [N].
   """
   if fraction <= 0:
     return np.zeros(len(tokens), bool)
   vocabulary = int(tokens.values.max(initial=0)) + 1
-  # A random 64-bit number a token, summed with wrap-around: order does not matter.
+  # The hash is the sum (mod 2**64) of a random number per token, so the order of the tokens does not matter.
   rng = np.random.default_rng((seed, 2))
   codes = rng.integers(0, 2**64, vocabulary, dtype=np.uint64)
   rows, values = np.divmod(np.unique(tokens.row_ids() * vocabulary + tokens.values), vocabulary)
   frequencies = np.bincount(values, minlength=vocabulary)
-  telling = frequencies[values] < len(tokens)  # Special tokens stand in every row.
-  rows, values = rows[telling], values[telling]
+  informative = frequencies[values] < len(tokens)  # Special tokens are in every row.
+  rows, values = rows[informative], values[informative]
   order = np.lexsort((values, frequencies[values], rows))
   rows, values = rows[order], values[order]
   counts = np.bincount(rows, minlength=len(tokens))

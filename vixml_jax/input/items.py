@@ -1,4 +1,4 @@
-"""Items to encode: queries or labels, each a text and its images."""
+"""Items to encode: queries or labels, each with a text and images."""
 
 import dataclasses
 
@@ -12,14 +12,14 @@ class Items:
   """Texts with their images.
 
   Attributes:
-    tokens: token ids of every item.
-    images: for every item the rows of the feature bank that are its images, in the order of their slots.
+    tokens: Token ids of every item.
+    images: Rows of the image features that belong to every item, by ascending slot.
   """
 
   tokens: Ragged
   images: Ragged
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if len(self.tokens) != len(self.images):
       raise ValueError(f"{len(self.tokens)} texts but images of {len(self.images)} items")
 
@@ -28,23 +28,23 @@ class Items:
 
   @classmethod
   def of_texts(cls, tokens: Ragged) -> "Items":
-    """Texts without images."""
+    """Makes items without images."""
     return cls(tokens, Ragged(np.zeros(0, np.int32), np.zeros(len(tokens) + 1, np.int64)))
 
   def take(self, rows: np.ndarray) -> "Items":
-    """The given items, in the given order, copied into memory."""
+    """Returns the given items in the given order, copied into memory."""
     return Items(self.tokens.take(rows), self.images.take(rows))
 
   def first_images(self, count: int) -> "Items":
-    """The same items with no more than their first `count` images."""
+    """Returns the same items with at most their first `count` images."""
     return Items(self.tokens, self.images.first(count))
 
   def without_images(self, dropped: np.ndarray) -> "Items":
-    """The same items, those of `dropped` (bool [items]) without images."""
+    """Returns the same items, without the images of those where `dropped` (bool [items]) is True."""
     keep = ~np.repeat(dropped, self.images.lengths)
     lengths = np.where(dropped, 0, self.images.lengths)
     return Items(self.tokens, Ragged.of_lengths(self.images.values[keep], lengths))
 
   def followed_by(self, other: "Items") -> "Items":
-    """These items and then the others."""
+    """Returns these items followed by the others."""
     return Items(self.tokens.followed_by(other.tokens), self.images.followed_by(other.images))

@@ -1,10 +1,10 @@
-"""Packs short items end to end into fixed rows, so that no compute goes to padding tokens.
+"""Packs short items into rows of fixed length, so that little compute is spent on padding tokens.
 
-A row of T tokens holds several items ("slots" 1..S). Attention is block-diagonal over slots, positions
-restart in each, and pooling sums by slot; so a packed item gets the embedding that it would get alone.
+A row of T tokens has several items, in its slots 1..S. Attention is block-diagonal over slots, positions restart in
+each slot, and pooling sums by slot. So a packed item has the embedding that it would have alone.
 
-An item is a sequence of parts, the same for all: its text, its images, and phrases that every item shares. Phrases
-are constants of the layout, written into the rows here; no text is tokenized or stored with them.
+An item is a sequence of parts: its text, its images, and phrases. The sequence is the same for all items. Phrases are
+constants of the layout, which are written into the rows here; texts are tokenized and stored without them.
 """
 
 import dataclasses
@@ -16,41 +16,42 @@ from vixml_jax.input.items import Items
 from vixml_jax.ragged import Ragged, ranges
 from vixml_jax.rounding import next_power_of_two
 
-_SHORTEST = 3  # Tokens of an item, as slots reckon: shorter ones are too few to give every row more slots.
+# The number of slots in a row assumes items of at least this many tokens: shorter ones are too rare to pay for more.
+_MIN_ITEM_TOKENS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Phrase:
-  """Tokens that items share: a prefix of their texts or images, or what ends an item.
+  """Tokens that items share, such as a prefix of the text or of the images, or the token that ends an item.
 
   Attributes:
-    ids: token ids.
-    beside_images: whether it belongs to the images, and is left out of an item that has none.
+    ids: Token ids.
+    for_images: Whether the phrase belongs to the images, so that an item without images does not have it.
   """
 
   ids: tuple[int, ...]
-  beside_images: bool = False
+  for_images: bool = False
 
 
 PromptPart = Literal["text", "images"] | Phrase
 
 
 def without_images(template: tuple[PromptPart, ...]) -> tuple[PromptPart, ...]:
-  """The parts of an item without images; of every item where images do not stand among the tokens."""
-  return tuple(part for part in template if part != "images" and not (isinstance(part, Phrase) and part.beside_images))
+  """Returns the parts of an item without images, which every item has if images are not tokens."""
+  return tuple(part for part in template if part != "images" and not (isinstance(part, Phrase) and part.for_images))
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedLayout:
-  """The static shape of packed rows.
+  """The static shape of packed rows, and the parts of an item.
 
   Attributes:
-    row_length: T, tokens in a row.
-    chunk_rows: rows that are encoded at a time, over the whole mesh.
-    images: I, the most images an item has; 0 for texts only.
-    template: the parts of an item in their order. "images" are tokens of the row; where the template lacks them,
-      they stand apart from the tokens, for late fusion.
-    special_tokens: that the tokenizer adds to every text: 2 for BERT, 1 for Llama, 0 for Qwen.
+    row_length: T, the number of tokens in a row.
+    chunk_rows: R, the number of rows that are encoded at a time, over the whole mesh.
+    images: I, the maximum number of images of an item; 0 for texts only.
+    template: Parts of an item in order. With "images", images are tokens of the row (early fusion); without, they are
+      separate from the tokens (late fusion).
+    special_tokens: Number of tokens that the tokenizer adds to every text: 2 for BERT, 1 for Llama, 0 for Qwen.
   """
 
   row_length: int
@@ -59,19 +60,28 @@ class PackedLayout:
   template: tuple[PromptPart, ...] = ("images", "text")
   special_tokens: int = 2
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     words = [part for part in self.template if not isinstance(part, Phrase)]
     if set(words) - {"text", "images"} or len(set(words)) < len(words):
-      raise ValueError(f"template {self.template}: a part is a Phrase, or 'text' or 'images', which stand once at most")
+      raise ValueError(
+        f"template {self.template}: a part must be a Phrase, 'text' or 'images', the last two at most once"
+      )
 
   @property
   def slots(self) -> int:
-    """S, the most items a row may hold: those of one token besides the shared ones, or of three tokens, fill it."""
-    return max(self.row_length // max(self._shared(images=False) + 1, _SHORTEST), 1)
+    """S, the maximum number of items in a row.
+
+    It is the number of items that fill a row if each has one token besides the shared ones, or three tokens if that is
+    more.
+    """
+    return max(self.row_length // max(self._shared(images=False) + 1, _MIN_ITEM_TOKENS), 1)
 
   @property
   def image_places(self) -> int:
-    """J, the most images that fit a row: those of items with I images and an empty text, and of one with fewer."""
+    """J, the maximum number of images in a row.
+
+    It is the number of images if the texts are empty and all items but one have I images.
+    """
     apart = self.slots * self.images
     if "images" not in self.template or not self.images:
       return apart
@@ -80,13 +90,17 @@ class PackedLayout:
     return min(full * self.images + max(left - shared, 0), apart)
 
   def longest(self, max_length: int) -> int:
-    """The most tokens of an item whose text has at most `max_length`, special ones included."""
+    """Returns the maximum number of tokens of an item.
+
+    Args:
+      max_length: Maximum number of tokens of its text, special tokens included.
+    """
     text = max_length - self.special_tokens if "text" in self.template else 0
     images = self.images if "images" in self.template else 0
     return self._shared(images=self.images > 0) + text + images
 
   def _shared(self, images: bool) -> int:
-    """Tokens of an item with or without images that are the same for all: phrases, and special ones of a text."""
+    """Returns the number of tokens that all items with (or without) images share: phrases and special tokens."""
     parts = self.template if images else without_images(self.template)
     phrases = sum(len(part.ids) for part in parts if isinstance(part, Phrase))
     return phrases + (self.special_tokens if "text" in parts else 0)
@@ -94,12 +108,12 @@ class PackedLayout:
 
 @dataclasses.dataclass(frozen=True)
 class PackedImages:
-  """The images of packed items, J places a row.
+  """The images of packed items, J places per row.
 
   Attributes:
-    rows: int32 [chunks, R, J], row of the feature bank; 0 for an empty place.
-    segments: int32 [chunks, R, J], slot 1..S of the image's item; 0 for an empty place.
-    positions: int32 [chunks, R, J], place of the image among its row's tokens; T where it has none.
+    rows: Row of the image in the image features, int32 [chunks, R, J]; 0 for an empty place.
+    segments: Slot 1..S of the item of the image, int32 [chunks, R, J]; 0 for an empty place.
+    positions: Index of the image among the tokens of its row, int32 [chunks, R, J]; T if the image is not a token.
   """
 
   rows: np.ndarray
@@ -109,15 +123,15 @@ class PackedImages:
 
 @dataclasses.dataclass(frozen=True)
 class PackedItems:
-  """Items laid out in chunks of rows.
+  """Items in chunks of rows.
 
   Attributes:
-    tokens: int32 [chunks, R, T]; 0 for an image and where `segments` is 0.
-    segments: int32 [chunks, R, T], slot 1..S of the token within its row; 0 for padding.
-    positions: int32 [chunks, R, T], position of the token within its item, images counted.
-    slots: int32 [items], where each item's pooled vector lies in the flattened [chunks * R * S]; an item of no token
-      at all has a slot too, whose vector is zero.
-    images: where the images go; None for a layout of texts only.
+    tokens: Token ids, int32 [chunks, R, T]; 0 for an image and for padding.
+    segments: Slot 1..S of each token within its row, int32 [chunks, R, T]; 0 for padding.
+    positions: Position of each token within its item, image tokens counted, int32 [chunks, R, T].
+    slots: Index of the pooled vector of each item in the flattened [chunks * R * S], int32 [items]. An item without
+      any token also has a slot, whose vector is zero.
+    images: The images; None for a layout of texts only.
   """
 
   tokens: np.ndarray
@@ -128,27 +142,53 @@ class PackedItems:
 
   @property
   def num_tokens(self) -> int:
-    """Tokens of all items, images among them, padding left out."""
+    """Number of tokens of all items, image tokens included, padding excluded."""
     return int((self.segments > 0).sum())
+
+  def with_chunk_rows(self, rows: int) -> "PackedItems":
+    """Returns the same rows in chunks of `rows` rows. Empty rows fill the last chunk.
+
+    Items that were packed with `chunk_rows=1` and `round_up=False` equal those that are packed with `chunk_rows=rows`
+    and `round_up=False`. So items can be packed once, before the size of a chunk is chosen.
+    """
+    shape = (-(-self.tokens.shape[0] * self.tokens.shape[1] // rows), rows)
+    arrays = {name: _rechunk(getattr(self, name), shape, 0) for name in ("tokens", "segments", "positions")}
+    images = self.images and PackedImages(
+      _rechunk(self.images.rows, shape, 0),
+      _rechunk(self.images.segments, shape, 0),
+      _rechunk(self.images.positions, shape, self.tokens.shape[2]),
+    )
+    return dataclasses.replace(self, **arrays, images=images)
+
+
+def _rechunk(array: np.ndarray, shape: tuple[int, int], filling: int) -> np.ndarray:
+  """Reshapes [chunks, R, width] to [*shape, width], with rows of `filling` at the end."""
+  result = np.full((*shape, array.shape[2]), filling, array.dtype)
+  result.reshape(-1)[: array.size] = array.reshape(-1)
+  return result
 
 
 def assign_rows(lengths: np.ndarray, row_length: int, max_slots: int) -> tuple[np.ndarray, np.ndarray]:
-  """Best-fit decreasing: the row and the slot (0-based) of every item.
+  """Assigns items to rows by best-fit decreasing: longest items first, ties by index.
+
+  >>> rows, slots = assign_rows(np.array([3, 6, 2, 5]), row_length=8, max_slots=4)
+  >>> rows, slots
+  (array([1, 0, 0, 1]), array([1, 0, 1, 0]))
 
   Args:
-    lengths: int [items], each 0 to `row_length`.
+    lengths: Number of tokens of each item, 0 to `row_length`, int [items].
     row_length: T.
     max_slots: S.
 
   Returns:
-    int64 [items] rows, int64 [items] slots. Deterministic; longest first, ties by index.
+    Row of each item, int64 [items], and its slot in the row, from 0, int64 [items].
   """
   rows = np.zeros(len(lengths), np.int64)
   slots = np.zeros(len(lengths), np.int64)
-  open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # By tokens left.
+  open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # By number of free tokens.
   used_slots: list[int] = []
   sizes = lengths.tolist()
-  # Items of equal length come together, so the fullest row that fits is looked for only upwards.
+  # Lengths descend, so the search for the fullest row with enough room starts at the length of the item.
   for item in np.argsort(-lengths, kind="stable").tolist():
     size = sizes[item]
     left = size
@@ -170,14 +210,25 @@ def assign_rows(lengths: np.ndarray, row_length: int, max_slots: int) -> tuple[n
 def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedItems:
   """Packs items into rows.
 
+  >>> items = Items.of_texts(Ragged.from_rows([[11, 12, 13], [21, 22], [31, 32, 33, 34]]))
+  >>> packed = pack(items, PackedLayout(row_length=6, chunk_rows=2))
+  >>> packed.tokens.tolist()
+  [[[31, 32, 33, 34, 21, 22], [11, 12, 13, 0, 0, 0]]]
+  >>> packed.segments.tolist()
+  [[[1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0]]]
+  >>> packed.positions.tolist()
+  [[[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]]
+  >>> packed.slots.tolist()  # With S = 2 slots per row.
+  [2, 1, 0]
+
   Args:
-    items: texts of any length, of `layout.special_tokens` or more where there are images, with at most
-      `layout.images` images; all parts of an item together fit a row.
-    layout: shape of the rows, and the parts of an item.
-    round_up: fill up with empty chunks to a power of two; they are skipped when the program runs.
+    items: Items with at most `layout.images` images, whose parts together fit a row. If a text and images are both
+      tokens, the text must have at least `layout.special_tokens` tokens.
+    layout: Shape of the rows, and the parts of an item.
+    round_up: Whether to add empty chunks until their number is a power of two. Programs skip empty chunks.
 
   Raises:
-    ValueError: if a text lacks its special tokens, or an item is longer than a row or has too many images.
+    ValueError: An item is longer than a row or has too many images, or a text lacks its special tokens.
   """
   sizes = [_sizes(part, items) for part in layout.template]
   lengths = sum(sizes, np.zeros(len(items), np.int64))
@@ -203,19 +254,19 @@ def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedIte
 
 
 def _sizes(part: PromptPart, items: Items) -> np.ndarray:
-  """int64 [items], the tokens that a part takes in each item."""
+  """Returns the number of tokens of a part in each item, int64 [items]."""
   if isinstance(part, Phrase):
-    return len(part.ids) * ((items.images.lengths > 0) | (not part.beside_images))
+    return len(part.ids) * ((items.images.lengths > 0) | (not part.for_images))
   return items.tokens.lengths if part == "text" else items.images.lengths
 
 
 def _check(items: Items, lengths: np.ndarray, layout: PackedLayout) -> None:
-  """What the layout's bounds rest on."""
+  """Checks the assumptions of `PackedLayout.slots` and `PackedLayout.image_places`."""
   texts, images = items.tokens.lengths, items.images.lengths
   if images.max(initial=0) > layout.images:
-    raise ValueError(f"items of up to {images.max()} images in a layout of {layout.images}")
+    raise ValueError(f"an item has {images.max()} images, but the layout allows {layout.images}")
   if lengths.max(initial=0) > layout.row_length:
-    raise ValueError(f"items of {lengths.min()}..{lengths.max()} tokens do not fit rows of {layout.row_length}")
+    raise ValueError(f"an item has {lengths.max()} tokens and does not fit rows of {layout.row_length}")
   if set(layout.template) >= {"text", "images"} and (texts[images > 0] < layout.special_tokens).any():
     raise ValueError(f"a text with images has fewer than the {layout.special_tokens} special tokens of every text")
 
@@ -223,10 +274,17 @@ def _check(items: Items, lengths: np.ndarray, layout: PackedLayout) -> None:
 def _write_tokens(
   tokens: np.ndarray, first: np.ndarray, sizes: list[np.ndarray], texts: Ragged, layout: PackedLayout
 ) -> np.ndarray:
-  """Writes texts and phrases into the flat rows, from each item's place `first` on.
+  """Writes texts and phrases into the flattened rows.
+
+  Args:
+    tokens: Flattened rows, written in place.
+    first: Index of the first token of each item in the flattened rows, int64 [items].
+    sizes: Number of tokens of each part of the template in each item, int64 [items] each.
+    texts: Token ids of the texts.
+    layout: Parts of an item.
 
   Returns:
-    int64 [items], the place of each item's first image; of no meaning where the images are apart.
+    Index of the first image of each item, int64 [items]; without meaning if images are not tokens.
   """
   first_images = first
   for part, size in zip(layout.template, sizes, strict=True):
@@ -243,14 +301,14 @@ def _write_tokens(
 def _pack_images(
   images: Ragged, rows: np.ndarray, slots: np.ndarray, first: np.ndarray, layout: PackedLayout, chunked: tuple[int, int]
 ) -> PackedImages:
-  """Places of the images, given each item's row, slot and the place of its first image in the row."""
+  """Packs the images, given the row and the slot of each item and the position of its first image in the row."""
   shape = (*chunked, layout.image_places)
   ids, segments, positions = (
     np.zeros(shape, np.int32),
     np.zeros(shape, np.int32),
     np.full(shape, layout.row_length, np.int32),
   )
-  # The items of a row take its places one after the other.
+  # The items of a row use its places in the order of their slots.
   starts = _starts(rows, slots, images.lengths, chunked[0] * chunked[1])
   places = ranges(rows * layout.image_places + starts, images.lengths)
   ids.reshape(-1)[places] = images.values
@@ -261,7 +319,7 @@ def _pack_images(
 
 
 def _starts(rows: np.ndarray, slots: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndarray:
-  """Where each item begins in its row: behind the items of earlier slots."""
+  """Returns the position of each item in its row, after the items in earlier slots, int64 [items]."""
   order = np.lexsort((slots, rows))
   ends = np.cumsum(lengths[order])
   row_starts = np.searchsorted(rows[order], np.arange(num_rows))

@@ -1,4 +1,4 @@
-"""Reads the template of a prompt, such as "T E I V eos": which phrases stand around an item's text and images."""
+"""Parses the template of a prompt, such as "T E I V eos": the phrases around the text and the images of an item."""
 
 from collections.abc import Collection, Mapping
 
@@ -8,58 +8,57 @@ from vixml_jax.input.tokenizer import Tokenizer
 
 
 def template_words(template: str, phrases: Collection[str], images: bool) -> list[str]:
-  """The words of a template, checked; needs no tokenizer.
+  """Splits a template into words and checks them, without a tokenizer.
 
   Args:
-    template: words with spaces between them: E for the text's tokens, V for the image tokens, eos for the token that
+    template: Words separated by spaces: E for the tokens of the text, V for the image tokens, eos for the token that
       ends an item, and names of phrases.
-    phrases: the names of phrases.
-    images: whether images are tokens of the items (early fusion).
+    phrases: Names of the phrases.
+    images: Whether images are tokens of the items (early fusion).
 
   Raises:
-    InputError: for an unknown or repeated word, images without a place, or items of nothing but phrases.
+    InputError: A word is unknown or repeated, images have no place, or items would consist of phrases only.
   """
   words = template.split()
   for i, word in enumerate(words):
     if word not in {"E", "V", "eos", *phrases}:
       raise InputError(
-        f"config.prompt.template={template!r}: unknown word {word}; known are E (text), V "
-        f"(images), eos and the phrases {', '.join(phrases)}"
+        f"config.prompt.template={template!r}: unknown word {word}; use E (text), V (images), eos and the phrases "
+        f"{', '.join(phrases)}"
       )
     if word in words[:i]:
-      raise InputError(f"config.prompt.template={template!r}: {word} stands twice; give it once")
+      raise InputError(f"config.prompt.template={template!r}: {word} occurs twice; use it once")
   if images and "V" not in words:
-    raise InputError(f"config.prompt.template={template!r}: no place for the images; add V, or set images to 0")
+    raise InputError(f"config.prompt.template={template!r}: no place for the images; add V, or set config.images=0")
   if not images and "E" not in words:
-    raise InputError(f"config.prompt.template={template!r}: no place for the text, and no images are tokens; add E")
+    raise InputError(f"config.prompt.template={template!r}: no place for the text, and images are not tokens; add E")
   return words
 
 
 def parse_template(
   template: str, phrases: Mapping[str, str], eos: str, tokenizer: Tokenizer, images: bool
 ) -> tuple[PromptPart, ...]:
-  """Turns a template into the parts of an item, as `PackedLayout` takes them.
+  """Converts a template to the parts of an item, the `template` of a `PackedLayout`.
 
-  The phrase directly before V introduces the images: it is left out, like V, of an item without images. All others
-  belong to the text and stand in every item. So "T E I V eos" becomes "T E eos" for an item without images,
-  "I V T2 E eos" becomes "T2 E eos", and both are so for every item of a model without images.
+  The phrase directly before V introduces the images. An item without images has neither V nor this phrase; all other
+  phrases belong to the text and are in every item. So without images "T E I V eos" becomes "T E eos", and
+  "I V T2 E eos" becomes "T2 E eos". In a model without images every item has this form.
 
-  Each phrase is tokenized by itself, as texts are: without a space before or after it, and with the special tokens
-  that the tokenizer adds to a text (none for Qwen, the first token for Llama). Pieces that meet are therefore not
-  merged: "This product text" and "title" give no token " title". The paper's code does the same. It keeps the phrase
-  of the images where there are none, which this does not: an item without images equals a text-only one. Also, eos is
-  that one token here, without the first token that Llama's tokenizer would give it there.
+  Each phrase is tokenized on its own, as texts are: without a space before or after it, and with the special tokens
+  that the tokenizer adds to a text (none for Qwen, the first token for Llama). Adjacent pieces are therefore not
+  merged: "This product text" and "title" do not give the token " title". The paper's code does the same. It differs in
+  two ways: it keeps the phrase of the images in items without images, while here such an item equals a text-only one;
+  and it tokenizes eos like a phrase, with the first token of Llama's tokenizer, while here eos is a single token.
 
   Args:
-    template: words with spaces between them, as for `template_words`.
-    phrases: name -> text.
-    eos: name of the token that eos stands for. The paper's is `<|endoftext|>`; the `eos_token` of instruct models is
-      another one.
-    tokenizer: of the texts.
-    images: whether images are tokens of the items (early fusion).
+    template: Words separated by spaces; see `template_words`.
+    phrases: Texts of the phrases by name.
+    eos: Token for which eos stands. The paper uses `<|endoftext|>`; the `eos_token` of instruct models is another one.
+    tokenizer: Tokenizer of the texts.
+    images: Whether images are tokens of the items (early fusion).
 
   Raises:
-    InputError: for what `template_words` refuses, an empty phrase, or a tokenizer without the token `eos`.
+    InputError: `template_words` refuses the template, a phrase is empty, or the tokenizer has no token `eos`.
   """
   words = template_words(template, phrases, images)
   parts = tuple(
@@ -69,22 +68,20 @@ def parse_template(
   return parts if images else without_images(parts)
 
 
-def _part(word: str, beside_images: bool, phrases: Mapping[str, str], eos: str, tokenizer: Tokenizer) -> PromptPart:
-  """One word's part."""
+def _part(word: str, for_images: bool, phrases: Mapping[str, str], eos: str, tokenizer: Tokenizer) -> PromptPart:
+  """Returns the part for which a word stands."""
   if word == "E":
     return "text"
   if word == "V":
     return "images"
   if word != "eos":
     if not phrases[word].strip():
-      raise InputError(
-        f"config.prompt.phrases.{word}={phrases[word]!r}: says nothing; leave {word} out of prompt.template"
-      )
-    return Phrase(tokenizer.uncut(phrases[word]), beside_images)
+      raise InputError(f"config.prompt.phrases.{word}={phrases[word]!r}: is empty; remove {word} from prompt.template")
+    return Phrase(tokenizer.uncut(phrases[word]), for_images)
   token = tokenizer.token_id(eos)
   if token is None:
     raise InputError(
-      f"config.prompt.eos={eos!r}: the tokenizer has no such token; name the one that ends its texts, "
-      "or leave eos out of prompt.template"
+      f"config.prompt.eos={eos!r}: the tokenizer has no such token; set it to the token that ends its texts, or remove "
+      "eos from prompt.template"
     )
   return Phrase((token,))

@@ -1,10 +1,11 @@
-"""Turns texts into token ids with a fast Hugging Face tokenizer."""
+"""Converts texts to token ids with a fast Hugging Face tokenizer."""
 
 from collections.abc import Sequence
 import hashlib
 import itertools
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,32 +15,32 @@ from vixml_jax.ragged import Ragged
 
 
 class Tokenizer:
-  """Token ids with the model's special tokens, cut on the right; nothing is padded.
+  """A tokenizer that adds the special tokens of the model, truncates on the right and does not pad.
 
   Attributes:
-    vocab_size: number of token ids, added tokens included.
-    max_length: most tokens of a text, special tokens included.
-    special_tokens: how many of them every text has.
-    fingerprint: sha256 of everything that decides the ids of a text, in hex.
+    vocab_size: Number of token ids, added tokens included.
+    max_length: Maximum number of tokens of a text, special tokens included.
+    special_tokens: Number of special tokens of every text.
+    fingerprint: sha256 in hex of everything that decides the token ids of a text.
   """
 
-  def __init__(self, path: str | os.PathLike, max_length: int):
+  def __init__(self, path: str | os.PathLike[str], max_length: int):
     """Loads a tokenizer.
 
     Args:
-      path: folder with `tokenizer.json`, or a name on the Hugging Face hub. No code is run from
-        it; a folder is read without network.
-      max_length: T, most tokens of a text.
+      path: Folder with `tokenizer.json`, or a name on the Hugging Face hub. No code from it is executed, and a folder
+        is read without network.
+      max_length: Maximum number of tokens of a text, special tokens included.
 
     Raises:
-      InputError: there is no fast tokenizer, or `max_length` leaves no room for text.
+      InputError: The folder or the hub has no fast tokenizer, or `max_length` leaves no room for text.
     """
     tokenizer = load_fast(os.fspath(path))
     self.special_tokens = tokenizer.num_special_tokens_to_add()
     if max_length <= self.special_tokens:
       raise InputError(
-        f"max_length {max_length} leaves no room for text: the tokenizer {path} "
-        f"adds {self.special_tokens} special tokens"
+        f"max_length {max_length} leaves no room for text: the tokenizer {path} adds {self.special_tokens} special "
+        "tokens; raise dataset.max_length"
       )
     self.vocab_size = len(tokenizer)
     self.max_length = max_length
@@ -49,32 +50,38 @@ class Tokenizer:
     self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
   def __call__(self, texts: Sequence[str]) -> Ragged:
-    """Tokenizes a batch of texts on all cores; row i holds the int32 ids of text i."""
+    """Tokenizes texts on all cores. Row i of the result has the token ids of text i, int32."""
     ids = [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))]
     lengths = [len(row) for row in ids]
     return Ragged.of_lengths(np.fromiter(itertools.chain.from_iterable(ids), np.int32, sum(lengths)), lengths)
 
   def uncut(self, text: str) -> tuple[int, ...]:
-    """Ids of one text however long it is, special tokens included."""
+    """Returns the token ids of a text of any length without truncation, special tokens included."""
     self._backend.no_truncation()
     ids = self._backend.encode(text).ids
     self._backend.enable_truncation(self.max_length, direction="right")
     return tuple(ids)
 
   def token_id(self, token: str) -> int | None:
-    """Id of the token of this name, such as `<|endoftext|>`; None if there is none."""
+    """Returns the id of a token such as `<|endoftext|>`, or None if the vocabulary does not have it."""
     return self._backend.token_to_id(token)
 
 
 def load_fast(path: str) -> Any:
-  """The tokenizer of transformers that lies in a folder, or on the hub; arguments and errors as of `Tokenizer`."""
-  local = os.path.isdir(path)
-  if local and not os.path.isfile(os.path.join(path, "tokenizer.json")):
+  """Loads the tokenizer of transformers from a folder or from the hub.
+
+  Args:
+    path: Folder with `tokenizer.json`, or a name on the Hugging Face hub.
+
+  Raises:
+    InputError: The folder or the hub has no fast tokenizer.
+  """
+  local = Path(path).is_dir()
+  if local and not (Path(path) / "tokenizer.json").is_file():
     raise InputError(
-      f"{path}: no tokenizer.json in this folder; set encoder.pretrained to a "
-      "folder that holds a fast Hugging Face tokenizer"
+      f"{path}: no tokenizer.json in this folder; set encoder.pretrained to a folder with a fast Hugging Face tokenizer"
     )
-  # On import it advises to install torch, which nothing here needs, and takes seconds.
+  # The import takes seconds. Without this variable it advises to install torch, which this package does not use.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   from transformers import AutoTokenizer
 
@@ -82,11 +89,11 @@ def load_fast(path: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
   except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
     raise InputError(
-      f"{path}: no tokenizer can be loaded ({_first_line(error)}); set "
-      "encoder.pretrained to a folder or a hub name that has one"
+      f"{path}: no tokenizer can be loaded ({_first_line(error)}); set encoder.pretrained to a folder or a hub name "
+      "that has one"
     ) from error
   if not tokenizer.is_fast:
-    raise InputError(f"{path}: its tokenizer has no fast version (tokenizer.json); save it as one")
+    raise InputError(f"{path}: its tokenizer has no fast version (tokenizer.json); save one with transformers")
   return tokenizer
 
 

@@ -1,1 +1,1 @@
-"""Mining: clusters of queries and labels, the order that they give, and label centroids."""
+"""Mining of batches and labels: clusters of queries and labels, the order of an epoch, and label centroids."""

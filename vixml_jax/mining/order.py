@@ -1,4 +1,4 @@
-"""The order in which queries are read, a pure function of (seed, epoch, clusters)."""
+"""The order in which an epoch reads the queries, a pure function of seed, epoch and clusters."""
 
 from collections.abc import Collection
 
@@ -6,12 +6,15 @@ import numpy as np
 
 
 def num_query_clusters(num_queries: int, cluster_size: int) -> int:
-  """Number of clusters, `2 ** ceil(log2(num_queries / cluster_size))`, at least 1.
+  """Returns the number of clusters, `2 ** ceil(log2(num_queries / cluster_size))`, at least 1.
 
-  A power of two, so true cluster sizes lie between half and all of `cluster_size`.
+  It is a power of two, so the actual cluster sizes are between half of `cluster_size` and `cluster_size`.
+
+  >>> num_query_clusters(1000, 16)
+  64
 
   Raises:
-    ValueError: when either argument is below 1.
+    ValueError: An argument is below 1.
   """
   if num_queries < 1 or cluster_size < 1:
     raise ValueError(f"num_queries {num_queries} and cluster_size {cluster_size} must be at least 1")
@@ -20,18 +23,18 @@ def num_query_clusters(num_queries: int, cluster_size: int) -> int:
 
 
 def is_cluster_update(epoch: int, start: int, every: int) -> bool:
-  """Whether the clusters are made anew at the END of `epoch` (counted from 0).
+  """Returns whether clusters are computed again at the END of `epoch` (counted from 0).
 
-  So the first clusters, made at the end of epoch `start`, order epoch `start + 1`; epochs
-  0 to `start` are read at random.
+  The first clusters are computed at the end of epoch `start` and order epoch `start + 1`. Epochs 0 to `start` read the
+  queries in random order.
 
   Args:
-    epoch: the epoch that has just ended.
-    start: first epoch that ends with an update.
-    every: epochs from one update to the next.
+    epoch: Epoch that has just ended.
+    start: First epoch that ends with an update.
+    every: Number of epochs from one update to the next.
 
   Raises:
-    ValueError: when `every` is below 1.
+    ValueError: `every` is below 1.
   """
   if every < 1:
     raise ValueError(f"epochs between cluster updates must be at least 1, got {every}")
@@ -39,29 +42,32 @@ def is_cluster_update(epoch: int, start: int, every: int) -> bool:
 
 
 def cluster_size_at(epoch: int, base: int, doubling_epochs: Collection[int]) -> int:
-  """Cluster size in force at the end of `epoch`: `base`, doubled once for each doubling epoch <= it.
+  """Returns the cluster size at the end of `epoch`: `base`, doubled once for each doubling epoch up to and with it.
 
-  The size doubles at the end of a doubling epoch and before that epoch's update, if it has one.
-  Otherwise it takes effect at the next update: clusters that exist are not touched.
+  The size doubles at the end of a doubling epoch, before the update of that epoch if there is one. It has an effect
+  from the next update on; existing clusters do not change.
+
+  >>> [cluster_size_at(epoch, 16, (2, 4)) for epoch in range(6)]
+  [16, 16, 32, 32, 64, 64]
   """
   return base << sum(doubling <= epoch for doubling in doubling_epochs)
 
 
 def epoch_order(seed: int, epoch: int, num_queries: int, clusters: np.ndarray | None = None) -> np.ndarray:
-  """Queries in the order in which `epoch` reads them (NGAME, arXiv 2207.04452, algorithm 1).
+  """Returns the queries in the order in which `epoch` reads them (NGAME, arXiv 2207.04452, algorithm 1).
 
   Args:
-    seed: of the run.
-    epoch: counted from 0.
-    num_queries: N.
-    clusters: int [N], the cluster of every query; None for an order without clusters.
+    seed: Seed of the run.
+    epoch: Epoch, counted from 0.
+    num_queries: Number of training queries N.
+    clusters: int [N], the cluster of each query; None for an order without clusters.
 
   Returns:
-    int64 [N], a permutation of the queries. Without clusters it is random. With clusters, whole
-    clusters come in random order and the members of one in ascending order.
+    int64 [N], a permutation of the queries. Without clusters, it is random. With clusters, clusters are in random order
+    and the members of each are consecutive, in ascending order.
 
   Raises:
-    ValueError: when `clusters` has another length than N.
+    ValueError: `clusters` does not have N entries.
   """
   generator = np.random.Generator(np.random.PCG64([seed, epoch]))
   if clusters is None:

@@ -1,35 +1,38 @@
 """BERT-family text encoders (BERT, MiniLM, DistilBERT) over packed rows of texts."""
 
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from vixml_jax.models import layers
+from vixml_jax.models.text_encoder import TextEncoder
+from vixml_jax.models.transformer import PostNormLayer, scan_layers, stack_layers
 from vixml_jax.typing import Array, Float, Int, Key
 
 
-class BertEncoder(nnx.Module):
+class BertEncoder(TextEncoder):
   """Post-norm transformer encoder with learned positions.
 
-  Input rows are packed: several texts stand in a row, told apart by `segments`; `positions`
-  restart at 0 in each of them. A text's output does not depend on what shares its row.
-
   Args:
-    vocab_size: number of word pieces.
-    num_layers: depth.
+    vocab_size: Number of word pieces.
+    num_layers: Number of layers.
     embed_dim: D.
-    num_heads: attention heads, a divisor of D.
-    mlp_dim: width of the feed-forward parts.
-    max_position: positions known, all of `positions` lie below it.
-    num_token_types: rows of the token type table (every token is of type 0); 0 for no such
-      table, as in DistilBERT.
-    dropout: rate on the embeddings and on the outputs of the feed-forward parts.
-    attention_dropout: rate on the attention probabilities.
-    projection_dropout: rate on the outputs of the attention; DistilBERT has 0.
-    layer_norm_eps: added to the variance in every norm.
-    dtype: of the computation; parameters, norms and softmax are f32.
-    remat: recompute the layers' activations in the backward pass.
-    rngs: source of the initial values (normal, standard deviation 0.02).
+    num_heads: Number of attention heads, a divisor of D.
+    mlp_dim: Width of the feed-forward networks.
+    max_position: Number of positions; all `positions` must be below it.
+    num_token_types: Rows of the token type table, of which every token uses row 0; 0 for no such table, as in
+      DistilBERT.
+    dropout: Dropout rate of the embeddings and of the outputs of the feed-forward networks.
+    attention_dropout: Dropout rate of the attention probabilities.
+    projection_dropout: Dropout rate of the outputs of the attention; 0 in DistilBERT.
+    layer_norm_eps: Added to the variance in every norm.
+    dtype: Dtype of the computation. Parameters, norms and softmax are float32.
+    remat: Whether to recompute the activations of each layer in the backward pass.
+    rngs: Source of the initial values (normal, standard deviation 0.02).
+
+  Reference: BERT (arXiv 1810.04805); DistilBERT (arXiv 1910.01108); MiniLM (arXiv 2002.10957).
   """
 
   def __init__(
@@ -60,8 +63,8 @@ class BertEncoder(nnx.Module):
     self.token_type_embedding = _embedding("token_type", num_token_types, embed_dim, rngs) if num_token_types else None
     self.embedding_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
 
-    def make_layer(layer_rngs: nnx.Rngs) -> layers.PostNormLayer:
-      return layers.PostNormLayer(
+    def make_layer(layer_rngs: nnx.Rngs) -> PostNormLayer:
+      return PostNormLayer(
         embed_dim,
         num_heads,
         mlp_dim,
@@ -73,31 +76,7 @@ class BertEncoder(nnx.Module):
         rngs=layer_rngs,
       )
 
-    self.layers = layers.stack_layers(make_layer, num_layers, rngs)
-
-  def __call__(
-    self,
-    tokens: Int[Array, "R T"],
-    segments: Int[Array, "R T"],
-    positions: Int[Array, "R T"],
-    key: Key[Array, ""] | None = None,
-  ) -> Float[Array, "R T D"]:
-    """Encodes packed rows.
-
-    Args:
-      tokens: int32 [R, T].
-      segments: int32 [R, T], 0 for padding.
-      positions: int32 [R, T], from 0 in each text.
-      key: random key for dropout; None for a deterministic run.
-
-    Returns:
-      Hidden states [R, T, D] in `dtype`; those of padding have no meaning.
-    """
-    return self.encode(self.embed_tokens(tokens), segments, positions, key)
-
-  def embed_tokens(self, tokens: Int[Array, "R T"]) -> Float[Array, "R T D"]:
-    """Word vectors [R, T, D] of tokens [R, T]; other vectors may take their places."""
-    return self.word_embedding[...][tokens].astype(self.dtype)
+    self.layers = stack_layers(make_layer, num_layers, rngs)
 
   def encode(
     self,
@@ -106,7 +85,7 @@ class BertEncoder(nnx.Module):
     positions: Int[Array, "R T"],
     key: Key[Array, ""] | None = None,
   ) -> Float[Array, "R T D"]:
-    """Runs the encoder over embedded rows [R, T, D]; arguments as in `__call__`."""
+    """Encodes rows of word vectors; see `TextEncoder.encode`."""
     return self._run(x, segments, positions, key, return_layers=False)[1]
 
   def encode_layers(
@@ -116,28 +95,31 @@ class BertEncoder(nnx.Module):
     positions: Int[Array, "R T"],
     key: Key[Array, ""] | None = None,
   ) -> Float[Array, "layers R T D"]:
-    """As `encode`, but the layers' input and every layer's output: [num_layers + 1, R, T, D]."""
+    """Returns the input and the output of every layer; see `TextEncoder.encode_layers`."""
     x, _, outputs = self._run(x, segments, positions, key, return_layers=True)
     return jnp.concatenate([x[None], outputs])
 
-  def _run(self, x, segments, positions, key, return_layers):
+  def _run(
+    self, x: Array, segments: Array, positions: Array, key: Array | None, return_layers: bool
+  ) -> tuple[Array, Array, Any]:
+    """Returns the input of the layers, the output of the last one and, with `return_layers`, those of all."""
     embed_key, layers_key = layers.split_key(key, 2)
     x = self._add_positions(x, positions, embed_key)
     keys = None if layers_key is None else jax.random.split(layers_key, self.num_layers)
 
-    def apply(layer, hidden, layer_key):
+    def apply(layer: PostNormLayer, hidden: Array, layer_key: Array | None) -> Array:
       return layer(hidden, segments, layer_key)
 
-    return x, *layers.scan_layers(self.layers, x, apply, keys, self.remat, return_layers)
+    return x, *scan_layers(self.layers, x, apply, keys, self.remat, return_layers)
 
-  def _add_positions(self, x, positions, key):
-    """Adds token type 0 and positions [R, T] to vectors [R, T, D], then norm and dropout."""
+  def _add_positions(self, x: Array, positions: Array, key: Array | None) -> Array:
+    """Adds the vectors of token type 0 and of positions [R, T] to x [R, T, D], then applies norm and dropout."""
     x = x.astype(self.dtype) + self.position_embedding[...][positions].astype(self.dtype)
     if self.token_type_embedding is not None:
       x = x + self.token_type_embedding[0].astype(self.dtype)
     return layers.dropout(self.embedding_norm(x), self.dropout, key)
 
 
-def _embedding(axis: str, rows: int, embed_dim: int, rngs: nnx.Rngs) -> nnx.Param:
+def _embedding(axis: str, rows: int, embed_dim: int, rngs: nnx.Rngs) -> nnx.Param[Array]:
   table = layers.normal_init(rngs.params(), (rows, embed_dim), jnp.float32)
   return nnx.Param(table, axes=(axis, "embed"))

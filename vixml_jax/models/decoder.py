@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -9,39 +10,41 @@ import jax.numpy as jnp
 import numpy as np
 
 from vixml_jax.models import layers
+from vixml_jax.models.attention import segment_attention
+from vixml_jax.models.text_encoder import TextEncoder
+from vixml_jax.models.transformer import scan_layers, stack_layers
 from vixml_jax.typing import Array, Float, Int, Key
 
 
-class Decoder(nnx.Module):
-  """Pre-norm transformer with rotary positions, grouped heads and a gated feed-forward part; no output head.
+class Decoder(TextEncoder):
+  """Pre-norm transformer with rotary positions, grouped-query attention and a gated feed-forward network.
 
-  Input rows are packed: several texts stand in a row, told apart by `segments`; `positions` restart at 0 in each of
-  them. A text's output does not depend on what shares its row.
+  There is no output head and no dropout.
 
   Args:
-    vocab_size: number of word pieces.
-    num_layers: depth.
+    vocab_size: Number of word pieces.
+    num_layers: Number of layers.
     embed_dim: D.
-    num_heads: heads of the queries.
-    num_kv_heads: heads of keys and values, a divisor of `num_heads`.
-    head_dim: width of a head, even.
-    mlp_dim: width of the feed-forward part.
-    rope_theta: base of the rotary frequencies.
-    rope_scaling: None, or Llama 3's stretching of the slow frequencies: `(factor, low_freq_factor, high_freq_factor,
-      original_max_position)`.
-    norm_eps: added to the mean square in every norm.
-    qkv_bias: whether queries, keys and values have biases (Qwen2.5).
-    qk_norm: whether the heads of queries and keys are normalized before they are rotated (Qwen3).
-    bidirectional: a token sees its whole text instead of what stands before it.
-    lora_rank: of the adapters of all seven projections; 0 for none.
-    lora_alpha: strength of the adapters, see `layers.lora_scale`.
-    param_dtype: of all parameters but the adapters, which are f32; "bfloat16" where they are frozen.
-    dtype: of the computation; norms, rotations and softmax are f32.
-    remat: recompute the layers' activations in the backward pass.
-    rngs: source of the initial values (normal, standard deviation 0.02).
+    num_heads: Number of heads of the queries.
+    num_kv_heads: Number of heads of the keys and values, a divisor of `num_heads`.
+    head_dim: Width of a head; must be even.
+    mlp_dim: Width of the feed-forward networks.
+    rope_theta: Base of the rotary frequencies.
+    rope_scaling: None, or the parameters with which Llama 3 lowers the slow frequencies: `(factor, low_freq_factor,
+      high_freq_factor, original_max_position)`.
+    norm_eps: Added to the mean square in every norm.
+    qkv_bias: Whether queries, keys and values have biases (Qwen2.5).
+    qk_norm: Whether each head of the queries and keys is normalized before it is rotated (Qwen3).
+    bidirectional: Whether a token attends to its whole text instead of only to itself and earlier tokens.
+    lora_rank: Rank of the adapters of all seven projections; 0 for no adapters.
+    lora_alpha: Strength of the adapters; see `lora.lora_scale`.
+    param_dtype: Dtype of all parameters except the adapters, which are float32. "bfloat16" suits frozen parameters.
+    dtype: Dtype of the computation. Norms, rotations and softmax are float32.
+    remat: Whether to recompute the activations of each layer in the backward pass.
+    rngs: Source of the initial values (normal, standard deviation 0.02).
 
   Raises:
-    ValueError: heads do not divide, or a head is of odd width.
+    ValueError: If `num_heads` is not a multiple of `num_kv_heads`, or `head_dim` is odd.
 
   Reference: Qwen2.5 (arXiv 2412.15115), section 2; Qwen3 (arXiv 2505.09388), section 2; Llama 3 (arXiv 2407.21783),
   section 3.2.
@@ -72,7 +75,7 @@ class Decoder(nnx.Module):
   ):
     if num_heads % num_kv_heads or head_dim % 2:
       raise ValueError(
-        f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}, and head_dim {head_dim} even"
+        f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}, and head_dim {head_dim} must be even"
       )
     self.embed_dim = embed_dim
     self.head_dim = head_dim
@@ -107,32 +110,8 @@ class Decoder(nnx.Module):
         norm=norm,
       )
 
-    self.layers = layers.stack_layers(make_layer, num_layers, rngs)
+    self.layers = stack_layers(make_layer, num_layers, rngs)
     self.final_norm = norm(embed_dim)
-
-  def __call__(
-    self,
-    tokens: Int[Array, "R T"],
-    segments: Int[Array, "R T"],
-    positions: Int[Array, "R T"],
-    key: Key[Array, ""] | None = None,
-  ) -> Float[Array, "R T D"]:
-    """Encodes packed rows.
-
-    Args:
-      tokens: int32 [R, T].
-      segments: int32 [R, T], 0 for padding.
-      positions: int32 [R, T], from 0 in each text, in the order of the row.
-      key: taken so that all encoders are called alike; there is no dropout here.
-
-    Returns:
-      Hidden states [R, T, D] in `dtype`, after the final norm; those of padding have no meaning.
-    """
-    return self.encode(self.embed_tokens(tokens), segments, positions, key)
-
-  def embed_tokens(self, tokens: Int[Array, "R T"]) -> Float[Array, "R T D"]:
-    """Word vectors [R, T, D] of tokens [R, T]; other vectors may take their places."""
-    return self.word_embedding[...][tokens].astype(self.dtype)
 
   def encode(
     self,
@@ -141,36 +120,41 @@ class Decoder(nnx.Module):
     positions: Int[Array, "R T"],
     key: Key[Array, ""] | None = None,
   ) -> Float[Array, "R T D"]:
-    """Runs the decoder over embedded rows [R, T, D]; arguments as in `__call__`."""
+    """Encodes rows of word vectors, including the final norm; see `TextEncoder.encode`."""
     del key
     return self.final_norm(self._run(x, segments, positions, return_layers=False)[0])
 
   def encode_layers(
-    self, x: Float[Array, "R T D"], segments: Int[Array, "R T"], positions: Int[Array, "R T"]
+    self,
+    x: Float[Array, "R T D"],
+    segments: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    key: Key[Array, ""] | None = None,
   ) -> Float[Array, "layers R T D"]:
-    """The input and every layer's output, [num_layers + 1, R, T, D]; the final norm is not applied."""
+    """Returns the input and the output of every layer; see `TextEncoder.encode_layers`."""
+    del key
     _, outputs = self._run(x, segments, positions, return_layers=True)
     return jnp.concatenate([x.astype(self.dtype)[None], outputs])
 
-  def _run(self, x, segments, positions, return_layers):
+  def _run(self, x: Array, segments: Array, positions: Array, return_layers: bool) -> tuple[Array, Any]:
     angles = positions[..., None] * rotary_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)  # Once for all layers.
+    cos, sin = jnp.cos(angles), jnp.sin(angles)  # Computed once, for all layers.
 
-    def apply(layer, hidden, _):
+    def apply(layer: DecoderLayer, hidden: Array, _: Array | None) -> Array:
       return layer(hidden, segments, cos, sin)
 
-    return layers.scan_layers(self.layers, x.astype(self.dtype), apply, remat=self.remat, return_layers=return_layers)
+    return scan_layers(self.layers, x.astype(self.dtype), apply, remat=self.remat, return_layers=return_layers)
 
 
 class DecoderLayer(nnx.Module):
-  """Transformer layer with the norms before attention and feed-forward part, as in Llama.
+  """Transformer layer that normalizes before the attention and before the feed-forward network, as in Llama.
 
   Args:
-    attention: the layer's attention.
+    attention: Attention of the layer.
     embed_dim: D.
-    mlp_dim: width of the feed-forward part.
-    linear: makes a `layers.Linear`, given inputs, outputs and `bias`.
-    norm: makes a `layers.RMSNorm`, given the size.
+    mlp_dim: Width of the feed-forward network.
+    linear: Function that makes a `layers.Linear` from inputs, outputs and `bias`.
+    norm: Function that makes a `layers.RMSNorm` from the size.
   """
 
   def __init__(
@@ -196,25 +180,27 @@ class DecoderLayer(nnx.Module):
     cos: Float[Array, "R T half"],
     sin: Float[Array, "R T half"],
   ) -> Float[Array, "R T D"]:
-    """[R, T, D] -> [R, T, D]; the other arguments as in `GroupedAttention`."""
+    """Applies the layer to [R, T, D]; the other arguments are those of `GroupedAttention`."""
     x = x + self.attention(self.attention_norm(x), segments, cos, sin)
     y = self.mlp_norm(x)
     return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
 
 
 class GroupedAttention(nnx.Module):
-  """Self-attention within segments, with rotary positions and fewer heads of keys and values than of queries.
+  """Grouped-query attention within segments, with rotary positions.
 
   Args:
     embed_dim: D.
-    num_heads: heads of the queries.
-    num_kv_heads: heads of keys and values.
-    head_dim: width of a head.
-    qkv_bias: whether queries, keys and values have biases.
-    qk_norm: whether the heads of queries and keys are normalized.
-    causal: a token sees nothing that stands after it.
-    linear: makes a `layers.Linear`, given inputs, outputs and `bias`.
-    norm: makes a `layers.RMSNorm`, given the size and the name of the axis.
+    num_heads: Number of heads of the queries.
+    num_kv_heads: Number of heads of the keys and values.
+    head_dim: Width of a head.
+    qkv_bias: Whether queries, keys and values have biases.
+    qk_norm: Whether each head of the queries and keys is normalized.
+    causal: Whether a token attends only to itself and to earlier tokens.
+    linear: Function that makes a `layers.Linear` from inputs, outputs and `bias`.
+    norm: Function that makes a `layers.RMSNorm` from the size and `axis`.
+
+  Reference: GQA (arXiv 2305.13245); RoFormer (arXiv 2104.09864).
   """
 
   def __init__(
@@ -248,37 +234,35 @@ class GroupedAttention(nnx.Module):
     cos: Float[Array, "R T half"],
     sin: Float[Array, "R T half"],
   ) -> Float[Array, "R T D"]:
-    """Attention of packed rows.
+    """Computes the attention of packed rows.
 
     Args:
-      x: [R, T, D].
-      segments: int32 [R, T], 0 for padding.
-      cos: f32 [R, T, head_dim / 2], of the angles by which the tokens are rotated.
-      sin: f32 [R, T, head_dim / 2].
-
-    Returns:
-      [R, T, D].
+      x: Vectors [R, T, D].
+      segments: Slot of each token, int32 [R, T]; 0 for padding.
+      cos: Cosines of the angles by which the tokens are rotated, float32 [R, T, head_dim / 2].
+      sin: Sines of the same angles.
     """
     query, key, value = self.query(x), self.key(x), self.value(x)
     if self.query_norm is not None and self.key_norm is not None:
       query, key = self.query_norm(query), self.key_norm(key)
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    return self.output(layers.segment_attention(query, key, value, segments, causal=self.causal))
+    return self.output(segment_attention(query, key, value, segments, causal=self.causal))
 
 
 def rotary_frequencies(
   head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None = None
 ) -> np.ndarray:
-  """Angles, in radians a position, by which the pairs of a head are rotated.
+  """Returns the angles, in radians per position, by which the pairs of a head are rotated.
 
   Args:
-    head_dim: width of a head.
-    theta: base; pair i turns by theta^(-2 i / head_dim).
-    scaling: as in `Decoder`: pairs that turn fewer than `low_freq_factor` times over `original_max_position` turn
-      `factor` times slower, those that turn more than `high_freq_factor` times stay, others lie between.
+    head_dim: Width of a head.
+    theta: Base; pair i turns by theta^(-2 i / head_dim) per position.
+    scaling: `(factor, low_freq_factor, high_freq_factor, original_max_position)`. Pairs that turn less than
+      `low_freq_factor` times over `original_max_position` positions are slowed down by `factor`. Pairs that turn more
+      than `high_freq_factor` times are unchanged. The factor of the pairs between is interpolated. None for no scaling.
 
   Returns:
-    f32 [head_dim / 2].
+    float32 [head_dim / 2].
 
   Reference: RoFormer (arXiv 2104.09864), section 3.2.2; `apply_scaling` in Meta's llama-models for Llama 3.
   """
@@ -294,9 +278,9 @@ def rotary_frequencies(
 def rotate(
   x: Float[Array, "R T H head_dim"], cos: Float[Array, "R T half"], sin: Float[Array, "R T half"]
 ) -> Float[Array, "R T H head_dim"]:
-  """Rotates the pairs (i, i + head_dim / 2) of every head, in f32; `x` in its own dtype.
+  """Rotates the pairs (i, i + head_dim / 2) of every head in float32, and returns them in the dtype of `x`.
 
-  Published checkpoints in the layout of Hugging Face pair the halves so; RoFormer pairs neighbors.
+  RoFormer pairs adjacent elements. Checkpoints in the layout of Hugging Face pair the halves of a head instead.
   """
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = cos[:, :, None], sin[:, :, None]

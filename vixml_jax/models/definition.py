@@ -1,64 +1,73 @@
-"""A model without values: what abstract initialization, restoring and compiling start from."""
+"""A model without values: the start of abstract initialization, restoring and compilation."""
 
 import dataclasses
 from typing import Any
 
 from flax import nnx
 
-from vixml_jax.models import layers
 from vixml_jax.models.dual_encoder import DualEncoder
+from vixml_jax.models.lora import split_lora
+from vixml_jax.models.parameters import merge_params, split_params
 from vixml_jax.typing import Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelDefinition:
-  """A model without values: how to build it, and the shapes and logical axes of its parameters."""
+  """A `DualEncoder` without values.
+
+  Attributes:
+    arguments: Arguments of `define_model`, by name.
+    graphdef: Structure of the module, for `parameters.merge_params`.
+    shapes: Nested dict with a `jax.ShapeDtypeStruct` for each parameter.
+    axes: Nested dict with the same keys and a tuple of logical axes for each parameter.
+  """
 
   arguments: dict[str, Any]
-  graphdef: Any
+  graphdef: nnx.GraphDef[Any]
   shapes: Tree
   axes: Tree
 
   def bind(self, params: Tree) -> DualEncoder:
-    """The module with these parameters; usable under jit."""
-    return layers.merge_params(self.graphdef, params)
+    """Returns the module with these parameters; can be called under jit."""
+    return merge_params(self.graphdef, params)
 
   def split_base(self, tree: Tree) -> tuple[Tree, Tree]:
-    """Takes a tree with the parameters' keys apart: all else, and the encoder without adapters.
+    """Splits a tree with the parameters' keys into `(rest, base)`.
 
-    The second part is what pretrained weights fill. `layers.join_params` puts both together.
+    `base` is the encoder without adapters, which pretrained weights fill. `rest` is everything else.
+    `parameters.join_params` is the inverse.
     """
-    base, adapters = layers.split_lora(tree["encoder"])
+    base, adapters = split_lora(tree["encoder"])
     rest = {name: value for name, value in tree.items() if name != "encoder"}
     return rest | ({"encoder": adapters} if adapters else {}), {"encoder": base}
 
   def split(self, tree: Tree) -> tuple[Tree, Tree]:
-    """Takes a tree with the parameters' keys apart: what is trained, and what is frozen.
+    """Splits a tree with the parameters' keys into `(trained, frozen)`.
 
-    The second part is empty where the encoder has no adapters.
+    `frozen` is empty if the encoder has no adapters. `parameters.join_params` is the inverse.
     """
     return self.split_base(tree) if self.freezes_encoder else (tree, {})
 
   @property
   def freezes_encoder(self) -> bool:
-    """Whether the encoder is left as it is, and adapters are trained in its place."""
+    """Whether the encoder is frozen and its adapters are trained instead."""
     return bool(self.arguments["encoder"].get("lora_rank"))
 
   @property
   def embed_dim(self) -> int:
-    """D."""
+    """Width of the embeddings, D."""
     return self.arguments["encoder"]["embed_dim"]
 
 
 def define_model(
-  encoder: dict,
-  prototype: dict,
+  encoder: dict[str, Any],
+  prototype: dict[str, Any],
   num_free_vectors: int,
-  fusion: dict | None = None,
+  fusion: dict[str, Any] | None = None,
   architecture: str = "bert",
   pooling: str = "mean",
 ) -> ModelDefinition:
-  """Shapes and axes of a `DualEncoder` of these arguments, computing nothing."""
+  """Returns the definition of the `DualEncoder` with these arguments, without computing any value."""
   arguments: dict[str, Any] = {
     "encoder": dict(encoder),
     "prototype": dict(prototype),
@@ -68,4 +77,4 @@ def define_model(
     "pooling": pooling,
   }
   abstract = nnx.eval_shape(lambda: DualEncoder(**arguments, rngs=nnx.Rngs(0)))
-  return ModelDefinition(arguments, *layers.split_params(abstract))
+  return ModelDefinition(arguments, *split_params(abstract))

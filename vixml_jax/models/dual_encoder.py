@@ -1,56 +1,74 @@
 """The whole model: one encoder of texts and images for queries and labels, free vectors, the prototype network."""
 
+from collections.abc import Callable
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from vixml_jax.models import layers
 from vixml_jax.models.bert import BertEncoder
 from vixml_jax.models.decoder import Decoder
 from vixml_jax.models.fusion import ImageFusion, ImageTokens
+from vixml_jax.models.pooling import last_places, pool_segments
 from vixml_jax.models.prototype import PrototypeNetwork
-from vixml_jax.typing import Array, Float, Int
+from vixml_jax.models.text_encoder import TextEncoder
+from vixml_jax.typing import Array, Float, Int, Key
 
-ARCHITECTURES = {"bert": BertEncoder, "decoder": Decoder}
+# The value of `encoder.architecture` in configs -> the class of the encoder. A new encoder is added here.
+ARCHITECTURES: dict[str, Callable[..., TextEncoder]] = {"bert": BertEncoder, "decoder": Decoder}
 POOLINGS = ("mean", "last")
+
+# Arguments of the encoder that the layer of late fusion shares, if the encoder has them.
+_SHARED_WITH_FUSION = ("num_heads", "mlp_dim", "dropout", "layer_norm_eps", "dtype")
 
 
 def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-  """Unit norm over the last dimension, in float32; a zero vector stays zero, with zero gradient."""
+  """Scales vectors to unit norm over the last dimension, in float32.
+
+  A zero vector stays zero, with a zero gradient.
+
+  >>> l2_normalize(jnp.asarray([[3.0, 4.0], [0.0, 0.0]])).round(3)
+  Array([[0.6, 0.8],
+         [0. , 0. ]], dtype=float32)
+  """
   x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
 class DualEncoder(nnx.Module):
-  """One encoder shared by queries and labels, and what turns labels into prototypes.
+  """Encoder that queries and labels share, and the network that makes prototypes of labels.
 
   Args:
-    encoder: keyword arguments of the encoder.
-    prototype: keyword arguments of `PrototypeNetwork` besides `embed_dim`.
-    num_free_vectors: C; labels of one cluster share a free vector.
-    fusion: keyword arguments of `ImageFusion` besides the encoder's sizes; None for texts only. The layer of late
-      fusion has the encoder's number of heads and width of the feed-forward part, whichever encoder it is.
-    architecture: "bert" for a `BertEncoder`, "decoder" for a `Decoder`.
-    pooling: "mean" over all places of an item, images included; or "last", the item's last place alone, which is the
-      only one that has seen all of it where attention is causal.
-    rngs: source of the initial values.
+    encoder: Keyword arguments of the encoder.
+    prototype: Keyword arguments of `PrototypeNetwork`, except `embed_dim`.
+    num_free_vectors: Number of free vectors C. The labels of a cluster share one.
+    fusion: Keyword arguments of `ImageFusion`, except the encoder's sizes; None for a model of texts only. The layer
+      of late fusion has the encoder's number of heads and feed-forward width.
+    architecture: Key of `ARCHITECTURES`, which gives the class of the encoder.
+    pooling: "mean" for the mean over all places of an item, images included, or "last" for the item's last place,
+      which is the only one that attends to the whole item if attention is causal.
+    rngs: Source of the initial values.
+
+  Raises:
+    ValueError: If the architecture or the pooling is unknown.
   """
 
   def __init__(
     self,
-    encoder: dict,
-    prototype: dict,
+    encoder: dict[str, Any],
+    prototype: dict[str, Any],
     num_free_vectors: int,
-    fusion: dict | None = None,
+    fusion: dict[str, Any] | None = None,
     architecture: str = "bert",
     pooling: str = "mean",
     *,
     rngs: nnx.Rngs,
   ):
-    if architecture not in ARCHITECTURES or pooling not in POOLINGS:
-      raise ValueError(
-        f"architecture {architecture!r} and pooling {pooling!r}: known are {tuple(ARCHITECTURES)} and {POOLINGS}"
-      )
+    if architecture not in ARCHITECTURES:
+      raise ValueError(f"architecture {architecture!r}: must be one of {', '.join(ARCHITECTURES)}")
+    if pooling not in POOLINGS:
+      raise ValueError(f"pooling {pooling!r}: must be one of {', '.join(POOLINGS)}")
     self.pooling = pooling
     self.encoder = ARCHITECTURES[architecture](**encoder, rngs=rngs)
     embed_dim = self.encoder.embed_dim
@@ -59,14 +77,9 @@ class DualEncoder(nnx.Module):
     self.free_vectors = nnx.Param(
       xavier(rngs.params(), (num_free_vectors, embed_dim), jnp.float32), axes=("free_vector", "vector")
     )
-    shared = ("num_heads", "mlp_dim", "dropout", "layer_norm_eps", "dtype")
-    self.fusion = (
-      None
-      if fusion is None
-      else ImageFusion(
-        embed_dim=embed_dim, **{name: encoder[name] for name in shared if name in encoder}, **fusion, rngs=rngs
-      )
-    )
+    shared = {name: encoder[name] for name in _SHARED_WITH_FUSION if name in encoder}
+    # One assignment: NNX decides at the first one whether an attribute holds parameters.
+    self.fusion = None if fusion is None else ImageFusion(embed_dim=embed_dim, **shared, **fusion, rngs=rngs)
 
   def pool(
     self,
@@ -75,26 +88,32 @@ class DualEncoder(nnx.Module):
     positions: Int[Array, "R T"],
     num_slots: int,
     images: ImageTokens | None = None,
-    key: Array | None = None,
+    key: Key[Array, ""] | None = None,
   ) -> Float[Array, "R S D"]:
-    """Pooled encoder output of every item of packed rows, before the norm; zeros for empty slots.
+    """Returns the pooled encoder output of every item of packed rows, before normalization.
 
     Args:
-      tokens: token ids; any id where early fusion puts an image.
-      segments: slot 1..S of each place, images included; 0 for padding.
-      positions: position of each place within its item.
-      num_slots: S.
-      images: the rows' images; needed by a model with `fusion`, and only there.
-      key: random key for dropout; None for a deterministic run.
+      tokens: Token ids. With early fusion, the ids at the places of images are ignored.
+      segments: Slot of each place, 1..S, images included; 0 for padding.
+      positions: Position of each place within its item.
+      num_slots: Number of slots S in a row.
+      images: Images of the rows. Required by a model with `fusion`, and not allowed without.
+      key: Random key of the dropout; None for a deterministic run.
+
+    Returns:
+      float32 [R, S, D]; zeros for empty slots.
+
+    Raises:
+      ValueError: If a model with `fusion` gets no images, or a model without `fusion` gets some.
     """
     if (self.fusion is None) != (images is None):
-      raise ValueError("a model takes images if it was made with `fusion`, and then always")
+      raise ValueError("images must be given if and only if the model was made with `fusion`")
     x = self.encoder.embed_tokens(tokens)
     if self.fusion is not None and images is not None and self.fusion.method == "early":
       x = self.fusion.place(x, images)
     hidden = self.encoder.encode(x, segments, positions, key)
-    counted = layers.last_places(segments) if self.pooling == "last" else segments
-    pooled = layers.pool_segments(hidden, counted, num_slots)
+    counted = last_places(segments) if self.pooling == "last" else segments
+    pooled = pool_segments(hidden, counted, num_slots)
     if self.fusion is None or images is None:
       return pooled
     if self.fusion.method == "late":
@@ -106,14 +125,14 @@ class DualEncoder(nnx.Module):
     pooled: Float[Array, "B D"],
     clusters: Int[Array, "B"],
     centroids: Float[Array, "B D"],
-    key: Array | None = None,
+    key: Key[Array, ""] | None = None,
   ) -> Float[Array, "B D"]:
-    """Unit-norm prototypes of labels.
+    """Returns the unit-norm prototypes of labels.
 
     Args:
-      pooled: pooled encoder outputs of the label texts, before the norm.
-      clusters: which free vector each label uses, 0..C-1.
-      centroids: the labels' centroids.
-      key: random key for dropout.
+      pooled: Pooled encoder outputs of the labels, before normalization.
+      clusters: Free vector that each label uses, 0..C-1.
+      centroids: Centroids of the labels.
+      key: Random key of the dropout; None for a deterministic run.
     """
     return l2_normalize(self.prototype(pooled, self.free_vectors[...][clusters], centroids, key))

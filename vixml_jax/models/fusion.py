@@ -1,4 +1,4 @@
-"""Image features as tokens: an adapter to the token width, and early or late fusion with a text."""
+"""Image features as tokens: an adapter to the encoder's width, and early or late fusion with a text."""
 
 import dataclasses
 import math
@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from vixml_jax.models import layers
+from vixml_jax.models.pooling import pool_segments
+from vixml_jax.models.transformer import PostNormLayer
 from vixml_jax.typing import Array, Float, Int, Key
 
 METHODS = ("early", "late")
@@ -17,12 +19,12 @@ ADAPTERS = ("linear", "mlp", "gated")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ImageTokens:
-  """Images of packed rows, in J places a row.
+  """Images of packed rows, with J places per row.
 
   Attributes:
-    features: [R, J, F], one vector an image, not normalized.
-    segments: int32 [R, J], slot 1..S of the item that an image belongs to; 0 for an empty place.
-    positions: int32 [R, J], where early fusion puts the image in its row, 0..T-1; T for an empty place.
+    features: One feature vector per image, not normalized, [R, J, F].
+    segments: Slot of the item that each image belongs to, 1..S; 0 for an empty place. int32 [R, J].
+    positions: Index in the row where early fusion puts each image, 0..T-1; T for an empty place. int32 [R, J].
   """
 
   features: Float[Array, "R J F"]
@@ -30,35 +32,27 @@ class ImageTokens:
   positions: Int[Array, "R J"]
 
 
-def image_tokens(images: dict[str, Array], bank: Array | None) -> ImageTokens:
-  """Images of packed rows with their features.
-
-  Args:
-    images: `segments` and `positions` [R, J], with `rows` [R, J] of the bank or `features` [R, J, F].
-    bank: feature vectors on the devices, [M, F]; None where `images` has `features`.
-  """
-  features = images["features"] if bank is None else bank[images["rows"]]
-  return ImageTokens(features, images["segments"], images["positions"])
-
-
 class ImageFusion(nnx.Module):
-  """Brings images to the token width, and joins them with texts.
+  """Maps images to the encoder's width and combines them with texts.
 
   Args:
     feature_dim: F, width of an image's feature vector.
     embed_dim: D, width of the encoder's tokens and embeddings.
-    num_heads: attention heads of late fusion.
-    mlp_dim: feed-forward width of late fusion.
-    method: "early": an image is a token of the encoder (ViXML, arXiv 2511.13189). "late": self-attention over the
-      pooled text and the images, then their mean (as MUFIN does, arXiv 2309.04961).
-    adapter: "linear" (the paper): D x F and a bias; "mlp": two linear maps with GELU between; "gated": a linear
-      map times the sigmoid of another, so that single features can be turned off.
-    residual: whether early fusion also adds a linear map of an item's mean feature vector to its pooled output (not
-      in the paper).
-    dropout: rate in late fusion's layer.
-    layer_norm_eps: of late fusion's norms.
-    dtype: of the computation.
-    rngs: source of the initial values.
+    num_heads: Number of attention heads of late fusion.
+    mlp_dim: Feed-forward width of late fusion.
+    method: "early": each image is a token of the encoder (ViXML, arXiv 2511.13189). "late": self-attention over the
+      pooled text and the images, followed by their mean (similar to MUFIN, arXiv 2309.04961).
+    adapter: Map from F to D. "linear": one linear map (ViXML). "mlp": two linear maps with GELU between them. "gated":
+      a linear map, multiplied by the sigmoid of another one, which can turn off single features.
+    residual: Whether early fusion also adds a linear map of an item's mean feature vector to its pooled output (not in
+      the paper).
+    dropout: Dropout rate in the layer of late fusion.
+    layer_norm_eps: Added to the variance in the norms of late fusion.
+    dtype: Dtype of the computation.
+    rngs: Source of the initial values.
+
+  Raises:
+    ValueError: If the method or the adapter is unknown, or a residual is combined with late fusion.
   """
 
   def __init__(
@@ -76,15 +70,17 @@ class ImageFusion(nnx.Module):
     dtype: str = "float32",
     rngs: nnx.Rngs,
   ):
-    if method not in METHODS or adapter not in ADAPTERS:
-      raise ValueError(f"method {method!r} and adapter {adapter!r}: known are {METHODS} and {ADAPTERS}")
+    if method not in METHODS:
+      raise ValueError(f"fusion method {method!r}: must be one of {', '.join(METHODS)}")
+    if adapter not in ADAPTERS:
+      raise ValueError(f"fusion adapter {adapter!r}: must be one of {', '.join(ADAPTERS)}")
     if residual and method != "early":
-      raise ValueError("residual belongs to early fusion")
+      raise ValueError("fusion residual: requires early fusion; set the residual to 0 or the method to 'early'")
     self.method = method
     self.feature_dim = feature_dim
     self.adapter = adapter
 
-    def linear(inputs):
+    def linear(inputs: dict[str, int]) -> layers.Linear:
       return layers.Linear(inputs, {"embed": embed_dim}, dtype=dtype, kernel_init=layers.fan_in_uniform, rngs=rngs)
 
     self.project = linear({"feature": feature_dim})
@@ -92,7 +88,7 @@ class ImageFusion(nnx.Module):
     self.gate = linear({"feature": feature_dim}) if adapter == "gated" else None
     self.residual = linear({"feature": feature_dim}) if residual else None
     self.mixer = (
-      layers.PostNormLayer(
+      PostNormLayer(
         embed_dim,
         num_heads,
         mlp_dim,
@@ -108,7 +104,7 @@ class ImageFusion(nnx.Module):
     )
 
   def adapt(self, features: Float[Array, "R J F"]) -> Float[Array, "R J D"]:
-    """Image features at the token width."""
+    """Maps image features to the encoder's width."""
     x = self.project(features)
     if self.hidden is not None:
       x = self.hidden(layers.gelu(x))
@@ -117,32 +113,37 @@ class ImageFusion(nnx.Module):
     return x
 
   def place(self, x: Float[Array, "R T D"], images: ImageTokens) -> Float[Array, "R T D"]:
-    """Early fusion: word vectors [R, T, D] with the images in their places."""
+    """Early fusion: returns the word vectors [R, T, D] with the images written to their places."""
     rows = jnp.arange(x.shape[0])[:, None]
     return x.at[rows, images.positions].set(self.adapt(images.features).astype(x.dtype), mode="drop")
 
   def add_residual(self, pooled: Float[Array, "R S D"], images: ImageTokens) -> Float[Array, "R S D"]:
-    """Pooled outputs [R, S, D] with the map of each item's mean features added; items without images stay as they are.
+    """Adds a linear map of each item's mean features to its pooled output [R, S, D].
 
-    The map is divided by sqrt(F), so that its kernel is as large as those of the other layers, which learn at its rate.
+    Items without images are unchanged. The map is divided by sqrt(F), so that its kernel has the same scale as the
+    kernels of the other layers, which are trained at the same learning rate.
     """
     if self.residual is None:
       return pooled
     num_slots = pooled.shape[1]
     slots = jnp.arange(1, num_slots + 1, dtype=images.segments.dtype)
     has_images = (images.segments[:, None, :] == slots[:, None]).any(-1, keepdims=True)
-    mean = layers.pool_segments(images.features, images.segments, num_slots)
+    mean = pool_segments(images.features, images.segments, num_slots)
     added = self.residual(mean).astype(pooled.dtype) / math.sqrt(self.feature_dim)
     return pooled + jnp.where(has_images, added, 0)
 
   def mix(
     self, pooled: Float[Array, "R S D"], images: ImageTokens, key: Key[Array, ""] | None = None
   ) -> Float[Array, "R S D"]:
-    """Late fusion: pooled texts [R, S, D] and their images become embeddings, f32 [R, S, D]."""
+    """Late fusion: returns the embeddings of pooled texts [R, S, D] and their images, float32 [R, S, D].
+
+    Raises:
+      ValueError: If the model uses early fusion, which has no layer after the encoder.
+    """
     if self.mixer is None:
-      raise ValueError("early fusion has no layer after the encoder")
+      raise ValueError("mix: early fusion has no layer after the encoder; make the model with method='late'")
     num_slots = pooled.shape[1]
     slots = jnp.broadcast_to(jnp.arange(1, num_slots + 1, dtype=images.segments.dtype), pooled.shape[:2])
     segments = jnp.concatenate([slots, images.segments], axis=1)
     x = jnp.concatenate([pooled, self.adapt(images.features).astype(pooled.dtype)], axis=1)
-    return layers.pool_segments(self.mixer(x, segments, key), segments, num_slots)
+    return pool_segments(self.mixer(x, segments, key), segments, num_slots)

@@ -1,26 +1,28 @@
-"""The PRIME prototype network: a label's text, its cluster's free vector and its centroid become one vector."""
+"""The PRIME prototype network: combines a label's text, its cluster's free vector and its centroid into one vector."""
 
 from flax import nnx
 import jax.numpy as jnp
 
 from vixml_jax.models import layers
-from vixml_jax.typing import Array, Float
+from vixml_jax.models.transformer import PostNormLayer
+from vixml_jax.typing import Array, Float, Key
 
 
 class PrototypeNetwork(nnx.Module):
-  """Mean of the outputs of one post-norm transformer layer over three unordered vectors.
+  """Mean of the outputs of one post-norm transformer layer over three vectors without positions.
+
+  It is always computed in float32, because its three inputs differ in scale and its cost is small beside the encoder's.
 
   Args:
     embed_dim: D.
-    num_heads: attention heads.
-    mlp_dim: width of the feed-forward part.
-    dropout: rate on attention probabilities, attention output, inside and after the feed-forward part.
-    layer_norm_eps: added to the variance.
-    rngs: source of the initial values.
+    num_heads: Number of attention heads.
+    mlp_dim: Width of the feed-forward network.
+    dropout: Dropout rate of the attention probabilities, of the attention output, and inside and after the
+      feed-forward network.
+    layer_norm_eps: Added to the variance in both norms.
+    rngs: Source of the initial values.
 
-  Computed in float32: it is a thousandth of the encoder's work and its inputs differ in scale.
-
-  Reference: PRIME (arXiv 2410.20401), label prototype network; METHOD "PRIME: label prototypes".
+  Reference: label prototype network of PRIME (arXiv 2410.20401).
   """
 
   def __init__(
@@ -33,7 +35,7 @@ class PrototypeNetwork(nnx.Module):
     *,
     rngs: nnx.Rngs,
   ):
-    self.layer = layers.PostNormLayer(
+    self.layer = PostNormLayer(
       embed_dim,
       num_heads,
       mlp_dim,
@@ -51,15 +53,15 @@ class PrototypeNetwork(nnx.Module):
     pooled: Float[Array, "B D"],
     free_vectors: Float[Array, "B D"],
     centroids: Float[Array, "B D"],
-    key: Array | None = None,
+    key: Key[Array, ""] | None = None,
   ) -> Float[Array, "B D"]:
-    """Prototypes before the norm.
+    """Returns the prototypes of labels, before normalization.
 
     Args:
-      pooled: the labels' pooled encoder outputs, before the L2 norm.
-      free_vectors: the free vectors of the labels' clusters.
-      centroids: the labels' centroids; zero for a label without training queries.
-      key: random key for dropout; None for a deterministic run.
+      pooled: Pooled encoder outputs of the labels, before L2 normalization.
+      free_vectors: Free vectors of the labels' clusters.
+      centroids: Centroids of the labels; zero for a label without training queries.
+      key: Random key of the dropout; None for a deterministic run.
     """
     vectors = jnp.stack([pooled, free_vectors, centroids], axis=1).astype(jnp.float32)
     return self.layer(vectors, None, key).mean(axis=1)

@@ -1,4 +1,4 @@
-"""The vision tower of SigLIP and SigLIP 2 (fixed resolutions): pixels to one feature vector an image."""
+"""The vision tower of SigLIP and SigLIP 2 (fixed resolutions): maps pixels to one feature vector per image."""
 
 from typing import Any
 
@@ -7,28 +7,31 @@ import jax
 import jax.numpy as jnp
 
 from vixml_jax.models import layers
-from vixml_jax.typing import Array, Float
+from vixml_jax.models.attention import Attention
+from vixml_jax.models.parameters import split_params
+from vixml_jax.models.transformer import scan_layers, stack_layers
+from vixml_jax.typing import Array, Float, Tree
 
 _xavier = jax.nn.initializers.xavier_uniform()
 
 
 class SiglipVision(nnx.Module):
-  """Pre-norm vision transformer with learned positions, pooled by attention.
+  """Pre-norm vision transformer with learned positions and attention pooling.
 
-  There is no class token. Patches do not overlap; what is left over at the right and at the
-  bottom (6 of 384 pixels where patches have 14) is cut off.
+  There is no class token. Patches do not overlap; pixels beyond the last whole patch, at the right and at the bottom,
+  are ignored (6 of 384 pixels for patches of 14).
 
   Args:
-    image_size: height and width of the images, in pixels.
-    patch_size: height and width of a patch.
-    num_layers: depth.
-    embed_dim: D, which is also the feature's dimension F.
-    num_heads: attention heads, a divisor of D.
-    mlp_dim: width of the feed-forward parts.
-    dtype: of the computation; parameters, norms and softmax are f32.
-    remat: recompute the layers' activations in the backward pass.
-    layer_norm_eps: added to the variance in every norm.
-    rngs: source of the initial values, which are distributed as in big_vision.
+    image_size: Height and width of the images in pixels.
+    patch_size: Height and width of a patch in pixels.
+    num_layers: Number of layers.
+    embed_dim: D, which is also the dimension F of the features.
+    num_heads: Number of attention heads, a divisor of D.
+    mlp_dim: Width of the feed-forward networks.
+    dtype: Dtype of the computation. Parameters, norms and softmax are float32.
+    remat: Whether to recompute the activations of each layer in the backward pass.
+    layer_norm_eps: Added to the variance in every norm.
+    rngs: Source of the initial values, which are distributed as in big_vision.
 
   Reference: SigLIP 2 (arXiv 2502.14786), section 2.1; big_vision, models/vit.py with `pool_type="map"`.
   """
@@ -65,26 +68,26 @@ class SiglipVision(nnx.Module):
     def make_layer(layer_rngs: nnx.Rngs) -> PreNormLayer:
       return PreNormLayer(embed_dim, num_heads, mlp_dim, layer_norm_eps, dtype, rngs=layer_rngs)
 
-    self.layers = layers.stack_layers(make_layer, num_layers, rngs)
+    self.layers = stack_layers(make_layer, num_layers, rngs)
     self.final_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
     self.head = AttentionPool(embed_dim, num_heads, mlp_dim, layer_norm_eps, dtype, rngs=rngs)
 
   def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B F"]:
-    """Features of images.
+    """Returns the features of images.
 
     Args:
-      pixels: [B, H, W, 3], red green blue in -1..1, H and W the tower's `image_size`.
+      pixels: Red, green and blue in -1..1, [B, H, W, 3]. H and W must be the tower's `image_size`.
 
     Returns:
-      f32 [B, F], pooled and not normalized.
+      float32 [B, F], pooled and not normalized.
 
     Raises:
-      ValueError: the pixels do not make the patches that the tower has positions for.
+      ValueError: If the number of patches differs from the tower's number of positions.
     """
     return self.head(self.final_norm(self.encode(self.embed(pixels)))).astype(jnp.float32)
 
   def embed(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
-    """Patches, row by row, as vectors with their positions: the layers' input."""
+    """Returns the input of the layers: one vector per patch, row by row, with its position added."""
     batch, height, width, _ = pixels.shape
     size, grid = self.patch_size, self.grid
     if (height // size, width // size) != (grid, grid):
@@ -97,49 +100,52 @@ class SiglipVision(nnx.Module):
     return x + self.position_embedding[...].astype(x.dtype)
 
   def encode(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Runs the layers over embedded patches; the final norm is not applied."""
+    """Returns the output of the last layer for embedded patches, without the final norm."""
     return self._run(x, return_layers=False)[0]
 
   def encode_layers(self, x: Float[Array, "B T D"]) -> Float[Array, "layers B T D"]:
-    """As `encode`, but the input and every layer's output: [num_layers + 1, B, T, D]."""
+    """Returns the input and the output of every layer, [num_layers + 1, B, T, D]."""
     _, outputs = self._run(x, return_layers=True)
     return jnp.concatenate([x[None], outputs])
 
-  def _run(self, x, return_layers):
-    def apply(layer, hidden, _):
+  def _run(self, x: Array, return_layers: bool) -> tuple[Array, Any]:
+    def apply(layer: PreNormLayer, hidden: Array, _: Array | None) -> Array:
       return layer(hidden)
 
-    return layers.scan_layers(self.layers, x, apply, remat=self.remat, return_layers=return_layers)
+    return scan_layers(self.layers, x, apply, remat=self.remat, return_layers=return_layers)
 
 
 class _Block(nnx.Module):
-  """Attention, and a normed feed-forward part that is added; GELU in its tanh form.
+  """Attention and a feed-forward network with its norm and residual sum; GELU in its tanh form.
 
   Args:
     embed_dim: D.
-    num_heads: H, a divisor of D.
-    mlp_dim: width of the feed-forward part.
-    layer_norm_eps: added to the variance.
-    dtype: of the computation; norms and softmax are f32 in any case.
-    rngs: source of the initial values.
+    num_heads: Number of heads H, a divisor of D.
+    mlp_dim: Width of the feed-forward network.
+    layer_norm_eps: Added to the variance in the norms.
+    dtype: Dtype of the computation. Norms and softmax are always computed in float32.
+    rngs: Source of the initial values.
   """
 
   def __init__(
     self, embed_dim: int, num_heads: int, mlp_dim: int, layer_norm_eps: float, dtype: str, *, rngs: nnx.Rngs
   ):
     options: dict[str, Any] = {"dtype": dtype, "kernel_init": _xavier, "rngs": rngs}
-    self.attention = layers.Attention(embed_dim, num_heads, **options)
+    self.attention = Attention(embed_dim, num_heads, **options)
     self.mlp_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
     self.up = layers.Linear({"embed": embed_dim}, {"mlp": mlp_dim}, **options)
     self.down = layers.Linear({"mlp": mlp_dim}, {"embed": embed_dim}, **options)
 
   def feed_forward(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """x + MLP(LN(x))."""
+    """Returns x + MLP(LN(x))."""
     return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=True))
 
 
 class PreNormLayer(_Block):
-  """Transformer layer with the norms before attention and feed-forward part; arguments are those of `_Block`."""
+  """Transformer layer that normalizes before the attention and before the feed-forward network.
+
+  The arguments are those of `_Block`.
+  """
 
   def __init__(
     self, embed_dim: int, num_heads: int, mlp_dim: int, layer_norm_eps: float, dtype: str, *, rngs: nnx.Rngs
@@ -148,12 +154,12 @@ class PreNormLayer(_Block):
     self.attention_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """[B, T, D] -> [B, T, D]."""
+    """Applies the layer to [B, T, D]."""
     return self.feed_forward(x + self.attention(self.attention_norm(x), None))
 
 
 class AttentionPool(_Block):
-  """Attention pooling: a learned probe attends to all tokens; arguments are those of `_Block`."""
+  """Attention pooling: a learned probe attends to all tokens. The arguments are those of `_Block`."""
 
   def __init__(
     self, embed_dim: int, num_heads: int, mlp_dim: int, layer_norm_eps: float, dtype: str, *, rngs: nnx.Rngs
@@ -162,15 +168,15 @@ class AttentionPool(_Block):
     super().__init__(embed_dim, num_heads, mlp_dim, layer_norm_eps, dtype, rngs=rngs)
 
   def __call__(self, tokens: Float[Array, "B T D"]) -> Float[Array, "B D"]:
-    """[B, T, D] -> [B, D]."""
+    """Pools [B, T, D] to [B, D]."""
     probe = jnp.broadcast_to(self.probe[...].astype(tokens.dtype), (len(tokens), 1, tokens.shape[-1]))
     return self.feed_forward(self.attention.cross(probe, tokens)[:, 0])
 
 
-def define_siglip(arguments: dict[str, Any]) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
-  """Structure, shapes and logical axes of a tower, computing nothing; see `layers.split_params`.
+def define_siglip(arguments: dict[str, Any]) -> tuple[nnx.GraphDef[Any], Tree, Tree]:
+  """Returns structure, shapes and logical axes of a tower without computing any value; see `split_params`.
 
   Args:
-    arguments: keyword arguments of `SiglipVision` besides `rngs`.
+    arguments: Keyword arguments of `SiglipVision`, except `rngs`.
   """
-  return layers.split_params(nnx.eval_shape(lambda: SiglipVision(**arguments, rngs=nnx.Rngs(0))))
+  return split_params(nnx.eval_shape(lambda: SiglipVision(**arguments, rngs=nnx.Rngs(0))))

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG: lines, bars and intervals, colored by the style sheet of the page that they stand in."""
+"""Draws small charts as inline SVG: lines, bars and intervals. The style sheet of the page sets their colors."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -9,19 +9,20 @@ import numpy as np
 
 _WIDTH, _HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 14, 40
-_MOST_POINTS = 400
-_ROW = 20
+_MAX_POINTS = 400
+_ROW_HEIGHT = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """One line of a chart.
+  """A line of a chart.
 
   Attributes:
-    name: shown when the pointer rests on the line.
-    xs, ys: its points; those that are not finite are left out.
-    style: class of the style sheet: "first", "second" or "other".
-    marks: whether each point gets a dot.
+    name: Name of the line, which a browser shows as its tooltip.
+    xs: Horizontal coordinates of the points.
+    ys: Vertical coordinates of the points; points whose `ys` is not finite are left out.
+    style: Class in the style sheet: "first", "second" or "other".
+    marks: Whether a dot is drawn at each point.
   """
 
   name: str
@@ -32,13 +33,14 @@ class Line:
 
 
 def line_chart(title: str, lines: Sequence[Line], x_label: str, marked: tuple[float, float] | None = None) -> Markup:
-  """Lines over a common axis, later ones above earlier ones.
+  """Returns a chart of lines with common axes.
 
   Args:
-    title: what the chart shows; read to those who do not see it.
-    lines: what to draw; of a long one, the least and the greatest value of each of 200 stretches.
-    x_label: below the axis.
-    marked: a point to put a ring around.
+    title: Title of the chart, for screen readers.
+    lines: Lines, drawn in this order. A line of more than 400 points is reduced to the minimum and the maximum of each
+      of 200 sections.
+    x_label: Label of the horizontal axis.
+    marked: Point around which a ring is drawn; None for no ring.
   """
   thinned = [dataclasses.replace(line, xs=xs, ys=ys) for line in lines for xs, ys in [_thinned(line.xs, line.ys)]]
   plane = _Plane(_bounds([line.xs for line in thinned]), _bounds([line.ys for line in thinned], 0.05))
@@ -48,13 +50,13 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, marked: tuple[fl
 def bar_chart(
   title: str, categories: Sequence[str], bars: Mapping[str, Sequence[float | None]], x_label: str
 ) -> Markup:
-  """Groups of bars from 0 up.
+  """Returns a chart with a group of bars for each category.
 
   Args:
-    title: what the chart shows.
-    categories: one group each.
-    bars: for each name (at most two) a value for every category; None for no bar.
-    x_label: below the axis.
+    title: Title of the chart, for screen readers.
+    categories: Names of the groups.
+    bars: Values of each category, not negative, by name of the bars (at most two names); None for no bar.
+    x_label: Label of the horizontal axis.
   """
   values = [value for row in bars.values() for value in row if value is not None]
   plane = _Plane((0, len(categories)), (0.0, 1.08 * max([*values, 1e-9])))
@@ -80,13 +82,15 @@ def bar_chart(
 
 
 def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]]) -> Markup:
-  """Values with their intervals, one below the other, around a line at 0; what does not reach 0 stands out.
+  """Returns a chart of values with intervals, one per row, and a vertical line at 0.
+
+  Intervals that contain 0 are gray; the others have the color of their sign.
 
   Args:
-    title: what the chart shows.
-    rows: name, value, low and high.
+    title: Title of the chart, for screen readers.
+    rows: Name, value, lower bound and upper bound of each row.
   """
-  height = _TOP + _BOTTOM + _ROW * len(rows)
+  height = _TOP + _BOTTOM + _ROW_HEIGHT * len(rows)
   plane = _Plane(_bounds([[0.0, *row[1:]] for row in rows], 0.05), (0, len(rows)), left=88, height=height)
   parts = [plane.axes("difference in points", y_ticks={}), plane.rule(0.0)]
   for place, (name, value, low, high) in enumerate(rows):
@@ -111,7 +115,14 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]]) 
 
 
 class _Plane:
-  """From values to places in the drawing."""
+  """The coordinate system of a chart: maps values to positions in the drawing.
+
+  Args:
+    x_range: Smallest and largest horizontal value.
+    y_range: Smallest and largest vertical value.
+    left: Left margin in pixels.
+    height: Height of the drawing in pixels.
+  """
 
   def __init__(
     self, x_range: tuple[float, float], y_range: tuple[float, float], left: float = _LEFT, height: float = _HEIGHT
@@ -119,6 +130,7 @@ class _Plane:
     self._x_range, self._y_range, self._left, self._height = x_range, y_range, left, height
 
   def at(self, x: float, y: float) -> tuple[float, float]:
+    """Returns the position of a point in pixels."""
     (x_low, x_high), (y_low, y_high) = self._x_range, self._y_range
     bottom = self._height - _BOTTOM
     return (
@@ -129,7 +141,7 @@ class _Plane:
   def axes(
     self, x_label: str, x_ticks: Mapping[float, str] | None = None, y_ticks: Mapping[float, str] | None = None
   ) -> Markup:
-    """Grid lines, numbers and the label of the axis below."""
+    """Returns grid lines, numbers and the label of the horizontal axis; ticks map values to texts."""
     x_ticks = _ticks(*self._x_range) if x_ticks is None else x_ticks
     y_ticks = _ticks(*self._y_range) if y_ticks is None else y_ticks
     bottom = self._height - _BOTTOM
@@ -151,7 +163,7 @@ class _Plane:
     return Markup("").join(parts)
 
   def rule(self, x: float) -> Markup:
-    """A line from top to bottom."""
+    """Returns a vertical line."""
     return Markup('<path class="rule" d="M{:.1f} {}V{}"/>').format(self.at(x, 0)[0], _TOP, self._height - _BOTTOM)
 
 
@@ -181,19 +193,19 @@ def _ring(marked: tuple[float, float] | None, plane: _Plane) -> Markup:
 
 
 def _thinned(xs: Sequence[float] | np.ndarray, ys: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Finite points; of more than can be seen, the least and the greatest of each stretch, so that spikes stay."""
+  """Returns the finite points; of a long line, the minimum and the maximum of each section, so that spikes remain."""
   x, y = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
   finite = np.isfinite(y)
   x, y = x[finite], y[finite]
-  if len(x) <= _MOST_POINTS:
+  if len(x) <= _MAX_POINTS:
     return x, y
-  stretches = np.array_split(np.arange(len(x)), _MOST_POINTS // 2)
-  kept = np.unique([stretch[place(y[stretch])] for stretch in stretches for place in (np.argmin, np.argmax)])
+  sections = np.array_split(np.arange(len(x)), _MAX_POINTS // 2)
+  kept = np.unique([section[extreme(y[section])] for section in sections for extreme in (np.argmin, np.argmax)])
   return x[kept], y[kept]
 
 
 def _bounds(parts: Sequence[Sequence[float] | np.ndarray], margin: float = 0.0) -> tuple[float, float]:
-  """The least and the greatest of all values, apart even where there is one value or none."""
+  """Returns the minimum and the maximum of all values, widened so that they always differ."""
   values = [float(value) for part in parts for value in part]
   low, high = min(values, default=0.0), max(values, default=1.0)
   room = margin * (high - low) if high > low else max(abs(high), 1.0) / 2
@@ -201,7 +213,7 @@ def _bounds(parts: Sequence[Sequence[float] | np.ndarray], margin: float = 0.0) 
 
 
 def _ticks(low: float, high: float) -> dict[float, str]:
-  """Three to eight round values between the two, with their texts."""
+  """Returns three to eight round values between two bounds, with their texts."""
   raw = (high - low) / 7
   power = 10.0 ** math.floor(math.log10(raw))
   step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)

@@ -1,4 +1,4 @@
-"""Compares evaluated workdirs query by query: differences with their intervals and p-values by a paired bootstrap."""
+"""Compares evaluated workdirs query by query: differences with intervals and p-values of a paired bootstrap."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -11,29 +11,33 @@ import numpy as np
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation.bootstrap import resample
 from vixml_jax.evaluation.metrics import QueryMetrics
-from vixml_jax.evaluation.per_query import FILE, PerQuery
+from vixml_jax.evaluation.per_query import PerQuery
 from vixml_jax.files import write_json
 from vixml_jax.report.charts import interval_chart
 from vixml_jax.report.html_report import ROWS
 from vixml_jax.report.pages import write_page
 from vixml_jax.report.table import COLUMNS
+from vixml_jax.run.workdir import COMPARISON, COMPARISON_PAGE, PER_QUERY
+from vixml_jax.text_columns import aligned
 
 _log = logging.getLogger(__name__)
 
 RESAMPLES = 10_000
-_AT_ONCE = 1_000
+_RESAMPLES_AT_ONCE = 1_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """One metric of two systems on the same queries.
+  """A metric of two systems on the same queries.
 
   Attributes:
-    first: of the first, in percent.
-    second: of the second.
-    difference: second - first, in points.
-    low, high: the 95% percentile interval of the difference.
-    p: two-sided: twice the smaller share of samples in which the difference is not above, or not below, 0.
+    first: Value of the first system, in percent.
+    second: Value of the second system, in percent.
+    difference: `second - first`, in percentage points.
+    low: Lower bound of the 95% percentile interval of the difference.
+    high: Upper bound of this interval.
+    p: Two-sided p-value: twice the smaller of the fractions of samples with a difference of at most 0 and of at least
+      0.
   """
 
   first: float
@@ -46,7 +50,13 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """One row ("plain" or "augmented") of another workdir against that of the first: every metric by name."""
+  """The comparison of a row of another workdir with the same row of the first workdir.
+
+  Attributes:
+    other: Path of the other workdir.
+    row: "plain" or "augmented".
+    metrics: Difference of each metric, by name.
+  """
 
   other: str
   row: str
@@ -56,33 +66,34 @@ class Comparison:
 def paired_bootstrap(
   first: QueryMetrics, second: QueryMetrics, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Difference]:
-  """Resamples queries, each with the results of both systems.
+  """Returns the difference of each metric of two systems, with its interval and p-value.
 
-  Both divide by the same (the queries, or the best that can be reached on them), so the difference of a sample is
-  that of the numerators, query by query, over this; where two systems agree on every query it is exactly 0.
+  Queries are resampled together with the results of both systems. Both systems have the same denominators (the number
+  of queries, or the values of the best ranking), so the numerators are subtracted query by query before resampling. If
+  two systems agree on each query, all differences are exactly 0.
 
-  They tell how a difference would move with other queries of the same kind, for these two models. They say nothing
-  about other training seeds, and are not corrected for the number of metrics and systems.
+  Intervals and p-values estimate how much a difference of these two models varies with the choice of queries. They do
+  not include the variation over training seeds, and are not corrected for the number of metrics and systems.
 
-  Reference: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 and 15; p is the smallest
-  1 - level of a percentile interval that does not hold 0.
+  Reference: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 and 15. The p-value is 1 - level
+  of the widest percentile interval that does not contain 0.
 
   Args:
-    first: of Q queries.
-    second: of the same queries, with the same names and denominators.
-    resamples: S; the least p is 2 / (S + 1).
-    seed: seed of the draws.
+    first: Metrics of the first system on Q queries.
+    second: Metrics of the second system on the same queries, with the same names and denominators.
+    resamples: Number of samples S; the smallest possible p-value is 2 / (S + 1).
+    seed: Seed of the draws.
 
   Raises:
-    ValueError: the two are not of the same queries.
+    ValueError: If the two results belong to different queries or different metrics.
   """
   if first.names != second.names or not np.array_equal(first.denominators, second.denominators):
-    raise ValueError("the two results are not of the same queries, or not of the same metrics")
+    raise ValueError("first and second: results of different queries or of different metrics cannot be compared")
   paired = dataclasses.replace(first, numerators=second.numerators - first.numerators)
   samples = np.concatenate(
     [
-      resample(paired, resamples=min(_AT_ONCE, resamples - start), seed=seed + start)
-      for start in range(0, resamples, _AT_ONCE)
+      resample(paired, resamples=min(_RESAMPLES_AT_ONCE, resamples - start), seed=seed + start)
+      for start in range(0, resamples, _RESAMPLES_AT_ONCE)
     ]
   )
   low, high = np.percentile(samples, [2.5, 97.5], axis=0)
@@ -96,18 +107,18 @@ def paired_bootstrap(
 
 
 def compare_workdirs(workdir: Path, others: Sequence[Path], *, resamples: int = RESAMPLES) -> str:
-  """Compares others with a workdir, and writes compare.json and compare.html into it.
+  """Compares other workdirs with a workdir, and writes compare.json and compare.html to it.
 
   Args:
-    workdir: an evaluated workdir.
-    others: other ones, evaluated on the same queries.
-    resamples: samples of the bootstrap.
+    workdir: An evaluated workdir.
+    others: Workdirs that were evaluated on the same queries.
+    resamples: Number of bootstrap samples.
 
   Returns:
-    tables for the terminal.
+    Tables for the terminal.
 
   Raises:
-    InputError: naming a workdir that was not evaluated, or on other data, another split or with other metrics.
+    InputError: If a workdir was not evaluated, or was evaluated on other data, on another split or with other metrics.
   """
   repeated = [
     path
@@ -115,13 +126,13 @@ def compare_workdirs(workdir: Path, others: Sequence[Path], *, resamples: int = 
     if path.resolve() in [other.resolve() for other in (workdir, *others[:number])]
   ]
   if repeated or not others:
-    named = f"{repeated[0]} is named twice" if repeated else "names no workdir"
-    raise InputError(f"--compare={','.join(map(str, others))}: {named}; give other workdirs than --workdir")
-  first, seconds = PerQuery.load(workdir / FILE), {path: PerQuery.load(path / FILE) for path in others}
+    problem = f"{repeated[0]} occurs twice" if repeated else "contains no workdir"
+    raise InputError(f"--compare={','.join(map(str, others))}: {problem}; set it to workdirs other than --workdir")
+  first, seconds = PerQuery.load(workdir / PER_QUERY), {path: PerQuery.load(path / PER_QUERY) for path in others}
   for path, second in seconds.items():
     _check_same_queries(workdir, first, path, second)
     if first.rows.keys() != second.rows.keys():
-      _log.warning("%s and %s: only one has a retrieval-augmented row; it is left out", workdir, path)
+      _log.warning("%s and %s: only one has a retrieval-augmented row, which is left out", workdir, path)
   comparisons = [
     Comparison(str(path), row, paired_bootstrap(first.rows[row], second.rows[row], resamples=resamples))
     for path, second in seconds.items()
@@ -133,37 +144,38 @@ def compare_workdirs(workdir: Path, others: Sequence[Path], *, resamples: int = 
 
 
 def _check_same_queries(workdir: Path, first: PerQuery, other: Path, second: PerQuery) -> None:
-  """Refuses what cannot be paired, by name."""
-  for key in first.of.keys() | second.of.keys():
-    if first.of.get(key) != second.of.get(key):
+  """Checks that two results belong to the same queries and have the same metrics."""
+  one, two = first.description, second.description
+  for key in one.keys() | two.keys():
+    if one.get(key) != two.get(key):
       raise InputError(
-        f"{other}: was evaluated on {key} {_short(second.of.get(key))}, but {workdir} on "
-        f"{_short(first.of.get(key))}; evaluate both on the same with python -m vixml_jax.evaluate"
+        f"{other}: was evaluated with {key} = {_short(two.get(key))}, but {workdir} with {_short(one.get(key))}; "
+        "evaluate both on the same queries with python -m vixml_jax.evaluate"
       )
-  one, two = first.rows["plain"], second.rows["plain"]
-  if one.names != two.names:
-    different = sorted(set(one.names) ^ set(two.names))
+  plain, other_plain = first.rows["plain"], second.rows["plain"]
+  if plain.names != other_plain.names:
+    different = sorted(set(plain.names) ^ set(other_plain.names))
     raise InputError(
-      f"{other}: has other metrics than {workdir} ({', '.join(different)}); set the same "
+      f"{other}: has other metrics than {workdir} ({', '.join(different)}); evaluate both with the same "
       "config.eval.ks and config.eval.recall_ks"
     )
-  if not np.array_equal(one.denominators, two.denominators):
+  if not np.array_equal(plain.denominators, other_plain.denominators):
     raise InputError(f"{other}: its queries have other labels than those of {workdir}; evaluate both again")
 
 
 def _short(value: Any) -> str:
-  """A digest by its beginning, anything else whole."""
+  """Returns the first 12 characters of a text such as a hash, and any other value as text."""
   return value[:12] if isinstance(value, str) else str(value)
 
 
 def _write(workdir: Path, first: PerQuery, comparisons: Sequence[Comparison], resamples: int) -> None:
   queries = len(first.rows["plain"])
-  shared = {"workdir": str(workdir), "of": dict(first.of), "queries": queries, "resamples": resamples}
+  shared = {"workdir": str(workdir), "of": dict(first.description), "queries": queries, "resamples": resamples}
   write_json(
-    workdir / "compare.json", shared | {"comparisons": [dataclasses.asdict(comparison) for comparison in comparisons]}
+    workdir / COMPARISON, shared | {"comparisons": [dataclasses.asdict(comparison) for comparison in comparisons]}
   )
   write_page(
-    workdir / "compare.html",
+    workdir / COMPARISON_PAGE,
     "compare.html",
     rankings=ROWS,
     comparisons=[
@@ -197,10 +209,6 @@ def _table(workdir: Path, comparison: Comparison) -> str:
     )
     for name, found in _shown(comparison)
   ]
-  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-  lines = [
-    "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-    for row in rows
-  ]
-  head = f"first: {workdir}; second: {comparison.other} ({ROWS[comparison.row]})"
-  return "\n".join([head, "-" * len(lines[0]), *lines])
+  lines = aligned(rows)
+  title = f"first: {workdir}; second: {comparison.other} ({ROWS[comparison.row]})"
+  return "\n".join([title, "-" * len(lines[0]), *lines])

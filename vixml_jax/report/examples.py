@@ -1,4 +1,4 @@
-"""A few queries with their pictures, what was predicted for them and what is true, for people to look at."""
+"""Collects example queries for the report: text, images, predicted labels and true labels."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -13,17 +13,23 @@ from vixml_jax.images import decoding
 from vixml_jax.input.corpus import Corpus
 from vixml_jax.ragged import Ragged
 
-NUMBER = 30
-_SHOWN = 5
-_MOST_TRUE = 12
-_MOST_PICTURES = 3
-_MOST_CHARACTERS = 300
-_SIDE = 96
+NUM_EXAMPLES = 30
+_NUM_PREDICTIONS = 5
+_MAX_TRUE_LABELS = 12
+_MAX_IMAGES = 3
+_MAX_CHARACTERS = 300
+_IMAGE_SIZE = 96  # Pixels of the longer side.
 
 
 @dataclasses.dataclass(frozen=True)
 class ShownPrediction:
-  """A label that was predicted: its text, its score, and whether it is right."""
+  """A predicted label.
+
+  Attributes:
+    text: Text of the label.
+    score: Score of the prediction.
+    hit: Whether the label is a true label of the query.
+  """
 
   text: str
   score: float
@@ -32,31 +38,36 @@ class ShownPrediction:
 
 @dataclasses.dataclass(frozen=True)
 class TrueLabel:
-  """A label of the query: its text, and for each ranking its rank from 1 on, None beyond the evaluation's depth."""
+  """A true label of a query.
+
+  Attributes:
+    text: Text of the label.
+    ranks: Rank of the label in each ranking, from 1; None if the ranking does not contain it.
+  """
 
   text: str
   ranks: dict[str, int | None]
 
   @property
   def shown(self) -> bool:
-    """Whether it is among the predictions of an example."""
-    return any(rank is not None and rank <= _SHOWN for rank in self.ranks.values())
+    """Whether the label is among the predictions that the example shows."""
+    return any(rank is not None and rank <= _NUM_PREDICTIONS for rank in self.ranks.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """A query.
+  """A query as the report shows it.
 
   Attributes:
-    text: what the model read, cut after 300 characters.
-    pictures: small WebP images as data URIs, as many as three.
-    predictions: the first five of each ranking.
-    truth: at most 12 of its labels, those ranked best by the last ranking first.
-    hidden: how many more labels it has.
+    text: Text that the model reads, cut after 300 characters.
+    images: At most three small WebP images, as data URIs.
+    predictions: First five predictions of each ranking.
+    truth: At most 12 true labels, sorted by their rank in the last ranking.
+    hidden: Number of true labels that are left out.
   """
 
   text: str
-  pictures: list[str]
+  images: list[str]
   predictions: dict[str, list[ShownPrediction]]
   truth: list[TrueLabel]
   hidden: int
@@ -69,22 +80,24 @@ def collect_examples(
   truth: Ragged,
   ids: Mapping[str, np.ndarray],
   scores: Mapping[str, np.ndarray],
-  number: int = NUMBER,
+  number: int = NUM_EXAMPLES,
 ) -> list[Example]:
-  """Draws queries that have labels, the same for every model on the same data, and reads what belongs to them.
+  """Returns random queries that have labels; the same queries for every model on the same data.
 
   Args:
-    corpus: for texts and images.
-    split: "train" or "test", which the queries are rows of.
-    rows: int64 [Q], the row of each query.
-    truth: positives of the queries, Q rows.
-    ids: for each ranking int32 [Q, K]; -1 where there is none.
-    scores: for each ranking float32 [Q, K].
-    number: how many; fewer where there are fewer queries.
+    corpus: Data set with texts and images.
+    split: Split of the queries, "train" or "test".
+    rows: Row of each query in the split, int64 [Q].
+    truth: Positives of the queries, Q rows.
+    ids: Labels from best to worst of each ranking, int32 [Q, K]; -1 where there is no prediction.
+    scores: Scores of these labels, float32 [Q, K].
+    number: Maximum number of examples.
   """
   labeled = np.flatnonzero(truth.lengths)
   chosen = np.sort(np.random.default_rng(0).choice(labeled, min(number, len(labeled)), replace=False))
-  wanted = [truth[query] for query in chosen] + [found[query][:_SHOWN] for found in ids.values() for query in chosen]
+  wanted = [truth[query] for query in chosen] + [
+    found[query][:_NUM_PREDICTIONS] for found in ids.values() for query in chosen
+  ]
   labels = np.unique(np.concatenate([np.zeros(0, np.int32), *wanted]))
   labels = labels[labels >= 0]
   texts = dict(zip(labels.tolist(), map(_cut, corpus.label_text(labels.tolist())), strict=True))
@@ -96,10 +109,10 @@ def collect_examples(
     examples.append(
       Example(
         _cut(record.text(corpus.text_fields)),
-        _pictures(record.images()),
+        _images(record.images()),
         {name: _predictions(found[query], scores[name][query], set(true), texts) for name, found in ids.items()},
-        ranked[:_MOST_TRUE],
-        max(len(ranked) - _MOST_TRUE, 0),
+        ranked[:_MAX_TRUE_LABELS],
+        max(len(ranked) - _MAX_TRUE_LABELS, 0),
       )
     )
   return examples
@@ -108,14 +121,14 @@ def collect_examples(
 def _predictions(
   ids: np.ndarray, scores: np.ndarray, true: set[int], texts: Mapping[int, str]
 ) -> list[ShownPrediction]:
-  shown = zip(ids[:_SHOWN].tolist(), scores[:_SHOWN].tolist(), strict=True)
+  shown = zip(ids[:_NUM_PREDICTIONS].tolist(), scores[:_NUM_PREDICTIONS].tolist(), strict=True)
   return [ShownPrediction(texts[label], score, label in true) for label, score in shown if label >= 0]
 
 
 def _true_labels(
   true: Sequence[int], rankings: Mapping[str, Sequence[int]], texts: Mapping[int, str]
 ) -> list[TrueLabel]:
-  """A query's labels, the best ranked first."""
+  """Returns the true labels of a query, sorted by their rank in the last ranking."""
   places = {name: {label: rank for rank, label in enumerate(ids, 1)} for name, ids in rankings.items()}
   last = places[list(places)[-1]]
   order = sorted(dict.fromkeys(true), key=lambda label: last.get(label, len(last) + 1))
@@ -123,26 +136,26 @@ def _true_labels(
 
 
 def _cut(text: str) -> str:
-  return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS].rstrip() + " …"
+  return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS].rstrip() + " …"
 
 
-def _pictures(blobs: Sequence[tuple[int, bytes]]) -> list[str]:
-  """The first pictures that can be read, small enough to stand in a page."""
-  pictures = []
+def _images(blobs: Sequence[tuple[int, bytes]]) -> list[str]:
+  """Returns the first images that can be decoded, as data URIs of thumbnails."""
+  images: list[str] = []
   for _, blob in blobs:
     try:
       pixels = decoding.decode(blob)
     except decoding.BadImage:
       continue
-    pictures.append(_data_uri(pixels))
-    if len(pictures) == _MOST_PICTURES:
+    images.append(_data_uri(pixels))
+    if len(images) == _MAX_IMAGES:
       break
-  return pictures
+  return images
 
 
 def _data_uri(pixels: np.ndarray) -> str:
   image = Image.fromarray(pixels)
-  image.thumbnail((_SIDE, _SIDE))
+  image.thumbnail((_IMAGE_SIZE, _IMAGE_SIZE))
   buffer = io.BytesIO()
   image.save(buffer, "WEBP", quality=75)
   return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,7 +1,7 @@
-"""`report.html`: what an evaluation found, as one page for people, from the files that it wrote.
+"""Writes `report.html`: the results of an evaluation on one page.
 
-Every number in the page comes from final_metrics.json, evaluation.json, metrics.jsonl or retrieval_settings.json beside
-it; only the examples are handed in.
+All numbers on the page come from final_metrics.json, evaluation.json, metrics.jsonl and retrieval_settings.json of the
+workdir. Only the example queries are passed in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,31 +11,38 @@ from typing import Any
 
 from markupsafe import Markup
 
+from vixml_jax.files import read_json_object
 from vixml_jax.report.charts import Line, bar_chart, line_chart
 from vixml_jax.report.examples import Example
 from vixml_jax.report.pages import write_page
 from vixml_jax.report.table import COLUMNS
+from vixml_jax.run.workdir import CONFIG, EVALUATION, FINAL_METRICS, METRICS, REPORT, RETRIEVAL_SETTINGS
 
-FILE = "report.html"
 RETRIEVAL = "+ retrieval"
 ROWS = {"plain": "plain", "augmented": RETRIEVAL}
-"""How the two rows of an evaluation are called in tables."""
+"""Names that tables show for the rows of an evaluation."""
 
 
 def write_report(
   workdir: Path, examples: Sequence[Example], learning_rates: Mapping[str, Sequence[tuple[float, float]]]
 ) -> None:
-  """Writes `report.html` into a workdir that has just been evaluated.
+  """Writes `report.html` to an evaluated workdir.
 
   Args:
-    workdir: with config.json, final_metrics.json and evaluation.json; metrics.jsonl and retrieval_settings.json are
-      shown where they are there.
-    examples: queries to show.
-    learning_rates: for each group of parameters (step, rate), the rate being linear between them.
+    workdir: Contains config.json, final_metrics.json and evaluation.json; metrics.jsonl and retrieval_settings.json are
+      optional.
+    examples: Queries to show.
+    learning_rates: The (step, learning rate) pairs of each group of parameters, between which the rate is linear.
+
+  Raises:
+    InputError: If a required file cannot be read.
   """
-  config, final, evaluation = (_json(workdir / f"{name}.json") for name in ("config", "final_metrics", "evaluation"))
+  again = f"run python -m vixml_jax.evaluate --workdir={workdir} to write it again"
+  config, final, evaluation = (
+    read_json_object(workdir / name, absent=again, damaged=again) for name in (CONFIG, FINAL_METRICS, EVALUATION)
+  )
   write_page(
-    workdir / FILE,
+    workdir / REPORT,
     "report.html",
     config=config,
     final=final,
@@ -47,30 +54,30 @@ def write_report(
     images=_images_table(evaluation),
     deciles=_decile_charts(evaluation["by_label_frequency"]),
     decile_rows={ROWS[name]: rows for name, rows in evaluation["by_label_frequency"].items()},
-    settings=_settings(workdir / "retrieval_settings.json", final),
-    curves=_curves(workdir / "metrics.jsonl", learning_rates),
+    settings=_settings(workdir / RETRIEVAL_SETTINGS, final),
+    curves=_curves(workdir / METRICS, learning_rates),
   )
 
 
 def _metrics_table(config: dict[str, Any], final: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
-  """The rows of the terminal's table: this run and what it has to beat."""
+  """Returns the rows of the terminal's table: the run and the baselines."""
   rows = _rows_of(config["name"], {"metrics": final, "intervals_95": evaluation["intervals_95"]})
   baselines = [{"name": name, "cells": _cells(values, {})} for name, values in config.get("baselines", {}).items()]
   return {"columns": COLUMNS, "rows": rows, "baselines": baselines}
 
 
 def _images_table(evaluation: dict[str, Any]) -> dict[str, Any] | None:
-  """Queries by whether they have images, and all of them with fewer; None for a model of texts."""
+  """Returns rows for queries with images, without images and with fewer images; None for a model of texts only."""
   rows = []
   for name, group in evaluation["by_images"].items():
     rows += _rows_of(f"{group['queries']:,} queries {name}", group)
   for count, group in evaluation["by_test_images"].items():
-    rows += _rows_of(f"all, at most {count} image{'' if count == '1' else 's'} a query", group)
+    rows += _rows_of(f"all, at most {count} image{'' if count == '1' else 's'} per query", group)
   return {"columns": COLUMNS, "rows": rows, "baselines": []} if rows else None
 
 
 def _rows_of(name: str, group: dict[str, Any]) -> list[dict[str, Any]]:
-  """The plain row and, where there is one, the retrieval-augmented row."""
+  """Returns the plain row and, if there is one, the retrieval-augmented row."""
   metrics, intervals = group["metrics"], group["intervals_95"]
   rows = [{"name": name, "cells": _cells(metrics, intervals["plain"])}]
   augmented = {key.removeprefix("RA/"): value for key, value in metrics.items() if key.startswith("RA/")}
@@ -84,7 +91,7 @@ def _cells(values: Mapping[str, float], intervals: Mapping[str, Sequence[float]]
 
 
 def _all_metrics(final: dict[str, Any], intervals: dict[str, Any]) -> list[dict[str, Any]]:
-  """Every metric with its interval, plain and retrieval-augmented."""
+  """Returns all metrics with their intervals, plain and retrieval-augmented."""
   names = [name for name in final if "@" in name and "/" not in name]
   return [
     {
@@ -99,7 +106,7 @@ def _all_metrics(final: dict[str, Any], intervals: dict[str, Any]) -> list[dict[
 
 
 def _decile_charts(deciles: dict[str, list[dict[str, Any]]]) -> list[Markup]:
-  """Of the greatest k of recall, and of the least of precision."""
+  """Returns charts of recall at its largest k and of precision at its smallest k."""
   rows = deciles["plain"]
   names = [key for key in rows[0] if "@" in key]
   shown = [[name for name in names if name.startswith("R@")][-1], next(name for name in names if name.startswith("P@"))]
@@ -110,18 +117,18 @@ def _decile_charts(deciles: dict[str, list[dict[str, Any]]]) -> list[Markup]:
         title.format(name),
         [str(row["decile"]) for row in rows],
         {ROWS[key]: [row[name] for row in found] for key, found in deciles.items()},
-        "decile of labels, rarest first",
+        "decile of labels, rarest labels first",
       ),
     )
-    for name, title in zip(shown, ("{} of each decile's pairs", "each decile's share of {}"), strict=True)
+    for name, title in zip(shown, ("{} by decile", "contribution of each decile to {}"), strict=True)
   ]
 
 
 def _settings(path: Path, final: dict[str, Any]) -> dict[str, Any] | None:
-  """Charts and table of what each lambda and temperature gives on held-out queries."""
+  """Returns charts and a table of the metrics of each lambda and temperature on held-out queries."""
   if not path.exists() or "RA/lambda" not in final:
     return None
-  settings, chosen = _json(path), (final["RA/lambda"], final["RA/temperature"])
+  settings, chosen = json.loads(path.read_text(encoding="utf-8")), (final["RA/lambda"], final["RA/temperature"])
   temperatures = sorted({setting["temperature"] for setting in settings}, key=lambda value: (value == chosen[1], value))
   charts = []
   for name in settings[0]["metrics"]:
@@ -136,7 +143,7 @@ def _settings(path: Path, final: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _curves(path: Path, learning_rates: Mapping[str, Sequence[tuple[float, float]]]) -> list[Markup]:
-  """One chart for each value of training, by step, and those of the evaluations between epochs."""
+  """Returns a chart by step of each value that training has logged and of the evaluations between epochs."""
   lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
   points: dict[tuple[str, str], list[tuple[float, float]]] = {}
   for line in lines:
@@ -146,7 +153,7 @@ def _curves(path: Path, learning_rates: Mapping[str, Sequence[tuple[float, float
   if ("train", "loss") in points:
     charts.append(
       (
-        "loss, and its mean over each epoch",
+        "loss and its mean over each epoch",
         [
           _line("loss", points.pop(("train", "loss")), "other"),
           _line("mean of an epoch", points.pop(("epoch", "mean_loss"), []), "first", True),
@@ -162,7 +169,7 @@ def _curves(path: Path, learning_rates: Mapping[str, Sequence[tuple[float, float
   if ("epoch", "train_seconds") in points:
     seconds = points[("epoch", "train_seconds")]
     each = [(step, now - before) for (step, now), before in zip(seconds, [0.0, *(s for _, s in seconds)], strict=False)]
-    charts.append(("seconds of each epoch", [_line("seconds", each, marks=True)]))
+    charts.append(("seconds per epoch", [_line("seconds", each, marks=True)]))
   between = {key: row for key, row in points.items() if key[0] not in ("train", "epoch")}
   for (split, name), row in between.items():
     if name in COLUMNS:
@@ -179,7 +186,3 @@ def _line(name: str, points: Sequence[tuple[float, float]], style: str = "first"
 
 def _titled(title: str, chart: Markup) -> Markup:
   return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, chart)
-
-
-def _json(path: Path) -> Any:
-  return json.loads(path.read_text(encoding="utf-8"))

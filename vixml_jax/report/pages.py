@@ -1,4 +1,4 @@
-"""Renders the HTML templates beside this module as pages that need nothing else, with every text in them escaped."""
+"""Renders the HTML templates of this package as self-contained pages in which all texts are escaped."""
 
 import functools
 from pathlib import Path
@@ -9,17 +9,17 @@ import jinja2
 
 from vixml_jax.files import new_file
 
-# No place in HTML: control characters, halves of surrogate pairs (which UTF-8 has no bytes for), two non-characters.
+# Not allowed in HTML: control characters, surrogates (which UTF-8 cannot encode) and two non-characters.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-  """Writes a page, whole or not at all.
+  """Writes a page as a whole or not at all.
 
   Args:
-    path: of the HTML file.
-    template: a file of `templates/`.
-    values: what the template shows; texts are escaped, `markupsafe.Markup` is not.
+    path: Path of the HTML file.
+    template: Name of a file in `templates/`.
+    **values: Variables of the template. Texts are escaped; `markupsafe.Markup` is not.
   """
   text = _templates().get_template(template).render(**values)
   with new_file(path) as partial:
@@ -41,5 +41,5 @@ def _templates() -> jinja2.Environment:
 
 
 def _printable(value: Any) -> Any:
-  """Texts as HTML can hold them; what is markup already, and numbers, as they are."""
+  """Returns a text with forbidden characters replaced, and any other value (markup, numbers) unchanged."""
   return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value

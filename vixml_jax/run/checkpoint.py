@@ -1,11 +1,11 @@
-"""Checkpoints with Orbax: train state, mining state, config and provenance as one thing."""
+"""Checkpoints with Orbax: train state, mining state, config and provenance, saved and restored together."""
 
 from collections.abc import Callable
 import dataclasses
 import hashlib
 import importlib.metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
@@ -14,20 +14,21 @@ import orbax.checkpoint as ocp
 import vixml_jax
 from vixml_jax.errors import InputError
 from vixml_jax.files import sha256_of_file
-from vixml_jax.run.state import TrainState
+from vixml_jax.run.state import TrainState, model_part
 from vixml_jax.typing import Tree
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+_Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """What a run needs to go on as if it had never stopped.
+  """Everything that a run needs to continue as if it had never stopped.
 
   Attributes:
-    state: device state.
+    state: state on the devices.
     query_clusters: int32 [N], the clusters that order the epochs; None before the first clustering.
-    meta: JSON object: config, provenance, seconds trained.
+    meta: JSON object: config, provenance, seconds and tokens trained.
   """
 
   state: TrainState
@@ -36,7 +37,7 @@ class Checkpoint:
 
 
 def provenance(data_fingerprint: str, weights_sha256: dict[str, str]) -> dict[str, Any]:
-  """Where a run comes from: package versions, data and pretrained weights."""
+  """Returns package versions, and the fingerprints of the data and the pretrained weights."""
   return {
     "packages": {name: importlib.metadata.version(name) for name in _PACKAGES} | {"vixml_jax": vixml_jax.__version__},
     "data_fingerprint": data_fingerprint,
@@ -45,29 +46,38 @@ def provenance(data_fingerprint: str, weights_sha256: dict[str, str]) -> dict[st
 
 
 class Checkpointer:
-  """Saves asynchronously, keeps the newest N, restores onto any mesh.
+  """Saves checkpoints asynchronously, keeps the newest ones, and restores onto any mesh.
 
-  The items of a step: `model` (parameters, centroids, label clusters: all that inference needs),
-  `training` (optimizer state, bank, step), `mining` (query clusters) and `meta`.
+  A step has the items `model` (parameters, centroids, label clusters: all that inference needs), `training`
+  (optimizer state, bank, step), `mining` (query clusters) and `meta`.
+
+  Args:
+    directory: folder of all checkpoints.
+    keep: number of checkpoints to keep.
   """
 
   def __init__(self, directory: Path, keep: int):
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
-  def __enter__(self) -> "Checkpointer":
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *exception) -> None:
-    """Waits for what is being written."""
+  def __exit__(self, *exception: object) -> None:
+    """Waits until everything is on disk."""
     self._manager.close()
 
   def latest_step(self) -> int | None:
-    """The newest step that was written whole."""
+    """Returns the newest step that was written whole."""
     return self._manager.latest_step()
 
+  def last_saved(self) -> int | None:
+    """Waits until everything is on disk and returns the newest step."""
+    self.wait()
+    return self.latest_step()
+
   def reached_preemption(self, step: int) -> bool:
-    """Whether the scheduler asked the processes of this run to stop (several processes)."""
+    """Returns whether the scheduler asked the processes of this run to stop (several processes)."""
     return self._manager.reached_preemption(step)
 
   def save(self, step: int, checkpoint: Checkpoint) -> None:
@@ -78,7 +88,7 @@ class Checkpointer:
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        model=ocp.args.StandardSave(_model_part(state)),
+        model=ocp.args.StandardSave(model_part(state)),
         training=ocp.args.StandardSave(_training_part(state)),
         mining=ocp.args.StandardSave({"query_clusters": _no_clusters() if clusters is None else clusters}),
         meta=ocp.args.JsonSave(checkpoint.meta),
@@ -90,23 +100,31 @@ class Checkpointer:
     self._manager.wait_until_finished()
 
   def meta(self, step: int) -> dict[str, Any]:
-    """The JSON part alone."""
-    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    """Returns the JSON part of a checkpoint.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    wanted = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return _restoring(self._manager.directory, lambda: self._manager.restore(step, args=wanted)["meta"])
 
   def restore(self, step: int, abstract: TrainState, num_queries: int) -> Checkpoint:
     """Restores the whole run.
 
     Args:
-      step: which checkpoint.
+      step: the checkpoint's step.
       abstract: shapes and shardings to restore into; the mesh may differ from the one that saved.
       num_queries: N, for the query clusters.
+
+    Raises:
+      InputError: the checkpoint does not fit the state, or is damaged.
     """
     restored = _restoring(
       self._manager.directory,
       lambda: self._manager.restore(
         step,
         args=ocp.args.Composite(
-          model=ocp.args.StandardRestore(_model_part(abstract)),
+          model=ocp.args.StandardRestore(model_part(abstract)),
           training=ocp.args.StandardRestore(_training_part(abstract)),
           mining=ocp.args.StandardRestore(),
           meta=ocp.args.JsonRestore(),
@@ -118,40 +136,40 @@ class Checkpointer:
     return Checkpoint(state, clusters if len(clusters) == num_queries else None, restored["meta"])
 
   def restore_model(self, step: int, abstract: TrainState) -> dict[str, Any]:
-    """Parameters, centroids and label clusters only: no optimizer state is read."""
-    return _restoring(
-      self._manager.directory,
-      lambda: self._manager.restore(
-        step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_model_part(abstract)))
-      )["model"],
-    )
+    """Returns parameters, centroids and label clusters; no optimizer state is read.
+
+    Raises:
+      InputError: the checkpoint does not fit the state, or is damaged.
+    """
+    wanted = ocp.args.Composite(model=ocp.args.StandardRestore(model_part(abstract)))
+    return _restoring(self._manager.directory, lambda: self._manager.restore(step, args=wanted)["model"])
 
 
 def newest_checkpoint(directory: Path) -> tuple[int, dict[str, Any]]:
-  """Step and JSON part of the newest checkpoint that was written whole; writes nothing.
+  """Returns step and JSON part of the newest checkpoint that was written whole; writes nothing.
 
   Raises:
-    InputError: if there is none, or it is damaged.
+    InputError: there is no checkpoint, or it is damaged.
   """
   options = ocp.CheckpointManagerOptions(read_only=True, create=False)
   with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
     step = manager.latest_step()
     if step is None:
-      raise InputError(f"{directory}: holds no checkpoint; train first")
+      raise InputError(f"{directory}: contains no checkpoint; train first")
     meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
     return step, _restoring(directory, lambda: manager.restore(step, args=meta)["meta"])
 
 
 def restore_params(directory: Path, step: int, abstract: Tree) -> Tree:
-  """The parameters alone, for whoever knows the model but not the data; centroids are not read.
+  """Returns the trained parameters alone, without the data set and without reading centroids.
 
   Args:
-    directory: of all checkpoints.
-    step: which one.
-    abstract: `jax.ShapeDtypeStruct`s with the shardings to restore into; the mesh may be any.
+    directory: folder of all checkpoints.
+    step: the checkpoint's step.
+    abstract: `jax.ShapeDtypeStruct`s with the shardings to restore into; any mesh.
 
   Raises:
-    InputError: if the checkpoint is of another model, or damaged.
+    InputError: the checkpoint is of another model, or damaged.
   """
   wanted = {"params": abstract}
   how = ocp.args.PyTreeRestore(
@@ -162,7 +180,7 @@ def restore_params(directory: Path, step: int, abstract: Tree) -> Tree:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       params = checkpointer.restore(directory.absolute() / str(step) / "model", args=how)["params"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-      if not isinstance(leaf, jax.Array):  # Orbax leaves what it does not find as it was asked for.
+      if not isinstance(leaf, jax.Array):  # Orbax returns what it does not find as it was asked for.
         raise KeyError(f"it has no parameter {jax.tree_util.keystr(path)}")
     return params
 
@@ -170,7 +188,7 @@ def restore_params(directory: Path, step: int, abstract: Tree) -> Tree:
 
 
 def checkpoint_id(directory: Path, step: int) -> dict[str, Any]:
-  """What tells one checkpoint's model from another's: its step, and a sha256 of the names and bytes of its files."""
+  """Returns what identifies a checkpoint's model: its step, and a sha256 of the names and bytes of its files."""
   folder = directory / str(step) / "model"
   digest = hashlib.sha256()
   for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -178,19 +196,15 @@ def checkpoint_id(directory: Path, step: int) -> dict[str, Any]:
   return {"step": step, "sha256": digest.hexdigest()}
 
 
-def _restoring(directory: Any, read: Callable[[], Any]) -> Any:
+def _restoring(directory: Any, read: Callable[[], _Result]) -> _Result:
   try:
     return read()
   except (ValueError, KeyError, FileNotFoundError) as error:
     first_line = str(error).strip().split("\n")[0]
     raise InputError(
-      f"{directory}: its checkpoint does not fit this config or is damaged ({first_line}); "
-      "use the config that wrote it, or another --workdir"
+      f"{directory}: its checkpoint does not fit this config or is damaged ({first_line}); use the config that wrote "
+      "it, or another --workdir"
     ) from error
-
-
-def _model_part(state: TrainState) -> dict[str, Any]:
-  return {"params": state.params, "centroids": state.centroids, "label_clusters": state.label_clusters}
 
 
 def _training_part(state: TrainState) -> dict[str, Any]:

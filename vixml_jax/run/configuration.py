@@ -1,4 +1,4 @@
-"""Checks a config before any time is spent, and writes and reads it as JSON."""
+"""Checks the values of a config, and writes and reads it as JSON."""
 
 from collections.abc import Callable
 import json
@@ -8,15 +8,19 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vixml_jax.errors import InputError
+from vixml_jax.files import read_json_object
 from vixml_jax.input.prompt import template_words
 
 _Check = tuple[Callable[[Any], bool], str]
 _POSITIVE: _Check = (lambda x: x > 0, "must be above 0")
 _NOT_NEGATIVE: _Check = (lambda x: x >= 0, "must not be negative")
 _SHARE: _Check = (lambda x: 0 <= x < 1, "must be at least 0 and below 1")
-_UNIT: _Check = (lambda x: 0 <= x <= 1, "must lie between 0 and 1")
-_POWER_OF_TWO_OR_0: _Check = (lambda x: x >= 0 and x & (x - 1) == 0, "must be a power of two, or 0 to choose one")
-_COUNTS: _Check = (lambda xs: len(xs) > 0 and all(x > 0 for x in xs), "must be numbers above 0")
+_UNIT: _Check = (lambda x: 0 <= x <= 1, "must be between 0 and 1")
+_POWER_OF_TWO_OR_0: _Check = (
+  lambda x: x >= 0 and x & (x - 1) == 0,
+  "must be a power of two, or 0 for a size that depends on the number of labels",
+)
+_COUNTS: _Check = (lambda xs: len(xs) > 0 and all(x > 0 for x in xs), "must be a list of numbers above 0")
 _NAME: _Check = (bool, "must be set")
 
 
@@ -24,14 +28,14 @@ def _one_of(*names: str) -> _Check:
   return (lambda x: x in names), "must be one of " + ", ".join(names)
 
 
-# Every key with a rule for its value. Keys without a rule take any value of their type.
+# Rules of values by key. Keys without a rule may have any value of their type.
 _CHECKS: dict[str, _Check] = {
   "name": _NAME,
   "seed": _NOT_NEGATIVE,
   "dataset.name": _NAME,
   "dataset.data_dir": _NAME,
-  "dataset.text_fields": (lambda xs: len(xs) > 0 and set(xs) <= {"title", "content"}, "must be of title and content"),
-  "dataset.max_length": (lambda x: x >= 3, "must be at least 3: two special tokens and one of the text"),
+  "dataset.text_fields": (lambda xs: len(xs) > 0 and set(xs) <= {"title", "content"}, "must be title, content or both"),
+  "dataset.max_length": (lambda x: x >= 3, "must be at least 3: two special tokens and one token of the text"),
   "dataset.validation_fraction": _SHARE,
   "dataset.propensity_a": _POSITIVE,
   "dataset.propensity_b": _NOT_NEGATIVE,
@@ -93,7 +97,7 @@ _CHECKS: dict[str, _Check] = {
   "eval.ks": _COUNTS,
   "eval.recall_ks": _COUNTS,
   "eval.bootstrap_samples": _NOT_NEGATIVE,
-  "eval.test_images": (lambda xs: all(x >= 0 for x in xs), "must be numbers of images, 0 or more"),
+  "eval.test_images": (lambda xs: all(x >= 0 for x in xs), "must be a list of numbers of images, 0 or more"),
   "eval.retrieval_hits": _POSITIVE,
   "eval.retrieval_lambda": _UNIT,
   "eval.retrieval_temperature": _POSITIVE,
@@ -101,7 +105,7 @@ _CHECKS: dict[str, _Check] = {
   "checkpoint.keep": _POSITIVE,
 }
 
-# Keys that only one architecture has.
+# Rules of the keys of one architecture.
 _ENCODER_CHECKS: dict[str, dict[str, _Check]] = {
   "bert": {
     "encoder.max_position": _POSITIVE,
@@ -113,7 +117,7 @@ _ENCODER_CHECKS: dict[str, dict[str, _Check]] = {
   },
   "decoder": {
     "encoder.num_kv_heads": _POSITIVE,
-    "encoder.head_dim": (lambda x: x > 0 and x % 2 == 0, "must be even: positions rotate pairs"),
+    "encoder.head_dim": (lambda x: x > 0 and x % 2 == 0, "must be even, since rotary embeddings rotate pairs"),
     "encoder.rope_theta": _POSITIVE,
     "encoder.rope_scaling": (
       lambda xs: len(xs) == 0 or (len(xs) == 4 and all(x > 0 for x in xs) and xs[1] < xs[2]),
@@ -123,11 +127,11 @@ _ENCODER_CHECKS: dict[str, dict[str, _Check]] = {
     "encoder.lora_rank": _NOT_NEGATIVE,
     "encoder.lora_alpha": _POSITIVE,
     "encoder.param_dtype": _one_of("float32", "bfloat16"),
-    "encoder.adapter": (lambda x: isinstance(x, str), "must be a folder, or empty"),
+    "encoder.adapter": (lambda x: isinstance(x, str), "must be the path of a folder, or empty"),
   },
 }
 
-# What may change between a run's start and its going on: nothing here changes the parameters.
+# Prefixes of keys that may differ when a run is continued, since they do not change the trained parameters.
 _FREE_KEYS = (
   "mesh.",
   "eval.",
@@ -136,13 +140,13 @@ _FREE_KEYS = (
   "dataset.data_dir",
   "features.checkpoint",
   "fusion.bank",
-  "encoder.pretrained",  # Another place: what lies there is checked by its hash, and tokens by theirs.
+  "encoder.pretrained",  # The folder may move: weights and tokens are compared by their hashes.
   "train.log_every_steps",
 )
 
 
 def flatten_config(config: ConfigDict) -> dict[str, Any]:
-  """Dotted key -> value."""
+  """Returns the values of a config by their dotted keys, such as `train.epochs`."""
   return {
     (f"{key}.{inner}" if inner else key): leaf
     for key, value in config.items()
@@ -151,80 +155,84 @@ def flatten_config(config: ConfigDict) -> dict[str, Any]:
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses a config with a missing key or a value out of range.
+  """Checks that a config has all keys, and that its values are valid.
 
   Raises:
-    InputError: naming the key, its value and what it must be.
+    InputError: If a key is missing or a value is invalid. The message has the key, its value and the rule.
   """
   values = flatten_config(config)
   _check_values(values, _CHECKS)
   _check_values(values, _ENCODER_CHECKS[values["encoder.architecture"]])
   for small, large in (("loss.margin_min", "loss.margin_max"), ("dataset.max_length", "train.row_length")):
     if values[small] > values[large]:
-      raise InputError(f"config.{small}={values[small]}: must not exceed config.{large}={values[large]}")
+      raise InputError(f"config.{small}={values[small]}: must be at most config.{large}={values[large]}")
   _check_heads(values)
   if values["encoder.architecture"] == "decoder":
     _check_adapters(values)
   phrases = [key.removeprefix("prompt.phrases.") for key in values if key.startswith("prompt.phrases.")]
   template_words(values["prompt.template"], phrases, values["images"] > 0 and values["fusion.method"] == "early")
   if values["fusion.residual"] and values["fusion.method"] != "early":
-    raise InputError(f"config.fusion.residual={values['fusion.residual']}: belongs to early fusion; set it to 0")
+    raise InputError(
+      f"config.fusion.residual={values['fusion.residual']}: must be 0 unless config.fusion.method is early"
+    )
   if len(values["eval.test_images"]) and not values["images"]:
-    raise InputError(f"config.eval.test_images={values['eval.test_images']}: this model takes no images; give none")
+    raise InputError(f"config.eval.test_images={values['eval.test_images']}: must be empty, since config.images=0")
   held_out = values["dataset.validation_fraction"] > 0
   for key, wants in (
     ("eval.retrieval_choose", values["eval.retrieval_choose"]),
     ("eval.split", values["eval.split"] == "validation"),
   ):
     if wants and not held_out:
-      raise InputError(f"config.{key}={values[key]}: needs held-out queries; set config.dataset.validation_fraction")
+      raise InputError(
+        f"config.{key}={values[key]}: needs held-out queries; set config.dataset.validation_fraction above 0"
+      )
 
 
 def _check_values(values: dict[str, Any], checks: dict[str, _Check]) -> None:
-  """Each value by the rule of its key."""
+  """Checks each value by the rule of its key."""
   for key, (accepts, rule) in checks.items():
     if key not in values:
-      raise InputError(f"config.{key}: missing; start from configs/common.py")
+      raise InputError(f"config.{key}: is missing; start from configs/common.py")
     try:
       accepted = accepts(values[key])
-    except TypeError:  # Another type, such as a word among numbers.
+    except TypeError:  # The value has another type, such as a string in a list of numbers.
       accepted = False
     if not accepted:
       raise InputError(f"config.{key}={values[key]!r}: {rule}")
 
 
 def _check_heads(values: dict[str, Any]) -> None:
-  """Heads must divide what they share."""
+  """Checks that numbers of heads divide the widths that the heads share."""
   split = [("prototype.num_heads", "encoder.embed_dim")]
   if values["encoder.architecture"] == "decoder":
     split.append(("encoder.num_kv_heads", "encoder.num_heads"))
-  # A decoder's heads may be of any width, but those of the layer of late fusion are not.
+  # The heads of a decoder may have any width, but those of the late fusion layer share the embedding.
   if values["encoder.architecture"] == "bert" or (values["images"] and values["fusion.method"] == "late"):
     split.append(("encoder.num_heads", "encoder.embed_dim"))
-  for heads, whole in split:
-    if values[whole] % values[heads]:
-      raise InputError(f"config.{heads}={values[heads]}: must divide config.{whole}={values[whole]}")
+  for heads, shared in split:
+    if values[shared] % values[heads]:
+      raise InputError(f"config.{heads}={values[heads]}: must divide config.{shared}={values[shared]}")
 
 
 def _check_adapters(values: dict[str, Any]) -> None:
-  """Without adapters the base is trained, for which bfloat16 is too coarse: small updates would be lost."""
+  """Checks the keys of adapters. Without adapters, the base is trained, and bfloat16 would lose its small updates."""
   if not values["encoder.lora_rank"] and values["encoder.param_dtype"] != "float32":
     raise InputError(
-      f"config.encoder.param_dtype={values['encoder.param_dtype']!r}: must be float32 where "
+      f"config.encoder.param_dtype={values['encoder.param_dtype']!r}: must be float32, since "
       "config.encoder.lora_rank=0 trains all parameters"
     )
   if values["encoder.adapter"] and not values["encoder.lora_rank"]:
     raise InputError(
-      f"config.encoder.adapter={values['encoder.adapter']!r}: needs adapters to fill; set "
-      "config.encoder.lora_rank to their rank"
+      f"config.encoder.adapter={values['encoder.adapter']!r}: needs config.encoder.lora_rank, which is 0; set "
+      "it to the rank of these adapters"
     )
 
 
 def write(config: ConfigDict, path: Path) -> None:
-  """Writes the config as JSON; refuses to overwrite another run's.
+  """Writes a config as JSON.
 
   Raises:
-    InputError: if `path` holds a config that differs in a key which changes training.
+    InputError: If the file contains a config with another value of a key that changes the trained parameters.
   """
   text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
   if path.exists():
@@ -233,20 +241,17 @@ def write(config: ConfigDict, path: Path) -> None:
       if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS):
         raise InputError(
           f"{path}: this run was started with {key}={old.get(key)!r}, not {new.get(key)!r}; "
-          "give the old value, or another --workdir"
+          "use the old value, or another --workdir"
         )
   path.write_text(text + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> ConfigDict:
-  """Reads what `write` wrote.
+  """Returns the config in a file that `write` has written.
 
   Raises:
-    InputError: if there is no such file or it is not JSON.
+    InputError: If the file cannot be read or contains no JSON object.
   """
-  try:
-    return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
-  except FileNotFoundError as error:
-    raise InputError(f"{path}: not found; --workdir must name a folder that training wrote") from error
-  except ValueError as error:
-    raise InputError(f"{path}: not valid JSON ({error}); restore it or train again") from error
+  return ConfigDict(
+    read_json_object(path, absent="set --workdir to the folder of a run", damaged="restore the file, or train again")
+  )

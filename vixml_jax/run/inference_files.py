@@ -1,4 +1,4 @@
-"""Writes into a workdir what inference needs besides the checkpoint: tokenizer, origin of the features, label index."""
+"""Files of a workdir that inference needs besides the checkpoint: tokenizer, origin of image features, label index."""
 
 import logging
 import os
@@ -7,22 +7,20 @@ import shutil
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
-import numpy as np
+import tensorflow_datasets as tfds
 
 from vixml_jax import sharding
 from vixml_jax.datasets.records import Records
-from vixml_jax.files import new_folder, sha256_of_file, write_json
+from vixml_jax.errors import InputError
+from vixml_jax.files import new_folder, read_json_object, sha256_of_file, write_json
 from vixml_jax.images.feature_set import open_features
 from vixml_jax.run.checkpoint import checkpoint_id
-from vixml_jax.run.from_config import Run
 from vixml_jax.run.workdir import CHECKPOINTS, INDEX, INFERENCE_INFO, TOKENIZER
-from vixml_jax.search.label_index import IndexContents, is_edited, write_index
-from vixml_jax.weights import source
+from vixml_jax.search.label_index_files import IndexContents, is_edited, write_index
 
 _log = logging.getLogger(__name__)
 
-# Of a pretrained folder: all that decides token ids, and the config that says whose tokenizer it is.
+# The files of a pretrained folder that determine token ids, and the config that says whose tokenizer it is.
 _TOKENIZER_FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -33,61 +31,93 @@ _TOKENIZER_FILES = (
   "merges.txt",
   "config.json",
 )
+_ORIGIN_KEYS = ("checkpoint", "checkpoint_sha256", "variant", "preprocessing", "dtype", "dim")
 
 
 def write_inference_files(
-  run: Run,
+  workdir: Path,
   step: int,
+  contents: IndexContents,
+  *,
+  tokenizer_folder: Path,
+  image_features: dict[str, Any] | None,
+  search: str,
   retrieval: dict[str, Any] | None,
-  prototypes: np.ndarray,
-  label_clusters: np.ndarray,
-  cluster_means: np.ndarray,
-  train_embeddings: np.ndarray,
 ) -> None:
-  """Writes `tokenizer/`, `inference.json` and `index/`; the first process writes, the others wait for it.
+  """Writes `tokenizer/`, `inference.json` and `index/`.
 
-  An index of the same checkpoint to which labels were added, or from which some were deleted, is left as it is.
+  An index of the same checkpoint to which labels were added, or from which labels were deleted, is kept as it is.
 
   Args:
-    run: the run.
-    step: of the checkpoint that holds the model.
-    retrieval: lambda, temperature and hits of retrieval-augmented inference; None leaves out the training queries.
-    prototypes: float32 [L, D], of all labels, with all training queries known.
-    label_clusters: int32 [L], the free vector of each label.
-    cluster_means: float32 [C, D], mean plain embedding of the labels that share a free vector.
-    train_embeddings: float32 [N, D], of all training queries.
+    workdir: folder of the run; one process writes it.
+    step: step of the checkpoint that contains the model.
+    contents: contents of the label index.
+    tokenizer_folder: folder of the pretrained encoder.
+    image_features: origin of the image features (`image_origin`); None for a model of texts only.
+    search: "exact" or "scann".
+    retrieval: lambda, temperature and hits of retrieval-augmented inference; None where it is not used.
   """
-  if jax.process_index() == 0:
-    checkpoint = checkpoint_id(run.workdir / CHECKPOINTS, step)
-    tokenizer_hashes = _copy_tokenizer(source.resolve(run.config.encoder.pretrained), run.workdir / TOKENIZER)
-    write_json(run.workdir / INFERENCE_INFO, {"tokenizer_sha256": tokenizer_hashes, "image_features": _origin(run)})
-    if is_edited(run.workdir / INDEX, checkpoint):
-      _log.warning(
-        "%s: labels were added to it or deleted; it is left as it is. Delete it to have it written again",
-        run.workdir / INDEX,
-      )
-    else:
-      texts, uids = _label_names(run)
-      contents = IndexContents(
-        prototypes,
-        texts,
-        uids,
-        label_clusters,
-        cluster_means,
-        queries=train_embeddings if retrieval else None,
-        query_labels=run.corpus.train_labels if retrieval else None,
-      )
-      # This process alone is here, so the index is measured on its own devices.
-      write_index(
-        run.workdir / INDEX,
-        contents,
-        checkpoint=checkpoint,
-        search=run.config.eval.search,
-        retrieval=retrieval,
-        mesh=sharding.make_mesh(devices=jax.local_devices()),
-      )
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("inference files written")
+  checkpoint = checkpoint_id(workdir / CHECKPOINTS, step)
+  tokenizer_hashes = _copy_tokenizer(tokenizer_folder, workdir / TOKENIZER)
+  write_json(workdir / INFERENCE_INFO, {"tokenizer_sha256": tokenizer_hashes, "image_features": image_features})
+  if is_edited(workdir / INDEX, checkpoint):
+    _log.warning(
+      "%s: labels were added to it or deleted from it, so it is kept; delete the folder to have it written again",
+      workdir / INDEX,
+    )
+    return
+  # One process runs this, so recall is measured on its own devices.
+  mesh = sharding.make_mesh(devices=jax.local_devices())
+  write_index(workdir / INDEX, contents, checkpoint=checkpoint, search=search, retrieval=retrieval, mesh=mesh)
+
+
+def read_inference_info(workdir: Path, step: int) -> dict[str, Any]:
+  """Returns `tokenizer_sha256` and `image_features` of `inference.json`.
+
+  Args:
+    workdir: folder of the run.
+    step: step of its newest checkpoint, for the error message.
+
+  Raises:
+    InputError: the file is missing or damaged.
+  """
+  path = workdir / INFERENCE_INFO
+  again = f"run python -m vixml_jax.evaluate --workdir={workdir} to write it again"
+  if not path.exists():
+    raise InputError(
+      f"{workdir}: has a checkpoint of step {step}, but no {INFERENCE_INFO}, tokenizer or index to answer queries "
+      f"with; where its data set is, run python -m vixml_jax.evaluate --workdir={workdir}"
+    )
+  info = read_json_object(path, absent=again, damaged=again)
+  missing = [key for key in ("tokenizer_sha256", "image_features") if key not in info]
+  if missing:
+    raise InputError(f"{path}: damaged (it lacks {missing[0]!r}); {again}")
+  return info
+
+
+def image_origin(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike[str], name: str) -> dict[str, Any]:
+  """Returns how the image features of a data set were made: images in queries need the same tower and preprocessing.
+
+  Args:
+    builder: the prepared data set.
+    data_dir: folder of all prepared data.
+    name: name of the features.
+  """
+  metadata = open_features(builder, data_dir, name).metadata
+  origin = {key: metadata[key] for key in _ORIGIN_KEYS if key in metadata}
+  checkpoint = origin.get("checkpoint")
+  if checkpoint and Path(checkpoint).exists():  # A relative path is only valid in the folder of this process.
+    origin["checkpoint"] = str(Path(checkpoint).absolute())
+  return origin
+
+
+def label_names(builder: tfds.core.DatasetBuilder, text_fields: tuple[str, ...]) -> tuple[list[str], list[str]]:
+  """Returns texts and uids of all labels of a data set."""
+  texts, uids = [], []
+  for batch in Records(builder, "labels").batches():
+    texts += [record.text(text_fields) for record in batch]
+    uids += [record.text(("uid",)) for record in batch]
+  return texts, uids
 
 
 def _copy_tokenizer(pretrained: Path, target: Path) -> dict[str, str]:
@@ -100,26 +130,3 @@ def _copy_tokenizer(pretrained: Path, target: Path) -> dict[str, str]:
       for name in names:
         shutil.copyfile(pretrained / name, work / name)
   return hashes
-
-
-def _origin(run: Run) -> dict[str, Any] | None:
-  """How the image features were made, with what: queries with pictures need the same."""
-  if run.bank is None:
-    return None
-  data, wanted = run.config.dataset, run.config.features
-  metadata = open_features(run.corpus.builder, data.data_dir, wanted.name).metadata
-  keys = ("checkpoint", "checkpoint_sha256", "variant", "preprocessing", "dtype", "dim")
-  origin = {key: metadata[key] for key in keys if key in metadata}
-  # A relative path means something only where this process was started.
-  if os.path.exists(origin.get("checkpoint", "")):
-    origin["checkpoint"] = os.path.abspath(origin["checkpoint"])
-  return origin
-
-
-def _label_names(run: Run) -> tuple[list[str], list[str]]:
-  """Texts and uids of all labels."""
-  texts, uids = [], []
-  for batch in Records(run.corpus.builder, "labels").batches():
-    texts += [record.text(run.corpus.text_fields) for record in batch]
-    uids += [record.text(("uid",)) for record in batch]
-  return texts, uids

@@ -1,1 +1,1 @@
-"""Maximum inner product search of query embeddings over label embeddings."""
+"""Maximum inner product search of query embeddings among label embeddings, and the label index on disk."""

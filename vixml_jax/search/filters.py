@@ -1,4 +1,4 @@
-"""Which labels each query may have, and search that keeps to it."""
+"""Filters that say which labels each query may have, and search that applies them."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -15,84 +15,95 @@ from vixml_jax.search.index import Index, search_excluding
 from vixml_jax.search.membership import is_in_row
 
 GATHER_AT_MOST = 16_384
-"""Allowed labels up to which they alone are scored, on the host."""
+"""Largest number of allowed labels that are scored one by one on the host."""
 OVERFETCH_AT_MOST = 1_024
-"""Denied labels up to which so many more labels are searched for."""
-MASKS_AT_ONCE = 8
-_WIDEST = 8_192
+"""Largest number of denied labels for which as many more labels are searched for."""
+MASKS_PER_PASS = 8
+"""Number of masks that exact search applies in one pass."""
+_MAX_WIDTH = 8_192
 
 
 @dataclasses.dataclass(frozen=True)
 class IdSets:
-  """A set of label ids for every query; queries may share one, so that a large category is held once.
+  """A set of label ids for each query; queries may share one, so that a large category is stored once.
+
+  >>> sets = IdSets.from_rows([[3, 1], None, []])
+  >>> sets.sizes.tolist(), sets.has_set.tolist()
+  ([2, 0, 0], [True, False, True])
 
   Attributes:
-    sets: G rows of ids, ascending and distinct (`of` sees to that).
-    of_query: int32 [Q], the row of each query; -1 for a query without a set.
+    sets: Label ids of each set, ascending and distinct, G rows. `from_ragged` sorts them.
+    set_of_query: int32 [Q], the row of `sets` of each query; -1 for a query without a set.
   """
 
   sets: Ragged
-  of_query: np.ndarray
+  set_of_query: np.ndarray
 
   def __len__(self) -> int:
-    return len(self.of_query)
+    return len(self.set_of_query)
 
   @classmethod
-  def of(cls, sets: Ragged, of_query: np.ndarray | None = None) -> "IdSets":
-    """From rows with ids in any order, one for each query unless `of_query` says otherwise."""
+  def from_ragged(cls, sets: Ragged, set_of_query: np.ndarray | None = None) -> "IdSets":
+    """Returns sets with the given ids, which may be unsorted and repeated.
+
+    Args:
+      sets: Label ids, G rows.
+      set_of_query: The row of each query [Q], -1 for no set; None if row i belongs to query i.
+    """
     stride = int(sets.values.max(initial=0)) + 1
-    held = np.unique(sets.row_ids() * stride + sets.values)
-    rows = np.bincount(held // stride, minlength=len(sets))
-    of_query = np.arange(len(sets)) if of_query is None else of_query
-    return cls(Ragged((held % stride).astype(np.int32), offsets_of(rows)), np.asarray(of_query, np.int32))
+    keys = np.unique(sets.row_ids() * stride + sets.values)
+    lengths = np.bincount(keys // stride, minlength=len(sets))
+    set_of_query = np.arange(len(sets)) if set_of_query is None else set_of_query
+    return cls(Ragged((keys % stride).astype(np.int32), offsets_of(lengths)), np.asarray(set_of_query, np.int32))
 
   @classmethod
   def from_rows(cls, rows: Sequence[Sequence[int] | None]) -> "IdSets":
-    """From a sequence of ids, or None for no set, for every query; for small inputs."""
-    has = np.asarray([row is not None for row in rows], bool)
-    return cls.of(Ragged.from_rows([row for row in rows if row is not None]), np.where(has, np.cumsum(has) - 1, -1))
+    """Returns the sets of a short list that holds the ids of each query, or None for a query without a set."""
+    has_set = np.asarray([row is not None for row in rows], bool)
+    sets = Ragged.from_rows([row for row in rows if row is not None])
+    return cls.from_ragged(sets, np.where(has_set, np.cumsum(has_set) - 1, -1))
 
   @property
-  def has(self) -> np.ndarray:
-    """bool [Q], whether a query has a set."""
-    return self.of_query >= 0
+  def has_set(self) -> np.ndarray:
+    """bool [Q], whether each query has a set."""
+    return self.set_of_query >= 0
 
   @property
   def sizes(self) -> np.ndarray:
-    """int64 [Q], sizes of the queries' sets; 0 without one."""
-    return np.append(self.sets.lengths, 0)[self.of_query]
+    """int64 [Q], the size of each query's set; 0 for a query without one."""
+    return np.append(self.sets.lengths, 0)[self.set_of_query]
 
   def take(self, queries: np.ndarray) -> "IdSets":
-    """Of the given queries, in the given order; sets that none of them has are left out."""
-    used, of_query = np.unique(self.of_query[queries], return_inverse=True)
+    """Returns the sets of the given queries, in the given order, without sets that none of them uses."""
+    used, set_of_query = np.unique(self.set_of_query[queries], return_inverse=True)
     without = int(len(used) > 0 and used[0] < 0)
-    return IdSets(self.sets.take(used[without:]), (of_query - without).astype(np.int32))
+    return IdSets(self.sets.take(used[without:]), (set_of_query - without).astype(np.int32))
 
   def rows(self) -> Ragged:
-    """Q rows, empty for a query without a set; shared sets are repeated."""
-    padded = Ragged(self.sets.values, np.append(self.sets.offsets, self.sets.offsets[-1]))
-    return padded.take(np.where(self.has, self.of_query, len(self.sets)))
+    """Returns the ids of each query, Q rows, empty for a query without a set; shared sets are repeated."""
+    with_empty_row = Ragged(self.sets.values, np.append(self.sets.offsets, self.sets.offsets[-1]))
+    return with_empty_row.take(np.where(self.has_set, self.set_of_query, len(self.sets)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-  """Which labels each of Q queries may have.
+  """Labels that each of Q queries may have.
 
   Attributes:
-    allow: the only labels that a query may have; a query without a set may have all, one with an empty set none.
-      None: no query has a set.
-    deny: labels that a query may not have, allowed or not.
+    allow: The only labels that a query may have. A query without a set may have all labels, one with an empty set
+      none. None if no query has a set.
+    deny: Labels that a query may not have, even if they are allowed.
   """
 
   allow: IdSets | None = None
   deny: IdSets | None = None
 
   def check(self, num_queries: int, num_labels: int) -> None:
-    """Refuses filters that do not fit.
+    """Checks that the filters fit the queries and the labels.
 
     Raises:
-      InputError: an id is not one of a label's.
-      ValueError: they are of another number of queries.
+      InputError: An id is not that of a label.
+      ValueError: The number of filters is not that of the queries.
     """
     for name, part in (("allow", self.allow), ("deny", self.deny)):
       if part is None:
@@ -101,30 +112,30 @@ class Filters:
         raise ValueError(f"{num_queries} queries but {len(part)} filters ({name})")
       wrong = part.sets.values[(part.sets.values < 0) | (part.sets.values >= num_labels)]
       if len(wrong):
-        raise InputError(f"filter {name}: there is no label {wrong[0]}; ids go from 0 to {num_labels - 1}")
+        raise InputError(f"filter {name}: there is no label {wrong[0]}; ids are from 0 to {num_labels - 1}")
 
   def take(self, queries: np.ndarray) -> "Filters":
-    """Of the given queries, in the given order."""
+    """Returns the filters of the given queries, in the given order."""
     return Filters(*(None if part is None else part.take(queries) for part in (self.allow, self.deny)))
 
   def permits(self, ids: np.ndarray) -> np.ndarray:
-    """bool [Q, K], whether each query may have the labels found for it; False where the id is -1."""
+    """Returns bool [Q, K], whether each query may have the labels `ids` [Q, K]; False for id -1."""
     permitted = ids >= 0
     if self.allow is not None:
-      permitted &= is_in_row(ids, self.allow.sets, self.allow.of_query) | ~self.allow.has[:, None]
+      permitted &= is_in_row(ids, self.allow.sets, self.allow.set_of_query) | ~self.allow.has_set[:, None]
     if self.deny is not None:
-      permitted &= ~is_in_row(ids, self.deny.sets, self.deny.of_query)
+      permitted &= ~is_in_row(ids, self.deny.sets, self.deny.set_of_query)
     return permitted
 
 
 def keep_permitted(scores: np.ndarray, ids: np.ndarray, permitted: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-  """The first k of each row that are permitted, in their order; -inf and -1 where fewer are.
+  """Returns scores and ids [Q, K] of the first k permitted results of each row; -inf and -1 fill missing places.
 
   Args:
-    scores: [Q, K'], in descending order.
-    ids: [Q, K'].
-    permitted: bool [Q, K'].
-    k: at most K'.
+    scores: Scores [Q, K'], in descending order.
+    ids: Ids [Q, K'].
+    permitted: bool [Q, K'], the results to keep.
+    k: Number of results, at most K'.
   """
   kept = np.argsort(~permitted, axis=1, kind="stable")[:, :k]
   scores, ids = np.where(permitted, scores, -np.inf), np.where(permitted, ids, -1)
@@ -134,54 +145,63 @@ def keep_permitted(scores: np.ndarray, ids: np.ndarray, permitted: np.ndarray, k
 def search_filtered(
   index: Index, embeddings: np.ndarray, live: np.ndarray, queries: np.ndarray, k: int, filters: Filters
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The k best of the labels that each query may have.
+  """Returns the k best labels among those that each query may have.
 
-  Let A be the live labels that a query may have. There are four ways, chosen by sizes alone:
+  Let A be the live labels that a query may have. One of four strategies is chosen for each query, by sizes alone:
 
-  1. It has an allow set of at most `GATHER_AT_MOST`: A is scored, label by label, on the host. Exact with either index.
-  2. It has no allow set and at most `OVERFETCH_AT_MOST` denied: `search_excluding`. At most e of the k + e best labels
-     are denied, so k of them are in A; and all of A that is not among them scores no higher.
-  3. Otherwise, exact index: all labels are scored on the devices and those that are not in A get -inf, for up to
-     `MASKS_AT_ONCE` different sets a pass. Few denied labels do not make sets differ: they are searched for as in 2.
-  4. Otherwise, ScaNN: w labels are searched for, w being twice what would do if A were spread evenly, and doubled for
-     the queries for which fewer than k of A are among them. If k are, these are the k best of A that the index can
-     find: it lists what it finds by score, so whatever it lists later, with any w, scores no higher.
+  1. Gather, for an allow set of at most `GATHER_AT_MOST` labels: A is scored label by label on the host. The result is
+     exact with either index.
+  2. Overfetch, without an allow set and with at most `OVERFETCH_AT_MOST` denied labels: `search_excluding`. At most e
+     of the k + e best labels are denied, so at least k of them are in A, and labels of A beyond them score no higher.
+  3. Mask, for other queries of an exact index: all labels are scored on the devices and those outside A get -inf, for
+     up to `MASKS_PER_PASS` different sets in a pass. Queries that differ only in a few denied labels share a mask; the
+     denied labels are overfetched as in 2.
+  4. Widen, for other queries of ScaNN: w labels are searched for, where w is twice the number that would suffice if A
+     were spread evenly. It is doubled for queries that find fewer than k labels of A. If k are found, they are the k
+     best of A that the index can find: results are listed by score, so labels that a greater w adds score no higher.
 
-  In 2 and 4 ScaNN may not find k of A even so, since it looks into a part of its leaves only. Then A is scored on the
-  host as in 1. So a row has fewer than k labels only where A has.
+  ScaNN searches only some of its leaves, so 2 and 4 may find fewer than k labels of A. Then A is scored on the host as
+  in 1. A row therefore has fewer than k labels only if A has.
 
   Args:
-    index: over the live labels.
-    embeddings: float32 [L, D], of all labels.
-    live: bool [L], the labels that may be found at all.
-    queries: float32 [Q, D].
-    k: how many labels, at least 1.
-    filters: of the Q queries.
+    index: Index of the live labels.
+    embeddings: float32 [L, D], embeddings of all labels.
+    live: bool [L], whether each label may be found by any query.
+    queries: Queries float32 [Q, D].
+    k: Number of labels to return for each query, at least 1.
+    filters: Filters of the Q queries.
 
   Returns:
-    scores float32 [Q, K] in descending order and ids int32 [Q, K]; score -inf, id -1 where there are fewer.
+    Scores float32 [Q, K] in descending order and ids int32 [Q, K]. Score -inf and id -1 fill the places of a query that
+    may have fewer labels.
 
   Raises:
-    InputError: a filter names an id that is no label's.
+    InputError: An id in a filter is not that of a label.
   """
   filters.check(len(queries), len(embeddings))
-  search = _Search(index, embeddings, live, queries, k, filters)
-  few, plain = np.zeros(len(queries), bool), np.ones(len(queries), bool)
+  search = _FilteredSearch(index, embeddings, live, queries, k, filters)
+  gathered, overfetched = np.zeros(len(queries), bool), np.ones(len(queries), bool)
   if filters.allow is not None:
-    few, plain = filters.allow.has & (filters.allow.sizes <= GATHER_AT_MOST), ~filters.allow.has
+    gathered = filters.allow.has_set & (filters.allow.sizes <= GATHER_AT_MOST)
+    overfetched = ~filters.allow.has_set
   if filters.deny is not None:
-    plain &= filters.deny.sizes <= OVERFETCH_AT_MOST
-  search.by_gathering(np.flatnonzero(few))
-  search.by_overfetching(np.flatnonzero(plain))
-  (search.by_masking if isinstance(index, ExactIndex) else search.by_widening)(np.flatnonzero(~few & ~plain))
+    overfetched &= filters.deny.sizes <= OVERFETCH_AT_MOST
+  search.gather(np.flatnonzero(gathered))
+  search.overfetch(np.flatnonzero(overfetched))
+  others = np.flatnonzero(~gathered & ~overfetched)
+  if isinstance(index, ExactIndex):
+    search.mask(others)
+  else:
+    search.widen(others)
   return search.scores, search.ids
 
 
-class _Search:
-  """One filtered search and its results so far, `scores` and `ids`.
+class _FilteredSearch:
+  """State of one call of `search_filtered`.
 
-  Queries are gone through in groups that share what they may have, up to the denied labels of queries that deny at
-  most `OVERFETCH_AT_MOST`: for these so many more labels are searched for, as in way 2, and the denied ones dropped.
+  Attributes:
+    scores: float32 [Q, K], filled by the strategies for the queries that they are called with.
+    ids: int32 [Q, K], likewise.
   """
 
   def __init__(
@@ -194,80 +214,77 @@ class _Search:
     self._allow, self._deny = (
       IdSets.from_rows([None] * len(queries)) if part is None else part for part in (filters.allow, filters.deny)
     )
+    # Many denied labels are part of a mask; few are overfetched.
     many = self._deny.sizes > OVERFETCH_AT_MOST
-    self._many_denied_of = np.where(many, self._deny.of_query, -1)
-    self._few_denied = np.where(many, 0, self._deny.sizes)
+    self._masked_deny_set = np.where(many, self._deny.set_of_query, -1)
+    self._num_overfetched = np.where(many, 0, self._deny.sizes)
 
-  def by_gathering(self, queries: np.ndarray) -> None:
-    """Way 1: what is allowed is read and scored once for all queries of a group."""
+  def gather(self, queries: np.ndarray) -> None:
+    """Strategy 1: reads and scores the permitted labels, once for all queries that share a mask."""
     for members in self._groups(queries):
       rows = np.flatnonzero(self._mask(members[0]))
-      self._set(
-        members,
-        *search_rows(
-          self._embeddings, rows, self._queries[members], min(self._width(members), max(len(rows), self._k))
-        ),
-      )
+      width = min(self._width(members), max(len(rows), self._k))
+      self._store(members, *search_rows(self._embeddings, rows, self._queries[members], width))
 
-  def by_overfetching(self, queries: np.ndarray) -> None:
-    """Way 2."""
+  def overfetch(self, queries: np.ndarray) -> None:
+    """Strategy 2: searches for as many more labels as are denied."""
     if not len(queries):
       return
     exclude = self._deny.take(queries).rows()
-    self._set(queries, *search_excluding(self._index, self._queries[queries], self._k, exclude))
+    self._store(queries, *search_excluding(self._index, self._queries[queries], self._k, exclude))
     if not isinstance(self._index, ExactIndex):
-      self.by_gathering(self._short(queries, self._index.num_labels))
+      self.gather(self._incomplete(queries, self._index.num_labels))
 
-  def by_masking(self, queries: np.ndarray) -> None:
-    """Way 3, for the groups of one pass together."""
+  def mask(self, queries: np.ndarray) -> None:
+    """Strategy 3: scores all labels of an exact index and masks some, for several masks in a pass."""
     assert isinstance(self._index, ExactIndex)
     groups = self._groups(queries)
-    for start in range(0, len(groups), MASKS_AT_ONCE):
-      part = groups[start : start + MASKS_AT_ONCE]
+    for start in range(0, len(groups), MASKS_PER_PASS):
+      part = groups[start : start + MASKS_PER_PASS]
       members = np.concatenate(part)
       masks = np.stack([self._mask(group[0]) for group in part])
-      mask_of = np.repeat(np.arange(len(part)), [len(group) for group in part])
-      self._set(members, *self._index.search(self._queries[members], self._width(members), masks, mask_of))
+      mask_of_query = np.repeat(np.arange(len(part)), [len(group) for group in part])
+      self._store(members, *self._index.search(self._queries[members], self._width(members), masks, mask_of_query))
 
-  def by_widening(self, queries: np.ndarray) -> None:
-    """Way 4."""
+  def widen(self, queries: np.ndarray) -> None:
+    """Strategy 4: searches for more and more labels until enough of them are permitted."""
     for members in self._groups(queries):
       size = int(self._mask(members[0]).sum())
       width = next_power_of_two(math.ceil(2 * self._width(members) * self._index.num_labels / max(size, 1)))
-      while len(members) and width <= _WIDEST:
-        self._set(members, *self._index.search(self._queries[members], width))
-        members, width = self._short(members, size), 2 * width
-      self.by_gathering(members)
+      while len(members) and width <= _MAX_WIDTH:
+        self._store(members, *self._index.search(self._queries[members], width))
+        members, width = self._incomplete(members, size), 2 * width
+      self.gather(members)
 
   def _groups(self, queries: np.ndarray) -> list[np.ndarray]:
-    """The queries in groups that share a mask."""
-    allow, deny = self._allow.of_query, self._many_denied_of
+    """Returns the queries in groups that share a mask."""
+    allow, deny = self._allow.set_of_query, self._masked_deny_set
     order = queries[np.lexsort((deny[queries], allow[queries]))]
     differs = (np.diff(allow[order]) != 0) | (np.diff(deny[order]) != 0)
     return np.split(order, np.flatnonzero(differs) + 1) if len(order) else []
 
   def _mask(self, query: int) -> np.ndarray:
-    """bool [L], what the group of a query may have."""
-    allow, many = self._allow.of_query[query], self._many_denied_of[query]
+    """Returns bool [L], the labels that the group of a query may have, except for overfetched ones."""
+    allow, deny = self._allow.set_of_query[query], self._masked_deny_set[query]
     mask = self._live.copy()
     if allow >= 0:
       allowed = self._allow.sets[allow]
       mask[:] = False
       mask[allowed] = self._live[allowed]
-    if many >= 0:
-      mask[self._deny.sets[many]] = False
+    if deny >= 0:
+      mask[self._deny.sets[deny]] = False
     return mask
 
   def _width(self, members: np.ndarray) -> int:
-    """k, and as many more as a query denies, rounded up so that few widths are compiled."""
-    most = int(self._few_denied[members].max(initial=0))
+    """Returns k plus the most overfetched labels of a query, rounded up so that few widths are compiled."""
+    most = int(self._num_overfetched[members].max(initial=0))
     return max(self._k, min(self._k + (next_power_of_two(most) if most else 0), self._index.num_labels))
 
-  def _short(self, queries: np.ndarray, available: int) -> np.ndarray:
-    """Those of the queries for which fewer than k labels were found, where there are more."""
+  def _incomplete(self, queries: np.ndarray, available: int) -> np.ndarray:
+    """Returns the queries that have fewer than k labels, and fewer than are available."""
     return queries[(self.ids[queries] >= 0).sum(axis=1) < min(self._k, available)]
 
-  def _set(self, members: np.ndarray, scores: np.ndarray, ids: np.ndarray) -> None:
-    """Keeps the first k that the queries may have."""
+  def _store(self, members: np.ndarray, scores: np.ndarray, ids: np.ndarray) -> None:
+    """Stores the first k results that the queries may have."""
     permitted = self._filters.take(members).permits(ids)
     self.scores[members], self.ids[members] = keep_permitted(scores, ids, permitted, self._k)

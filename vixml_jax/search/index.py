@@ -1,4 +1,4 @@
-"""The interface that all label indexes share, and search that leaves out given labels."""
+"""The interface of all label indexes, and search that leaves out given labels."""
 
 from typing import Protocol
 
@@ -22,28 +22,28 @@ class Index(Protocol):
 
   @property
   def num_labels(self) -> int:
-    """How many labels are searched."""
+    """Number of labels that are searched."""
 
   def search(self, queries: np.ndarray | jax.Array, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """[Q, D] -> scores float32 [Q, K], descending, and ids int32 [Q, K].
+    """Returns scores float32 [Q, K], in descending order, and ids int32 [Q, K] of the best labels of queries [Q, D].
 
-    Score -inf and id -1 stand where there are fewer than k.
+    Score -inf and id -1 fill the places of a query for which fewer than k labels were found.
     """
 
 
 def make_index(
   kind: str, embeddings: np.ndarray | jax.Array, mesh: Mesh | None = None, rows: np.ndarray | None = None
 ) -> Index:
-  """An index of the label embeddings.
+  """Returns an index of the label embeddings.
 
   Args:
-    kind: "exact" (on the accelerator, sharded over the mesh) or "scann" (on CPU, approximate).
-    embeddings: [L, D].
-    mesh: devices of the exact index; None takes all of them.
-    rows: ascending ids of the labels to search, of embeddings that are a NumPy array; None takes all of them.
+    kind: "exact" (on the accelerators, sharded over the mesh) or "scann" (on the CPU, approximate).
+    embeddings: Label embeddings [L, D].
+    mesh: Devices of the exact index; None uses all devices.
+    rows: Ids of the labels to search, ascending; the embeddings must then be a NumPy array. None searches all labels.
 
   Raises:
-    InputError: if there is no such kind, or ScaNN cannot run here.
+    InputError: There is no such kind, or ScaNN cannot run here.
   """
   if kind == "exact":
     return ExactIndex(embeddings, mesh, rows=rows)
@@ -55,28 +55,26 @@ def make_index(
 def search_excluding(
   index: Index, queries: np.ndarray | jax.Array, k: int, exclude: Ragged | None, *, query_chunk: int = 4096
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The k best of the labels that a query may have, filtered before the cut at k.
+  """Returns the k best labels of each query without its excluded labels, which are dropped before the cut at k.
 
-  Each chunk of queries is searched for k + e labels, e being the most labels that any
-  of its queries excludes, and the excluded are then dropped. At most e of the k + e are
-  excluded, so at least k remain; and every label that is not among them scores no higher
-  than all of them, so the first k that remain are the k best of all that are not
-  excluded. (Cutting at k first and filtering then would leave fewer than k.) e is rounded
-  up to a power of two, so that few widths are compiled. If k + e exceeds L, all labels
-  are searched, and what is missing has score -inf, id -1. With an approximate index the
-  same holds for the labels that it finds.
+  Each chunk of queries is searched for k + e labels, where e is the most labels that a query of the chunk excludes, and
+  excluded labels are then dropped. At most e of the k + e are excluded, so at least k remain, and no other label scores
+  higher than these: the first k that remain are the k best of all labels that are not excluded. (A cut at k before the
+  filter would leave fewer than k.) e is rounded up to a power of two, so that few widths are compiled. If k + e exceeds
+  L, all labels are searched. For an approximate index, the same holds among the labels that it finds.
 
-  Shows a progress bar on a terminal.
+  A progress bar is shown on a terminal.
 
   Args:
-    index: the index.
-    queries: [Q, D].
-    k: how many labels, at least 1.
-    exclude: for each query the label ids to leave out, Q rows; None leaves out nothing.
-    query_chunk: queries to search and filter at once.
+    index: Index of the labels.
+    queries: Queries [Q, D].
+    k: Number of labels to return for each query, at least 1.
+    exclude: Ids of the labels to leave out for each query, Q rows; None leaves out none.
+    query_chunk: Number of queries to search and filter at once.
 
   Returns:
-    scores float32 [Q, K], descending, and ids int32 [Q, K].
+    Scores float32 [Q, K] in descending order and ids int32 [Q, K]. Score -inf and id -1 fill the places of a query with
+    fewer labels left.
   """
   if exclude is not None and len(exclude) != len(queries):
     raise ValueError(f"{len(queries)} queries but {len(exclude)} rows of exclusions")
@@ -91,7 +89,9 @@ def search_excluding(
   return scores, ids
 
 
-def _search_chunk(index: Index, queries, k: int, exclude: Ragged | None):
+def _search_chunk(
+  index: Index, queries: np.ndarray | jax.Array, k: int, exclude: Ragged | None
+) -> tuple[np.ndarray, np.ndarray]:
   if exclude is None or not len(exclude.values):
     return index.search(queries, k)
   most = int(exclude.lengths.max())

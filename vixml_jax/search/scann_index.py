@@ -1,4 +1,4 @@
-"""Approximate maximum inner product search on CPU by ScaNN, an optional package."""
+"""Approximate maximum inner product search on the CPU with ScaNN, an optional package."""
 
 import dataclasses
 import importlib.util
@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 import platform
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,20 +19,17 @@ _TREE_FROM = 100_000
 _TRAINING_SAMPLE = 250_000
 _DIMENSIONS_PER_BLOCK = 2
 _UPSERT_BATCH = 256
-_CPU_FLAGS = ("avx", "fma")  # what the published wheels for x86 are compiled for
+_CPU_FLAGS = ("avx", "fma")  # The published wheels for x86 need these.
 
 
 def scann_available() -> tuple[bool, str]:
-  """Whether ScaNN can run here, found out without importing it.
+  """Returns (True, "") if ScaNN can run here, else (False, the reason in words), without importing it.
 
-  Its x86 wheels die on a CPU without AVX, which no exception handler sees, so
-  the CPU is looked at first.
-
-  Returns:
-    (True, "") or (False, the reason in words).
+  On a CPU without AVX, the x86 wheels kill the process, which no exception handler can prevent; so the flags of the CPU
+  are checked first.
   """
   if importlib.util.find_spec("scann") is None:
-    return False, "the package scann is not installed: pip install vixml_jax[scann]"
+    return False, "the package scann is not installed: pip install -c constraints.txt -e '.[scann]'"
   missing = [flag.upper() for flag in _CPU_FLAGS if flag not in _cpu_flags()]
   if missing:
     return False, f"this CPU lacks {' and '.join(missing)}, which ScaNN needs: use search=exact"
@@ -40,16 +38,16 @@ def scann_available() -> tuple[bool, str]:
 
 @dataclasses.dataclass(frozen=True)
 class ScannParameters:
-  """What ScaNN is built with.
+  """Parameters that ScaNN is built with.
 
   Attributes:
-    leaves: leaves of the partitioning tree; 0 for no tree.
-    leaves_to_search: leaves that a query visits.
-    reorder: candidates that are scored again, exactly, by product quantized score; 0 for
-      brute force without quantization.
-    dimensions_per_block: dimensions that share a 4-bit code.
-    soar: spill every label to a second leaf (orthogonality-amplified residuals).
-    bfloat16: keep the exact vectors as bfloat16; their scores are then only as exact.
+    leaves: Number of leaves of the partitioning tree; 0 for no tree.
+    leaves_to_search: Number of leaves that a query visits.
+    reorder: Number of candidates of highest quantized score whose exact scores are computed; 0 for brute force without
+      quantization.
+    dimensions_per_block: Number of dimensions that share a 4-bit code.
+    soar: Whether every label is assigned to a second leaf (SOAR, orthogonality-amplified residuals).
+    bfloat16: Whether the exact vectors are stored in bfloat16, which limits the precision of their scores.
   """
 
   leaves: int
@@ -61,16 +59,15 @@ class ScannParameters:
 
 
 def choose_parameters(num_labels: int, k: int = 100) -> ScannParameters:
-  """ScaNN's own rules of thumb (its docs/algorithms.md), by the number of labels.
+  """Returns parameters by the rules of thumb of ScaNN's docs/algorithms.md.
 
-  Brute force below 20K labels, quantized scores with reordering below 100K, above
-  that a tree of about sqrt(L) leaves. Ours on top: a quarter of the leaves is searched, which
-  recall at 100 needs, 5 k candidates are reordered, and from a million labels on vectors are
-  kept in bfloat16 to halve memory.
+  They are brute force below 20K labels, quantized scores with reordering below 100K, and a tree of about sqrt(L) leaves
+  above. Three choices are ours: a quarter of the leaves is searched, which recall at 100 needs; 5 k candidates are
+  reordered; and with a million labels or more, vectors are stored in bfloat16 to halve memory.
 
   Args:
-    num_labels: L.
-    k: the most results that will be asked for.
+    num_labels: Number of labels L.
+    k: Largest number of results per query.
   """
   tree = num_labels >= _TREE_FROM
   leaves = round(math.sqrt(num_labels)) if tree else 0
@@ -85,21 +82,21 @@ def choose_parameters(num_labels: int, k: int = 100) -> ScannParameters:
 
 
 class ScannIndex:
-  """Label embeddings in ScaNN, in this process's memory, searched by all its CPUs.
+  """ScaNN over label embeddings, in the memory of this process, searched with all CPUs.
 
-  Labels can be added and deleted afterwards. ScaNN numbers what it holds by position, and moves its last label to the
-  place of one that is deleted; which label stands where is noted here. Its own names for labels (docids) are not used:
-  it saves them by pickle.
+  Labels can be added and deleted. ScaNN numbers its labels by position and moves the last one to the position of a
+  deleted one; this class keeps the id of the label at each position. ScaNN's own names for labels (docids) are not
+  used, because it saves them with pickle.
 
-  ScaNN 1.4.2 corrupts its memory when a label that SOAR spilled to a second leaf is deleted or changed. Where SOAR is
-  on, deleted labels therefore stay in it, and are dropped from what is found.
+  ScaNN 1.4.2 corrupts its memory when a label that SOAR assigned to a second leaf is deleted or changed. With SOAR,
+  deleted labels therefore remain in ScaNN and are dropped from its results.
 
-  New labels go to the leaves and codes that the first ones were trained on. `needs_rebuild` says when
-  building anew is better. (ScaNN's `rebalance` trains in full as well, but keeps the number of leaves, and what
-  SOAR must not delete.)
+  New labels are assigned to the leaves and codes that were trained on the first ones; `needs_rebuild` says when the
+  index should be rebuilt. (ScaNN's `rebalance` also trains in full, but keeps the number of leaves and the deleted
+  labels that remain because of SOAR.)
 
   Attributes:
-    parameters: what it was built with; another `leaves_to_search` or `reorder` holds from the next search on.
+    parameters: Parameters of the index. Replacing `leaves_to_search` or `reorder` changes the next searches.
   """
 
   def __init__(
@@ -113,54 +110,54 @@ class ScannIndex:
     """Builds the index, which takes about a minute for 131K labels of 384 dimensions.
 
     Args:
-      embeddings: [L, D], addressable by this process; ScaNN keeps its own float32 copy.
-      rows: ids of the labels to search; None takes all of them.
-      k: the most results that will be asked for without loss of recall.
-      parameters: None chooses by `choose_parameters`.
+      embeddings: Label embeddings [L, D], addressable by this process; ScaNN makes a float32 copy.
+      rows: Ids of the labels to search; None searches all labels.
+      k: Largest number of results per query that loses no recall.
+      parameters: Parameters of ScaNN; None uses those of `choose_parameters`.
 
     Raises:
-      InputError: if ScaNN is not installed or cannot run on this CPU, or there is no label.
+      InputError: ScaNN is not installed or cannot run on this CPU, or there is no label.
     """
     rows = np.arange(len(embeddings)) if rows is None else rows
     if embeddings.ndim != 2 or len(rows) == 0:
       raise InputError(
         f"{len(rows)} label embeddings of shape {embeddings.shape}: search needs [L, D] with L at least 1"
       )
-    _scann()
+    _import_scann()
     self.parameters = parameters or choose_parameters(len(rows), k)
     embeddings = np.asarray(embeddings if len(rows) == len(embeddings) else embeddings[rows], np.float32)
     self._searcher = _build(embeddings, self.parameters, k)
-    self._slots = np.asarray(rows, np.int32)  # The label at each position; -1 where it is deleted but still there.
-    self._built_on, self._changed = len(rows), 0
+    self._label_at = np.asarray(rows, np.int32)  # Label id at each position; -1 if it was deleted but remains in ScaNN.
+    self._num_built, self._num_changed = len(rows), 0
 
   @property
   def num_labels(self) -> int:
-    """How many labels are searched, without deleted ones."""
-    return int(np.sum(self._slots >= 0))
+    """Number of labels that are searched, without deleted ones."""
+    return int(np.sum(self._label_at >= 0))
 
   @property
   def needs_rebuild(self) -> bool:
-    """Whether so many labels came and went since it was built that it should be built anew: more than a tenth."""
-    return self._changed > self._built_on / 10
+    """Whether the index should be rebuilt, because more than a tenth of its labels were added or deleted since then."""
+    return self._num_changed > self._num_built / 10
 
   def search(self, queries: np.ndarray | jax.Array, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """About the k labels of highest inner product.
+    """Returns approximately the k labels of highest inner product.
 
-    Where e deleted labels are still there, twice as many labels are searched for until k others are among them, k + e
-    at most. ScaNN lists by score, so the first k others of a longer list are the same.
+    If e deleted labels remain in ScaNN, queries that find fewer than k others search for twice as many labels, up to
+    k + e. ScaNN lists its results by score, so a longer list begins with the same labels.
 
     Args:
-      queries: [Q, D].
-      k: how many labels, at least 1.
+      queries: Queries [Q, D].
+      k: Number of labels to return for each query, at least 1.
 
     Returns:
-      scores float32 [Q, K] in descending order and ids int32 [Q, K]; score -inf
-      and id -1 where fewer labels were found.
+      Scores float32 [Q, K] in descending order and ids int32 [Q, K]. Score -inf and id -1 fill the places of a
+      query for which fewer labels were found.
     """
     queries = np.asarray(queries, np.float32)
     scores, ids = self._search(queries, k, k)
     num_labels = self.num_labels
-    width, widest = k, k + len(self._slots) - num_labels
+    width, widest = k, k + len(self._label_at) - num_labels
     while width < widest:
       short = np.flatnonzero((ids >= 0).sum(axis=1) < min(k, num_labels))
       width = min(2 * width, widest)
@@ -168,74 +165,83 @@ class ScannIndex:
     return scores, ids
 
   def add(self, embeddings: np.ndarray, ids: np.ndarray) -> None:
-    """Adds labels, about 0.01 ms each.
+    """Adds labels, in about 0.01 ms each.
 
     Args:
-      embeddings: [n, D].
-      ids: int [n], none of which it holds.
+      embeddings: Embeddings [n, D] of the new labels.
+      ids: int [n], ids of the new labels, none of which is in the index.
     """
     places = self._searcher.searcher.upsert(
       [None] * len(ids), np.ascontiguousarray(embeddings, np.float32), _UPSERT_BATCH
     )
-    expected = np.arange(len(self._slots), len(self._slots) + len(ids))
+    expected = np.arange(len(self._label_at), len(self._label_at) + len(ids))
     if not np.array_equal(places, expected):
-      raise RuntimeError("ScaNN put new labels elsewhere than at its end; its version is not supported")
-    self._slots = np.concatenate([self._slots, np.asarray(ids, np.int32)])
-    self._changed += len(ids)
+      raise RuntimeError("ScaNN did not append the new labels; this version of ScaNN is not supported")
+    self._label_at = np.concatenate([self._label_at, np.asarray(ids, np.int32)])
+    self._num_changed += len(ids)
 
   def delete(self, ids: np.ndarray) -> None:
-    """Deletes labels; those that it does not hold are left alone."""
-    places = np.flatnonzero(np.isin(self._slots, ids))
-    self._changed += len(places)
+    """Deletes labels; ids that are not in the index are ignored."""
+    places = np.flatnonzero(np.isin(self._label_at, ids))
+    self._num_changed += len(places)
     if self.parameters.soar:
-      self._slots[places] = -1
+      self._label_at[places] = -1
       return
-    # From the end, so that what moves to a free place is not itself to be deleted.
+    # From the last position to the first, so that a label that is moved is never one to be deleted.
     places = places[::-1]
     self._searcher.searcher.delete(places.tolist())
     for place in places:
-      self._slots[place] = self._slots[-1]
-      self._slots = self._slots[:-1]
+      self._label_at[place] = self._label_at[-1]
+      self._label_at = self._label_at[:-1]
 
   def save(self, folder: Path) -> None:
-    """Writes the index to an empty folder, to be found again wherever that is moved."""
+    """Writes the index to an empty folder, which can be moved."""
     self._searcher.serialize(str(folder), relative_path=True)
-    np.save(folder / "slots.npy", self._slots)
-    state = {"parameters": dataclasses.asdict(self.parameters), "built_on": self._built_on, "changed": self._changed}
+    np.save(folder / "slots.npy", self._label_at)
+    state = {
+      "parameters": dataclasses.asdict(self.parameters),
+      "built_on": self._num_built,
+      "changed": self._num_changed,
+    }
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
   @classmethod
   def load(cls, folder: Path) -> "ScannIndex":
-    """Reads what `save` wrote.
+    """Reads an index that `save` wrote.
 
     Raises:
-      InputError: ScaNN is not installed or cannot run on this CPU, or the folder is not one that `save` wrote.
+      InputError: ScaNN is not installed or cannot run on this CPU, or the folder was not written by `save`.
     """
-    scann = _scann()
+    scann = _import_scann()
     if (folder / "scann_docids.pkl").exists():
-      raise InputError(f"{folder}: holds scann_docids.pkl, which is not of this package and would be unpickled")
+      raise InputError(
+        f"{folder}: contains scann_docids.pkl, which this package never writes and ScaNN would unpickle; write the "
+        "label index again"
+      )
     index = cls.__new__(cls)
     try:
       state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
       index.parameters = ScannParameters(**state["parameters"])
-      index._built_on, index._changed = state["built_on"], state["changed"]
-      index._slots = np.load(folder / "slots.npy", allow_pickle=False)
+      index._num_built, index._num_changed = state["built_on"], state["changed"]
+      index._label_at = np.load(folder / "slots.npy", allow_pickle=False)
       index._searcher = scann.scann_ops_pybind.load_searcher(str(folder.resolve()))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-      raise InputError(f"{folder}: cannot be read as ScaNN's ({error}); write the label index anew") from error
-    if index._searcher.size() != len(index._slots):
       raise InputError(
-        f"{folder}: ScaNN holds {index._searcher.size()} labels but slots.npy names "
-        f"{len(index._slots)}; write the label index anew"
+        f"{folder}: cannot be read as an index of ScaNN ({error}); write the label index again"
+      ) from error
+    if index._searcher.size() != len(index._label_at):
+      raise InputError(
+        f"{folder}: ScaNN has {index._searcher.size()} labels but slots.npy has {len(index._label_at)}; "
+        "write the label index again"
       )
     return index
 
   def _search(self, queries: np.ndarray, k: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and ids of the k best among the `width` best, without deleted labels."""
+    """Returns scores and ids of the k best among the `width` best, without deleted labels."""
     scores = np.full((len(queries), width), -np.inf, np.float32)
     ids = np.full((len(queries), width), -1, np.int32)
     if len(queries):
-      reach = min(width, len(self._slots))
+      reach = min(width, len(self._label_at))
       reorder = max(self.parameters.reorder, reach) if self.parameters.reorder else None
       places, found = self._searcher.search_batched_parallel(
         queries,
@@ -243,18 +249,18 @@ class ScannIndex:
         pre_reorder_num_neighbors=reorder,
         leaves_to_search=self.parameters.leaves_to_search or None,
       )
-      real = ~np.isnan(found)  # ScaNN fills up with NaN where it found fewer
-      ids[:, :reach] = np.where(real, self._slots[np.where(real, places, 0)], -1)
+      real = ~np.isnan(found)  # ScaNN fills the places that it has no label for with NaN.
+      ids[:, :reach] = np.where(real, self._label_at[np.where(real, places, 0)], -1)
       scores[:, :reach] = np.where(ids[:, :reach] >= 0, found, -np.inf)
     kept = np.argsort(ids < 0, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, kept, axis=1), np.take_along_axis(ids, kept, axis=1)
 
 
-def _scann():
-  """The package scann, imported here only: it is optional, and its import is slow.
+def _import_scann() -> Any:
+  """Returns the package scann, which is optional and slow to import.
 
   Raises:
-    InputError: it is not installed or cannot run here.
+    InputError: It is not installed or cannot run here.
   """
   available, reason = scann_available()
   if not available:
@@ -264,13 +270,14 @@ def _scann():
   except ImportError as error:
     raise InputError(
       f"search=scann cannot be used: the package scann does not load ({error}); "
-      "install it again by pip install vixml_jax[scann]"
+      "install it again with pip install -c constraints.txt -e '.[scann]'"
     ) from error
   return scann
 
 
-def _build(embeddings: np.ndarray, parameters: ScannParameters, k: int):
-  scann = _scann()
+def _build(embeddings: np.ndarray, parameters: ScannParameters, k: int) -> Any:
+  """Returns a searcher of ScaNN over embeddings [L, D]."""
+  scann = _import_scann()
   num_labels = len(embeddings)
   sample = min(num_labels, _TRAINING_SAMPLE)
   builder = scann.scann_ops_pybind.builder(embeddings, min(k, num_labels), "dot_product")
@@ -293,11 +300,11 @@ def _build(embeddings: np.ndarray, parameters: ScannParameters, k: int):
 
 
 def _cpu_flags() -> frozenset[str]:
-  """The CPU's instruction sets as Linux lists them; where it lists none, all that are needed."""
+  """Returns the instruction sets of the CPU that Linux lists; if it lists none, all that ScaNN needs."""
   if platform.machine().lower() not in ("x86_64", "amd64"):
     return frozenset(_CPU_FLAGS)
   try:
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+    with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
       flags = next((line for line in lines if line.startswith("flags")), None)
   except OSError:
     flags = None

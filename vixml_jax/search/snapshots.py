@@ -1,8 +1,8 @@
-"""A folder whose contents are replaced as a whole: snapshots beside each other, of which CURRENT names the valid one.
+"""A folder whose contents are replaced as a whole: it holds numbered snapshots, of which the file CURRENT names one.
 
-Whenever a process is killed, CURRENT names a snapshot that is complete: it is replaced, in one step, after the next
-one has been written in full, and only then are others removed. Files are checked by size and sha256: those of a
-snapshot stand in its index.json, and that of index.json in CURRENT.
+CURRENT always names a complete snapshot, even if a process is killed at any time: the next snapshot is written in full,
+then CURRENT is replaced in one step, and only then are the other snapshots removed. CURRENT holds the sha256 of the
+snapshot's index.json, and index.json holds the size and sha256 of every other file.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 from vixml_jax.errors import InputError
 from vixml_jax.files import new_file, new_folder, sha256_of_file
@@ -21,59 +21,85 @@ CURRENT = "CURRENT"
 LOCK = ".lock"
 
 
+class Snapshot(NamedTuple):
+  """The snapshot that CURRENT names.
+
+  Attributes:
+    path: Folder of the snapshot.
+    info: Content of its index.json, checked against the sha256 in CURRENT.
+    pointer: Content of CURRENT when the snapshot was read.
+  """
+
+  path: Path
+  info: dict[str, Any]
+  pointer: str
+
+
 def remedy(folder: Path) -> str:
-  """What to do about an index that cannot be used."""
+  """Returns what to do about an index that cannot be used, as the end of an error message."""
   return (
-    f"delete {folder} and run `python -m vixml_jax.evaluate --workdir={folder.parent}`, which writes it anew "
+    f"delete {folder} and run `python -m vixml_jax.evaluate --workdir={folder.parent}`, which writes a new one "
     "(labels that were added must be added again)"
   )
 
 
-def read_current(folder: Path) -> tuple[Path, dict[str, Any]]:
-  """The valid snapshot and its index.json, which has been checked against CURRENT.
+def read_pointer(folder: Path) -> str:
+  """Returns the content of CURRENT, or "" if it cannot be read.
 
-  Raises:
-    InputError: there is none, or it is damaged.
+  A snapshot that was read earlier is still the current one exactly if its `pointer` equals this.
   """
   try:
-    name, _, digest = (folder / CURRENT).read_text(encoding="utf-8").strip().partition(" ")
+    return (folder / CURRENT).read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError):
+    return ""
+
+
+def read_current(folder: Path) -> Snapshot:
+  """Returns the snapshot that CURRENT names.
+
+  Raises:
+    InputError: CURRENT or index.json is missing or damaged.
+  """
+  try:
+    pointer = (folder / CURRENT).read_text(encoding="utf-8")
   except FileNotFoundError as error:
     raise InputError(
-      f"{folder / CURRENT} is missing, so there is no label index: "
-      f"`python -m vixml_jax.evaluate --workdir={folder.parent}` writes it"
+      f"{folder / CURRENT}: is missing, so there is no label index; "
+      f"run `python -m vixml_jax.evaluate --workdir={folder.parent}`, which writes it"
     ) from error
   except (OSError, UnicodeDecodeError) as error:
     raise InputError(f"{folder / CURRENT}: cannot be read ({error}); {remedy(folder)}") from error
+  name, _, digest = pointer.strip().partition(" ")
   if not name.isdigit():
-    raise InputError(f"{folder / CURRENT}: names no snapshot but {name[:80]!r}; {remedy(folder)}")
+    raise InputError(f"{folder / CURRENT}: does not name a snapshot but {name[:80]!r}; {remedy(folder)}")
   path = folder / name / INDEX
   try:
     content = path.read_bytes()
   except OSError as error:
     raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy(folder)}") from error
   if hashlib.sha256(content).hexdigest() != digest:
-    raise InputError(f"{path}: is damaged, its sha256 is not that in {CURRENT}; {remedy(folder)}")
-  return folder / name, json.loads(content)
+    raise InputError(f"{path}: is damaged (its sha256 differs from that in {CURRENT}); {remedy(folder)}")
+  return Snapshot(folder / name, json.loads(content), pointer)
 
 
 def check_files(snapshot: Path, files: dict[str, dict[str, Any]], *, contents: bool) -> None:
-  """Compares the files of a snapshot with what its index.json says.
+  """Compares the files of a snapshot with its index.json.
 
   Args:
-    snapshot: its folder.
-    files: size and sha256 by path within the folder.
-    contents: whether to read every file in full; otherwise sizes are compared.
+    snapshot: Folder of the snapshot.
+    files: Size and sha256 of each file, by path within the folder.
+    contents: Whether to read every file and compare its sha256; otherwise only sizes are compared.
 
   Raises:
-    InputError: naming the first file that is missing or differs.
+    InputError: A file is missing or differs; the message names the first one.
   """
-  for name, wanted in files.items():
+  for name, expected in files.items():
     path = snapshot / name
     try:
       size = path.stat().st_size
-      wrong = f"has {size:,} bytes instead of {wanted['size']:,}" if size != wanted["size"] else None
-      if not wrong and contents and sha256_of_file(path) != wanted["sha256"]:
-        wrong = f"its sha256 is not that in {INDEX}"
+      wrong = f"has {size:,} bytes instead of {expected['size']:,}" if size != expected["size"] else None
+      if not wrong and contents and sha256_of_file(path) != expected["sha256"]:
+        wrong = f"its sha256 differs from that in {INDEX}"
     except OSError as error:
       wrong = f"cannot be read: {error.strerror}"
     if wrong:
@@ -83,22 +109,21 @@ def check_files(snapshot: Path, files: dict[str, dict[str, Any]], *, contents: b
 def write_snapshot(
   folder: Path, fill: Callable[[Path], dict[str, Any]], known: dict[str, dict[str, Any]] | None = None
 ) -> None:
-  """Writes the next snapshot, makes it the valid one and removes all others. Call it under the lock `LOCK`.
+  """Writes the next snapshot, lets CURRENT name it and removes all others. Call it under the lock `LOCK`.
 
   Args:
-    folder: holds the snapshots.
-    fill: writes the files into the folder that it is given and returns what else index.json is to say.
-    known: size and sha256 of files that need not be read again, by path.
+    folder: Folder of the snapshots.
+    fill: Function that writes the files into the folder it receives and returns the content of index.json without
+      `files`, which is added here.
+    known: Size and sha256 of files that need not be read again, by path within the snapshot.
   """
+  known = known or {}
   number = 1 + max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
   target = folder / f"{number:06d}"
   with new_folder(target) as work:
     info = fill(work)
-    info["files"] = {
-      path.relative_to(work).as_posix(): (known or {}).get(path.relative_to(work).as_posix()) or _describe(path)
-      for path in sorted(work.rglob("*"))
-      if path.is_file()
-    }
+    paths = {path.relative_to(work).as_posix(): path for path in sorted(work.rglob("*")) if path.is_file()}
+    info["files"] = {name: known.get(name) or _describe(path) for name, path in paths.items()}
     content = (json.dumps(info, indent=2) + "\n").encode()
     (work / INDEX).write_bytes(content)
     _sync(work / INDEX)
@@ -110,12 +135,12 @@ def write_snapshot(
       shutil.rmtree(path, ignore_errors=True)
 
 
-def take_over(source: Path, target: Path) -> None:
-  """The same file, or folder of files, at another place: linked where the file system can, else copied."""
+def link_or_copy(source: Path, target: Path) -> None:
+  """Makes a file, or a folder of files, available at another path: by hard links where possible, else by copies."""
   if source.is_dir():
     target.mkdir()
     for path in source.iterdir():
-      take_over(path, target / path.name)
+      link_or_copy(path, target / path.name)
     return
   try:
     os.link(source, target)
@@ -124,11 +149,12 @@ def take_over(source: Path, target: Path) -> None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
+  """Returns size and sha256 of a file, after it has reached the disk."""
   _sync(path)
   return {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def _sync(path: Path) -> None:
-  """Waits until the file is on the disk, so that CURRENT never names what a power cut loses."""
+  """Waits until a file is on the disk, so that CURRENT never names files that a power cut loses."""
   with path.open("rb") as file:
     os.fsync(file.fileno())

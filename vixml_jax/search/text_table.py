@@ -1,4 +1,4 @@
-"""A million texts in two arrays, found by number and by text."""
+"""A table of texts stored in two arrays, with look-up by row and by text."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -8,12 +8,18 @@ import numpy as np
 
 from vixml_jax.ragged import Ragged, ranges
 
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # Odd, and its bits look random: 2**64 over the golden ratio.
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: odd, and its bits look random.
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTable:
-  """Texts by row.
+  """Texts by row, without a Python object for each.
+
+  >>> table = TextTable.from_texts(["red", "green", "blue"])
+  >>> table.take([2, 0])
+  ['blue', 'red']
+  >>> table.find(["green", "yellow"]).tolist()
+  [1, -1]
 
   Attributes:
     rows: uint8, the UTF-8 of each text; may be memory-mapped.
@@ -25,28 +31,28 @@ class TextTable:
     return len(self.rows)
 
   @classmethod
-  def of(cls, texts: Sequence[str]) -> "TextTable":
-    """From texts."""
+  def from_texts(cls, texts: Sequence[str]) -> "TextTable":
+    """Returns a table of the given texts."""
     encoded = [text.encode() for text in texts]
     return cls(Ragged.of_lengths(np.frombuffer(b"".join(encoded), np.uint8), [len(text) for text in encoded]))
 
   def take(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-    """The texts of the given rows.
+    """Returns the texts of the given rows.
 
     Raises:
-      IndexError: there is no such row.
+      IndexError: There is no such row.
     """
     rows = np.asarray(rows, np.int64)
     if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
-      raise IndexError(f"rows go from 0 to {len(self) - 1}, not {rows.min()} to {rows.max()}")
+      raise IndexError(f"rows must be from 0 to {len(self) - 1}, not {rows.min()} to {rows.max()}")
     taken = self.rows.take(rows)
     content = taken.values.tobytes()
     return [content[start:stop].decode() for start, stop in zip(taken.offsets[:-1], taken.offsets[1:], strict=True)]
 
   def find(self, texts: Sequence[str]) -> np.ndarray:
-    """int32, the last row that holds each text; -1 for a text that no row holds."""
+    """Returns int32, for each text the last row that holds it, or -1."""
     hashes, order = self._sorted_hashes
-    wanted = _hashes(TextTable.of(texts).rows)
+    wanted = _hashes(TextTable.from_texts(texts).rows)
     first, last = (np.searchsorted(hashes, wanted, side=side) for side in ("left", "right"))
     found = np.full(len(texts), -1, np.int32)
     for place, text in enumerate(texts):
@@ -57,13 +63,13 @@ class TextTable:
           break
     return found
 
-  def repeated(self) -> str | None:
-    """A text that two rows hold; None where all are distinct."""
+  def first_duplicate(self) -> str | None:
+    """Returns a text that two rows hold, or None if all texts are distinct."""
     hashes, order = self._sorted_hashes
     for place in np.flatnonzero(hashes[1:] == hashes[:-1]):
-      alike = self.take(order[hashes == hashes[place]])
-      if len(set(alike)) < len(alike):
-        return next(text for text in alike if alike.count(text) > 1)
+      candidates = self.take(order[hashes == hashes[place]])
+      if len(set(candidates)) < len(candidates):
+        return next(text for text in candidates if candidates.count(text) > 1)
     return None
 
   @functools.cached_property
@@ -75,9 +81,9 @@ class TextTable:
 
 
 def _hashes(rows: Ragged) -> np.ndarray:
-  """uint64, for each row the polynomial of its bytes, modulo 2**64."""
+  """Returns uint64, a polynomial hash of the bytes of each row, modulo 2**64."""
   lengths = rows.lengths
   powers = np.full(int(lengths.max(initial=0)), _FACTOR).cumprod()
   terms = (np.asarray(rows.values, np.uint64) + np.uint64(1)) * powers[ranges(0, lengths)]
   sums = np.concatenate([np.zeros(1, np.uint64), terms.cumsum()])
-  return sums[rows.offsets[1:]] - sums[rows.offsets[:-1]]
+  return np.asarray(sums[rows.offsets[1:]] - sums[rows.offsets[:-1]])

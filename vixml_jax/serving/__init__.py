@@ -1,1 +1,1 @@
-"""Answers queries over HTTP: one process, one model, requests of many clients gathered into batches."""
+"""HTTP server: one process with one model, which answers the requests of many clients in batches."""

@@ -1,4 +1,4 @@
-"""Gathers what many threads ask into batches, which one thread answers."""
+"""Gathers requests of many threads into batches, which one thread answers."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,27 +13,23 @@ Result = TypeVar("Result")
 
 
 class QueueFull(Exception):
-  """More is waiting than may, or the batcher is closed."""
+  """Raised if too many requests are waiting, or the batcher is closed."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job(Generic[Request, Result]):
-  asked: Request
-  answer: "Future[Result]"
+class _Waiting(Generic[Request, Result]):
+  """A request in the queue, with the time of its arrival."""
+
+  request: Request
+  result: "Future[Result]"
   arrived: float
 
 
 class Batcher(Generic[Request, Result]):
-  """A bounded queue, and the one thread that works it off.
+  """A bounded queue of requests, and the thread that answers them.
 
-  Whatever waits when the thread is free is answered together. What fails as a batch is tried again one by one, so that
-  only those at fault fail.
-
-  Args:
-    answer: gives a result, or an exception, for each that is asked.
-    max_batch: the most that are answered together.
-    max_wait: seconds that the first of a batch waits for others.
-    max_queue: the most that wait.
+  All requests that wait when the thread is free are answered together. If a batch fails, its requests are tried again
+  one by one, so that only the faulty ones fail.
   """
 
   def __init__(
@@ -44,34 +40,42 @@ class Batcher(Generic[Request, Result]):
     max_wait: float,
     max_queue: int,
   ):
+    """Starts the thread.
+
+    Args:
+      answer: Function that returns a result, or an exception, for each request of a batch.
+      max_batch: Maximum number of requests in a batch.
+      max_wait: Seconds that the first request of a batch waits for others.
+      max_queue: Maximum number of waiting requests.
+    """
     self._answer = answer
     self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait, max_queue
-    self._waiting: deque[_Job[Request, Result]] = deque()
+    self._queue: deque[_Waiting[Request, Result]] = deque()
     self._changed = threading.Condition()
     self._closing = False
     self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
     self._thread.start()
 
   def __len__(self) -> int:
-    return len(self._waiting)
+    return len(self._queue)
 
-  def submit(self, asked: Sequence[Request]) -> "list[Future[Result]]":
-    """Queues all that are asked, or none of them.
+  def submit(self, requests: Sequence[Request]) -> "list[Future[Result]]":
+    """Queues all of the requests, or none of them.
 
     Raises:
-      QueueFull: there is no room for all.
+      QueueFull: There is no room for all of them.
     """
     arrived = time.monotonic()
-    jobs: list[_Job[Request, Result]] = [_Job(each, Future(), arrived) for each in asked]
+    added: list[_Waiting[Request, Result]] = [_Waiting(request, Future(), arrived) for request in requests]
     with self._changed:
-      if self._closing or len(self._waiting) + len(jobs) > self._max_queue:
+      if self._closing or len(self._queue) + len(added) > self._max_queue:
         raise QueueFull
-      self._waiting.extend(jobs)
+      self._queue.extend(added)
       self._changed.notify()
-    return [job.answer for job in jobs]
+    return [waiting.result for waiting in added]
 
   def close(self) -> None:
-    """Takes no more, and returns when all that waited is answered."""
+    """Refuses new requests, and returns when all that wait are answered."""
     with self._changed:
       self._closing = True
       self._changed.notify()
@@ -79,31 +83,31 @@ class Batcher(Generic[Request, Result]):
 
   def _work(self) -> None:
     while batch := self._next():
-      self._do([job for job in batch if job.answer.set_running_or_notify_cancel()])
+      self._run([waiting for waiting in batch if waiting.result.set_running_or_notify_cancel()])
 
-  def _next(self) -> list[_Job[Request, Result]]:
-    """The next batch; empty when the queue is closed and worked off."""
+  def _next(self) -> list[_Waiting[Request, Result]]:
+    """Returns the next batch; an empty one if the queue is closed and empty."""
     with self._changed:
-      self._changed.wait_for(lambda: self._waiting or self._closing)
-      if self._waiting:
-        left = self._waiting[0].arrived + self._max_wait - time.monotonic()
-        self._changed.wait_for(lambda: len(self._waiting) >= self._max_batch or self._closing, max(left, 0))
-      return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_batch))]
+      self._changed.wait_for(lambda: self._queue or self._closing)
+      if self._queue:
+        left = self._queue[0].arrived + self._max_wait - time.monotonic()
+        self._changed.wait_for(lambda: len(self._queue) >= self._max_batch or self._closing, max(left, 0))
+      return [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
 
-  def _do(self, batch: list[_Job[Request, Result]]) -> None:
+  def _run(self, batch: list[_Waiting[Request, Result]]) -> None:
     if not batch:
       return
     try:
-      answers = self._answer([job.asked for job in batch])
+      results = self._answer([waiting.request for waiting in batch])
     except Exception as error:
       if len(batch) == 1:
-        batch[0].answer.set_exception(error)
+        batch[0].result.set_exception(error)
         return
-      for job in batch:
-        self._do([job])
+      for waiting in batch:
+        self._run([waiting])
       return
-    for job, answer in zip(batch, answers, strict=True):
-      if isinstance(answer, Exception):
-        job.answer.set_exception(answer)
+    for waiting, result in zip(batch, results, strict=True):
+      if isinstance(result, Exception):
+        waiting.result.set_exception(result)
       else:
-        job.answer.set_result(answer)
+        waiting.result.set_result(result)

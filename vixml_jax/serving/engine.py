@@ -1,4 +1,4 @@
-"""A model and its label index, warmed up: answers batches, and takes over new snapshots of the index meanwhile."""
+"""A loaded and compiled model with its label index: answers batches of queries, and switches to new snapshots."""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -17,9 +17,12 @@ from vixml_jax.errors import InputError
 from vixml_jax.inference.predictor import Prediction, Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query
 from vixml_jax.search import snapshots
+from vixml_jax.search.filters import Filters
+from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.request_error import RequestError
+from vixml_jax.serving.request_filters import join_filters
 from vixml_jax.serving.served_index import ServedIndex
 
 _log = logging.getLogger(__name__)
@@ -27,142 +30,163 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class QueryRequest:
-  """A query and how many labels it wants."""
+  """A query of a request.
+
+  Attributes:
+    query: The query, without filters.
+    k: Number of labels to find.
+    filters: Filters of all queries of the request; None if it has none.
+    row: Position of the query in the request.
+  """
 
   query: Query
   k: int
+  filters: Filters | None = None
+  row: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-  """What answers; it is replaced as a whole.
+class ServedModel:
+  """A model that answers queries; it is replaced as a whole.
 
   Attributes:
-    predictor: searches in `index`.
-    index: the label index.
-    snapshot: what CURRENT of the index says.
-    reads_pictures: whether there is a tower for pictures.
+    predictor: Predictor that searches with `index`.
+    index: Search of the label index.
+    pointer: Content of the index's CURRENT when its last snapshot was opened, or could not be opened.
+    reads_images: Whether the model has a tower for image files.
   """
 
   predictor: Predictor
   index: ServedIndex
-  snapshot: str
-  reads_pictures: bool
+  pointer: str
+  reads_images: bool
+
+  @property
+  def labels(self) -> LabelIndex:
+    """The label index."""
+    return self.index.labels
 
 
 class Engine:
-  """Loads a predictor, compiles all its programs, and answers.
-
-  Args:
-    load: makes the predictor.
-    limits: batches and labels a query are no larger.
-    metrics: takes times and sizes.
+  """Loads a predictor, compiles all of its programs, and answers queries.
 
   Attributes:
-    model: None until all programs are compiled.
+    model: The model; None until all programs are compiled.
   """
 
   def __init__(self, load: Callable[[], Predictor], limits: Limits, metrics: Metrics):
-    self.model: Model | None = None
+    """Does not load yet.
+
+    Args:
+      load: Function that returns the predictor.
+      limits: Limits of batches and of the number of labels.
+      metrics: Metrics to record times and sizes in.
+    """
+    self.model: ServedModel | None = None
     self._load, self._limits, self._metrics = load, limits, metrics
-    # Two threads that start programs of several devices can make them wait for each other for ever.
-    self._devices: contextlib.AbstractContextManager = contextlib.nullcontext()
+    # Two threads that start programs of several devices can block each other forever.
+    self._devices: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
   def start(self) -> None:
-    """Loads and warms up.
+    """Loads the model and compiles its programs.
 
     Raises:
-      InputError: something of the workdir is missing or damaged.
+      InputError: A file of the workdir is missing or damaged.
     """
     started = time.monotonic()
     predictor = self._load()
     if predictor.mesh.size > 1:
       self._devices = threading.Lock()
-    reads_pictures = self._warm_up_tower(predictor)
-    for program in _encoders(predictor, self._limits.batch):
+    reads_images = self._warm_up_tower(predictor)
+    for program in encoder_programs(predictor, self._limits.batch):
       program()
-    index, snapshot = self._open_index(predictor)
-    self.model = Model(dataclasses.replace(predictor, index=index), index, snapshot, reads_pictures)
+    self.model = self._serve(predictor, predictor.index, reads_images)
     _log.info(
       "ready after %.1f s: %d labels, step %d",
       time.monotonic() - started,
-      index.num_live,
+      predictor.index.num_live,
       predictor.encoder.checkpoint["step"],
     )
 
-  def answer(self, asked: Sequence[QueryRequest]) -> list[list[Prediction] | Exception]:
-    """Labels for each query of a batch; `RequestError` for one whose pictures cannot be read."""
+  def answer(self, requests: Sequence[QueryRequest]) -> list[list[Prediction] | Exception]:
+    """Returns the labels of each query of a batch; `RequestError` for a query with an image that cannot be read."""
     model = self.model
-    assert model is not None  # Nothing is asked before.
+    assert model is not None  # Requests are refused until the model is there.
     predictor, bad = model.predictor, list[UnreadableImage]()
-    queries = [each.query for each in asked]
+    queries = [request.query for request in requests]
+    filters = join_filters([(request.filters, request.row) for request in requests])
     self._metrics.batch_queries.observe(len(queries))
     with self._devices:
       with self._metrics.encode_seconds.time():
         embeddings = predictor.encode(queries, unreadable=bad)
       with self._metrics.search_seconds.time():
-        found = predictor.named(*predictor.search(embeddings, max(each.k for each in asked), queries))
-    answers: list[list[Prediction] | Exception] = [labels[: each.k] for labels, each in zip(found, asked, strict=True)]
-    for picture in reversed(bad):  # Of several bad pictures of a query the first is named.
-      answers[picture.query] = RequestError(
-        422, picture.reason, f"{queries[picture.query].where}.images[{picture.image}]"
-      )
+        found = predictor.named(*predictor.search(embeddings, max(request.k for request in requests), filters))
+    answers: list[list[Prediction] | Exception] = [
+      labels[: request.k] for labels, request in zip(found, requests, strict=True)
+    ]
+    for image in reversed(bad):  # So that the first bad image of a query is named.
+      answers[image.query] = RequestError(422, image.reason, f"{queries[image.query].where}.images[{image.image}]")
     return answers
 
   def reload_index(self) -> bool:
-    """Takes over the index's valid snapshot if it is another one than that in use.
+    """Switches to the current snapshot of the index if it is another one than that in use.
 
-    Requests are answered from the former one until the new one is warmed up. One that cannot be used is logged, and
-    the former stays.
+    The former snapshot answers requests until programs are compiled for the new one. A snapshot that cannot be used is
+    logged, and the former one stays in use.
 
     Returns:
-      whether it was taken over.
+      Whether the snapshot was switched.
     """
     model = self.model
-    if model is None or _snapshot(model.index) == model.snapshot:
+    if model is None:
+      return False
+    former, pointer = model.labels, snapshots.read_pointer(model.labels.folder)
+    if pointer == model.pointer:
       return False
     try:
-      index, snapshot = self._open_index(model.predictor)
-    except Exception as error:  # Whatever it is, the former one still answers.
+      labels = LabelIndex.open(
+        former.folder,
+        checkpoint=model.predictor.encoder.checkpoint,
+        search=former.search_kind,
+        mesh=model.predictor.mesh,
+      )
+      self.model = self._serve(model.predictor, labels, model.reads_images)
+    except Exception as error:  # Whatever is wrong, the former snapshot still answers.
       self._metrics.reloads.labels("failed").inc()
       _log.warning("the new label index is not used: %s", error, exc_info=not isinstance(error, InputError))
-      self.model = dataclasses.replace(model, snapshot=_snapshot(model.index))  # It is not tried again.
+      self.model = dataclasses.replace(model, pointer=pointer)  # The same snapshot is not tried again.
       return False
-    self.model = Model(dataclasses.replace(model.predictor, index=index), index, snapshot, model.reads_pictures)
     self._metrics.reloads.labels("done").inc()
-    _log.info("new label index: %d labels", index.num_live)
+    _log.info("new label index: %d labels", labels.num_live)
     return True
 
-  def _open_index(self, predictor: Predictor) -> tuple[ServedIndex, str]:
-    """The valid snapshot, warmed up, and what CURRENT said before it was opened."""
-    former, limits = predictor.index, self._limits
-    snapshot = _snapshot(former)
-    index = ServedIndex.open(
-      former.folder, checkpoint=predictor.encoder.checkpoint, search=former.search_kind, mesh=predictor.mesh
-    )
+  def _serve(self, predictor: Predictor, labels: LabelIndex, reads_images: bool) -> ServedModel:
+    """Compiles the search of an opened index and returns the model that uses it."""
+    index, limits = ServedIndex(labels), self._limits
     hits = None if predictor.retrieval is None else predictor.retrieval.hits
     for program in index.warm_up(max(limits.k, hits or 0) + limits.names, limits.batch, hits):
       with self._devices:
         program()
-    self._metrics.labels.set(index.num_live)
-    return index, snapshot
+    self._metrics.labels.set(labels.num_live)
+    predictor = dataclasses.replace(predictor, index=labels, label_search=index.search)
+    return ServedModel(predictor, index, labels.current, reads_images)
 
   def _warm_up_tower(self, predictor: Predictor) -> bool:
-    if predictor.pictures is None:
+    if predictor.image_encoder is None:
       return False
     try:
-      predictor.pictures([_black()])
+      predictor.image_encoder([_black()])
     except InputError as error:
-      _log.warning("pictures are refused, feature vectors are not: %s", error)
+      _log.warning("image files are refused, feature vectors are accepted: %s", error)
       return False
     return True
 
 
-def _encoders(predictor: Predictor, most: int) -> Iterator[Callable[[], Any]]:
-  """What compiles every program that encodes up to `most` queries.
+def encoder_programs(predictor: Predictor, most: int) -> Iterator[Callable[[], Any]]:
+  """Yields functions that compile every program that encodes up to `most` queries.
 
-  They differ in the number of packed rows, a power of two, and the longest queries need the most rows: twice as many
-  queries need no more than twice the rows, so none is left out.
+  The programs differ in the number of packed rows, a power of two. The longest queries need the most rows, and twice as
+  many queries need at most twice the rows, so no program is left out.
   """
   encoder = predictor.encoder
   vector = np.zeros(encoder.feature_dim, np.float16)
@@ -172,13 +196,6 @@ def _encoders(predictor: Predictor, most: int) -> Iterator[Callable[[], Any]]:
     counts.append(min(2 * counts[-1], most))
   for count in counts:
     yield functools.partial(predictor.encode, [longest] * count)
-
-
-def _snapshot(index: Any) -> str:
-  try:
-    return (index.folder / snapshots.CURRENT).read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError):
-    return ""  # Whoever opens it says what is wrong.
 
 
 def _black() -> bytes:

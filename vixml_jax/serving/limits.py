@@ -1,4 +1,4 @@
-"""What a server takes from one request, and from all of them together."""
+"""Limits of what a server accepts in one request and in all requests together."""
 
 import dataclasses
 
@@ -8,18 +8,19 @@ class Limits:
   """Limits that are checked before any work is done.
 
   Attributes:
-    body_bytes: of a request's body.
-    body_values: of its brackets, commas and colons, which bounds what JSON can unfold to.
-    body_seconds: in which a body must have come.
-    bodies_bytes: of all bodies that are being read or answered.
-    queries: of a request.
-    k: labels a query.
-    text_chars: characters of a text or a name.
-    images: of a query.
-    names: in each list of a filter.
-    batch: queries that are encoded and searched together.
-    wait_seconds: a query waits for others to share its batch.
-    queue: queries that wait for the devices.
+    body_bytes: Maximum size of a request's body.
+    body_values: Maximum number of opening brackets, commas and colons in a body, which bounds the size of the parsed
+      JSON.
+    body_seconds: Maximum time until a body has arrived.
+    bodies_bytes: Maximum size of all bodies that are being read or answered.
+    queries: Maximum number of queries in a request.
+    k: Maximum number of labels for each query.
+    text_chars: Maximum number of characters of a text or a name.
+    images: Maximum number of images of a query.
+    names: Maximum number of names in each list of a filter.
+    batch: Maximum number of queries that are encoded and searched together.
+    wait_seconds: Time that a query waits for others to share its batch.
+    queue: Maximum number of queries that wait for the devices.
   """
 
   body_bytes: int = 16 * 2**20

@@ -1,15 +1,17 @@
-"""Why a request is not answered: a status, the field at fault and what it must be."""
+"""The error of a request that is not answered: an HTTP status, a message and the field that is wrong."""
 
 from vixml_jax.serving import schema
 
+_MAX_SHOWN = 80  # Characters.
+
 
 class RequestError(Exception):
-  """A request that gets an error of HTTP.
+  """Raised for a request that gets an HTTP error.
 
-  Args:
-    status: 4xx for what the client can mend, 503 for what passes.
-    message: what is wrong and what to do, in one line.
-    field: of the request, such as `queries[3].images[0]`; None where none is at fault.
+  Attributes:
+    status: 4xx: change the request. 503: retry later.
+    message: What is wrong and what to do, in one line.
+    field: The field that is wrong, such as `queries[3].images[0]`; None if no field is.
   """
 
   def __init__(self, status: int, message: str, field: str | None = None):
@@ -18,10 +20,15 @@ class RequestError(Exception):
 
   @property
   def headers(self) -> dict[str, str]:
-    """Of the response."""
+    """Headers of the response."""
     return {"Retry-After": "1"} if self.status == 503 else {}
 
   @property
   def body(self) -> bytes:
     """JSON of the response."""
     return schema.Failure(error=schema.Error(field=self.field, message=self.message)).model_dump_json().encode()
+
+
+def shortened(text: str) -> str:
+  """Returns the start of a text that a client sent, for an error message."""
+  return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."

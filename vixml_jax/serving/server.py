@@ -1,6 +1,6 @@
-"""Runs the application until SIGTERM: loads meanwhile, watches the label index, and finishes what is in flight."""
+"""Runs the application until SIGTERM: loads the model, watches the label index, and finishes requests in flight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import logging
 import signal
@@ -25,18 +25,8 @@ _log = logging.getLogger(__name__)
 class Server:
   """One model on one address. `run` returns after SIGTERM, SIGINT or `stop`.
 
-  Args:
-    load: makes the predictor; called when the address is taken, so that /healthz can say that it is starting.
-    host: an address or a name of this machine.
-    port: 0 takes a free one.
-    limits: what is refused.
-    reload_seconds: between looks for a new snapshot of the label index; None looks only when told to (`reload`).
-
   Attributes:
-    url: where it listens.
-
-  Raises:
-    InputError: the address cannot be taken.
+    url: URL that the server listens on.
   """
 
   def __init__(
@@ -47,13 +37,26 @@ class Server:
     limits: Limits | None = None,
     reload_seconds: float | None = None,
   ):
+    """Starts to listen.
+
+    Args:
+      load: Function that returns the predictor; called after the server listens, so that /healthz can say that it is
+        starting.
+      host: Address or name of this machine.
+      port: Port; 0 for a free one.
+      limits: Limits of requests; None for the defaults.
+      reload_seconds: Seconds between checks for a new snapshot of the label index; None to check only on `reload`.
+
+    Raises:
+      InputError: The address cannot be used.
+    """
     limits, metrics = limits or Limits(), Metrics()
     self._engine = Engine(load, limits, metrics)
     self._batcher: Batcher[QueryRequest, list[Prediction]] = Batcher(
       self._engine.answer, max_batch=limits.batch, max_wait=limits.wait_seconds, max_queue=limits.queue
     )
     app = make_app(self._engine, self._batcher, limits, metrics)
-    # What requests do is in /metrics; of each a line in a log would cost more than its answer.
+    # Requests are counted in /metrics; a log line for each would cost more than its answer.
     self._http = uvicorn.Server(
       uvicorn.Config(
         app,
@@ -65,16 +68,16 @@ class Server:
       )
     )
     self._reload_seconds = reload_seconds
-    self._told, self._stopping = threading.Event(), False
+    self._wake, self._stopping = threading.Event(), False
     self._failure: Exception | None = None
     self._socket = _listen(host, port)
     self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._socket.getsockname()[1]}"
 
   def run(self) -> None:
-    """Serves, and returns when every request that had come is answered.
+    """Serves, and returns when every request that has arrived is answered.
 
     Raises:
-      InputError: what `load` raised.
+      InputError: `load` raised it.
     """
     work = threading.Thread(target=self._work, name="index", daemon=True)
     work.start()
@@ -89,20 +92,20 @@ class Server:
     _log.info("stopped")
 
   def stop(self) -> None:
-    """Ends `run`; from any thread."""
+    """Makes `run` return; any thread may call this."""
     self._stopping = self._http.should_exit = True
-    self._told.set()
+    self._wake.set()
 
   def reload(self) -> None:
-    """Looks for a new snapshot of the label index soon; from any thread or signal handler."""
-    self._told.set()
+    """Makes the server check for a new snapshot of the label index; any thread or signal handler may call this."""
+    self._wake.set()
 
   def _work(self) -> None:
     try:
       self._engine.start()
       while not self._stopping:
-        self._told.wait(self._reload_seconds)
-        self._told.clear()
+        self._wake.wait(self._reload_seconds)
+        self._wake.clear()
         if not self._stopping:
           self._engine.reload_index()
     except Exception as error:
@@ -111,8 +114,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def _signals(reload: Callable[[], None]):
-  """SIGHUP reloads. SIGTERM, which uvicorn raises again when it has stopped, is then no reason to die of it."""
+def _signals(reload: Callable[[], None]) -> Iterator[None]:
+  """Reloads on SIGHUP, and ignores the SIGTERM that uvicorn raises again after it has stopped."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
@@ -133,4 +136,6 @@ def _listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=1024)
   except (OSError, OverflowError) as error:
     reason = getattr(error, "strerror", None) or error
-    raise InputError(f"--host={host} --port={port}: cannot be listened on ({reason}); name another") from error
+    raise InputError(
+      f"--host={host} --port={port}: cannot be listened on ({reason}); use another address or port"
+    ) from error

@@ -1,216 +1,193 @@
-"""The training loop: restore or start, epochs of steps, mining and centroids between them, checkpoints."""
+"""The training loop: epochs of steps, with query clusters and label centroids refreshed between epochs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import dataclasses
 import logging
-import math
-import signal
+from pathlib import Path
 import time
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 from tqdm import tqdm
 
-from vixml_jax.errors import InputError, Preempted
-from vixml_jax.input.batches import make_batch
+from vixml_jax.datasets.propensity import inverse_propensity
+from vixml_jax.encoding.item_encoder import ItemEncoder
+from vixml_jax.errors import Preempted
+from vixml_jax.input.batches import Batch, TrainingQueries, make_batch, steps_per_epoch
 from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.mining.kmeans import balanced_kmeans
 from vixml_jax.mining.order import cluster_size_at, epoch_order, is_cluster_update, num_query_clusters
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer
-from vixml_jax.run.from_config import Run
-from vixml_jax.run.state import TrainState, padded_like
+from vixml_jax.run.data import RunData
+from vixml_jax.run.state import TrainedModel, TrainState, abstract_state, model_part, padded_like, trained_model
 from vixml_jax.training.metric_writer import MetricWriter
-from vixml_jax.training.start import check_base, start
-from vixml_jax.training.step import device_batch, make_train_step
+from vixml_jax.training.preemption import Preemption
+from vixml_jax.training.start import initial_checkpoint
+from vixml_jax.training.step import device_batch, make_train_step, step_config
+from vixml_jax.training.step_metrics import StepMetrics
 
 _log = logging.getLogger(__name__)
 
 
-def train(run: Run, evaluate: Callable[[TrainState], dict[str, float]]) -> Checkpoint:
+def train(
+  config: ConfigDict,
+  workdir: Path,
+  checkpointer: Checkpointer,
+  data: RunData,
+  encoder: ItemEncoder,
+  weights_folder: Path | None,
+  evaluate: Callable[[TrainedModel], dict[str, float]],
+) -> TrainedModel:
   """Trains to the end, from the newest checkpoint if there is one.
 
-  Everything random is a function of the seed and the step, and a checkpoint holds all else, so a run
-  that was killed and started again ends with the same parameters to the bit on the same topology.
+  Everything random is a function of the seed and the step, and a checkpoint holds all else. A run that was killed and
+  started again therefore ends with the same parameters to the bit on the same topology.
+
+  Training is initialized by steps 10 to 14 of the list in `experiment.train_and_evaluate`.
 
   Args:
-    run: what to train.
-    evaluate: metrics of a state, called after every `eval.every_epochs` epochs.
+    config: the whole config.
+    workdir: folder of the run.
+    checkpointer: saves and restores the run's checkpoints.
+    data: the data set.
+    encoder: encodes items, given the trained parameters.
+    weights_folder: folder of the pretrained encoder; None for a random encoder.
+    evaluate: returns the metrics of a model; called after every `eval.every_epochs` epochs but the last.
 
   Returns:
-    The last checkpoint: parameters, fresh centroids, and `meta` with the seconds and tokens trained.
+    The model of the last step, whose centroids come from a fresh encoding of all training queries.
 
   Raises:
     Preempted: after SIGTERM, when the run has been saved.
-    InputError: when the loss is not finite; the last good checkpoint is kept.
+    InputError: the loss is not finite; the last good checkpoint is kept.
   """
-  with Checkpointer(run.workdir / "checkpoints", run.config.checkpoint.keep) as checkpointer:
-    return _Trainer(run, checkpointer, evaluate).train()
+  mesh = encoder.mesh
+  queries = training_queries(config, data)
+  num_steps = steps_per_epoch(len(queries), config.train.batch_size)
+  total_steps = config.train.epochs * num_steps
+  how = step_config(config, encoder.model, encoder.layout, total_steps)
+  abstract = abstract_state(encoder.model, how.optimizer, len(queries), data.num_labels, config.train.bank_dtype, mesh)
+
+  step = checkpointer.latest_step()
+  if step is None:
+    checkpoint = initial_checkpoint(config, abstract, how.optimizer, queries, encoder, weights_folder, data.fingerprint)
+  else:
+    checkpoint = checkpointer.restore(step, abstract, len(queries))
+    _log.info("resuming at step %d of %d", step, total_steps)
+  step, state, clusters, meta = step or 0, checkpoint.state, checkpoint.query_clusters, dict(checkpoint.meta)
+  train_embeddings = None
+
+  step_fn = make_train_step(how, abstract, mesh)
+
+  def save() -> None:
+    metrics.flush()  # A state is good only if its loss is finite.
+    checkpointer.save(step, Checkpoint(state, clusters, dict(meta)))
+
+  def save_or_stop() -> None:
+    if step % config.checkpoint.every_steps == 0:
+      save()
+    if preemption.asked(step):
+      save()
+      checkpointer.wait()
+      raise Preempted(f"saved step {step}; start the same command again to continue")
+
+  with (
+    MetricWriter(workdir, step) as writer,
+    tqdm(total=total_steps, initial=step, desc="train", unit="step", disable=None) as progress,
+    Preemption(checkpointer.reached_preemption) as preemption,
+  ):
+    metrics = StepMetrics(writer, progress, num_steps, config.train.log_every_steps, checkpointer.last_saved)
+    while step < total_steps:
+      epoch, first = divmod(step, num_steps)
+      order = epoch_order(config.seed, epoch, len(queries), clusters)
+      make = _batch_maker(config, queries, order, encoder, epoch)
+      started = time.monotonic()
+      with contextlib.closing(_prefetched(make, first, num_steps)) as batches:
+        for batch in batches:
+          on_mesh = device_batch(batch, encoder.features, mesh)
+          with jax.transfer_guard("disallow"):
+            state, values = step_fn(state, encoder.frozen, on_mesh)
+          step += 1
+          meta["tokens"] += batch.items.num_tokens
+          metrics.add(step, values)
+          if step % num_steps:  # The last step of an epoch is saved with the clusters and centroids made after it.
+            meta["train_seconds"] += time.monotonic() - started
+            save_or_stop()
+            started = time.monotonic()
+
+      metrics.flush()
+      clusters = _refreshed_clusters(config, state, clusters, len(queries), epoch, encoder)
+      if step < total_steps:
+        centroids = label_centroids(state.bank, queries.labels, data.num_labels, mesh=mesh)
+      else:
+        train_embeddings = encoder.embed(state.params, data.items["train"], "training queries")
+        centroids = label_centroids(train_embeddings, data.corpus.train_labels, data.num_labels, mesh=mesh)
+      state = dataclasses.replace(state, centroids=padded_like(centroids, state.centroids))
+      loss = metrics.epoch_mean_loss()
+      meta["train_seconds"] += time.monotonic() - started
+      writer.write(step, epoch, "epoch", {"mean_loss": loss, "train_seconds": meta["train_seconds"]})
+      _log.info("epoch %d of %d: mean loss %.4f", epoch + 1, config.train.epochs, loss)
+      if _is_evaluated(config, epoch) and step < total_steps:
+        writer.write(
+          step, epoch, config.eval.split, evaluate(trained_model(step, meta, model_part(state), data.num_labels))
+        )
+      save_or_stop()
+
+  if checkpointer.latest_step() != step:
+    checkpointer.save(step, Checkpoint(state, clusters, dict(meta)))
+  checkpointer.wait()
+  return trained_model(step, meta, model_part(state), data.num_labels, train_embeddings)
 
 
-class _Trainer:
-  """The state of a run between two steps."""
-
-  def __init__(self, run: Run, checkpointer: Checkpointer, evaluate: Callable[[TrainState], dict[str, float]]):
-    self.run = run
-    self.checkpointer = checkpointer
-    self.evaluate = evaluate
-    checkpoint = self._restore() or start(run)
-    self.state = checkpoint.state
-    self.query_clusters = checkpoint.query_clusters
-    self.meta = checkpoint.meta
-    self.step = int(jax.device_get(self.state.step))
-    self.step_fn = make_train_step(
-      run.abstract,
-      model=run.model,
-      optimizer=run.optimizer,
-      layout=run.layout,
-      loss_config=run.loss,
-      base_key=run.base_key,
-      remat=run.config.train.remat,
-      mesh=run.mesh,
-    )
-    self.pending: tuple[int, dict[str, jax.Array]] | None = None
-    self.epoch_losses: list[float] = []
-    self.stop_asked = False
-
-  def train(self) -> Checkpoint:
-    run = self.run
-    # Several processes must stop at the same step: the handler of jax.distributed sees to that, and stays.
-    alone = jax.process_count() == 1
-    previous = signal.signal(signal.SIGTERM, self._on_sigterm) if alone else None
-    self.writer = MetricWriter(run.workdir, self.step)
-    try:
-      with tqdm(total=run.total_steps, initial=self.step, desc="train", unit="step", disable=None) as self.progress:
-        while self.step < run.total_steps:
-          self._train_epoch(self.step // run.steps_per_epoch)
-      if self.checkpointer.latest_step() != self.step:
-        self._save()
-      self.checkpointer.wait()
-    finally:
-      self.writer.close()
-      if alone:
-        signal.signal(signal.SIGTERM, previous)
-    return self._checkpoint()
-
-  def _train_epoch(self, epoch: int) -> None:
-    """The rest of an epoch, and the work between it and the next."""
-    run, config = self.run, self.run.config
-    order = epoch_order(config.seed, epoch, len(run.queries), self.query_clusters)
-    first = self.step % run.steps_per_epoch
-
-    def batch_of(step):
-      return make_batch(
-        run.queries, order, config.train.batch_size, run.layout, seed=config.seed, epoch=epoch, step=step
-      )
-
-    started = time.monotonic()
-    with ThreadPoolExecutor(1, "batches") as pool:
-      future = pool.submit(batch_of, first)
-      for step in range(first, run.steps_per_epoch):
-        batch = future.result()
-        if step + 1 < run.steps_per_epoch:
-          future = pool.submit(batch_of, step + 1)
-        self.state, metrics = self.step_fn(self.state, run.frozen, device_batch(batch, run.mesh, run.bank))
-        self.step += 1
-        self.meta["tokens"] += batch.items.num_tokens
-        self._fetch_pending()
-        self.pending = (self.step, metrics)
-        if step + 1 == run.steps_per_epoch:
-          self._fetch_pending()
-          self._end_epoch(epoch)
-        self.meta["train_seconds"] += time.monotonic() - started
-        if step + 1 == run.steps_per_epoch:
-          self._evaluate(epoch)
-        started = time.monotonic()
-        if self.step % config.checkpoint.every_steps == 0:
-          self._save()
-        self._stop_if_asked()
-        self.progress.update()
-
-  def _end_epoch(self, epoch: int) -> None:
-    """Refreshes query clusters when they are due, and label centroids always."""
-    run, mining = self.run, self.run.config.mining
-    num_queries = len(run.queries)
-    if is_cluster_update(epoch, mining.start_epoch, mining.update_epochs):
-      size = cluster_size_at(epoch, mining.cluster_size, tuple(mining.doubling_epochs))
-      self.query_clusters = balanced_kmeans(
-        self.state.bank,
-        num_query_clusters(num_queries, size),
-        seed=run.config.seed + epoch,
-        mesh=run.mesh,
-        num_rows=num_queries,
-      )
-    if self.step == run.total_steps:
-      centroids = fresh_centroids(run, self.state)
-    else:
-      centroids = label_centroids(self.state.bank, run.queries.labels, run.corpus.num_labels, mesh=run.mesh)
-    self.state = dataclasses.replace(self.state, centroids=padded_like(centroids, self.state.centroids))
-    loss = float(np.mean(self.epoch_losses)) if self.epoch_losses else math.nan
-    self.epoch_losses = []
-    values = {"mean_loss": loss, "train_seconds": self.meta["train_seconds"]}
-    self.writer.write(self.step, epoch, "epoch", values)
-    _log.info("epoch %d of %d: mean loss %.4f", epoch + 1, run.config.train.epochs, loss)
-
-  def _evaluate(self, epoch: int) -> None:
-    every = self.run.config.eval.every_epochs
-    if every and (epoch + 1) % every == 0 and self.step < self.run.total_steps:
-      self.writer.write(self.step, epoch, self.run.config.eval.split, self.evaluate(self.state))
-
-  def _fetch_pending(self) -> None:
-    """Reads the metrics of the step before: the device already works on the next one."""
-    if self.pending is None:
-      return
-    step, metrics = self.pending
-    self.pending = None
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
-      self.checkpointer.wait()
-      raise InputError(
-        f"step {step}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; the last good "
-        f"checkpoint is of step {self.checkpointer.latest_step()}; lower train.learning_rate and start again"
-      )
-    self.epoch_losses.append(values["loss"])
-    if step % self.run.config.train.log_every_steps == 0:
-      self.writer.write(step, (step - 1) // self.run.steps_per_epoch, "train", values)
-      if self.progress.disable:
-        _log.info("step %d of %d: loss %.4f", step, self.run.total_steps, values["loss"])
-    self.progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-
-  def _checkpoint(self) -> Checkpoint:
-    return Checkpoint(self.state, self.query_clusters, dict(self.meta))
-
-  def _save(self) -> None:
-    self._fetch_pending()  # A state is good only when its loss is finite.
-    self.checkpointer.save(self.step, self._checkpoint())
-
-  def _on_sigterm(self, *_) -> None:
-    self.stop_asked = True
-
-  def _stop_if_asked(self) -> None:
-    alone = jax.process_count() == 1
-    if self.stop_asked if alone else self.checkpointer.reached_preemption(self.step):
-      self._save()
-      self.checkpointer.wait()
-      raise Preempted(f"saved step {self.step}; start the same command again to go on")
-
-  def _restore(self) -> Checkpoint | None:
-    run = self.run
-    step = self.checkpointer.latest_step()
-    if step is None:
-      return None
-    checkpoint = self.checkpointer.restore(step, run.abstract, len(run.queries))
-    if checkpoint.meta["data_fingerprint"] != run.data_fingerprint:
-      raise InputError(
-        f"{run.workdir}: its checkpoint was trained on other data than {run.config.dataset.name} holds "
-        "now; use another --workdir"
-      )
-    check_base(run.model, run.weights_folder, run.workdir, checkpoint.meta)
-    _log.info("resuming at step %d of %d", step, run.total_steps)
-    return checkpoint
+def training_queries(config: ConfigDict, data: RunData) -> TrainingQueries:
+  """Returns the queries that batches are drawn from, with the sampling weights of their labels."""
+  labels, train = data.train_labels, config.train
+  if train.positive_sampling == "uniform":
+    weights = np.ones(data.num_labels)
+  else:
+    frequencies = np.bincount(labels.values, minlength=data.num_labels)
+    weights = inverse_propensity(frequencies, len(labels), train.sampling_a, train.sampling_b)
+  dropout = config.fusion.modality_dropout if config.images else 0.0
+  return TrainingQueries(data.train_items, labels, data.items["labels"], weights, dropout)
 
 
-def fresh_centroids(run: Run, state: TrainState) -> jax.Array:
-  """float32 [L, D], label centroids from a fresh encoding of every training query, held-out ones too."""
-  embeddings = run.encoder.queries(state.params, run.items["train"], "training queries")
-  return label_centroids(embeddings, run.corpus.train_labels, run.corpus.num_labels, mesh=run.mesh)
+def _batch_maker(
+  config: ConfigDict, queries: TrainingQueries, order: np.ndarray, encoder: ItemEncoder, epoch: int
+) -> Callable[[int], Batch]:
+  """Returns the function that makes the batch of a step of an epoch."""
+
+  def make(step: int) -> Batch:
+    return make_batch(queries, order, config.train.batch_size, encoder.layout, seed=config.seed, epoch=epoch, step=step)
+
+  return make
+
+
+def _prefetched(make: Callable[[int], Batch], first: int, stop: int) -> Generator[Batch]:
+  """Yields the batches of steps `first` to `stop` - 1; a thread makes the next batch meanwhile."""
+  with ThreadPoolExecutor(1, "batches") as pool:
+    future = pool.submit(make, first)
+    for step in range(first, stop):
+      batch = future.result()
+      if step + 1 < stop:
+        future = pool.submit(make, step + 1)
+      yield batch
+
+
+def _refreshed_clusters(
+  config: ConfigDict, state: TrainState, clusters: np.ndarray | None, num_queries: int, epoch: int, encoder: ItemEncoder
+) -> np.ndarray | None:
+  """Returns the query clusters after an epoch: new ones where an update is due (NGAME, arXiv 2207.04452)."""
+  mining = config.mining
+  if not is_cluster_update(epoch, mining.start_epoch, mining.update_epochs):
+    return clusters
+  size = cluster_size_at(epoch, mining.cluster_size, tuple(mining.doubling_epochs))
+  num_clusters = num_query_clusters(num_queries, size)
+  return balanced_kmeans(state.bank, num_clusters, seed=config.seed + epoch, mesh=encoder.mesh, num_rows=num_queries)
+
+
+def _is_evaluated(config: ConfigDict, epoch: int) -> bool:
+  every = config.eval.every_epochs
+  return bool(every) and (epoch + 1) % every == 0

@@ -5,12 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import optax
 
 from vixml_jax.errors import InputError
+from vixml_jax.models.definition import ModelDefinition
+from vixml_jax.typing import Array, Tree
 
-# Pattern of a parameter's path -> (which learning rate, whether weight decay applies). Every parameter
-# matches exactly one rule. The prototype layer's norm scales are decayed, as in the published code.
+# Pattern of a parameter's path -> (name of its learning rate, whether weight decay applies). Every parameter matches
+# exactly one rule. The norm scales of the prototype layer are decayed, as in the published code.
 RULES: tuple[tuple[str, tuple[str, bool]], ...] = (
   (r"encoder/.*/bias", ("encoder", False)),
   (r"encoder/.*norm/scale", ("encoder", False)),
@@ -24,18 +27,18 @@ RULES: tuple[tuple[str, tuple[str, bool]], ...] = (
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-  """`encoder/layers/up/kernel` of a jax key path."""
+  """Returns the name of a JAX key path, such as `encoder/layers/up/kernel`."""
   return "/".join(str(part.key) for part in path)
 
 
-def parameter_groups(params: Any, rules: tuple = RULES) -> Any:
-  """For every parameter its (learning rate name, decayed) pair.
+def parameter_groups(params: Tree, rules: tuple[tuple[str, tuple[str, bool]], ...] = RULES) -> Tree:
+  """Returns for every parameter its (name of the learning rate, decayed) pair.
 
   Raises:
-    ValueError: if no rule, or more than one, matches a parameter.
+    ValueError: no rule matches a parameter, or more than one does.
   """
 
-  def group(path, _):
+  def group(path: tuple[Any, ...], _: Any) -> tuple[str, bool]:
     name = path_name(path)
     found = [value for pattern, value in rules if re.fullmatch(pattern, name)]
     if len(found) != 1:
@@ -46,11 +49,11 @@ def parameter_groups(params: Any, rules: tuple = RULES) -> Any:
 
 
 def schedule(warmup_steps: int, total_steps: int) -> optax.Schedule:
-  """Factor on the learning rate: 0 at step 0, 1 at `warmup_steps`, 0 at `total_steps`, linear between."""
+  """Returns the factor on the learning rate: 0 at step 0, 1 at `warmup_steps`, 0 at `total_steps`, linear between."""
   if not warmup_steps >= 0:
     raise InputError(f"train.warmup_steps={warmup_steps}: must not be negative")
 
-  def factor(step):
+  def factor(step: Any) -> Array:
     step = jnp.asarray(step, jnp.float32)
     rising = step / max(warmup_steps, 1)
     falling = (total_steps - step) / max(total_steps - warmup_steps, 1)
@@ -59,8 +62,37 @@ def schedule(warmup_steps: int, total_steps: int) -> optax.Schedule:
   return factor
 
 
+def optimizer_from_config(config: ConfigDict, model: ModelDefinition, total_steps: int) -> optax.GradientTransformation:
+  """Returns the optimizer that a config describes, for a run of `total_steps`."""
+  train = config.train
+  return make_optimizer(
+    model.split(model.shapes)[0],
+    learning_rate=train.learning_rate,
+    new_learning_rate=train.new_learning_rate,
+    free_vector_learning_rate=train.free_vector_learning_rate,
+    warmup_steps=train.warmup_steps,
+    total_steps=total_steps,
+    weight_decay=train.weight_decay,
+    adam_eps=train.adam_eps,
+    clip_norm=train.clip_norm or None,
+  )
+
+
+def learning_rates(config: ConfigDict, total_steps: int) -> dict[str, list[tuple[float, float]]]:
+  """Returns for each group of parameters the (step, learning rate) pairs between which the rate is linear."""
+  train = config.train
+  factor = schedule(train.warmup_steps, total_steps)
+  peaks = {
+    "encoder": train.learning_rate,
+    "new parameters": train.new_learning_rate,
+    "free vectors": train.free_vector_learning_rate,
+  }
+  turns = (0, min(train.warmup_steps, total_steps), total_steps)
+  return {name: [(step, peak * float(factor(step))) for step in turns] for name, peak in peaks.items()}
+
+
 def make_optimizer(
-  params: Any,
+  params: Tree,
   *,
   learning_rate: float,
   new_learning_rate: float,
@@ -71,18 +103,18 @@ def make_optimizer(
   adam_eps: float = 1e-6,
   clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-  """AdamW (METHOD "Recipe").
+  """Returns AdamW with three learning rates (ViXML, arXiv 2511.13189, implementation details).
 
   Args:
-    params: tree of what is trained, parameters or shapes; only its paths are used.
+    params: tree of the trained parameters or their shapes; only the paths are used.
     learning_rate: peak rate of the pretrained encoder, or of its adapters.
-    new_learning_rate: peak rate of what starts from scratch: image fusion and prototype network.
+    new_learning_rate: peak rate of image fusion and prototype network, which start from scratch.
     free_vector_learning_rate: peak rate of the free vectors.
     warmup_steps: steps of linear warm-up.
     total_steps: steps of the whole run.
-    weight_decay: decoupled; not on biases, the encoder's norm scales or free vectors.
+    weight_decay: decoupled weight decay; not applied to biases, the encoder's norm scales and free vectors.
     adam_eps: added to the root of the second moment.
-    clip_norm: global gradient norm; None for no clipping.
+    clip_norm: largest global gradient norm; None for no clipping.
   """
   groups = parameter_groups(params)
   is_group = lambda node: isinstance(node, tuple)

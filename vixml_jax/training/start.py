@@ -1,118 +1,94 @@
-"""What a run begins with: parameters, the free vector of each label, label centroids, and where all of it came from."""
+"""The state before the first step: parameters, the free vector of each label, label centroids, provenance."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from ml_collections import ConfigDict
 import numpy as np
+import optax
 
-from vixml_jax.errors import InputError
-from vixml_jax.mining.centroids import label_centroids
+from vixml_jax.encoding.item_encoder import ItemEncoder
+from vixml_jax.input.batches import TrainingQueries
+from vixml_jax.mining.centroids import cluster_means, label_centroids
 from vixml_jax.mining.kmeans import balanced_kmeans
-from vixml_jax.models.definition import ModelDefinition
-from vixml_jax.ragged import Ragged
 from vixml_jax.run.checkpoint import Checkpoint, provenance
-from vixml_jax.run.from_config import Run, adapter_folder
-from vixml_jax.run.pretrained import trainable_params
-from vixml_jax.run.state import create_state, padded_like
+from vixml_jax.run.from_config import adapter_folder
+from vixml_jax.run.pretrained import trainable_params, weight_hashes
+from vixml_jax.run.state import TrainState, create_state, padded_like
 from vixml_jax.training.image_residual import start_residual
 from vixml_jax.typing import Tree
-from vixml_jax.weights import source
 
-_NORM_SAMPLE = 1024  # Queries that the length of pooled vectors is measured on.
+_NORM_SAMPLE = 1024  # Queries that the length of pooled outputs is measured on.
 
 
-def start(run: Run) -> Checkpoint:
-  """The state before the first step, as a checkpoint."""
-  adapter = adapter_folder(run.config)
-  params = trainable_params(run.model, run.mesh, run.config.seed, run.weights_folder, adapter)
-  if run.bank is not None and run.config.fusion.residual:
-    params |= {"fusion": start_residual(params["fusion"], run.bank, _residual_norm(run, params), run.config.seed)}
-  clusters, free_vectors = _label_clusters(run, params)
+def initial_checkpoint(
+  config: ConfigDict,
+  abstract: TrainState,
+  optimizer: optax.GradientTransformation,
+  queries: TrainingQueries,
+  encoder: ItemEncoder,
+  weights_folder: Path | None,
+  data_fingerprint: str,
+) -> Checkpoint:
+  """Returns the checkpoint of step 0.
+
+  Args:
+    config: the whole config.
+    abstract: shapes and shardings of the state.
+    optimizer: optimizer of the trained parameters.
+    queries: training queries and labels.
+    encoder: encodes items, given the trained parameters.
+    weights_folder: folder of the pretrained encoder; None for a random encoder.
+    data_fingerprint: identifies the data.
+  """
+  mesh, adapter = encoder.mesh, adapter_folder(config)
+  num_labels = len(queries.label_items)
+  params = trainable_params(encoder.model, mesh, config.seed, weights_folder, adapter)
+  if encoder.features is not None and config.fusion.residual:
+    norm = config.fusion.residual * _pooled_text_norm(encoder, params, queries)
+    params |= {"fusion": start_residual(params["fusion"], encoder.features, norm, config.seed)}
+  clusters, free_vectors = _label_clusters(config, encoder, params, queries)
   if free_vectors is not None:
     params |= {"free_vectors": padded_like(free_vectors, params["free_vectors"])}
-  centroids = label_centroids(
-    run.encoder.queries(params, run.queries.items, "training queries"),
-    run.queries.labels,
-    run.corpus.num_labels,
-    mesh=run.mesh,
-  )
-  state = create_state(run.abstract, params, run.optimizer)
+  embeddings = encoder.embed(params, queries.items, "training queries")
+  centroids = label_centroids(embeddings, queries.labels, num_labels, mesh=mesh)
+  state = create_state(abstract, params, optimizer)
   state = dataclasses.replace(
     state, label_clusters=padded_like(clusters, state.label_clusters), centroids=padded_like(centroids, state.centroids)
   )
-  meta = provenance(run.data_fingerprint, _weight_hashes(run.weights_folder)) | {
-    "adapter_sha256": source.weight_hashes(adapter) if adapter else {},
-    "config": run.config.to_dict(),
+  meta = provenance(data_fingerprint, weight_hashes(weights_folder)) | {
+    "adapter_sha256": weight_hashes(adapter),
+    "config": config.to_dict(),
     "train_seconds": 0.0,
     "tokens": 0,
   }
   return Checkpoint(state, None, meta)
 
 
-def check_base(model: ModelDefinition, weights_folder: Path | None, workdir: Path, meta: dict[str, Any]) -> None:
-  """Refuses a frozen encoder that is not the one on which a checkpoint was trained.
+def _pooled_text_norm(encoder: ItemEncoder, params: Tree, queries: TrainingQueries) -> float:
+  """Returns the mean length of pooled texts of training queries."""
+  sample = queries.items.take(np.arange(min(len(queries), _NORM_SAMPLE))).first_images(0)
+  return np.linalg.norm(encoder.pooled(params, sample, "texts"), axis=1).mean()
 
-  Args:
-    model: what is about to be restored.
-    weights_folder: of the pretrained encoder; None where it is drawn.
-    workdir: that holds the checkpoint.
-    meta: of the checkpoint.
 
-  Raises:
-    InputError: naming both.
+def _label_clusters(
+  config: ConfigDict, encoder: ItemEncoder, params: Tree, queries: TrainingQueries
+) -> tuple[np.ndarray, jax.Array | None]:
+  """Returns the free vector of each label, int [L], and initial free vectors [C, D]; None to keep the random ones.
+
+  A label has a free vector of its own where there are enough. Otherwise it uses the vector of its balanced cluster,
+  by the initial model's plain embeddings. With `train.free_vector_init=cluster_mean` a free vector starts as the mean
+  embedding of its labels.
   """
-  if not model.freezes_encoder:
-    return
-  wanted, found = meta["weights_sha256"], _weight_hashes(weights_folder)
-  for name in sorted(wanted.keys() | found.keys()):
-    if found.get(name) != wanted.get(name):
-      raise InputError(
-        f"{weights_folder}: {name} has sha256 {found.get(name)}, but what is in {workdir} was trained on "
-        f"{meta['config']['encoder']['pretrained']} with {wanted.get(name)}; set config.encoder.pretrained to that"
-      )
-
-
-def cluster_means(embeddings: np.ndarray, clusters: np.ndarray, num_vectors: int, mesh: Mesh) -> jax.Array:
-  """Mean embedding of the labels that share each free vector, float32 [C, D]; zeros where none does.
-
-  Args:
-    embeddings: plain ones of the labels, [L, D].
-    clusters: int32 [L], the free vector of each label.
-    num_vectors: C.
-    mesh: the devices.
-  """
-  cluster_of = Ragged.of_lengths(clusters, np.ones(len(clusters), np.int64))
-  return label_centroids(embeddings, cluster_of, num_vectors, mesh=mesh)
-
-
-def _weight_hashes(folder: Path | None) -> dict[str, str]:
-  return {} if folder is None else source.weight_hashes(folder)
-
-
-def _residual_norm(run: Run, params: Tree) -> float:
-  """Length of what images add to pooled texts: `fusion.residual` times the mean length of those."""
-  sample = run.queries.items.take(np.arange(min(len(run.queries), _NORM_SAMPLE))).first_images(0)
-  norm = np.linalg.norm(run.encoder.pooled(params, sample, "texts"), axis=1).mean()
-  return norm * run.config.fusion.residual
-
-
-def _label_clusters(run: Run, params: Tree) -> tuple[np.ndarray, jax.Array | None]:
-  """Which free vector each label uses, int [L], and what those begin as, [C, D]; None to leave them as drawn.
-
-  A label has its own where there are enough, else that of its balanced cluster, by the initial model's plain
-  embeddings. Where `train.free_vector_init` says so, a vector begins as the mean of the embeddings of its labels.
-  """
-  num_labels, num_vectors = run.corpus.num_labels, run.config.train.free_vectors
-  own, from_embeddings = num_vectors >= num_labels, run.config.train.free_vector_init == "cluster_mean"
-  clusters = np.arange(num_labels, dtype=np.int32)
+  items, num_vectors = queries.label_items, config.train.free_vectors
+  own, from_embeddings = num_vectors >= len(items), config.train.free_vector_init == "cluster_mean"
+  clusters = np.arange(len(items), dtype=np.int32)
   if own and not from_embeddings:
     return clusters, None
-  embeddings = run.encoder.queries(params, run.items["labels"], "labels")
+  embeddings = encoder.embed(params, items, "labels")
   if not own:
-    clusters = balanced_kmeans(embeddings, num_vectors, seed=run.config.seed, mesh=run.mesh)
+    clusters = balanced_kmeans(embeddings, num_vectors, seed=config.seed, mesh=encoder.mesh)
   if not from_embeddings:
     return clusters, None
-  return clusters, cluster_means(embeddings, clusters, num_vectors, run.mesh)
+  return clusters, cluster_means(embeddings, clusters, num_vectors, mesh=encoder.mesh)

@@ -1,186 +1,200 @@
 """The jitted training step: encode the batch in chunks, PRIME loss over all of it, update, refresh the bank."""
 
+import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 import numpy as np
 import optax
 
 from vixml_jax import sharding
 from vixml_jax.encoding.chunks import map_chunks, map_chunks_recomputed
+from vixml_jax.encoding.inputs import EncoderInputs, image_tokens, inputs_on_mesh
 from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.batches import Batch
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.losses import LossConfig, prime_loss
-from vixml_jax.models import layers
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.models.dual_encoder import l2_normalize
-from vixml_jax.models.fusion import image_tokens
+from vixml_jax.models.parameters import join_params
 from vixml_jax.run.state import TrainState, shardings_of
+from vixml_jax.training.optimizer import optimizer_from_config
 from vixml_jax.typing import Array, Tree
 
 
-def device_batch(batch: Batch, mesh: Mesh, bank: ImageFeatures | None = None) -> dict[str, Any]:
-  """Puts a batch on the mesh; every process holds the whole host batch and keeps its part.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeviceBatch:
+  """A batch of B queries and B labels on the mesh.
+
+  Attributes:
+    inputs: packed rows of the queries and then the labels, [chunks, R, ...].
+    image_features: float16 [M, F], features of all images on the devices; None where `inputs` brings its own, and for
+      a model of texts only.
+    filled: bool [chunks], which chunks have any item.
+    slots: int32 [2 B], place of each item's pooled output in the flattened [chunks * R * S].
+    query_ids: int32 [B].
+    label_ids: int32 [B], the positive drawn for each query.
+    positives: bool [B, B], whether label j is a positive of query i.
+    valid: bool [B], False for the empty places of an epoch's last batch.
+  """
+
+  inputs: EncoderInputs
+  image_features: Array | None
+  filled: Array
+  slots: Array
+  query_ids: Array
+  label_ids: Array
+  positives: Array
+  valid: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+  """What a training step does.
+
+  Attributes:
+    model: definition of the model.
+    optimizer: the optimizer of the trained parameters.
+    layout: shape of packed rows.
+    loss: constants of the loss.
+    seed: seed of the run; a step's randomness depends on it and on the step's number only.
+    rng_impl: implementation of JAX's random numbers, such as "threefry2x32".
+    remat: recompute chunks in the backward pass, so that memory does not grow with the batch.
+  """
+
+  model: ModelDefinition
+  optimizer: optax.GradientTransformation
+  layout: PackedLayout
+  loss: LossConfig
+  seed: int
+  rng_impl: str
+  remat: bool
+
+  @property
+  def base_key(self) -> Array:
+    """The key that all random numbers on the devices are derived from."""
+    return jax.random.key(self.seed, impl=self.rng_impl)
+
+
+def step_config(config: ConfigDict, model: ModelDefinition, layout: PackedLayout, total_steps: int) -> StepConfig:
+  """Returns the training step that a config describes, for a run of `total_steps`."""
+  return StepConfig(
+    model=model,
+    optimizer=optimizer_from_config(config, model, total_steps),
+    layout=layout,
+    loss=LossConfig(**config.loss.to_dict()),
+    seed=config.seed,
+    rng_impl=config.train.rng_impl,
+    remat=config.train.remat,
+  )
+
+
+def device_batch(batch: Batch, features: ImageFeatures | None, mesh: Mesh) -> DeviceBatch:
+  """Puts a batch on the mesh. Every process has the whole host batch and keeps its shard.
 
   Args:
-    batch: on the host.
+    batch: the batch on the host.
+    features: features of the images; None for a model of texts only.
     mesh: the devices.
-    bank: features of the images, for a model that takes images.
   """
-  rows = sharding.named_sharding(mesh, "chunk", "row", "vector")
   by_batch = sharding.named_sharding(mesh, "batch")
   replicated = sharding.named_sharding(mesh)
   items = batch.items
-  images = None if bank is None or items.images is None else bank.on_mesh(items.images, mesh)
-  return {
-    "tokens": sharding.to_global(items.tokens, rows),
-    "segments": sharding.to_global(items.segments, rows),
-    "positions": sharding.to_global(items.positions, rows),
-    "images": images,
-    "image_bank": None if bank is None else bank.on_devices,
-    "filled": sharding.to_global(np.asarray((items.segments > 0).any(axis=(1, 2))), replicated),
-    "slots": sharding.to_global(items.slots, replicated),
-    "query_ids": sharding.to_global(batch.query_ids, by_batch),
-    "label_ids": sharding.to_global(batch.label_ids, by_batch),
-    "positives": sharding.to_global(batch.positives, sharding.named_sharding(mesh, "batch", "vector")),
-    "valid": sharding.to_global(batch.valid, by_batch),
-  }
+  return DeviceBatch(
+    inputs=inputs_on_mesh(items, features, mesh),
+    image_features=None if features is None else features.on_devices,
+    filled=sharding.to_global(np.asarray((items.segments > 0).any(axis=(1, 2))), replicated),
+    slots=sharding.to_global(items.slots, replicated),
+    query_ids=sharding.to_global(batch.query_ids, by_batch),
+    label_ids=sharding.to_global(batch.label_ids, by_batch),
+    positives=sharding.to_global(batch.positives, sharding.named_sharding(mesh, "batch", "vector")),
+    valid=sharding.to_global(batch.valid, by_batch),
+  )
 
 
-def encode_chunks(
-  model: ModelDefinition,
-  params: Tree,
-  batch: dict[str, Any],
-  layout: PackedLayout,
-  key: Array | None,
-  remat: bool,
-  mesh: Mesh,
-) -> Array:
-  """Pooled vectors of the batch's items, one chunk of rows at a time.
-
-  With `remat` a chunk's activations are recomputed in the backward pass, so that memory does not grow with the batch.
-  Empty chunks cost nothing.
+def encode_batch(config: StepConfig, mesh: Mesh, params: Tree, batch: DeviceBatch, key: Array | None) -> Array:
+  """Returns pooled outputs of the batch's items, encoded one chunk of rows at a time; empty chunks cost nothing.
 
   Returns:
-    float32 [2 B, D], pooled encoder outputs before the norm.
+    float32 [2 B, D], before normalization.
   """
-  trainable, frozen = model.split(params)
+  trainable, frozen = config.model.split(params)
 
-  def encode(trainable, constants, chunk):
-    frozen, bank = constants
-    tokens, segments, positions, images, chunk_key = chunk
-    images = None if images is None else image_tokens(images, bank)
-    bound = model.bind(layers.join_params(trainable, frozen))
+  def encode(trainable: Tree, constants: tuple[Tree, Array | None], chunk: tuple[EncoderInputs, Array | None]) -> Array:
+    frozen, features = constants
+    inputs, chunk_key = chunk
+    bound = config.model.bind(join_params(trainable, frozen))
     with sharding.use_mesh(mesh):
-      return bound.pool(tokens, segments, positions, layout.slots, images, chunk_key)
+      return bound.pool(
+        inputs.tokens,
+        inputs.segments,
+        inputs.positions,
+        config.layout.slots,
+        image_tokens(inputs.images, features),
+        chunk_key,
+      )
 
-  indices = jnp.arange(len(batch["tokens"]))
+  indices = jnp.arange(len(batch.filled))
   keys = None if key is None else jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
-  chunks = (batch["tokens"], batch["segments"], batch["positions"], batch["images"], keys)
-  over_chunks = map_chunks_recomputed if remat else map_chunks
-  pooled = over_chunks(encode, trainable, (frozen, batch["image_bank"]), chunks, batch["filled"])
-  return pooled.reshape(-1, model.embed_dim)[batch["slots"]]
+  over_chunks = map_chunks_recomputed if config.remat else map_chunks
+  pooled = over_chunks(encode, trainable, (frozen, batch.image_features), (batch.inputs, keys), batch.filled)
+  return pooled.reshape(-1, config.model.embed_dim)[batch.slots]
 
 
 def batch_loss(
-  model: ModelDefinition,
-  params: Tree,
-  state: TrainState,
-  batch: dict[str, Any],
-  layout: PackedLayout,
-  loss_config: LossConfig,
-  key: Array,
-  remat: bool,
-  mesh: Mesh,
+  config: StepConfig, mesh: Mesh, params: Tree, state: TrainState, batch: DeviceBatch, key: Array
 ) -> tuple[Array, tuple[dict[str, Array], Array]]:
-  """Loss of a batch, its parts, and the query embeddings [B, D] for the bank."""
+  """Returns the loss of a batch, its parts, and the query embeddings [B, D] for the bank."""
   dropout_key, prototype_key, loss_key = jax.random.split(key, 3)
-  pooled = encode_chunks(model, params, batch, layout, dropout_key, remat, mesh)
+  pooled = encode_batch(config, mesh, params, batch, dropout_key)
   pooled = jax.lax.with_sharding_constraint(pooled, sharding.named_sharding(mesh, "batch", "vector"))
   query_pooled, label_pooled = jnp.split(pooled, 2)
-  label_ids = batch["label_ids"]
-  prototypes = model.bind(params).prototypes(
-    label_pooled, state.label_clusters[label_ids], state.centroids[label_ids], prototype_key
+  prototypes = config.model.bind(params).prototypes(
+    label_pooled, state.label_clusters[batch.label_ids], state.centroids[batch.label_ids], prototype_key
   )
   queries = l2_normalize(query_pooled)
   loss, parts = prime_loss(
-    queries, l2_normalize(label_pooled), prototypes, batch["positives"], batch["valid"], loss_key, loss_config
+    queries, l2_normalize(label_pooled), prototypes, batch.positives, batch.valid, loss_key, config.loss
   )
   return loss, (parts, queries)
 
 
 def train_step(
-  state: TrainState,
-  frozen: Tree,
-  batch: dict[str, Any],
-  *,
-  model: ModelDefinition,
-  optimizer: optax.GradientTransformation,
-  layout: PackedLayout,
-  loss_config: LossConfig,
-  base_key: Array,
-  remat: bool,
-  mesh: Mesh,
+  config: StepConfig, mesh: Mesh, base_key: Array, state: TrainState, frozen: Tree, batch: DeviceBatch
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One optimizer step; see `make_train_step`."""
+  """Returns the state after one optimizer step, and the step's metrics; see `make_train_step`."""
   key = jax.random.fold_in(base_key, state.step)
 
-  def loss_of(trainable):  # What is frozen has no tangent, so no gradient of it is computed.
-    params = layers.join_params(trainable, frozen)
-    return batch_loss(model, params, state, batch, layout, loss_config, key, remat, mesh)
+  def loss_of(trainable: Tree) -> tuple[Array, tuple[dict[str, Array], Array]]:
+    # Frozen parameters have no tangent here, so no gradient of them is computed.
+    return batch_loss(config, mesh, join_params(trainable, frozen), state, batch, key)
 
   gradients, (parts, queries) = jax.grad(loss_of, has_aux=True)(state.params)
-  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-  # Padded places point past the end, where the scatter drops them.
-  bank_rows = jnp.where(batch["valid"], batch["query_ids"], state.bank.shape[0])
+  updates, opt_state = config.optimizer.update(gradients, state.opt_state, state.params)
+  # Empty places of the batch point past the end of the bank, where the scatter drops them.
+  bank_rows = jnp.where(batch.valid, batch.query_ids, state.bank.shape[0])
   bank = state.bank.at[bank_rows].set(
     jax.lax.stop_gradient(queries).astype(state.bank.dtype), mode="drop", unique_indices=False
   )
-  metrics = parts | {"gradient_norm": optax.tree.norm(gradients)}
-  return TrainState(
-    step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
-    opt_state=opt_state,
-    bank=bank,
-    centroids=state.centroids,
-    label_clusters=state.label_clusters,
-  ), metrics
+  new_state = dataclasses.replace(
+    state, step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state, bank=bank
+  )
+  return new_state, parts | {"gradient_norm": optax.tree.norm(gradients)}
 
 
-def make_train_step(
-  abstract: TrainState,
-  *,
-  model: ModelDefinition,
-  optimizer: optax.GradientTransformation,
-  layout: PackedLayout,
-  loss_config: LossConfig,
-  base_key: Array,
-  remat: bool,
-  mesh: Mesh,
-) -> jax.stages.Wrapped:
-  """Compiles `(state, frozen, batch) -> (state, metrics)`.
+def make_train_step(config: StepConfig, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+  """Returns the jitted `(state, frozen, batch) -> (state, metrics)`.
 
-  The state is donated and keeps its shardings; `frozen` are the parameters that are not trained, read only.
+  The state is donated and keeps its shardings. `frozen` are the parameters that are not trained; they are only read.
 
   Args:
-    abstract: the state's shapes and shardings.
-    model, optimizer, layout, loss_config: what to train and how.
-    base_key: the run's random key; a step's randomness depends on it and on `state.step` only.
-    remat: recompute chunks in the backward pass.
+    config: what a step does.
+    abstract: shapes and shardings of the state.
     mesh: the devices.
   """
-  step = functools.partial(
-    train_step,
-    model=model,
-    optimizer=optimizer,
-    layout=layout,
-    loss_config=loss_config,
-    base_key=base_key,
-    remat=remat,
-    mesh=mesh,
-  )
+  step = functools.partial(train_step, config, mesh, config.base_key)
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(abstract), None))

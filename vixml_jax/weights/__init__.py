@@ -1,1 +1,1 @@
-"""Pretrained weights: where they come from, and tables that carry them to our parameters and back."""
+"""Pretrained weights: where they are found, and tables that convert them to our parameters and back."""

@@ -1,4 +1,4 @@
-"""Matches a checkpoint to a table of weights, applies and inverts it; refuses whatever does not fit exactly."""
+"""Converts checkpoints to parameters and back by a table of rules; anything that does not fit exactly is an error."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
@@ -11,32 +11,36 @@ import numpy as np
 from vixml_jax.errors import InputError
 from vixml_jax.weights.tables import Rule, Table
 
-_SHOWN = 10  # Names that an error lists before it only counts.
+_SHOWN = 10  # Maximum number of names that an error lists.
 
 
 class TensorSource(Protocol):
-  """A checkpoint whose tensors are read one at a time."""
+  """A checkpoint whose tensors are read one at a time.
+
+  Attributes:
+    name: Name of the checkpoint, for messages.
+  """
 
   name: str
 
   def names(self) -> Sequence[str]:
-    """Names of all tensors; one that stands there twice is listed twice."""
+    """Returns the names of all tensors. A name that occurs twice is listed twice."""
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Shape of a tensor, without reading it."""
+    """Returns the shape of a tensor without reading it."""
 
   def read(self, name: str) -> np.ndarray:
-    """The tensor."""
+    """Reads a tensor."""
 
 
 class Match(NamedTuple):
-  """A tensor of a checkpoint and the parameter, or the layer of one, that it is.
+  """A tensor of a checkpoint and the parameter, or the layer of a parameter, that it fills.
 
   Attributes:
-    ours: path of the parameter.
-    layer: index in the parameter's leading dimension; None where the tensor is the whole parameter.
-    layout: how the tensor's dimensions become ours (without the layers).
-    name: of the tensor, in the checkpoint.
+    ours: Path of the parameter.
+    layer: Index in the parameter's leading dimension; None if the tensor fills the whole parameter.
+    layout: Mapping from the tensor's dimensions to those of the parameter, without the leading dimension of layers.
+    name: Name of the tensor in the checkpoint.
   """
 
   ours: str
@@ -46,19 +50,19 @@ class Match(NamedTuple):
 
 
 def match(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> Iterator[Match]:
-  """Checks a checkpoint against parameters like `abstract`, then yields what goes where; reads no tensor.
+  """Checks that a checkpoint fits parameters, and returns which tensor fills which parameter; reads no tensor.
 
   Args:
-    table: of the checkpoint's architecture.
-    source: the checkpoint.
-    abstract: nested dict of arrays or ShapeDtypeStructs, for the shapes wanted.
+    table: Table of the checkpoint's architecture.
+    source: The checkpoint.
+    abstract: Nested dict of arrays or ShapeDtypeStructs with the shapes of the parameters.
 
   Returns:
-    One match for each tensor that a rule reads: the parameters in the table's order, each one's layers in theirs.
+    One match for each tensor that a rule reads, in the order of the table and of the layers.
 
   Raises:
-    InputError: tensors that no rule reads (unmapped), parameters that nothing fills (unfilled),
-      something filled or named twice (duplicate), or a wrong shape. Lists all of them.
+    InputError: If a tensor is read by no rule (unmapped), a parameter is filled by no tensor (unfilled), either is
+      matched more than once (duplicate), or a shape is wrong. The message lists them.
   """
   wanted = flatten_tree(abstract)
   theirs, twice = original_names(table, source)
@@ -71,18 +75,18 @@ def match(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> It
 
 
 def apply(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> dict[str, Any]:
-  """Reads a checkpoint into parameters like `abstract` on the host; `placement.place` fills devices.
+  """Reads a checkpoint into parameters on the host; `placement.place` reads it into sharded arrays.
 
   Args:
-    table: of the checkpoint's architecture.
-    source: the checkpoint.
-    abstract: nested dict of arrays or ShapeDtypeStructs, for the shapes and dtypes wanted.
+    table: Table of the checkpoint's architecture.
+    source: The checkpoint.
+    abstract: Nested dict of arrays or ShapeDtypeStructs with the shapes and dtypes of the parameters.
 
   Returns:
-    Nested dict of numpy arrays, layers stacked in front.
+    Nested dict of numpy arrays. Layers are stacked along the first dimension.
 
   Raises:
-    InputError: the checkpoint does not fit; see `match`.
+    InputError: If the checkpoint does not fit; see `match`.
   """
   matches = match(table, source, abstract)
   filled = {path: np.empty(value.shape, value.dtype) for path, value in flatten_tree(abstract).items()}
@@ -93,17 +97,17 @@ def apply(table: Table, source: TensorSource, abstract: Mapping[str, Any]) -> di
 
 
 class Inverse:
-  """Our parameters, to be read like a checkpoint: one tensor at a time, by its name there.
+  """Our parameters as a `TensorSource`: the tensors of a checkpoint are converted one at a time.
 
   Args:
-    table: of the checkpoint's architecture.
-    params: nested dict of arrays, or of anything else that has a `shape` and gives an array for `[layer]` and `[...]`.
+    table: Table of the checkpoint's architecture.
+    params: Nested dict of arrays, or of objects that have a `shape` and return arrays for `[layer]` and `[...]`.
 
   Attributes:
-    name: of the whole, for messages.
+    name: Name of the checkpoint, for messages.
 
   Raises:
-    InputError: the table and the parameters do not cover each other.
+    InputError: If a parameter has no rule, or a rule has no parameter.
   """
 
   def __init__(self, table: Table, params: Mapping[str, Any]):
@@ -126,15 +130,15 @@ class Inverse:
         self._parts.setdefault(name, [None] * count)[number] = leaf, layer, layout
 
   def names(self) -> Sequence[str]:
-    """Names of all tensors."""
+    """Returns the names of all tensors."""
     return list(self._parts)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Shape of a tensor, without reading it."""
+    """Returns the shape of a tensor without converting it."""
     return self._parts[name][0][2].theirs
 
   def read(self, name: str) -> np.ndarray:
-    """The tensor; contiguous, since safetensors writes an array's memory whatever its strides."""
+    """Converts a tensor. It is contiguous, because safetensors writes the memory of an array and ignores strides."""
     found = [
       layout.to_theirs(np.asarray(leaf[... if layer is None else layer])) for leaf, layer, layout in self._parts[name]
     ]
@@ -142,17 +146,21 @@ class Inverse:
 
 
 def invert(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """From our parameters to the tensors of a checkpoint, by name; the inverse of `apply`.
+  """Returns the tensors of a checkpoint, by name, for our parameters; the inverse of `apply`.
 
   Raises:
-    InputError: the table and the parameters do not cover each other.
+    InputError: If a parameter has no rule, or a rule has no parameter.
   """
   inverse = Inverse(table, params)
   return {name: inverse.read(name) for name in inverse.names()}
 
 
 def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """`{"a": {"b": x}}` -> `{"a/b": x}`."""
+  """Returns a flat dict of a nested one, with the keys joined by slashes.
+
+  >>> flatten_tree({"layers": {"up": {"kernel": 1}}, "bias": 2})
+  {'layers/up/kernel': 1, 'bias': 2}
+  """
   flat = {}
   for key, value in tree.items():
     path = f"{prefix}{key}"
@@ -161,7 +169,7 @@ def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten_tree(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `flatten_tree`."""
+  """Returns the nested dict of a flat one; the inverse of `flatten_tree`."""
   tree: dict[str, Any] = {}
   for path, value in flat.items():
     *parents, last = path.split("/")
@@ -173,10 +181,11 @@ def unflatten_tree(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def targets(rule: Rule, shape: Sequence[int]) -> Iterator[tuple[str, int | None, "Layout"]]:
-  """Each tensor of a rule for a parameter of known shape.
+  """Yields the tensors of a rule for a parameter of a given shape.
 
   Yields:
-    The tensor's name in the table's terms, its layer (None if it is the whole parameter), its layout.
+    The name of the tensor as the table writes it, the layer that it fills (None for the whole parameter), and its
+    layout.
   """
   if "{layer}" not in rule.theirs:
     yield rule.theirs, None, Layout.of(rule, shape)
@@ -187,7 +196,7 @@ def targets(rule: Rule, shape: Sequence[int]) -> Iterator[tuple[str, int | None,
 
 
 def original_names(table: Table, source: TensorSource) -> tuple[dict[str, str], list[str]]:
-  """Of each name in the table's terms the name in the checkpoint, and the names found twice."""
+  """Returns a map from each name, as the table writes it, to the name in the checkpoint, and the duplicate names."""
   original: dict[str, str] = {}
   twice = []
   for name in source.names():
@@ -205,14 +214,14 @@ def original_names(table: Table, source: TensorSource) -> tuple[dict[str, str], 
 def _check(
   table: Table, source: TensorSource, theirs: Mapping[str, str], twice: list[str], wanted: Mapping[str, Any]
 ) -> None:
-  """Raises InputError unless rules, tensors and parameters match one to one, shapes included."""
+  """Raises InputError unless rules, tensors and parameters match one to one with equal shapes."""
   readers: dict[tuple[str, tuple[int, int]], int] = {}
   fillers: dict[str, int] = {}
   missing, misshapen = [], set()
   for rule in table.rules:
     fillers[rule.ours] = fillers.get(rule.ours, 0) + 1
     if rule.ours not in wanted:
-      missing.append(f"{rule.ours} (which the model lacks)")
+      missing.append(f"{rule.ours} (not in the model)")
       continue
     for name, _, layout in targets(rule, wanted[rule.ours].shape):
       readers[name, rule.part] = readers.get((name, rule.part), 0) + 1
@@ -221,7 +230,7 @@ def _check(
         continue
       shape = source.shape(theirs[name])
       if shape != layout.theirs:
-        misshapen.add(f"{theirs[name]} is {list(shape)}, wanted {list(layout.theirs)}")
+        misshapen.add(f"{theirs[name]} is {list(shape)}, expected {list(layout.theirs)}")
   ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignored) or r"(?!)")
   read = {name for name, _ in readers}
   unmapped = [name for plain, name in theirs.items() if plain not in read and not ignored.fullmatch(plain)]
@@ -234,7 +243,7 @@ def _check(
   twice = twice + [name for (name, _), count in readers.items() if count > 1]
   twice += [name for name, count in fillers.items() if count > 1]
   _raise_any(
-    f"{source.name}: weights that do not fit a {table.name} model of this size",
+    f"{source.name}: the weights do not fit a {table.name} model of this size",
     [
       _listed("unmapped", "+", unmapped),
       _listed("unfilled", "-", missing + [name for name in wanted if name not in fillers]),
@@ -245,6 +254,7 @@ def _check(
 
 
 def _listed(kind: str, sign: str, names: Iterable[str]) -> str:
+  """Returns one part of a message, such as `2 unmapped: +a, +b`; "" if there are no names."""
   names = sorted(names)
   if not names:
     return ""
@@ -260,15 +270,16 @@ def _raise_any(subject: str, problems: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A rule's layout for a parameter of known shape.
+  """Layout of a rule for a parameter of a given shape.
 
   Attributes:
-    theirs: shape of the tensor.
-    start: where in the tensor's first dimension the part begins that holds the parameter.
-    shape: of that part.
-    split: shape of the part once its joined dimensions are taken apart.
-    order: for each of our dimensions, which one of `split` it is.
-    outer: for each of their dimensions, which one of ours varies slowest in it; None for a size of one.
+    theirs: Shape of the tensor.
+    start: Index in the tensor's first dimension at which the part with the parameter begins.
+    shape: Shape of that part.
+    split: Shape of the part after its joined dimensions are split.
+    order: For each dimension of the parameter, its index in `split`.
+    outer: For each dimension of the tensor, the dimension of the parameter that varies slowest in it; None for a
+      dimension of size one.
   """
 
   theirs: tuple[int, ...]
@@ -280,7 +291,11 @@ class Layout:
 
   @classmethod
   def of(cls, rule: Rule, shape: Sequence[int]) -> "Layout":
-    """The layout of a rule for a parameter (or a layer of one) of `shape`."""
+    """Returns the layout of a rule for a parameter, or a layer of one, of this shape.
+
+    Raises:
+      ValueError: If the rule's layout does not have one letter per dimension.
+    """
     letters = " ".join(f"_{i}" for i in range(len(shape)))
     theirs, ours = (side.strip() for side in (rule.layout or f"{letters} -> {letters}").split("->"))
     groups = [
@@ -304,13 +319,13 @@ class Layout:
 
   @property
   def part(self) -> slice:
-    """Of the tensor's first dimension, what holds the parameter."""
+    """Slice of the tensor's first dimension that holds the parameter."""
     return slice(self.start, self.start + self.shape[0])
 
   def to_ours(self, part: Any) -> Any:
-    """The parameter, from the part of a tensor (numpy or JAX) that holds it."""
+    """Converts the part of a tensor (numpy or JAX) that holds the parameter to the parameter."""
     return part.reshape(self.split).transpose(self.order)
 
   def to_theirs(self, array: np.ndarray) -> np.ndarray:
-    """The inverse of `to_ours`."""
+    """Converts a parameter to its part of the tensor; the inverse of `to_ours`."""
     return array.transpose(np.argsort(self.order)).reshape(self.shape)

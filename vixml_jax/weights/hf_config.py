@@ -1,4 +1,4 @@
-"""The `config.json` of Hugging Face: read into the arguments of our encoders, and written from them."""
+"""Converts the `config.json` of Hugging Face to the arguments of our encoders, and back."""
 
 from collections.abc import Mapping
 import os
@@ -8,7 +8,7 @@ from typing import Any
 from vixml_jax.errors import InputError
 from vixml_jax.files import read_json_object
 
-# Qwen2, Qwen3 and Llama differ in two switches; what does not stand under one key is in `_derived_arguments`.
+# Qwen2, Qwen3 and Llama differ in two switches. Arguments that depend on several keys are in `_derived_arguments`.
 _DECODER: dict[str, str | float] = {
   "vocab_size": "vocab_size",
   "num_layers": "num_hidden_layers",
@@ -20,7 +20,7 @@ _DECODER: dict[str, str | float] = {
   "qk_norm": False,
 }
 
-# Argument of models.bert.BertEncoder or models.decoder.Decoder -> key in config.json; a number stands for itself.
+# Argument of models.bert.BertEncoder or models.decoder.Decoder -> key in config.json, or a constant value.
 _ARGUMENTS: dict[str, dict[str, str | float]] = {
   "bert": {
     "vocab_size": "vocab_size",
@@ -49,12 +49,12 @@ _ARGUMENTS: dict[str, dict[str, str | float]] = {
     "layer_norm_eps": 1e-12,
   },
   "qwen2": _DECODER | {"qkv_bias": True},
-  "qwen3": _DECODER | {"qk_norm": True, "head_dim": "head_dim"},  # Without the key, it does not follow.
+  "qwen3": _DECODER | {"qk_norm": True, "head_dim": "head_dim"},  # Its head_dim does not follow from other keys.
   "llama": _DECODER,
 }
 _DECODERS = ("qwen2", "qwen3", "llama")
 
-# What the encoder does, and the only value of the key that asks for it.
+# Key -> the only value that the encoder supports.
 _REQUIRED: dict[str, dict[str, Any]] = {
   "bert": {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False},
   "distilbert": {"activation": "gelu"},
@@ -63,7 +63,7 @@ _REQUIRED: dict[str, dict[str, Any]] = {
   "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
 }
 
-# Keys that configs written before they existed lack, with their meaning then.
+# Values of keys that older configs do not have.
 _IMPLIED = {
   "layer_norm_eps": 1e-12,
   "position_embedding_type": "absolute",
@@ -73,37 +73,41 @@ _IMPLIED = {
   "mlp_bias": False,
 }
 
-# Of Llama 3's rotary positions, in the order of the decoder's `rope_scaling`.
+# Keys of Llama 3's rotary positions, in the order of the decoder's `rope_scaling`.
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-  """The contents of `config.json` in a folder."""
+  """Reads `config.json` in a folder.
+
+  Raises:
+    InputError: If the file cannot be read or is not a JSON object.
+  """
   path = Path(folder) / "config.json"
-  return read_json_object(path, absent="name a model's folder", damaged="fetch it again")
+  return read_json_object(path, absent="give the folder of a model", damaged="fetch it again")
 
 
 def encoder_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
-  """Arguments with which our encoder is the model in a folder.
+  """Returns the arguments with which our encoder is the model in a folder.
 
   Args:
-    folder: holds `config.json`, of `model_type` bert or distilbert (for `models.bert.BertEncoder`), or qwen2, qwen3
-      or llama (for `models.decoder.Decoder`).
+    folder: Folder with a `config.json` of `model_type` bert or distilbert (for `models.bert.BertEncoder`), or qwen2,
+      qwen3 or llama (for `models.decoder.Decoder`).
 
   Returns:
-    All arguments that the file speaks of: none of dtypes, `remat`, adapters, `bidirectional` and `rngs`.
+    All arguments that the file determines; not dtypes, `remat`, adapters, `bidirectional` and `rngs`.
 
   Raises:
-    InputError: another architecture, a variant that the encoder does not do, or a missing key.
+    InputError: If the architecture or one of its variants is not supported, or a key is missing.
   """
   config = read_config(folder)
   path = Path(folder) / "config.json"
   kind = config.get("model_type")
   if kind not in _ARGUMENTS:
-    raise InputError(f"{path}: model_type is {kind!r}; known are {', '.join(_ARGUMENTS)}")
+    raise InputError(f"{path}: model_type is {kind!r}; it must be one of {', '.join(_ARGUMENTS)}")
   for key, wanted in _REQUIRED[kind].items():
     if _value(config, key, path) != wanted:
-      raise InputError(f"{path}: {key} is {config[key]!r}; the encoder only does {wanted!r}")
+      raise InputError(f"{path}: {key} is {config[key]!r}; the encoder supports only {wanted!r}: choose another model")
   arguments = {
     argument: _value(config, key, path) if isinstance(key, str) else key for argument, key in _ARGUMENTS[kind].items()
   }
@@ -111,15 +115,15 @@ def encoder_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_arguments(folder: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
-  """Refuses encoder arguments that contradict a folder's `config.json`.
+  """Checks that arguments of an encoder agree with a folder's `config.json`.
 
   Args:
-    folder: holds `config.json`.
-    arguments: arguments of the encoder, any subset; those that the file does not speak of
-      (`dtype`, `remat`, adapters) and the dropout rates, which do not concern the weights, pass.
+    folder: Folder with `config.json`.
+    arguments: Any subset of the encoder's arguments. Those that the file does not determine (`dtype`, `remat`,
+      adapters) and dropout rates, which do not affect the weights, are not checked.
 
   Raises:
-    InputError: names the key, both values and what to set.
+    InputError: If an argument differs.
   """
   theirs = encoder_arguments(folder)
   path = Path(folder) / "config.json"
@@ -134,18 +138,18 @@ def check_arguments(folder: str | os.PathLike[str], arguments: Mapping[str, Any]
 
 
 def config_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-  """Contents of a `config.json` that says what the arguments of an encoder say; `encoder_arguments` reads it back.
+  """Returns the contents of a `config.json` for the arguments of an encoder; `encoder_arguments` is the inverse.
 
-  Of architectures that the arguments do not tell apart it takes the one that needs no more than they say: an encoder
-  without token types is a DistilBERT, a decoder with neither biases nor norms of heads is a Llama. Keys that our
-  encoders know nothing of, such as a tokenizer's ids, are left to the defaults of transformers.
+  The architecture is the simplest one that the arguments allow: an encoder without token types is a DistilBERT, and a
+  decoder without biases and without norms of heads is a Llama. Keys that our encoders do not use, such as the token ids
+  of a tokenizer, have the defaults of transformers.
 
   Args:
-    arguments: of `models.bert.BertEncoder` or `models.decoder.Decoder`; those of dtypes, `remat` and adapters are
-      passed over. Of a bidirectional decoder the config says `is_causal` false, which transformers knows from 5.2 on.
+    arguments: Arguments of `models.bert.BertEncoder` or `models.decoder.Decoder`. Dtypes, `remat` and adapters are
+      ignored. For a bidirectional decoder the config has `is_causal` false, which transformers supports since 5.2.
 
   Raises:
-    InputError: no architecture of transformers has all that they ask for.
+    InputError: If no supported architecture of transformers has these arguments.
   """
   kind = _kind_of(arguments)
   config: dict[str, Any] = {"model_type": kind} | _REQUIRED[kind]
@@ -154,8 +158,8 @@ def config_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
       config[key] = arguments[argument]
     elif not argument.endswith("dropout") and arguments[argument] != key:
       raise InputError(
-        f"encoder.{argument} is {arguments[argument]}, but a {kind} model has {key}: it cannot be"
-        " written as one of transformers"
+        f"encoder.{argument} is {arguments[argument]}, but a {kind} model has {key}; such an encoder cannot be"
+        " exported to transformers"
       )
   if kind in _DECODERS:
     config |= {
@@ -172,7 +176,7 @@ def config_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kind_of(arguments: Mapping[str, Any]) -> str:
-  """The `model_type` of an encoder."""
+  """Returns the `model_type` of an encoder."""
   if "num_token_types" in arguments:
     return "bert" if arguments["num_token_types"] else "distilbert"
   switches = arguments["qkv_bias"], arguments["qk_norm"]
@@ -180,23 +184,26 @@ def _kind_of(arguments: Mapping[str, Any]) -> str:
     if switches == (_ARGUMENTS[kind]["qkv_bias"], _ARGUMENTS[kind]["qk_norm"]):
       return kind
   raise InputError(
-    "encoder.qkv_bias and encoder.qk_norm are both True, which no model of transformers that is known"
-    " here has: it cannot be written as one"
+    "encoder.qkv_bias and encoder.qk_norm are both True, which no supported model of transformers has; such an"
+    " encoder cannot be exported to transformers"
   )
 
 
 def _derived_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-  """Arguments of a decoder that follow from several keys, or from what an absent key means."""
+  """Returns the arguments of a decoder that depend on several keys, or on the absence of a key."""
   kinds = set(config.get("layer_types") or ()) - {"full_attention"}
   if kinds:
-    raise InputError(f"{path}: layer_types has {', '.join(sorted(kinds))}; the encoder only does full_attention")
+    raise InputError(
+      f"{path}: layer_types has {', '.join(sorted(kinds))}; the encoder supports only full_attention: choose another "
+      "model"
+    )
   num_heads, embed_dim = (_value(config, key, path) for key in ("num_attention_heads", "hidden_size"))
   head_dim = config.get("head_dim")
   if head_dim is None:
     head_dim, rest = divmod(embed_dim, num_heads)
     if rest:
       raise InputError(
-        f"{path}: hidden_size {embed_dim} does not divide by num_attention_heads {num_heads}; add head_dim"
+        f"{path}: hidden_size {embed_dim} is not divisible by num_attention_heads {num_heads}; add head_dim"
       )
   return {
     "num_kv_heads": config.get("num_key_value_heads") or num_heads,
@@ -206,16 +213,20 @@ def _derived_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _rotary_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-  """`rope_theta` and `rope_scaling`, as transformers 5 writes them or as it was done before."""
+  """Returns `rope_theta` and `rope_scaling` from a config of transformers 5 or of an older version."""
   key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
   rope = config.get(key) or {}
   theta = float(rope["rope_theta"] if "rope_theta" in rope else _value(config, "rope_theta", path))
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in ("default", "llama3"):
-    raise InputError(f"{path}: {key} is of type {kind!r}; the encoder only does 'default' and 'llama3'")
+    raise InputError(
+      f"{path}: {key} is of type {kind!r}; the encoder supports only 'default' and 'llama3': choose another model"
+    )
   fraction = rope.get("partial_rotary_factor", 1.0)
   if fraction != 1.0:
-    raise InputError(f"{path}: {key} has partial_rotary_factor={fraction}; the encoder rotates whole heads")
+    raise InputError(
+      f"{path}: {key} has partial_rotary_factor={fraction}; the encoder supports only 1.0: choose another model"
+    )
   if kind == "default":
     return {"rope_theta": theta, "rope_scaling": None}
   missing = [name for name in _LLAMA3_KEYS if name not in rope]

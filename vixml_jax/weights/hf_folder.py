@@ -1,4 +1,4 @@
-"""Reads and writes folders of safetensors in the layout of Hugging Face."""
+"""Reads and writes folders of safetensors in the format of Hugging Face."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -15,22 +15,26 @@ from vixml_jax.errors import InputError
 from vixml_jax.weights import engine
 from vixml_jax.weights.tables import Table
 
-_MODEL = "model"  # What the weights' files are called, without the endings.
+_MODEL = "model"  # Name of the files with weights, without the endings.
 _ENDING = ".safetensors"
 _INDEX_ENDING = ".safetensors.index.json"
 
 
 class SafetensorsFolder:
-  """The tensors of a folder: `model.safetensors`, or the files that `model.safetensors.index.json` names.
+  """The tensors of a folder: `model.safetensors`, or the files that `model.safetensors.index.json` lists.
 
-  No file stays open, as what has been read of it would count to the process's memory for as long.
+  Files are opened for each read and closed again, because the pages that have been read of an open file count as memory
+  of the process.
 
   Args:
-    folder: holds the files.
-    stem: what they are called instead of `model`.
+    folder: Folder with the files.
+    stem: Name of the files, without the endings.
 
   Attributes:
-    name: the folder, for messages.
+    name: Path of the folder, for messages.
+
+  Raises:
+    InputError: If the folder has no such files, or one is damaged or missing.
   """
 
   def __init__(self, folder: str | os.PathLike[str], stem: str = _MODEL):
@@ -46,28 +50,32 @@ class SafetensorsFolder:
           self._file_of[name] = path
 
   def names(self) -> Sequence[str]:
-    """Names of all tensors; one that stands in two files is listed twice."""
+    """Returns the names of all tensors. A name that occurs in two files is listed twice."""
     return self._names
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Shape of a tensor, without reading it."""
+    """Returns the shape of a tensor without reading it."""
     return self._shapes[name]
 
   def read(self, name: str) -> np.ndarray:
-    """The tensor, in its own dtype (f32, f16 or bf16)."""
+    """Reads a tensor in its own dtype: float32, float16 or bfloat16.
+
+    Raises:
+      InputError: If the file is damaged or the tensor has another dtype.
+    """
     with _open(self._file_of[name]) as file:
       return self._checked(name, file.get_tensor(name))
 
   def read_window(self, name: str, window: tuple[slice, ...]) -> np.ndarray:
-    """What stands in a window of the tensor, one slice a dimension; nothing else is copied from the file."""
+    """Reads a window of a tensor, given by one slice per dimension; nothing else is copied from the file."""
     with _open(self._file_of[name]) as file:
       return self._checked(name, file.get_slice(name)[window])
 
   def _checked(self, name: str, tensor: np.ndarray) -> np.ndarray:
     if tensor.dtype.name not in ("float32", "float16", "bfloat16"):
       raise InputError(
-        f"{self._file_of[name]}: tensor {name} is {tensor.dtype.name}; float32, float16 and"
-        " bfloat16 are read (quantized weights have to be converted first)"
+        f"{self._file_of[name]}: tensor {name} is {tensor.dtype.name}; it must be float32, float16 or bfloat16: "
+        "convert quantized weights first"
       )
     return tensor
 
@@ -76,15 +84,15 @@ def load_pretrained(folder: str | os.PathLike[str], table: Table, abstract: Mapp
   """Reads a Hugging Face folder into our parameters; see `engine.apply`.
 
   Args:
-    folder: holds `model.safetensors` or `model.safetensors.index.json` with its files.
-    table: of the folder's architecture.
-    abstract: nested dict of arrays or ShapeDtypeStructs, for the shapes and dtypes wanted.
+    folder: Folder with `model.safetensors`, or with `model.safetensors.index.json` and its files.
+    table: Table of the folder's architecture.
+    abstract: Nested dict of arrays or ShapeDtypeStructs with the shapes and dtypes of the parameters.
 
   Returns:
     Nested dict of numpy arrays.
 
   Raises:
-    InputError: no safetensors there, a damaged file, or weights that do not fit exactly.
+    InputError: If the folder has no safetensors, a file is damaged, or the weights do not fit exactly.
   """
   return engine.apply(table, SafetensorsFolder(folder), abstract)
 
@@ -99,24 +107,24 @@ def save_pretrained(
 ) -> None:
   """Writes `config.json` and the weights as safetensors, which `transformers.AutoModel` loads.
 
-  Weights of more than `max_shard_bytes` become several files with an index; no more than one file's worth is held
-  in memory. Tensors that the table ignores (BERT's pooler) are not written.
+  Weights of more than `max_shard_bytes` are written to several files with an index. At most one file is held in memory.
+  Tensors that the table ignores, such as BERT's pooler, are not written.
 
   Args:
-    params: nested dict of arrays, as `load_pretrained` returns it, or of what `engine.Inverse` takes.
-    folder: made if it does not exist.
-    config: contents of `config.json`.
-    table: of the architecture that `config` names.
-    dtype: of all tensors in the files; None for their own.
-    max_shard_bytes: most bytes in a file, unless one tensor has more.
+    params: Nested dict of arrays as `load_pretrained` returns it, or of objects that `engine.Inverse` accepts.
+    folder: Folder to write to. It is created if it does not exist.
+    config: Contents of `config.json`.
+    table: Table of the architecture that `config` names.
+    dtype: Dtype of all tensors in the files; None to keep the dtypes of the parameters.
+    max_shard_bytes: Maximum number of bytes of a file, unless one tensor has more.
 
   Raises:
-    InputError: `config` is of another architecture, or parameters do not fit the table.
+    InputError: If `config` is for another architecture, or the parameters do not fit the table.
   """
   if config.get("model_type") != table.name:
     raise InputError(
-      f"model_type is {config.get('model_type')!r} in the config to write to {folder}, but the"
-      f" weights are those of a {table.name} model"
+      f"{folder}: model_type is {config.get('model_type')!r} in the config to write, but the weights are those of a "
+      f"{table.name} model; pass the config of that model"
     )
   source = engine.Inverse(table, params)
   folder = Path(folder)
@@ -126,8 +134,8 @@ def save_pretrained(
 
 
 def _write_shards(source: engine.Inverse, folder: Path, dtype: str | None, max_bytes: int) -> None:
-  """One file, or several and their index, in the layout of Hugging Face."""
-  size = np.dtype(dtype or np.float32).itemsize  # Without `dtype` no tensor is wider than f32.
+  """Writes one file, or several files and their index, in the format of Hugging Face."""
+  size = np.dtype(dtype or np.float32).itemsize  # Without `dtype`, no tensor is wider than float32.
   shards: list[list[str]] = []
   free = 0
   for name in source.names():
@@ -148,7 +156,7 @@ def _write_shards(source: engine.Inverse, folder: Path, dtype: str | None, max_b
     if dtype is not None:
       tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     total += sum(tensor.nbytes for tensor in tensors.values())
-    save_file(tensors, folder / file, metadata={"format": "pt"})  # transformers asks for this.
+    save_file(tensors, folder / file, metadata={"format": "pt"})  # transformers requires this.
   if len(files) > 1:
     index = {
       "metadata": {"total_size": total},
@@ -165,11 +173,11 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     return _shards(index)
   if list(folder.glob("*.bin")):
     raise InputError(
-      f"{folder}: only pickled weights (*.bin), which are not read; where transformers and torch"
-      " are installed, write safetensors with: python -c 'from transformers import AutoModel;"
+      f"{folder}: has only pickled weights (*.bin), which are not read; convert them to safetensors where transformers"
+      " and torch are installed: python -c 'from transformers import AutoModel;"
       f' AutoModel.from_pretrained("{folder}").save_pretrained("{folder}")\''
     )
-  raise InputError(f"{folder}: holds neither {single.name} nor {index.name}; name a folder that does")
+  raise InputError(f"{folder}: has neither {single.name} nor {index.name}; give a folder with one of them")
 
 
 def _shards(index: Path) -> list[Path]:
@@ -177,10 +185,10 @@ def _shards(index: Path) -> list[Path]:
     names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     paths = [index.parent / name for name in sorted(names)]
   except (ValueError, KeyError, AttributeError, TypeError) as error:
-    raise InputError(f"{index}: is not an index of safetensors ({error}); fetch it again") from error
+    raise InputError(f"{index}: is not an index of safetensors files ({error}); fetch it again") from error
   missing = [path.name for path in paths if not path.is_file()]
   if missing:
-    raise InputError(f"{index}: names {', '.join(missing)}, not in the folder; fetch them again")
+    raise InputError(f"{index}: lists {', '.join(missing)}, which the folder does not have; fetch them again")
   return paths
 
 
@@ -188,4 +196,4 @@ def _open(path: Path) -> Any:
   try:
     return safe_open(path, framework="numpy")
   except (OSError, SafetensorError) as error:
-    raise InputError(f"{path}: is not a whole safetensors file ({error}); fetch it again") from error
+    raise InputError(f"{path}: is not a complete safetensors file ({error}); fetch it again") from error

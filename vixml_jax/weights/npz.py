@@ -1,4 +1,4 @@
-"""Reads and writes `.npz` files in the layout of big_vision: tensors by name, no pickle, bf16 as raw pairs of bytes."""
+"""Reads and writes `.npz` files in the format of big_vision: tensors by name, no pickle, bfloat16 as raw bytes."""
 
 from collections.abc import Mapping, Sequence
 import os
@@ -12,14 +12,20 @@ import numpy as np
 from vixml_jax.errors import InputError
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_RAW = np.dtype("V2")  # numpy has no bf16: it saves one as two bytes without a meaning.
+_RAW = np.dtype("V2")  # numpy has no bfloat16 and saves one as two raw bytes.
 
 
 class NpzFile:
-  """The tensors of an `.npz` file, read from disk one at a time.
+  """The tensors of an `.npz` file, which are read from disk one at a time.
+
+  Args:
+    path: The file.
 
   Attributes:
-    name: the file, for messages.
+    name: Path of the file, for messages.
+
+  Raises:
+    InputError: If the file cannot be read or is not an npz file.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -30,11 +36,11 @@ class NpzFile:
       raise self._broken(error) from error
 
   def names(self) -> Sequence[str]:
-    """Names of all tensors; one that stands there twice is listed twice."""
+    """Returns the names of all tensors. A name that occurs twice is listed twice."""
     return [name.removesuffix(".npy") for name in self._zip.namelist()]
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Shape of a tensor, without reading it."""
+    """Returns the shape of a tensor without reading it."""
     try:
       with self._zip.open(f"{name}.npy") as file:
         version = np.lib.format.read_magic(file)
@@ -44,7 +50,11 @@ class NpzFile:
       raise self._broken(error, name) from error
 
   def read(self, name: str) -> np.ndarray:
-    """The tensor, in its own dtype (f32, f16 or bf16)."""
+    """Reads a tensor in its own dtype: float32, float16 or bfloat16.
+
+    Raises:
+      InputError: If the tensor is damaged or has another dtype.
+    """
     try:
       with self._zip.open(f"{name}.npy") as file:
         tensor = np.lib.format.read_array(file, allow_pickle=False)
@@ -53,20 +63,22 @@ class NpzFile:
     if tensor.dtype == _RAW:
       tensor = tensor.view(_BFLOAT16)
     if tensor.dtype.name not in ("float32", "float16", "bfloat16"):
-      raise InputError(f"{self.name}: tensor {name} is {tensor.dtype.name}; float32, float16 and bfloat16 are read")
+      raise InputError(
+        f"{self.name}: tensor {name} is {tensor.dtype.name}; it must be float32, float16 or bfloat16: convert it"
+      )
     return tensor
 
   def _broken(self, error: Exception, name: str = "") -> InputError:
     tensor = f" (tensor {name})" if name else ""
-    return InputError(f"{self.name}: is not a whole npz file of plain arrays{tensor}: {error}; fetch it again")
+    return InputError(f"{self.name}: is not a complete npz file of plain arrays{tensor}: {error}; fetch it again")
 
 
 def write_npz(tensors: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-  """Writes arrays by name; the same arrays make the same bytes. An existing file is replaced at once.
+  """Writes arrays by name. Equal arrays give equal bytes. An existing file is replaced atomically.
 
   Args:
-    tensors: arrays of f32, f16 or bf16.
-    path: the file; its folder is made if it does not exist.
+    tensors: Arrays of float32, float16 or bfloat16.
+    path: The file. Its folder is created if it does not exist.
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)

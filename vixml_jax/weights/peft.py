@@ -1,4 +1,4 @@
-"""Reads and writes LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Reads and writes LoRA adapters in the format of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from collections.abc import Mapping
 import json
@@ -18,9 +18,9 @@ from vixml_jax.weights.tables import Rule, Table
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model"
-_PREFIX = "base_model.model."  # What PEFT puts before the names of an AutoModel.
+_PREFIX = "base_model.model."  # Prefix that PEFT adds to the names of an AutoModel.
 
-# Our projection -> theirs, and the layouts of A (theirs is r x inputs) and B (outputs x r).
+# Our projection -> PEFT's projection, and the layouts of A (r x inputs in PEFT) and B (outputs x r in PEFT).
 _PROJECTIONS: dict[str, tuple[str, str, str]] = {
   "attention/query": ("self_attn.q_proj", "r d -> d r", "(h k) r -> r h k"),
   "attention/key": ("self_attn.k_proj", "r d -> d r", "(h k) r -> r h k"),
@@ -32,7 +32,7 @@ _PROJECTIONS: dict[str, tuple[str, str, str]] = {
 }
 _TARGETS = sorted(theirs.partition(".")[2] for theirs, _, _ in _PROJECTIONS.values())
 
-# Adapters of a Qwen2, Qwen3 or Llama, which call their projections alike.
+# Adapters of a Qwen2, Qwen3 or Llama, whose projections have the same names.
 TABLE = Table(
   name="PEFT LoRA",
   rules=tuple(
@@ -41,18 +41,18 @@ TABLE = Table(
     for side, layout in zip("ab", layouts, strict=True)
   ),
   ignored={},
-  prefixes=(_PREFIX, "model."),  # The second stands there if the base was a CausalLM.
+  prefixes=(_PREFIX, "model."),  # The second one is present if the base was a CausalLM.
 )
 
-# What a config has to say, if it speaks of it at all.
+# Key -> the values that are supported. A config without the key is accepted.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
   "peft_type": ("LORA",),
   "bias": ("none",),
-  # Other ways to begin (pissa, olora, corda, ...) also change the base, which then is not the published one.
+  # Other initializations (pissa, olora, corda, ...) also change the base, which then differs from the published one.
   "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
-# Keys that do not change what the adapters compute. Any other key that is set asks for something we do not do.
+# Keys that do not change what the adapters compute. Any other key that is set requests an unsupported feature.
 _IMMATERIAL = frozenset(
   (
     "auto_mapping",
@@ -75,22 +75,24 @@ _OURS = ("r", "lora_alpha", "use_rslora", "target_modules")
 def load_adapter(
   folder: str | os.PathLike[str], abstract: Mapping[str, Any], alpha: float, shardings: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-  """Reads the adapters of a PEFT folder, of an AutoModel or a CausalLM.
+  """Reads the adapters of a PEFT folder, for an AutoModel or a CausalLM.
 
-  Which base they were trained on is not checked beyond the shapes: PEFT only notes a path.
+  The base that they were trained on is not checked beyond its shapes, because PEFT stores only its path.
 
   Args:
-    folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-    abstract: nested dict of arrays or ShapeDtypeStructs: the encoder's adapters, as `layers.split_lora` returns them.
-    alpha: the encoder's `lora_alpha`; adapters are scaled by alpha / sqrt(rank).
-    shardings: nested dict with the keys of `abstract`, a NamedSharding at each leaf; see `placement.place`.
+    folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+    abstract: Nested dict of arrays or ShapeDtypeStructs: the adapters of the encoder, as `lora.split_lora` returns
+      them.
+    alpha: The encoder's `lora_alpha`. Adapters are scaled by alpha / sqrt(rank).
+    shardings: Nested dict with the keys of `abstract` and a NamedSharding at each leaf; see `placement.place`. None to
+      read to the host.
 
   Returns:
-    Nested dict like `abstract`: sharded arrays, or numpy arrays if there are no shardings.
+    Nested dict with the keys of `abstract`: sharded arrays, or numpy arrays if there are no shardings.
 
   Raises:
-    InputError: no such files, a damaged one, a config that asks for anything but rank-stabilized LoRA of this rank
-      and alpha on these projections, or tensors that do not fit exactly.
+    InputError: If a file is missing or damaged, the config is not rank-stabilized LoRA with this rank and alpha on
+      these projections, or the tensors do not fit exactly.
   """
   source = _open(Path(folder), abstract, alpha)
   if shardings is None:
@@ -99,17 +101,17 @@ def load_adapter(
 
 
 def check_adapter(folder: str | os.PathLike[str], abstract: Mapping[str, Any], alpha: float) -> None:
-  """Raises what `load_adapter` would raise, and reads no tensor."""
+  """Checks that `load_adapter` can read a folder, without reading a tensor; arguments and errors are the same."""
   engine.match(TABLE, _open(Path(folder), abstract, alpha), abstract)
 
 
 def _open(folder: Path, abstract: Mapping[str, Any], alpha: float) -> SafetensorsFolder:
-  """The folder's tensors, once its config is found to describe these adapters."""
+  """Returns the tensors of a folder after checking that its config describes these adapters."""
   _check_config(folder / _CONFIG, abstract, alpha)
   if not (folder / f"{_WEIGHTS}.safetensors").is_file():
     raise InputError(
-      f"{folder}: has no {_WEIGHTS}.safetensors; save the adapter again with PEFT's save_pretrained, which writes it"
-      " unless told safe_serialization=False"
+      f"{folder}: has no {_WEIGHTS}.safetensors; save the adapter again with PEFT's save_pretrained, without"
+      " safe_serialization=False"
     )
   return SafetensorsFolder(folder, _WEIGHTS)
 
@@ -117,17 +119,17 @@ def _open(folder: Path, abstract: Mapping[str, Any], alpha: float) -> Safetensor
 def save_adapter(
   params: Mapping[str, Any], folder: str | os.PathLike[str], base: str, alpha: float, revision: str | None = None
 ) -> None:
-  """Writes a folder that `peft.PeftModel.from_pretrained` puts onto the base's AutoModel.
+  """Writes a folder that `peft.PeftModel.from_pretrained` adds to the AutoModel of the base.
 
   Args:
-    params: nested dict of arrays, the encoder's adapters, as `layers.split_lora` returns them.
-    folder: made if it does not exist.
-    base: path of the base model, or its name on the hub.
-    alpha: the encoder's `lora_alpha`.
-    revision: of the base on the hub; None for the newest.
+    params: Nested dict of arrays: the adapters of the encoder, as `lora.split_lora` returns them.
+    folder: Folder to write to. It is created if it does not exist.
+    base: Path of the base model, or its name on the hub.
+    alpha: The encoder's `lora_alpha`.
+    revision: Revision of the base on the hub; None for the newest.
 
   Raises:
-    InputError: the parameters are not the adapters of all seven projections.
+    InputError: If the parameters are not the adapters of all seven projections.
   """
   tensors = {f"{_PREFIX}{name}": tensor for name, tensor in engine.invert(TABLE, params).items()}
   config = {
@@ -150,49 +152,51 @@ def save_adapter(
 
 
 def _rank(params: Mapping[str, Any]) -> int:
-  """The rank of adapters, which all have in common; 0 if there are none."""
+  """Returns the common rank of adapters; 0 if there are none."""
   return next((leaf.shape[-1] for path, leaf in engine.flatten_tree(params).items() if path.endswith("lora_a")), 0)
 
 
 def _short(number: float) -> float:
-  """The number, as an integer if it is one."""
+  """Returns the number as an int if it is integral."""
   return int(number) if number == int(number) else number
 
 
 def _check_config(path: Path, abstract: Mapping[str, Any], alpha: float) -> None:
-  """Refuses a config of other adapters than those that `abstract` and `alpha` describe."""
-  config = read_json_object(path, absent="name a folder that PEFT saved", damaged="save it again")
+  """Raises InputError if a config describes other adapters than `abstract` and `alpha`."""
+  config = read_json_object(path, absent="give a folder that PEFT saved", damaged="save it again")
   for key, wanted in _REQUIRED.items():
     if config.get(key, wanted[0]) not in wanted:
-      raise InputError(f"{path}: {key} is {config[key]!r}; only {_either(wanted)} is read")
+      raise InputError(f"{path}: {key} is {config[key]!r}; it must be {_either(wanted)}")
   for key, value in config.items():
     if value and key not in _IMMATERIAL and key not in _REQUIRED and key not in _OURS:
-      raise InputError(f"{path}: {key} is {value!r}; only plain LoRA is read, the same on every layer: null is wanted")
+      raise InputError(
+        f"{path}: {key} is {value!r}; only plain LoRA, equal on every layer, is supported: set it to null"
+      )
   for key in ("r", "lora_alpha"):
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-      raise InputError(f"{path}: {key} is {value!r}; a positive number is wanted")
+      raise InputError(f"{path}: {key} is {value!r}; it must be a positive number")
   _check_scale(path, config, _rank(abstract), alpha)
   targets = config.get("target_modules")
-  # A pattern (`all-linear`) is PEFT's business; what it hit is seen from the tensors.
+  # A pattern such as `all-linear` is not evaluated here: the tensors show which projections it matched.
   if isinstance(targets, list) and sorted({str(name).rpartition(".")[2] for name in targets}) != _TARGETS:
     raise InputError(
-      f"{path}: target_modules are {', '.join(sorted(map(str, targets)))}; the encoder has adapters on"
-      f" {', '.join(_TARGETS)}: train these"
+      f"{path}: target_modules are {', '.join(sorted(map(str, targets)))}; they must be"
+      f" {', '.join(_TARGETS)}: train adapters of these"
     )
 
 
 def _check_scale(path: Path, config: Mapping[str, Any], rank: int, alpha: float) -> None:
-  """Refuses another rank than the encoder's, and another factor before the adapters."""
+  """Raises InputError if the rank or the scale of the adapters differs from the encoder's."""
   theirs = config["lora_alpha"]
   if config["r"] != rank:
     raise InputError(f"{path}: r is {config['r']}, but encoder.lora_rank is {rank}; set it to {config['r']}")
   if not config.get("use_rslora", False):
     stable = f"{theirs / math.sqrt(rank):.8g}"
     raise InputError(
-      f"{path}: use_rslora is false, a scale of lora_alpha / r, but the encoder's is lora_alpha / sqrt(r); write"
-      f" use_rslora true and lora_alpha {stable} (= {theirs} / sqrt({rank})) there, which computes the same, and set"
-      f" encoder.lora_alpha to {stable}"
+      f"{path}: use_rslora is false, which scales by lora_alpha / r, but the encoder scales by lora_alpha / sqrt(r);"
+      f" set use_rslora to true and lora_alpha to {stable} (= {theirs} / sqrt({rank})) in the file, which is"
+      f" equivalent, and encoder.lora_alpha to {stable}"
     )
   if theirs != alpha:
     raise InputError(f"{path}: lora_alpha is {theirs}, but encoder.lora_alpha is {_short(alpha)}; set it to {theirs}")

@@ -1,4 +1,4 @@
-"""Fills sharded device arrays from a checkpoint, one tensor at a time."""
+"""Reads checkpoints straight into sharded device arrays, one tensor at a time."""
 
 from collections.abc import Callable, Mapping
 import functools
@@ -16,59 +16,65 @@ from vixml_jax.weights.tables import Table
 
 
 class WindowSource(engine.TensorSource, Protocol):
-  """A checkpoint of which a part of a tensor can be read without the rest."""
+  """A checkpoint from which a part of a tensor can be read without the rest."""
 
   def read_window(self, name: str, window: tuple[slice, ...]) -> np.ndarray:
-    """What stands in a window of the tensor, one slice a dimension."""
+    """Reads a window of a tensor, given by one slice per dimension."""
 
 
 def place(
   table: Table, source: WindowSource, abstract: Mapping[str, Any], shardings: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Reads a checkpoint straight into sharded arrays; what `engine.apply` is for the host.
+  """Reads a checkpoint into sharded arrays; `engine.apply` reads it into arrays on the host.
 
-  The host holds one tensor of the file at a time, one layer's matrix, and of that only what this process's devices
-  need. A tensor is transposed and cast on the devices, where stacked parameters are filled in place: beside the
-  parameters there is room for one tensor. All processes of a mesh have to call this together.
+  The host holds one tensor of the file at a time (the matrix of one layer), and of that only the windows that the
+  devices of this process need. Tensors are transposed and cast on the devices, where stacked parameters are filled in
+  place. So the devices need memory for the parameters and one tensor. All processes of a mesh must call this together.
 
   Args:
-    table: of the checkpoint's architecture.
-    source: the checkpoint.
-    abstract: nested dict of arrays or ShapeDtypeStructs, for the shapes and dtypes wanted.
-    shardings: nested dict with the same keys, a NamedSharding at each leaf.
+    table: Table of the checkpoint's architecture.
+    source: The checkpoint.
+    abstract: Nested dict of arrays or ShapeDtypeStructs with the shapes and dtypes of the parameters.
+    shardings: Nested dict with the same keys and a NamedSharding at each leaf.
 
   Returns:
-    Nested dict of global arrays, layers stacked in front.
+    Nested dict of global arrays. Layers are stacked along the first dimension.
 
   Raises:
-    InputError: the checkpoint does not fit; see `engine.match`. All is checked before any tensor is read.
+    InputError: If the checkpoint does not fit; see `engine.match`. Everything is checked before any tensor is read.
   """
   wanted, where = engine.flatten_tree(abstract), engine.flatten_tree(shardings)
   placed: dict[str, Array] = {}
   for match in engine.match(table, source, abstract):
     value, sharding = wanted[match.ours], where[match.ours]
-    tensor = _tensor(match, source, sharding)
+    tensor = read_sharded(match, source, sharding)
     if match.layer is None:
       filled = _whole(match.layout, value.dtype, sharding)(tensor)
     else:
       stacked = placed.get(match.ours)
       if stacked is None:
         stacked = _zeros(value.shape, value.dtype, sharding)()
-      filled = _with_layer(match.layout, sharding)(stacked, tensor, match.layer)
-    # Else the host would run ahead of the devices, with a tensor for every layer that waits.
+      filled = layer_writer(match.layout, sharding)(stacked, tensor, match.layer)
+    # Without waiting, the host would run ahead of the devices and hold one tensor for every waiting layer.
     placed[match.ours] = jax.block_until_ready(filled)
   return engine.unflatten_tree(placed)
 
 
-def _tensor(match: engine.Match, source: WindowSource, sharding: NamedSharding) -> Array:
-  """The tensor of a match, in the file's shape and dtype, cut over the devices where the parameter is.
+def read_sharded(match: engine.Match, source: WindowSource, sharding: NamedSharding) -> Array:
+  """Reads the tensor of a match in the file's shape and dtype, sharded like the parameter that it fills.
 
-  A joined dimension is cut like the outer one of those that make it up, which keeps every cut a window of the file.
+  A joined dimension of the tensor is sharded like the outermost of the parameter's dimensions that it joins. So every
+  shard is a window of the file.
+
+  Args:
+    match: The tensor and its parameter.
+    source: The checkpoint.
+    sharding: Sharding of the parameter.
   """
   layout = match.layout
   spec = tuple(sharding.spec)[match.layer is not None :]
   theirs = [spec[outer] if outer is not None and outer < len(spec) else None for outer in layout.outer]
-  windows: dict[tuple, np.ndarray] = {}  # Devices that hold the same window share it.
+  windows: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # Devices with the same window share it.
 
   def read(index: Any) -> np.ndarray:
     bounds = [cut.indices(size)[:2] for cut, size in zip(index, layout.shape, strict=True)]
@@ -81,25 +87,31 @@ def _tensor(match: engine.Match, source: WindowSource, sharding: NamedSharding) 
   return jax.make_array_from_callback(layout.shape, NamedSharding(sharding.mesh, PartitionSpec(*theirs)), read)
 
 
-# One program for each layout, dtype and sharding: a handful, as layers are alike. The shardings are given to jit, since
-# a constraint within would give back equal ones that compare as different, and every later program compiles twice.
+# One program is compiled for each layout, dtype and sharding. These are few, because layers are equal. The shardings
+# are arguments of jit, because a constraint within the program would return equal shardings that compare as different,
+# and each later program would be compiled twice.
 
 
 @functools.cache
-def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> Callable[[], Array]:
+def layer_writer(layout: engine.Layout, sharding: NamedSharding) -> jax.stages.Wrapped:
+  """Returns the jitted `(stacked, tensor, layer) -> stacked` that writes the tensor of one layer in place.
+
+  Args:
+    layout: Layout of the tensor.
+    sharding: Sharding of the stacked parameter.
+  """
+
+  def write_layer(stacked: Array, tensor: Array, layer: int) -> Array:
+    return lax.dynamic_update_index_in_dim(stacked, layout.to_ours(tensor).astype(stacked.dtype), layer, 0)
+
+  return jax.jit(write_layer, out_shardings=sharding, donate_argnums=0)
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding) -> Callable[[], Array]:
   return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.cache
-def _whole(layout: engine.Layout, dtype: np.dtype, sharding: NamedSharding) -> Callable[[Array], Array]:
+def _whole(layout: engine.Layout, dtype: np.dtype[Any], sharding: NamedSharding) -> Callable[[Array], Array]:
   return jax.jit(lambda tensor: layout.to_ours(tensor).astype(dtype), out_shardings=sharding)
-
-
-@functools.cache
-def _with_layer(layout: engine.Layout, sharding: NamedSharding) -> Callable[[Array, Array, int], Array]:
-  """Puts one layer's tensor into its place; the old array's memory becomes the new one's."""
-
-  def with_layer(stacked, tensor, layer):
-    return lax.dynamic_update_index_in_dim(stacked, layout.to_ours(tensor).astype(stacked.dtype), layer, 0)
-
-  return jax.jit(with_layer, out_shardings=sharding, donate_argnums=0)

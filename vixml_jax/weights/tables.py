@@ -1,4 +1,4 @@
-"""Tables, as data, of which tensor of a published checkpoint is which parameter of ours."""
+"""Tables of the published architectures: which tensor of a checkpoint fills which of our parameters."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -6,17 +6,17 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """One parameter of ours and the tensor, or the tensor of every layer, that it comes from.
+  """One of our parameters and the tensor, or the tensors of all layers, that fill it.
 
   Attributes:
-    ours: path of the parameter, joined by `/`.
-    theirs: name of the tensor; with `{layer}` in it, one tensor a layer, which stand in the
-      parameter's leading dimension.
-    layout: `"theirs -> ours"`, a letter for each of our dimensions (without the layers), brackets
-      around those that are one dimension of theirs: `"(h k) d -> d h k"`; a 1 is a dimension of
-      size one that we leave out. Empty if they are alike.
-    part: `(i, n)`: the tensor holds n parameters of ours one after the other along its first
-      dimension, and this is number i, from 0.
+    ours: Path of the parameter, joined by `/`.
+    theirs: Name of the tensor. If it contains `{layer}`, there is one tensor per layer, and the layers are stacked
+      along the first dimension of the parameter.
+    layout: `"theirs -> ours"` with one letter for each dimension of the parameter, except the layers. Parentheses group
+      the dimensions that are one dimension of the tensor, as in `"(h k) d -> d h k"`. A 1 is a dimension of size one
+      that the parameter does not have. Empty if tensor and parameter have the same layout.
+    part: `(i, n)`: the tensor holds n of our parameters, one after another along its first dimension, and this is
+      number i, from 0.
   """
 
   ours: str
@@ -27,14 +27,14 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """How the checkpoints of one architecture map to our parameters.
+  """Mapping from the checkpoints of one architecture to our parameters.
 
   Attributes:
     name: `model_type` in the `config.json` of Hugging Face.
-    rules: one for each parameter.
-    ignored: regular expressions of tensors that we have no use for, with the reason.
-    prefixes: what may stand before a tensor's name (a model within a larger one).
-    renamed: regular expressions of what older checkpoints say, with what they say today.
+    rules: One rule for each parameter.
+    ignored: Regular expression of the names of tensors that are not used -> the reason.
+    prefixes: Prefixes that the name of a tensor may have, such as that of a model within a larger one.
+    renamed: Regular expression in a name of an older checkpoint -> its replacement.
   """
 
   name: str
@@ -44,7 +44,7 @@ class Table:
   renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-_TO_HEADS = "(h k) d -> d h k"  # torch keeps a linear map's matrix as outputs x inputs.
+_TO_HEADS = "(h k) d -> d h k"  # torch stores the matrix of a linear map as outputs x inputs.
 _HEADS_BIAS = "(h k) -> h k"
 _FROM_HEADS = "d (h k) -> h k d"
 _SWAP = "o i -> i o"
@@ -77,9 +77,9 @@ BERT = Table(
     *_norm("layers/mlp_norm", "encoder.layer.{layer}.output.LayerNorm"),
   ),
   ignored={
-    r"pooler\..*": "maps the first token for sentence pairs; we take the mean of all tokens",
+    r"pooler\..*": "maps the first token, for sentence pairs; we use the mean of all tokens",
     r"embeddings\.position_ids": "a constant, 0 1 2 ...",
-    r"cls\..*": "heads of pre-training",
+    r"cls\..*": "heads of pretraining",
     r"(classifier|qa_outputs)\..*": "heads of other tasks",
   },
   prefixes=("bert.",),
@@ -103,7 +103,7 @@ DISTILBERT = Table(
   ),
   ignored={
     r"embeddings\.position_ids": "a constant, 0 1 2 ...",
-    r"vocab_(transform|layer_norm|projector)\..*": "the head of pre-training",
+    r"vocab_(transform|layer_norm|projector)\..*": "the head of pretraining",
     r"(pre_classifier|classifier|qa_outputs)\..*": "heads of other tasks",
   },
   prefixes=("distilbert.",),
@@ -112,7 +112,7 @@ DISTILBERT = Table(
 
 
 def _decoder(name: str, qkv_bias: bool = False, qk_norm: bool = False) -> Table:
-  """The table of a family that is built like Llama."""
+  """Returns the table of a family with the structure of Llama."""
   layer = "layers.{layer}"
   biases = (
     Rule("layers/attention/query/bias", f"{layer}.self_attn.q_proj.bias", _HEADS_BIAS),
@@ -141,8 +141,8 @@ def _decoder(name: str, qkv_bias: bool = False, qk_norm: bool = False) -> Table:
       Rule("final_norm/scale", "norm.weight"),
     ),
     ignored={
-      r"lm_head\.weight": "predicts words; we take the hidden states",
-      r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "follows from the config",
+      r"lm_head\.weight": "predicts tokens; we use the hidden states",
+      r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "determined by the config",
     },
     prefixes=("model.",),
   )
@@ -156,7 +156,7 @@ TABLES = {table.name: table for table in (BERT, DISTILBERT, QWEN2, QWEN3, LLAMA)
 
 
 def _fused(ours: str, theirs: str) -> tuple[Rule, ...]:
-  """Query, key and value of a `torch.nn.MultiheadAttention`, which keeps them in one tensor."""
+  """Returns the rules of query, key and value of a `torch.nn.MultiheadAttention`, which stores them in one tensor."""
   return tuple(
     rule
     for i, name in enumerate(("query", "key", "value"))
@@ -167,7 +167,7 @@ def _fused(ours: str, theirs: str) -> tuple[Rule, ...]:
   )
 
 
-# The vision tower of SigLIP and of the fixed resolutions of SigLIP 2, which share their classes.
+# The vision tower of SigLIP and of the fixed resolutions of SigLIP 2, which have the same classes in transformers.
 SIGLIP = Table(
   name="siglip_vision_model",
   rules=(
@@ -191,11 +191,11 @@ SIGLIP = Table(
   ),
   ignored={
     r"text_model\..*": "the text tower",
-    r"logit_(scale|bias)": "of the loss between the towers",
+    r"logit_(scale|bias)": "parameters of the loss between the towers",
     r"vision_model\.embeddings\.position_ids": "a constant, 0 1 2 ...",
     r"classifier\..*": "heads of other tasks",
   },
-  # transformers 5 writes a tower alone without the name that it has in the whole model.
+  # transformers 5 saves a tower alone without the prefix that it has in the whole model.
   renamed={r"^(?=(embeddings|encoder|post_layernorm|head)\.)": "vision_model."},
 )
 
@@ -214,7 +214,7 @@ def _flax_attention(ours: str, theirs: str) -> tuple[Rule, ...]:
 
 
 def _big_vision(block: str) -> Table:
-  """The image tower of big_vision's SigLIP, whose layers are called `block`."""
+  """Returns the table of the image tower of big_vision's SigLIP, with `block` as the name of a layer."""
   return Table(
     name="big_vision SigLIP",
     rules=(

@@ -1,9 +1,9 @@
 "use strict";
-// One form, one request, one list. Texts go in as text nodes: nothing of a data set is read as HTML.
+// Sends the form as one request and shows the answer. Texts become text nodes, so no text of a data set is read as HTML.
 
 const $ = (id) => document.getElementById(id);
-const pictures = [];
-let maxPictures = 0;
+const images = [];
+let maxImages = 0;
 let running = null;
 
 function say(text, bad = false) {
@@ -22,32 +22,32 @@ async function describe() {
   const response = await fetch("/healthz").catch(() => null);
   const health = response ? await response.json() : { status: "unreachable" };
   if (health.status !== "ready") {
-    $("model").textContent = health.status === "starting" ? "The model is being loaded…" : "The server cannot be reached.";
+    $("model").textContent = health.status === "starting" ? "The server is loading the model…" : "The server cannot be reached.";
     setTimeout(describe, 2000);
     return;
   }
-  maxPictures = health.pictures ? health.images : 0;
+  maxImages = health.pictures ? health.images : 0;
   $("content-field").hidden = !health.texts.includes("content");
-  $("pictures-field").hidden = !maxPictures;
-  $("pictures-hint").textContent = `(optional, up to ${maxPictures})`;
+  $("pictures-field").hidden = !maxImages;
+  $("pictures-hint").textContent = `(optional, up to ${maxImages})`;
   $("k").max = health.max_k;
   $("k").value = Math.min($("k").value, health.max_k);
   const search = health.search === "scann" ? "approximate search" : "exact search";
   $("model").textContent = `${health.labels.toLocaleString()} labels, ${search}` +
-    (health.retrieval_augmented ? ", with training queries" : "");
+    (health.retrieval_augmented ? ", retrieval-augmented" : "");
 }
 
-function addPictures(files) {
-  const images = [...files].filter((file) => file.type.startsWith("image/"));
-  if (images.length < files.length) say("Only image files can be added.", true);
-  else if (pictures.length + images.length > maxPictures) say(`The model looks at ${maxPictures} pictures at most.`, true);
+function addImages(files) {
+  const added = [...files].filter((file) => file.type.startsWith("image/"));
+  if (added.length < files.length) say("Only image files can be added.", true);
+  else if (images.length + added.length > maxImages) say(`The model uses at most ${maxImages} images.`, true);
   else say("");
-  pictures.push(...images.slice(0, maxPictures - pictures.length));
-  showPictures();
+  images.push(...added.slice(0, maxImages - images.length));
+  showImages();
 }
 
-function showPictures() {
-  $("thumbnails").replaceChildren(...pictures.map((file, place) => {
+function showImages() {
+  $("thumbnails").replaceChildren(...images.map((file, place) => {
     const item = document.createElement("li");
     const image = document.createElement("img");
     image.alt = "";
@@ -57,8 +57,8 @@ function showPictures() {
     remove.type = "button";
     remove.setAttribute("aria-label", `Remove ${file.name}`);
     remove.onclick = () => {
-      pictures.splice(place, 1);
-      showPictures();
+      images.splice(place, 1);
+      showImages();
       ($("thumbnails").querySelector("button") || $("pictures")).focus();
     };
     item.append(image, element("span", "", file.name), remove);
@@ -78,7 +78,7 @@ function asDataUrl(file) {
 async function ask(signal) {
   const query = { title: $("title").value };
   if (!$("content-field").hidden && $("content").value) query.content = $("content").value;
-  if (pictures.length) query.images = await Promise.all(pictures.map(asDataUrl));
+  if (images.length) query.images = await Promise.all(images.map(asDataUrl));
   const response = await fetch("/v1/predict", {
     method: "POST", signal, headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ queries: [query], k: $("k").valueAsNumber }),
@@ -89,8 +89,8 @@ async function ask(signal) {
 }
 
 function explained(error) {
-  const picture = /images\[(\d+)\]/.exec(error.field || "");
-  const name = picture ? pictures[picture[1]]?.name : (error.field || "").split(".").pop();
+  const image = /images\[(\d+)\]/.exec(error.field || "");
+  const name = image ? images[image[1]]?.name : (error.field || "").split(".").pop();
   return name ? `${name}: ${error.message}` : error.message;
 }
 
@@ -126,16 +126,16 @@ $("form").onsubmit = async (event) => {
 };
 
 $("pictures").onchange = () => {
-  addPictures($("pictures").files);
+  addImages($("pictures").files);
   $("pictures").value = "";
 };
 
 for (const kind of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
-    if (!maxPictures || ![...event.dataTransfer.types].includes("Files")) return;
+    if (!maxImages || ![...event.dataTransfer.types].includes("Files")) return;
     event.preventDefault();
     $("drop").classList.toggle("over", kind === "dragover");
-    if (kind === "drop") addPictures(event.dataTransfer.files);
+    if (kind === "drop") addImages(event.dataTransfer.files);
   });
 }
 

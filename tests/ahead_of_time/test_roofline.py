@@ -1,0 +1,44 @@
+"""The roofline of a program, and the FLOPs that a model needs."""
+
+import jax
+import numpy as np
+
+from tests.helpers.cpu_slices import ROOMY_CHIP, cpu_slice
+from tests.helpers.miniature_runs import load_config
+from vixml_jax.ahead_of_time.chips import Slice
+from vixml_jax.ahead_of_time.collectives import Collective
+from vixml_jax.ahead_of_time.cost import Cost
+from vixml_jax.ahead_of_time.roofline import Roofline, model_flops
+from vixml_jax.run.from_config import model_from_config
+
+
+def test_the_roofline_is_the_slowest_of_three():
+  where = cpu_slice()
+  cost = Cost(flops=1e12, unit_flops=3e12, hbm_bytes=5e10, collectives={Collective("all-gather", 4 * 10**9, 4): 2.0})
+  roofline = Roofline.of(cost, where)
+  assert (roofline.compute, roofline.hbm, roofline.interconnect) == (3.0, 5.0, 6.0)
+  assert (roofline.seconds, roofline.bound) == (6.0, "interconnect")
+  assert where.ring_bandwidth(8) == 2e9, "eight chips span both axes"
+  assert Slice("v5e:16x16", ROOMY_CHIP, (16, 16), jax.devices()).ring_bandwidth(4) == 2e9, "an axis of 16 is a ring"
+
+
+def test_model_flops_are_two_per_weight_and_token_forward_and_six_in_training():
+  config = load_config("custom", "encoder=minilm-l6")
+  config.train.free_vectors = 8
+  model = model_from_config(config)
+  depth, width, mlp, tokens = 6, 384, 1536, 20
+  weights = depth * (4 * width * width + 2 * width * mlp)
+  attention = depth * 4 * tokens * tokens * width  # Each token with each other, for logits and for values.
+  lengths = np.full(3, tokens)
+  assert model_flops(model, lengths, train=False) == 3 * (2 * weights * tokens + attention)
+  assert model_flops(model, lengths, train=True) == 3 * 3 * (2 * weights * tokens + attention)
+
+
+def test_frozen_weights_have_no_gradient_of_their_own():
+  model = model_from_config(load_config("lf_amazon_1.3m", "encoder=qwen2.5-0.5b"))
+  depth, width, mlp, rank, heads, kv = 24, 896, 4864, 256, 14 * 64, 2 * 64
+  shapes = [(width, heads), (width, kv), (width, kv), (heads, width), (width, mlp), (width, mlp), (mlp, width)]
+  base = depth * sum(a * b for a, b in shapes)
+  adapters = depth * sum(rank * (a + b) for a, b in shapes)
+  attention = depth * 4 * heads
+  assert model_flops(model, np.ones(1), train=True) == 4 * base + 6 * adapters + 3 * attention

@@ -1,0 +1,114 @@
+"""Runs a server in a thread, sends it requests and reads its metrics."""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import re
+import threading
+import time
+from urllib.parse import urlsplit
+
+import jax
+from PIL import Image
+
+from vixml_jax.serving.limits import Limits
+from vixml_jax.serving.server import Server
+
+LIMITS = Limits(
+  body_bytes=200_000, body_values=2_000, queries=5, k=20, text_chars=200, images=3, names=6, batch=16, wait_seconds=0.02
+)
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def running(load, limits=LIMITS, ready=True):
+  """Runs a server in a thread; at the end it waits for requests in flight."""
+  server = Server(load, limits=limits)
+  thread = threading.Thread(target=server.run)
+  thread.start()
+  try:
+    if ready:
+      wait_for(lambda: call(server, "/healthz").status == 200)
+    yield server
+  finally:
+    server.stop()
+    thread.join()
+
+
+def wait_for(condition, seconds=60):
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+
+
+class Reply:
+  """Status, headers and body of a response."""
+
+  def __init__(self, response):
+    self.status, self.headers, self.body = response.status, response.headers, response.read()
+
+  @property
+  def json(self):
+    return json.loads(self.body)
+
+
+def connect(server):
+  return http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+
+
+def call(server, path, body=None, method=None, **headers):
+  """Sends one request on its own connection."""
+  connection = connect(server)
+  try:
+    connection.request(method or ("GET" if body is None else "POST"), path, body, headers)
+    return Reply(connection.getresponse())
+  finally:
+    connection.close()
+
+
+def predict(server, *queries, **others):
+  return call(server, "/v1/predict", json.dumps({"queries": queries, **others}))
+
+
+def labels_of(reply):
+  assert reply.status == 200, reply.body
+  return [
+    [(found["label"], found["id"], found["text"]) for found in answer["predictions"]]
+    for answer in reply.json["answers"]
+  ]
+
+
+def expected(predictor, queries, k):
+  return [[tuple(found[:3]) for found in labels] for labels in predictor.predict(queries, k)]
+
+
+def metric(server, name):
+  """Returns the sum of a metric's samples."""
+  lines = call(server, "/metrics").body.decode().splitlines()
+  return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(re.escape(name) + r"[ {]", line))
+
+
+@contextlib.contextmanager
+def counted_compilations():
+  events = []
+  listen = lambda event, *_, **__: events.append(event) if event == _COMPILED else None
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield events
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def in_base64(query):
+  """Returns a query with its images in base64."""
+  images = [base64.b64encode(image).decode() for image in query.get("images", [])]
+  return {key: value for key, value in query.items() if key != "images"} | ({"images": images} if images else {})
+
+
+def png(width, height, mode="RGB"):
+  buffer = io.BytesIO()
+  Image.new(mode, (width, height)).save(buffer, "PNG")
+  return buffer.getvalue()

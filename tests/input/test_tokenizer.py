@@ -1,0 +1,37 @@
+"""Tokenizers: the same ids in any batch, and one line for a folder or a name that has none."""
+
+import numpy as np
+import pytest
+
+from tests.helpers import miniature
+from vixml_jax.errors import InputError
+from vixml_jax.input.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return miniature.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_hub_name_that_cannot_be_reached_is_named():
+  with pytest.raises(InputError, match="nobody/nothing: no tokenizer can be loaded"):
+    Tokenizer("nobody/nothing", 6)
+
+
+def test_tokenizer_gives_the_same_ids_in_any_batch(folder):
+  tokenizer = Tokenizer(folder, 5)
+  texts = ["arrow left circle square", "", "Cloud!"]
+  whole = tokenizer(texts)
+  for row, text in enumerate(texts):
+    np.testing.assert_array_equal(whole[row], tokenizer([text]).values)
+  assert len(tokenizer([])) == 0
+
+
+def test_unusable_tokenizer_or_length_is_named(folder, tmp_path):
+  with pytest.raises(InputError, match="max_length 2 leaves no room for text"):
+    Tokenizer(folder, 2)
+  with pytest.raises(InputError, match="no tokenizer.json in this folder"):
+    Tokenizer(tmp_path, 6)
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(InputError, match="no tokenizer can be loaded"):
+    Tokenizer(tmp_path, 6)

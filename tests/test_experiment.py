@@ -1,0 +1,136 @@
+"""Runs from start to end on a miniature: outputs, what is computed once, evaluation again, refused changes."""
+
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+import shutil
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+import numpy as np
+import pytest
+
+from tests.helpers.miniature import write_raw_folder
+from tests.helpers.miniature_runs import miniature_config
+from vixml_jax.encoding.item_encoder import ItemEncoder
+from vixml_jax.errors import InputError
+from vixml_jax.experiment import evaluate_workdir, train_and_evaluate
+from vixml_jax.input.tokenizer import Tokenizer
+from vixml_jax.run import configuration, setup
+
+
+class FinishedRun(NamedTuple):
+  """A finished run, and what was counted meanwhile."""
+
+  config: ConfigDict
+  workdir: Path
+  final: dict[str, Any]
+  printed: str
+  encoded: list[str]
+  tokenizers: list[str]
+
+
+@contextlib.contextmanager
+def count_encodings():
+  """Yields a list that grows by a name for each pass of the encoder over a set of items."""
+  names, pooled = [], ItemEncoder.pooled
+
+  def counted(self, params, items, name="items", features=None):
+    names.append(name)
+    return pooled(self, params, items, name, features)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ItemEncoder, "pooled", counted)
+    yield names
+
+
+@contextlib.contextmanager
+def count_tokenizers():
+  """Yields a list that grows by a path for each tokenizer that is loaded."""
+  paths, load = [], Tokenizer.__init__
+
+  def counted(self, path, max_length):
+    paths.append(str(path))
+    load(self, path, max_length)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Tokenizer, "__init__", counted)
+    yield paths
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run of the miniature that has learned; tests that write to its workdir copy it first."""
+  folder = tmp_path_factory.mktemp("experiment")
+  config = miniature_config(folder)
+  config.train.update(dict(epochs=6, learning_rate=5e-3, new_learning_rate=5e-3, free_vector_learning_rate=3e-2))
+  printed = io.StringIO()
+  with contextlib.redirect_stdout(printed), count_encodings() as encoded, count_tokenizers() as tokenizers:
+    final = train_and_evaluate(config, folder / "run")
+  return FinishedRun(config, folder / "run", final, printed.getvalue(), list(encoded), list(tokenizers))
+
+
+@pytest.fixture
+def config(finished):
+  """A copy of the config to change."""
+  return finished.config.copy_and_resolve_references()
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+  """A copy of the finished workdir to change."""
+  return shutil.copytree(finished.workdir, tmp_path / "run")
+
+
+def test_a_run_learns(finished):
+  lines = [json.loads(line) for line in (finished.workdir / "metrics.jsonl").read_text().splitlines()]
+  assert set(lines[0]) == {"step", "epoch", "split", "values"}
+  epochs = [line for line in lines if line["split"] == "epoch"]
+  assert [line["epoch"] for line in epochs] == list(range(6))
+  losses = [line["values"]["mean_loss"] for line in epochs]  # Mining makes the batches harder from epoch to epoch.
+  assert min(losses) < 0.9 * losses[0]
+  # The words of a query name its first label: a trained model finds it far more often than chance (1 in 24).
+  assert finished.final["P@1"] > 40
+
+
+def test_a_run_writes_all_outputs_and_prints_its_table(finished):
+  written = json.loads((finished.workdir / "final_metrics.json").read_text())
+  assert written == finished.final
+  names = [f"{name}@{k}" for name in ("P", "PSP", "nDCG") for k in (1, 3, 5)] + ["R@10", "R@100"]
+  for key in (*names, *(f"RA/{name}" for name in names), "train_seconds", "tokens_per_second"):
+    assert math.isfinite(written[key]), key
+  for name in ("config.json", "evaluation.json", "report.html", "checkpoints", "tensorboard", "index", "tokenizer"):
+    assert (finished.workdir / name).exists(), name
+  assert np.load(finished.workdir / "embeddings" / "labels.npy").shape == (24, 32)
+  assert "P@1" in finished.printed and f"{finished.final['P@1']:.2f}" in finished.printed
+
+
+def test_training_queries_are_encoded_at_the_start_and_once_after_the_last_step(finished):
+  assert finished.encoded.count("training queries") == 2
+
+
+def test_a_run_loads_one_tokenizer(finished):
+  assert finished.tokenizers == [finished.config.encoder.pretrained]
+
+
+def test_evaluating_again_encodes_training_queries_once_and_gives_the_same_numbers(finished, workdir):
+  with count_encodings() as encoded:
+    again = evaluate_workdir(configuration.read(workdir / "config.json"), workdir)
+  assert encoded.count("training queries") == 1
+  assert again == finished.final
+
+
+def test_another_recipe_is_refused_in_a_used_workdir(finished, config):
+  config.train.batch_size = 8
+  with pytest.raises(InputError, match="started with train.batch_size=16, not 8"):
+    train_and_evaluate(config, finished.workdir)
+
+
+def test_a_run_on_changed_data_is_refused_before_frozen_weights_are_loaded(config, workdir, tmp_path, monkeypatch):
+  config.dataset.raw_dir = str(write_raw_folder(tmp_path / "raw", seed=1))
+  config.dataset.data_dir = str(tmp_path / "data")
+  monkeypatch.setattr(setup, "frozen_params", lambda *_: pytest.fail("weights were loaded"))
+  with pytest.raises(InputError, match="trained on other data than custom now contains; use another --workdir"):
+    train_and_evaluate(config, workdir)

@@ -1,0 +1,75 @@
+"""Files of the first release line still load: a prepared set, features, a checkpoint and an index of commit df9262a.
+
+The archive holds a miniature data set with images in the raw format, its pretrained encoder and image tower, the
+prepared set, and a workdir that this commit trained for two epochs on one device, with relative paths in its config.
+`answers.json` has what that commit predicted for the test queries.
+"""
+
+import json
+from pathlib import Path
+import tarfile
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.helpers.miniature import read_lines
+import vixml_jax
+from vixml_jax import sharding
+from vixml_jax.experiment import evaluate_workdir, train_and_evaluate
+from vixml_jax.run import configuration
+
+ARCHIVE = Path(__file__).parent / "fixtures" / "df9262a.tar.xz"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """The archive, unpacked; the current folder, which the config's relative paths start from."""
+  with tarfile.open(ARCHIVE) as archive:
+    archive.extractall(tmp_path, filter="data")
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+def queries(folder):
+  """The test queries with their images, as `predict` takes them."""
+  found = [
+    {key: record[key] for key in ("uid", "title", "content")} for record in read_lines(folder / "raw/tst.json.gz")
+  ]
+  for image in pq.read_table(folder / "raw/tst_images.parquet").to_pylist():
+    found[image["row"]].setdefault("images", []).append(image["png"])
+  return found
+
+
+@pytest.mark.parametrize("row", ["plain", "retrieval_augmented"])
+def test_an_older_workdir_answers_as_it_did(folder, row):
+  predictor = vixml_jax.load(
+    folder / "run",
+    retrieval_augmented=row == "retrieval_augmented",
+    image_checkpoint="tower.npz",
+    mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+  )
+  wanted = json.loads((folder / "answers.json").read_text())[row]
+  answers = predictor.predict(queries(folder), k=5)
+  assert [[prediction[:3] for prediction in answer] for answer in answers] == [
+    [tuple(prediction[:3]) for prediction in answer] for answer in wanted
+  ]
+  for answer, other in zip(answers, wanted, strict=True):
+    np.testing.assert_allclose([found[3] for found in answer], [found[3] for found in other], rtol=1e-5)
+
+
+def test_an_older_checkpoint_is_evaluated_on_its_prepared_set_with_the_same_numbers(folder):
+  before = json.loads((folder / "run" / "final_metrics.json").read_text())
+  again = evaluate_workdir(configuration.read(folder / "run" / "config.json"), folder / "run")
+  assert again.keys() == before.keys()
+  for name in before.keys() - {"train_seconds", "tokens_per_second"}:
+    assert again[name] == pytest.approx(before[name], abs=1e-6), name
+
+
+def test_an_older_run_is_continued(folder):
+  config = configuration.read(folder / "run" / "config.json")
+  before = json.loads((folder / "run" / "final_metrics.json").read_text())
+  final = train_and_evaluate(config, folder / "run")  # All its steps are done: the whole state is restored.
+  assert final["P@1"] == pytest.approx(before["P@1"], abs=1e-6)
+  assert final["train_seconds"] == before["train_seconds"]

@@ -1,0 +1,115 @@
+"""The training loop: interrupted runs, losses that are not finite, batches on the host, several processes."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.miniature_runs import miniature_config
+from tests.helpers.training_checks import (
+  assert_same_bits,
+  assert_sigterm_changes_no_bit,
+  assert_two_processes_train_like_one,
+  command,
+  final_state,
+  read_step,
+  two_processes,
+)
+from vixml_jax.errors import InputError
+from vixml_jax.experiment import train_and_evaluate
+from vixml_jax.run.checkpoint import Checkpointer
+from vixml_jax.training import loop
+from vixml_jax.training.step import device_batch
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """Config and workdir of a finished run of two epochs of four steps."""
+  folder = tmp_path_factory.mktemp("loop")
+  config = miniature_config(folder)
+  config.train.epochs = 2
+  train_and_evaluate(config, folder / "run")
+  return config, folder / "run"
+
+
+@pytest.fixture
+def config(finished):
+  """A copy to change."""
+  return finished[0].copy_and_resolve_references()
+
+
+def test_a_run_stopped_by_sigterm_continues_to_the_same_bits(finished, config, tmp_path, monkeypatch):
+  assert_sigterm_changes_no_bit(config, finished[1], tmp_path, monkeypatch)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 9)), "each step has one line"
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+@pytest.mark.parametrize("bad_step", [2, 4], ids=["within an epoch", "last step of an epoch"])
+def test_a_run_stops_at_a_metric_that_is_not_finite_and_keeps_the_checkpoint_before(
+  config, tmp_path, monkeypatch, bad_step, name
+):
+  config.checkpoint.every_steps = 1
+  good = {"loss": jnp.ones(()), "gradient_norm": jnp.ones(())}
+  bad = good | {name: jnp.full((), jnp.nan)}
+  steps = iter(range(1, 100))
+  step = lambda state, frozen, batch: (state, bad if next(steps) == bad_step else good)
+  monkeypatch.setattr(loop, "make_train_step", lambda *_: step)
+  for mined in ("balanced_kmeans", "label_centroids"):
+    monkeypatch.setattr(loop, mined, lambda *_, **__: pytest.fail("the run continued with mining"))
+  with pytest.raises(InputError, match=rf"step {bad_step}: .* checkpoint is of step {bad_step - 1};"):
+    train_and_evaluate(config, tmp_path)
+  with Checkpointer(tmp_path / "checkpoints", 2) as checkpointer:
+    assert checkpointer.latest_step() == bad_step - 1
+
+
+def test_a_batch_on_the_host_is_refused(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "device_batch", lambda *arguments: jax.device_get(device_batch(*arguments)))
+  with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+    train_and_evaluate(config, tmp_path)
+
+
+def test_two_processes_train_like_one(finished, config, tmp_path):
+  assert_two_processes_train_like_one(config, finished[1], tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_at_three_random_steps_a_run_ends_with_the_same_bits(config, tmp_path):
+  config.train.epochs = 20
+  config.checkpoint.every_steps = 7
+  assert subprocess.run(**command(config, tmp_path / "undisturbed")).returncode == 0
+  rng = np.random.default_rng(0)
+  kill_at = sorted(rng.choice(np.arange(5, 75), 3, replace=False).tolist())
+  for step in kill_at:
+    process = subprocess.Popen(**command(config, tmp_path / "killed"))
+    while read_step(tmp_path / "killed") < step and process.poll() is None:
+      pass
+    assert process.poll() is None, f"ended before step {step}: {process.communicate()[0]}"
+    process.kill()
+    process.communicate()
+  done = subprocess.run(**command(config, tmp_path / "killed"))
+  assert done.returncode == 0, done.stdout
+  assert_same_bits(final_state(config, tmp_path / "undisturbed"), final_state(config, tmp_path / "killed"))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_saves_and_stops_both_and_the_run_continues(config, tmp_path):
+  config.train.epochs = 40
+  processes = two_processes(config, tmp_path)
+  while read_step(tmp_path) < 3 and all(process.poll() is None for process in processes):
+    time.sleep(0.05)
+  processes[1].send_signal(signal.SIGTERM)
+  outputs = [process.communicate(timeout=300)[0] for process in processes]
+  saved = [re.search(r"saved step (\d+); start the same command again", output) for output in outputs]
+  assert all(saved) and saved[0][1] == saved[1][1], "\n".join(outputs)
+  assert 3 <= int(saved[0][1]) < 40 * 4
+  processes = two_processes(config, tmp_path)
+  outputs = [process.communicate(timeout=300)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+  assert f"resuming at step {saved[0][1]} of 160" in outputs[0]

@@ -1,0 +1,96 @@
+"""Flags that the entry points of inference share: the workdir, how to load it, and how to search.
+
+An entry point calls these functions when it is imported. absl lists the flags in its `--help`, because this module
+disclaims them.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from absl import flags
+
+from vixml_jax import cli
+from vixml_jax.inference.predictor import Predictor, load
+
+flags.disclaim_key_flags()
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchFlags:
+  """Flags of the search; `define_search_flags` defines them."""
+
+  search: flags.FlagHolder[str | None]
+  retrieval_augmented: flags.FlagHolder[bool]
+  retrieval_lambda: flags.FlagHolder[float | None]
+  retrieval_temperature: flags.FlagHolder[float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFlags:
+  """Flags of the model; `define_model_flags` defines them."""
+
+  workdir: flags.FlagHolder[str | None]
+  image_checkpoint: flags.FlagHolder[str | None]
+  image_batch_size: flags.FlagHolder[int]
+  mesh: flags.FlagHolder[str | None]
+
+  def load(self, search: SearchFlags | None = None) -> Predictor:
+    """Loads the workdir as the flags say.
+
+    Args:
+      search: Flags of the search; None for plain search of the kind that the index was written for.
+
+    Raises:
+      InputError: `--workdir` is missing, another flag is wrong, or the workdir cannot be loaded.
+    """
+    searching = {} if search is None else {name: flag.value for name, flag in vars(search).items()}
+    return load(
+      Path(cli.required(self.workdir)),
+      mesh=cli.mesh(self.mesh),
+      image_checkpoint=self.image_checkpoint.value,
+      image_batch_size=self.image_batch_size.value,
+      **searching,
+    )
+
+
+def define_model_flags(image_batch_size: int) -> ModelFlags:
+  """Defines `--workdir`, `--image_checkpoint`, `--image_batch_size` and `--mesh`.
+
+  Args:
+    image_batch_size: Default of `--image_batch_size`.
+  """
+  return ModelFlags(
+    workdir=flags.DEFINE_string("workdir", None, "Folder that vixml_jax.main wrote."),
+    image_checkpoint=flags.DEFINE_string(
+      "image_checkpoint",
+      None,
+      "SigLIP tower that encodes images; by default the one that made the features of the training data.",
+    ),
+    image_batch_size=flags.DEFINE_integer(
+      "image_batch_size", image_batch_size, "Number of images that the tower encodes at a time.", lower_bound=1
+    ),
+    mesh=flags.DEFINE_string(
+      "mesh", None, "Devices as data,fsdp,tensor, such as 4,1,2; by default as in training, or all devices."
+    ),
+  )
+
+
+def define_search_flags() -> SearchFlags:
+  """Defines `--search`, `--retrieval_augmented`, `--retrieval_lambda` and `--retrieval_temperature`."""
+  return SearchFlags(
+    search=flags.DEFINE_enum(
+      "search", None, ["exact", "scann"], "Kind of search; by default the kind that the index was written for."
+    ),
+    retrieval_augmented=flags.DEFINE_bool("retrieval_augmented", False, "Use retrieval-augmented inference."),
+    retrieval_lambda=flags.DEFINE_float(
+      "retrieval_lambda",
+      None,
+      "Weight of labels against training queries in retrieval-augmented inference, 0 to 1; by default as in the "
+      "run's evaluation.",
+    ),
+    retrieval_temperature=flags.DEFINE_float(
+      "retrieval_temperature",
+      None,
+      "Temperature of retrieval-augmented inference; by default as in the run's evaluation.",
+    ),
+  )

@@ -1,0 +1,125 @@
+"""The post-norm transformer layer, and stacks of equal layers that run under `lax.scan`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+import jax
+from jax import lax
+
+from vixml_jax import sharding
+from vixml_jax.models import layers
+from vixml_jax.models.attention import Attention
+from vixml_jax.models.parameters import merge_params, split_params
+from vixml_jax.typing import Array, Float, Int, Key, Tree
+
+
+class PostNormLayer(nnx.Module):
+  """Transformer encoder layer that normalizes after each residual sum, as in BERT.
+
+  Args:
+    embed_dim: D.
+    num_heads: Number of heads H, a divisor of D.
+    mlp_dim: Width of the feed-forward network.
+    dropout: Dropout rate of the output of the feed-forward network.
+    attention_dropout: Dropout rate of the attention probabilities.
+    projection_dropout: Dropout rate of the output of the attention; 0 in DistilBERT.
+    activation_dropout: Dropout rate inside the feed-forward network; 0 in BERT and DistilBERT.
+    layer_norm_eps: Added to the variance in both norms.
+    dtype: Dtype of the computation. Norms and softmax are always computed in float32.
+    kernel_init: Initializer of the kernels, which it sees as matrices.
+    rngs: Source of the initial values.
+  """
+
+  def __init__(
+    self,
+    embed_dim: int,
+    num_heads: int,
+    mlp_dim: int,
+    *,
+    dropout: float = 0.1,
+    attention_dropout: float = 0.1,
+    projection_dropout: float = 0.1,
+    activation_dropout: float = 0.0,
+    layer_norm_eps: float = 1e-12,
+    dtype: str = "float32",
+    kernel_init: layers.Initializer = layers.normal_init,
+    rngs: nnx.Rngs,
+  ):
+    self.dropout = dropout
+    self.projection_dropout = projection_dropout
+    self.activation_dropout = activation_dropout
+    options: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init, "rngs": rngs}
+    self.attention = Attention(embed_dim, num_heads, dropout=attention_dropout, **options)
+    self.attention_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
+    self.up = layers.Linear({"embed": embed_dim}, {"mlp": mlp_dim}, **options)
+    self.down = layers.Linear({"mlp": mlp_dim}, {"embed": embed_dim}, **options)
+    self.mlp_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
+
+  def __call__(
+    self, x: Float[Array, "R T D"], segments: Int[Array, "R T"] | None, key: Key[Array, ""] | None = None
+  ) -> Float[Array, "R T D"]:
+    """Applies the layer.
+
+    Args:
+      x: Vectors [R, T, D].
+      segments: As in `attention.segment_attention`.
+      key: Random key of the dropout; None for no dropout.
+    """
+    attention_key, projection_key, activation_key, output_key = layers.split_key(key, 4)
+    y = self.attention(x, segments, attention_key)
+    x = self.attention_norm(x + layers.dropout(y, self.projection_dropout, projection_key))
+    y = layers.dropout(layers.gelu(self.up(x)), self.activation_dropout, activation_key)
+    y = layers.dropout(self.down(y), self.dropout, output_key)
+    return self.mlp_norm(x + y)
+
+
+def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
+  """Returns one module that holds `num_layers` layers; each parameter has a leading axis `layers`.
+
+  Args:
+    make_layer: Function that builds one layer. It is called once, under vmap.
+    num_layers: Number of layers.
+    rngs: Source of the initial values. Each layer draws its own.
+  """
+  stack = nnx.vmap(make_layer)(rngs.split(num_layers))
+  for _, param in nnx.to_flat_state(nnx.state(stack, nnx.Param)):
+    param.set_metadata(axes=("layers", *param.get_metadata()["axes"]))
+  return stack
+
+
+def scan_layers(
+  stack: nnx.Module,
+  x: Array,
+  apply: Callable[[Any, Array, Array | None], Array],
+  keys: Array | None = None,
+  remat: bool = False,
+  return_layers: bool = False,
+) -> tuple[Array, Any]:
+  """Applies stacked layers one after another under `lax.scan`.
+
+  Args:
+    stack: Module that `stack_layers` returned.
+    x: Input of the first layer.
+    apply: Function `apply(layer, x, key) -> x` that applies one layer.
+    keys: One random key per layer; None for a deterministic run.
+    remat: Whether to recompute each layer's activations in the backward pass instead of storing them.
+    return_layers: Whether to also return the output of every layer.
+
+  Returns:
+    The output of the last layer, and the outputs of all layers, stacked along a new first dimension (None unless
+    `return_layers`).
+  """
+  graphdef, params, _ = split_params(stack)
+
+  def constrain(rows: Array) -> Array:
+    return sharding.constrain(rows, "row", "position", "vector")
+
+  def step(carry: Array, inputs: tuple[Tree, Array | None]) -> tuple[Array, Array | None]:
+    layer_params, key = inputs
+    y = constrain(apply(merge_params(graphdef, layer_params), constrain(carry), key))
+    return y, (y if return_layers else None)
+
+  if remat:
+    step = jax.checkpoint(step, prevent_cse=False)  # Within scan, CSE cannot undo the recomputation.
+  return lax.scan(step, x, (params, keys))

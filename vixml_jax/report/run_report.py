@@ -1,0 +1,129 @@
+"""Writes the files of an evaluation: evaluation.json, per_query.npz, report.html; formats the table of results."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vixml_jax.evaluation.evaluator import Evaluation, EvaluationConfig, EvaluationQueries
+from vixml_jax.evaluation.per_query import PerQuery, describe_queries
+from vixml_jax.files import write_json
+from vixml_jax.input.corpus import Corpus
+from vixml_jax.input.items import Items
+from vixml_jax.report.examples import collect_examples
+from vixml_jax.report.html_report import write_report
+from vixml_jax.report.table import metrics_table
+from vixml_jax.run.workdir import EVALUATION, PER_QUERY
+
+
+def write_evaluation(
+  workdir: Path,
+  result: Evaluation,
+  fewer_images: Mapping[int, Evaluation],
+  *,
+  split: str,
+  search: str,
+  num_labels: int,
+  items: Items | None,
+  bootstrap_samples: int,
+) -> None:
+  """Writes evaluation.json: a description of the evaluated queries, and all results in detail.
+
+  Args:
+    workdir: Folder of the run.
+    result: Results on the evaluated queries.
+    fewer_images: Results on the same queries with at most a number of images, by this number.
+    split: "test" or "validation".
+    search: "exact" or "scann".
+    num_labels: Number of labels L.
+    items: The evaluated queries, to separate those with images from those without; None for a model of texts only.
+    bootstrap_samples: Number of bootstrap samples for the intervals of both groups.
+  """
+  write_json(
+    workdir / EVALUATION,
+    {
+      "split": split,
+      "search": search,
+      "labels": num_labels,
+      "queries": len(result.per_query["plain"]),
+      "by_images": {} if items is None else _by_images(result, items, bootstrap_samples),
+      "intervals_95": result.intervals,
+      "by_label_frequency": result.deciles,
+      "scann_recall": result.scann_recall,
+      "by_test_images": {
+        count: {"metrics": other.final_metrics(), "intervals_95": other.intervals}
+        for count, other in fewer_images.items()
+      },
+    },
+  )
+
+
+def write_report_files(
+  workdir: Path,
+  corpus: Corpus,
+  result: Evaluation,
+  queries: EvaluationQueries,
+  *,
+  split: str,
+  rows: np.ndarray,
+  propensity: tuple[float, float],
+  learning_rates: Mapping[str, Sequence[tuple[float, float]]],
+) -> None:
+  """Writes per_query.npz and report.html to a workdir that contains evaluation.json and final_metrics.json.
+
+  Args:
+    workdir: Folder of the run.
+    corpus: Data set with the texts and images of the examples.
+    result: Results on the evaluated queries.
+    queries: The evaluated queries.
+    split: "test", or "validation" for held-out queries of the training split.
+    rows: Row of each query in the test or training split, int64 [Q].
+    propensity: Constants A and B of the propensity in PSP.
+    learning_rates: The (step, learning rate) pairs of each group of parameters, between which the rate is linear.
+  """
+  description = describe_queries(corpus.builder, split, None if split == "test" else rows, propensity)
+  PerQuery(description, result.per_query).save(workdir / PER_QUERY)
+  dataset_split = "train" if split == "validation" else split
+  examples = collect_examples(corpus, dataset_split, rows, queries.labels, result.ids, result.scores)
+  write_report(workdir, examples, learning_rates)
+
+
+def results_table(
+  name: str,
+  result: Evaluation,
+  fewer_images: Mapping[int, Evaluation],
+  config: EvaluationConfig,
+  baselines: Mapping[str, Mapping[str, float]],
+) -> str:
+  """Returns the table for the terminal: the rows of the run, and the baselines below them.
+
+  Args:
+    name: Name of the run.
+    result: Results on the evaluated queries.
+    fewer_images: Results on the same queries with at most a number of images, by this number.
+    config: Settings of the evaluation.
+    baselines: Metrics of each baseline in percent, by name.
+  """
+  settings = config.retrieval
+  retrieval = settings and f"+ retrieval (lambda {settings.lambda_:g}, T {settings.temperature:g})"
+  rows: dict[str, dict[str, float]] = {}
+  intervals = {}
+  named = {name: result} | {
+    f"at most {count} image{'' if count == 1 else 's'} per query": other for count, other in fewer_images.items()
+  }
+  for row, other in named.items():
+    rows[row], intervals[row] = other.plain, other.intervals["plain"]
+    if retrieval:
+      below = retrieval if other is result else f"{row} + retrieval"
+      rows[below], intervals[below] = other.augmented, other.intervals["augmented"]
+  table = metrics_table(rows, baselines=baselines or None, intervals=intervals)
+  found = ", ".join(f"{key} {value:.1f}" for key, value in result.scann_recall.items())
+  return f"{table}\nScaNN against exact search: {found}" if found else table
+
+
+def _by_images(result: Evaluation, items: Items, bootstrap_samples: int) -> dict[str, Any]:
+  """Returns the results of the queries with images and of those without."""
+  has_images = items.images.lengths > 0
+  groups = {"with images": np.flatnonzero(has_images), "without images": np.flatnonzero(~has_images)}
+  return {name: result.of_queries(group, bootstrap_samples) for name, group in groups.items() if len(group)}

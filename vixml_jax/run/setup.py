@@ -1,0 +1,99 @@
+"""Initializes a run: everything that training and evaluation share, before any parameter has a value."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vixml_jax import sharding
+from vixml_jax.encoding.item_encoder import ItemEncoder
+from vixml_jax.errors import InputError
+from vixml_jax.input.packing import PackedLayout
+from vixml_jax.input.tokenizer import Tokenizer
+from vixml_jax.models.definition import ModelDefinition
+from vixml_jax.run import configuration
+from vixml_jax.run.data import RunData, load_data
+from vixml_jax.run.from_config import check_sizes, layout_from_config, model_from_config, with_free_vectors
+from vixml_jax.run.pretrained import frozen_params
+from vixml_jax.run.workdir import CONFIG
+from vixml_jax.weights import source
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSetup:
+  """The result of `set_up_run`.
+
+  Attributes:
+    config: the whole config, with everything chosen that depends on the data.
+    mesh: the devices.
+    pretrained: folder of the pretrained encoder and its tokenizer.
+    layout: shape of packed rows.
+    data: the data set.
+    model: definition of the model, without values.
+  """
+
+  config: ConfigDict
+  mesh: Mesh
+  pretrained: Path
+  layout: PackedLayout
+  data: RunData
+  model: ModelDefinition
+
+  @property
+  def weights_folder(self) -> Path | None:
+    """Folder of the pretrained encoder's weights; None where the encoder is random."""
+    return None if self.config.encoder.random_init else self.pretrained
+
+  def load_encoder(self) -> ItemEncoder:
+    """Loads the frozen parameters and returns what encodes items, given the trained parameters."""
+    frozen = frozen_params(self.model, self.mesh, self.config.seed, self.weights_folder)
+    return ItemEncoder(self.model, self.layout, self.mesh, self.data.image_features, frozen)
+
+
+def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
+  """Initializes a run: steps 1 to 7 of the list in `experiment.train_and_evaluate`.
+
+  Args:
+    config: the whole config, checked by `configuration.check`.
+    workdir: folder of the run's outputs.
+    extract: make image features where `features.checkpoint` names a tower; otherwise they must exist.
+
+  Raises:
+    InputError: something is wrong with the config, the data, the weights' folder or the workdir.
+  """
+  mesh = sharding.make_mesh(**config.mesh.to_dict())
+  pretrained = source.resolve(config.encoder.pretrained)
+  tokenizer = Tokenizer(pretrained, config.dataset.max_length)
+  layout = layout_from_config(config, tokenizer)
+  data = load_data(config, tokenizer, mesh, extract=extract)
+  config = with_free_vectors(config, data.num_labels)
+  check_sizes(config, data.num_labels, tokenizer.vocab_size, mesh)
+  _check_held_out(config, data)
+  model = model_from_config(config)
+  _write_config(config, workdir)
+  return RunSetup(config, mesh, pretrained, layout, data, model)
+
+
+def _check_held_out(config: ConfigDict, data: RunData) -> None:
+  """Checks that there are held-out queries where the config chooses or evaluates on them."""
+  wanted = config.eval
+  chooses = wanted.retrieval_augmented and wanted.retrieval_choose
+  if (chooses or wanted.split == "validation") and not len(data.validation_rows):
+    raise InputError(
+      f"config.dataset.validation_fraction={config.dataset.validation_fraction}: holds out none of the "
+      f"{len(data.corpus.train_tokens)} training queries of {config.dataset.name}; raise it, or set "
+      "config.eval.retrieval_choose=False and config.eval.split=test"
+    )
+
+
+def _write_config(config: ConfigDict, workdir: Path) -> None:
+  """Makes the workdir and writes its config.json; only the first process does."""
+  if jax.process_index() > 0:
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"{workdir}: cannot be made ({error.strerror}); give another --workdir") from error
+  configuration.write(config, workdir / CONFIG)

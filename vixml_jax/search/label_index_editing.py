@@ -1,0 +1,242 @@
+"""Edits of the label index on disk: each adds, deletes or categorizes labels and writes the next snapshot.
+
+An edit is applied to the current snapshot, which another process may have written after the given one was opened. Files
+that an edit does not change are hard-linked from the former snapshot.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+import logging
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+import numpy as np
+
+from vixml_jax.errors import InputError
+from vixml_jax.files import locked
+from vixml_jax.ragged import Ragged
+from vixml_jax.search import snapshots
+from vixml_jax.search.label_index_files import (
+  IndexContents,
+  IndexFiles,
+  category_rows,
+  describe_search,
+  open_current,
+  save_scann,
+)
+from vixml_jax.search.scann_index import ScannIndex
+from vixml_jax.search.text_table import TextTable
+
+_ROWS_PER_BLOCK = 65_536
+_QUERY_FILES = ("queries.npy", "query_labels.values.npy", "query_labels.offsets.npy", "scann_queries")
+_KEPT_FILES = ("clusters.npy", *_QUERY_FILES)  # Adding without queries and deleting leave these as they are.
+
+_log = logging.getLogger(__name__)
+
+
+def add_labels(files: IndexFiles, new: IndexContents, delete: np.ndarray, mesh: Mesh | None) -> None:
+  """Adds labels; their ids follow those of the labels that exist.
+
+  Args:
+    files: A snapshot of the index.
+    new: The n new labels. Their training queries have labels 0 to n - 1, which refer to the new labels.
+    delete: Ids of labels to delete in the same step.
+    mesh: Devices to measure the recall of ScaNN with; None uses all devices of this process.
+
+  Raises:
+    InputError: A uid belongs to another label, an id to delete does not exist, or no label would remain.
+  """
+  dim = files.embeddings.shape[1]
+  if new.embeddings.shape[1:] != (dim,):
+    raise ValueError(f"embeddings have shape {new.embeddings.shape} instead of [n, {dim}]")
+  changed = () if new.queries is None else _QUERY_FILES
+  _write_next(files, lambda latest, work: _write_added(latest, work, new, delete, mesh), changed)
+
+
+def delete_labels(files: IndexFiles, ids: np.ndarray, mesh: Mesh | None) -> None:
+  """Deletes labels; their ids are not reused.
+
+  Args:
+    files: A snapshot of the index.
+    ids: Ids of labels.
+    mesh: Devices to measure the recall of ScaNN with; None uses all devices of this process.
+
+  Raises:
+    InputError: An id does not exist, or no label would remain.
+  """
+  _write_next(files, lambda latest, work: _write_deleted(latest, work, ids, mesh))
+
+
+def set_categories(files: IndexFiles, ids: np.ndarray, categories: Sequence[Sequence[str]]) -> None:
+  """Replaces the categories of labels.
+
+  Args:
+    files: A snapshot of the index.
+    ids: Ids of labels, each once.
+    categories: Names of the categories of each of them.
+
+  Raises:
+    InputError: An id does not exist.
+  """
+  _write_next(files, lambda latest, work: _write_categories(latest, work, ids, categories))
+
+
+def _write_next(
+  files: IndexFiles, write: Callable[[IndexFiles, Path], dict[str, Any]], changed: Collection[str] = ()
+) -> None:
+  """Writes the next snapshot from the current one.
+
+  Args:
+    files: A snapshot of the index.
+    write: Function of the current snapshot and the new folder that writes the files and returns the new index.json.
+    changed: Those of `_KEPT_FILES` that `write` changes; the hashes of the others are not computed again.
+  """
+  with locked(files.folder / snapshots.LOCK):
+    current = files
+    if snapshots.read_current(files.folder).path != files.snapshot.path:
+      current = open_current(files.folder, lambda opened: opened, checkpoint=files.info["checkpoint"], verify=False)
+    known = {
+      name: described
+      for name, described in current.info["files"].items()
+      if name.split("/")[0] in _KEPT_FILES and name.split("/")[0] not in changed
+    }
+    snapshots.write_snapshot(files.folder, lambda work: write(current, work), known)
+
+
+def _write_added(
+  files: IndexFiles, work: Path, new: IndexContents, delete: np.ndarray, mesh: Mesh | None
+) -> dict[str, Any]:
+  deleted = _deleted_after(files, delete)
+  uids = TextTable.from_texts(new.uids)
+  if (duplicate := uids.first_duplicate()) is not None:
+    raise InputError(f"label uid {duplicate!r} is used by two new labels; every label needs its own")
+  for uid, label in zip(new.uids, files.uids.find(new.uids), strict=True):
+    if label >= 0 and not deleted[label]:
+      raise InputError(
+        f"label {uid!r} is already in {files.folder}; delete it first, or give the new label another uid"
+      )
+  rows = new.categories if new.categories is not None else [()] * len(new.uids)
+  categories, names = _append_categories(files, rows)
+  if names:
+    categories.save(work / "categories")
+  _save_concatenated(work / "labels.npy", files.embeddings, new.embeddings)
+  np.save(work / "label_clusters.npy", np.concatenate([files.label_clusters, new.label_clusters]))
+  files.texts.rows.followed_by(TextTable.from_texts(new.texts).rows).save(work / "texts")
+  files.uids.rows.followed_by(uids.rows).save(work / "uids")
+  deleted = np.concatenate([deleted, np.zeros(len(new.uids), bool)])
+  _check_any_left(files.folder, deleted)
+  if new.queries is not None and new.query_labels is not None:
+    _write_added_queries(files, work, new.queries, new.query_labels)
+
+  def edit_scann(scann: ScannIndex) -> None:
+    scann.delete(delete)
+    scann.add(new.embeddings, np.arange(files.num_labels, len(deleted)))
+
+  info = _finish(files, work, deleted, edit_scann, mesh)
+  return info | {"categories": names if names or files.categories is not None else None}
+
+
+def _write_added_queries(files: IndexFiles, work: Path, queries: np.ndarray, labels: Ragged) -> None:
+  """Appends training queries, whose labels are counted from the first new one, if the index has training queries."""
+  if files.queries is None or files.query_labels is None:
+    return
+  _save_concatenated(work / "queries.npy", files.queries, queries)
+  labels = Ragged((labels.values + files.num_labels).astype(np.int32), labels.offsets)
+  files.query_labels.followed_by(labels).save(work / "query_labels")
+  stored = files.snapshot.path / "scann_queries"
+  if not stored.exists():
+    return
+  scann = ScannIndex.load(stored)
+  scann.add(queries, np.arange(len(files.queries), len(files.queries) + len(queries)))
+  if scann.needs_rebuild:
+    scann = ScannIndex(np.load(work / "queries.npy", mmap_mode="r", allow_pickle=False))
+  save_scann(scann, work / "scann_queries")
+
+
+def _write_deleted(files: IndexFiles, work: Path, ids: np.ndarray, mesh: Mesh | None) -> dict[str, Any]:
+  deleted = _deleted_after(files, ids)
+  _check_any_left(files.folder, deleted)
+  for name in _names(files) - {"deleted.npy", "scann", *_KEPT_FILES}:
+    snapshots.link_or_copy(files.snapshot.path / name, work / name)
+  return _finish(files, work, deleted, lambda scann: scann.delete(ids), mesh)
+
+
+def _write_categories(files: IndexFiles, work: Path, ids: np.ndarray, rows: Sequence[Sequence[str]]) -> dict[str, Any]:
+  _check_ids(files, ids)
+  categories, names = _append_categories(files, rows)
+  source = np.arange(files.num_labels)
+  source[ids] = files.num_labels + np.arange(len(ids))
+  categories.take(source).save(work / "categories")
+  for name in _names(files):
+    if not name.startswith("categories."):
+      snapshots.link_or_copy(files.snapshot.path / name, work / name)
+  return files.info | {"edits": files.info["edits"] + 1, "categories": names}
+
+
+def _finish(
+  files: IndexFiles, work: Path, deleted: np.ndarray, edit_scann: Callable[[ScannIndex], None], mesh: Mesh | None
+) -> dict[str, Any]:
+  """Writes what adding and deleting have in common, after labels.npy was written, and returns index.json."""
+  np.save(work / "deleted.npy", deleted)
+  for name in _KEPT_FILES:
+    if (files.snapshot.path / name).exists() and not (work / name).exists():
+      snapshots.link_or_copy(files.snapshot.path / name, work / name)
+  embeddings = np.load(work / "labels.npy", mmap_mode="r", allow_pickle=False)
+  scann = None
+  if files.has_scann:
+    scann = ScannIndex.load(files.snapshot.path / "scann")
+    edit_scann(scann)
+    if scann.needs_rebuild:
+      _log.info("%s: over a tenth of the labels changed since ScaNN was built; rebuilding it", files.folder)
+      scann = ScannIndex(embeddings, rows=np.flatnonzero(~deleted))
+    save_scann(scann, work / "scann")
+  described = describe_search(embeddings, deleted, files.queries, scann, mesh)
+  return files.info | {"edits": files.info["edits"] + 1} | described
+
+
+def _names(files: IndexFiles) -> set[str]:
+  """Returns the names of the files and folders of the snapshot."""
+  return {path.split("/")[0] for path in files.info["files"]}
+
+
+def _deleted_after(files: IndexFiles, ids: np.ndarray) -> np.ndarray:
+  """Returns bool [L], whether each label is deleted once these are deleted as well."""
+  _check_ids(files, ids)
+  deleted = files.deleted.copy()
+  deleted[ids] = True
+  return deleted
+
+
+def _append_categories(files: IndexFiles, rows: Sequence[Sequence[str]]) -> tuple[Ragged, list[str]]:
+  """Returns the categories of all labels followed by more rows, as positions in a new list of names, and that list."""
+  names = sorted({*files.category_names, *(name for row in rows for name in row)})
+  if files.categories is None:
+    former = Ragged.of_lengths(np.zeros(0, np.int32), np.zeros(files.num_labels, np.int64))
+  else:
+    positions = {name: position for position, name in enumerate(names)}
+    moved_to = np.asarray([positions[name] for name in files.category_names], np.int32)
+    former = Ragged(moved_to[files.categories.values], files.categories.offsets)
+  return former.followed_by(category_rows(rows, names)), names
+
+
+def _check_ids(files: IndexFiles, ids: np.ndarray) -> None:
+  wrong = ids[(ids < 0) | (ids >= files.num_labels)]
+  if len(wrong):
+    raise InputError(f"{files.folder}: there is no label {wrong[0]}; ids are from 0 to {files.num_labels - 1}")
+
+
+def _check_any_left(folder: Path, deleted: np.ndarray) -> None:
+  if deleted.all():
+    raise InputError(f"{folder}: no label would remain; keep at least one")
+
+
+def _save_concatenated(path: Path, first: np.ndarray, second: np.ndarray) -> None:
+  """Writes the rows of both arrays to one file, without holding them in memory."""
+  joined = np.lib.format.open_memmap(
+    path, mode="w+", dtype=np.float32, shape=(len(first) + len(second), first.shape[1])
+  )
+  for start in range(0, len(first), _ROWS_PER_BLOCK):
+    part = first[start : start + _ROWS_PER_BLOCK]
+    joined[start : start + len(part)] = part
+  joined[len(first) :] = second
+  joined.flush()

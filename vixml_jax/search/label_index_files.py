@@ -1,0 +1,298 @@
+"""Files of the label index: their format, writing a new index, and checking and memory-mapping an existing one.
+
+A workdir's `index/` holds snapshots (see `snapshots`). Each is a folder of these files:
+
+  index.json            format, checkpoint, search, counts, recall of ScaNN, settings of retrieval augmentation, names
+                        of the categories, and the sha256 of each file
+  labels.npy            float32 [L, D], the prototypes; a label's row is its id, which is never reused
+  deleted.npy           bool [L], whether each label was deleted
+  texts, uids           ragged uint8, the UTF-8 of each label's text and uid
+  label_clusters.npy    int32 [L], the free vector of each label
+  clusters.npy          float32 [C, D], mean embedding of the labels of each free vector; zeros if it has no labels
+  categories            ragged int32, the categories of each label as positions in the list of index.json; optional
+  queries.npy           float32 [N, D], embeddings of the training queries; optional
+  query_labels          ragged int32, labels of each training query; present together with queries.npy
+  scann, scann_queries  ScaNN over the labels and over the training queries; only if the index was written for ScaNN
+
+Ragged arrays are two files, NAME.values.npy and NAME.offsets.npy. Arrays are memory-mapped, so that opening an index of
+a million labels creates no Python objects for them.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jax.sharding import Mesh
+import numpy as np
+
+from vixml_jax.errors import InputError
+from vixml_jax.files import locked
+from vixml_jax.ragged import Ragged
+from vixml_jax.search import snapshots
+from vixml_jax.search.index import KINDS
+from vixml_jax.search.scann_index import ScannIndex
+from vixml_jax.search.scann_recall import measure_recall
+from vixml_jax.search.text_table import TextTable
+
+FORMAT = 1
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexContents:
+  """Contents of a label index.
+
+  Attributes:
+    embeddings: float32 [L, D], prototypes of the labels.
+    texts: L texts to show to users.
+    uids: L distinct names by which users refer to labels.
+    label_clusters: int32 [L], the free vector of each label.
+    cluster_means: float32 [C, D], mean embedding of the labels of each free vector.
+    deleted: bool [L], whether each label is deleted; None if no label is.
+    queries: float32 [N, D], embeddings of the training queries, for retrieval augmentation.
+    query_labels: Labels of the training queries, N rows.
+    categories: Names of the categories of each label, L rows.
+  """
+
+  embeddings: np.ndarray
+  texts: Sequence[str]
+  uids: Sequence[str]
+  label_clusters: np.ndarray
+  cluster_means: np.ndarray
+  deleted: np.ndarray | None = None
+  queries: np.ndarray | None = None
+  query_labels: Ragged | None = None
+  categories: Sequence[Sequence[str]] | None = None
+
+  def __post_init__(self) -> None:
+    counts = {
+      name: len(value)
+      for name in ("embeddings", "texts", "uids", "label_clusters", "deleted", "categories")
+      if (value := getattr(self, name)) is not None
+    }
+    if len(set(counts.values())) > 1:
+      raise ValueError(f"different numbers of labels: {counts}")
+    numbers = [-1 if part is None else len(part) for part in (self.queries, self.query_labels)]
+    if numbers[0] != numbers[1]:
+      raise ValueError("training queries and their labels must be given together, in equal numbers")
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexFiles:
+  """Memory-mapped files of one snapshot.
+
+  Attributes:
+    folder: Folder of the index, `index/` of a workdir.
+    snapshot: Path, index.json and pointer of the snapshot.
+    embeddings: float32 [L, D], prototypes of all labels, deleted ones included.
+    deleted: bool [L], whether each label is deleted; in memory.
+    label_clusters: int32 [L], the free vector of each label.
+    cluster_means: float32 [C, D], mean embedding of the labels of each free vector.
+    texts: Texts of the labels.
+    uids: Uids of the labels.
+    categories: Categories of each label, as positions in `category_names`; None if no label has any.
+    queries: float32 [N, D], embeddings of the training queries; None if the index has none.
+    query_labels: Labels of the training queries, deleted ones included, N rows; None if the index has none.
+  """
+
+  folder: Path
+  snapshot: snapshots.Snapshot
+  embeddings: np.ndarray
+  deleted: np.ndarray
+  label_clusters: np.ndarray
+  cluster_means: np.ndarray
+  texts: TextTable
+  uids: TextTable
+  categories: Ragged | None
+  queries: np.ndarray | None
+  query_labels: Ragged | None
+
+  @property
+  def info(self) -> dict[str, Any]:
+    """Content of index.json."""
+    return self.snapshot.info
+
+  @property
+  def num_labels(self) -> int:
+    """Number of labels L, deleted ones included."""
+    return len(self.embeddings)
+
+  @property
+  def category_names(self) -> list[str]:
+    """Names of all categories, sorted."""
+    return self.info["categories"] or []
+
+  @property
+  def has_scann(self) -> bool:
+    """Whether ScaNN is stored in the snapshot."""
+    return bool(self.info["search"]["kind"] == "scann")
+
+
+def write_index(
+  folder: str | Path,
+  contents: IndexContents,
+  *,
+  checkpoint: dict[str, Any],
+  search: str,
+  retrieval: dict[str, Any] | None = None,
+  mesh: Mesh | None = None,
+) -> None:
+  """Writes an index, which replaces any index in the folder in one step.
+
+  With search="scann", ScaNN is built over the labels and over the training queries. Its recall against exact search is
+  measured, logged and stored.
+
+  Args:
+    folder: `index/` of a workdir. Only one process may write it at a time.
+    contents: Contents of the index.
+    checkpoint: Step and sha256 of the model that computed the embeddings.
+    search: "exact" or "scann".
+    retrieval: Lambda, temperature and hits of retrieval-augmented inference; None if the index is not meant for it.
+    mesh: Devices of the exact search that recall is measured with; None uses all devices of this process.
+
+  Raises:
+    InputError: Two labels have the same uid, ScaNN cannot run here, or the folder cannot be written to.
+  """
+  if search not in KINDS:
+    raise InputError(f"search={search!r} is not known: use one of {', '.join(KINDS)}")
+  folder = Path(folder)
+  uids = TextTable.from_texts(contents.uids)
+  if (duplicate := uids.first_duplicate()) is not None:
+    raise InputError(f"label uid {duplicate!r} is used by two labels; every label needs its own")
+  deleted = np.zeros(len(uids), bool) if contents.deleted is None else np.asarray(contents.deleted, bool)
+  embeddings = np.asarray(contents.embeddings, np.float32)
+  names = sorted({name for row in contents.categories or () for name in row})
+
+  def fill(work: Path) -> dict[str, Any]:
+    np.save(work / "labels.npy", embeddings)
+    np.save(work / "deleted.npy", deleted)
+    np.save(work / "label_clusters.npy", np.asarray(contents.label_clusters, np.int32))
+    np.save(work / "clusters.npy", np.asarray(contents.cluster_means, np.float32))
+    TextTable.from_texts(contents.texts).rows.save(work / "texts")
+    uids.rows.save(work / "uids")
+    if contents.categories is not None:
+      category_rows(contents.categories, names).save(work / "categories")
+    if contents.queries is not None and contents.query_labels is not None:
+      np.save(work / "queries.npy", np.asarray(contents.queries, np.float32))
+      contents.query_labels.save(work / "query_labels")
+    scann = None
+    if search == "scann":
+      scann = ScannIndex(embeddings, rows=np.flatnonzero(~deleted))
+      save_scann(scann, work / "scann")
+      if contents.queries is not None:
+        save_scann(ScannIndex(contents.queries), work / "scann_queries")
+    return {
+      "format": FORMAT,
+      "checkpoint": checkpoint,
+      "edits": 0,
+      "retrieval": retrieval,
+      "categories": None if contents.categories is None else names,
+      **describe_search(embeddings, deleted, contents.queries, scann, mesh),
+    }
+
+  with locked(folder / snapshots.LOCK):
+    snapshots.write_snapshot(folder, fill)
+
+
+def is_edited(folder: str | Path, checkpoint: dict[str, Any]) -> bool:
+  """Returns whether the folder holds an index of this checkpoint that was edited after it was written."""
+  try:
+    info = snapshots.read_current(Path(folder)).info
+  except InputError:
+    return False
+  return bool(info.get("format") == FORMAT and info["checkpoint"] == checkpoint and info["edits"] > 0)
+
+
+def open_current(
+  folder: Path, construct: Callable[[IndexFiles], _T], *, checkpoint: dict[str, Any] | None, verify: bool
+) -> _T:
+  """Checks and maps the current snapshot and returns `construct` of its files.
+
+  If another process replaces and removes the snapshot meanwhile, the next one is opened.
+
+  Args:
+    folder: `index/` of a workdir.
+    construct: Function of the files, which may read further files of the snapshot.
+    checkpoint: Step and sha256 of the model that the index must belong to; None accepts any model.
+    verify: Whether to compare the sha256 of every file; otherwise only sizes are compared.
+
+  Raises:
+    InputError: There is no index, a file is missing or damaged, or the index has another format or checkpoint.
+  """
+  while True:
+    snapshot = snapshots.read_current(folder)
+    try:
+      _check_info(folder, snapshot.info, checkpoint)
+      snapshots.check_files(snapshot.path, snapshot.info["files"], contents=verify)
+      return construct(_map_files(folder, snapshot))
+    except (OSError, ValueError) as error:  # InputError is a ValueError.
+      if snapshots.read_current(folder).path == snapshot.path:
+        if isinstance(error, InputError):
+          raise
+        raise InputError(f"{snapshot.path}: cannot be read ({error}); {snapshots.remedy(folder)}") from error
+
+
+def describe_search(
+  embeddings: np.ndarray, deleted: np.ndarray, queries: np.ndarray | None, scann: ScannIndex | None, mesh: Mesh | None
+) -> dict[str, Any]:
+  """Returns the entries of index.json on the labels and on how they are searched, including the recall of ScaNN.
+
+  Args:
+    embeddings: float32 [L, D], embeddings of all labels.
+    deleted: bool [L], whether each label is deleted.
+    queries: Training queries [N, D] to measure recall on; None measures it on labels.
+    scann: ScaNN over the labels that are not deleted; None for an index of exact search.
+    mesh: Devices to measure recall with; None uses all devices of this process.
+  """
+  counts = {"num_labels": len(embeddings), "dim": embeddings.shape[1], "num_deleted": int(deleted.sum())}
+  if scann is None:
+    return counts | {"search": {"kind": "exact"}, "recall": None}
+  recall = measure_recall(scann, embeddings, np.flatnonzero(~deleted), queries, mesh)
+  return counts | {"search": {"kind": "scann", "parameters": dataclasses.asdict(scann.parameters)}, "recall": recall}
+
+
+def category_rows(rows: Sequence[Sequence[str]], names: Sequence[str]) -> Ragged:
+  """Returns, for each row of category names, their positions in `names`, ascending and distinct."""
+  positions = {name: position for position, name in enumerate(names)}
+  return Ragged.from_rows([sorted({positions[name] for name in row}) for row in rows])
+
+
+def save_scann(scann: ScannIndex, folder: Path) -> None:
+  """Writes ScaNN to a new folder."""
+  folder.mkdir()
+  scann.save(folder)
+
+
+def _map_files(folder: Path, snapshot: snapshots.Snapshot) -> IndexFiles:
+  path, info = snapshot.path, snapshot.info
+  mapped = lambda name: np.load(path / name, mmap_mode="r", allow_pickle=False)
+  has_queries = "queries.npy" in info["files"]
+  return IndexFiles(
+    folder=folder,
+    snapshot=snapshot,
+    embeddings=mapped("labels.npy"),
+    deleted=np.asarray(mapped("deleted.npy")),
+    label_clusters=mapped("label_clusters.npy"),
+    cluster_means=mapped("clusters.npy"),
+    texts=TextTable(Ragged.load(path / "texts")),
+    uids=TextTable(Ragged.load(path / "uids")),
+    categories=None if info["categories"] is None else Ragged.load(path / "categories"),
+    queries=mapped("queries.npy") if has_queries else None,
+    query_labels=Ragged.load(path / "query_labels") if has_queries else None,
+  )
+
+
+def _check_info(folder: Path, info: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+  if info.get("format") != FORMAT:
+    raise InputError(
+      f"{folder}: is an index of format {info.get('format')!r}, but this version reads format {FORMAT}; "
+      f"{snapshots.remedy(folder)}"
+    )
+  if checkpoint is not None and info["checkpoint"] != checkpoint:
+    described = ["step {step}, sha256 {sha256:.12}".format(**each) for each in (info["checkpoint"], checkpoint)]
+    raise InputError(
+      f"{folder}: was made from another checkpoint ({described[0]}) than the one in use "
+      f"({described[1]}); {snapshots.remedy(folder)}"
+    )
