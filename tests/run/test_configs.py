@@ -171,14 +171,14 @@ def test_an_unknown_variant_is_refused_by_name(name, variant):
     ("train.free_vectors", 1000, "power of two"),
     ("train.positive_sampling", "random", "propensity, uniform"),
     ("dataset.max_length", 2, "at least 3"),
-    ("dataset.max_length", 4096, "must not exceed"),
+    ("dataset.max_length", 4096, "must be at most"),
     ("dataset.validation_fraction", 1.0, "below 1"),
     ("encoder.dtype", "float8", "must be one of"),
     ("prototype.num_heads", 7, "must divide"),
-    ("loss.margin_min", 0.5, "must not exceed config.loss.margin_max"),
+    ("loss.margin_min", 0.5, "must be at most config.loss.margin_max"),
     ("eval.split", "validation", "held-out"),
     ("eval.retrieval_lambda", 1.5, "between 0 and 1"),
-    ("dataset.text_fields", (), "title and content"),
+    ("dataset.text_fields", (), "title, content or both"),
   ],
 )
 def test_a_bad_value_is_refused_by_key(key, value, message):
@@ -193,7 +193,7 @@ def test_a_bad_value_is_refused_by_key(key, value, message):
 @pytest.mark.parametrize(
   "change,message",
   [
-    ({"lora_rank": 0}, "config.encoder.param_dtype='bfloat16': must be float32 where config.encoder.lora_rank=0"),
+    ({"lora_rank": 0}, "config.encoder.param_dtype='bfloat16': must be float32, since config.encoder.lora_rank=0"),
     ({"lora_rank": -1}, "config.encoder.lora_rank=-1: must not be negative"),
     ({"lora_alpha": 0.0}, "config.encoder.lora_alpha=0.0: must be above 0"),
     ({"num_kv_heads": 3}, "config.encoder.num_kv_heads=3: must divide config.encoder.num_heads=14"),
@@ -203,7 +203,7 @@ def test_a_bad_value_is_refused_by_key(key, value, message):
     ({"param_dtype": "float16"}, "config.encoder.param_dtype='float16': must be one of float32, bfloat16"),
     ({"pooling": "first"}, "config.encoder.pooling='first': must be one of mean, last"),
     ({"architecture": "gpt"}, "config.encoder.architecture='gpt': must be one of bert, decoder"),
-    ({"architecture": "bert"}, "config.encoder.max_position: missing"),
+    ({"architecture": "bert"}, "config.encoder.max_position: is missing"),
   ],
 )
 def test_bad_settings_of_a_decoder_are_refused_by_key(change, message):
@@ -216,5 +216,5 @@ def test_bad_settings_of_a_decoder_are_refused_by_key(change, message):
 def test_a_missing_key_is_refused_by_name():
   config = load_config("custom").to_dict()
   del config["train"]["epochs"]
-  with pytest.raises(InputError, match="config.train.epochs: missing"):
+  with pytest.raises(InputError, match="config.train.epochs: is missing"):
     configuration.check(ConfigDict(config))
