@@ -1,1 +1,1 @@
-"""Metrics, their intervals, retrieval-augmented inference and the report."""
+"""Metrics with their intervals, the evaluation of embeddings and of models, and the choice of retrieval settings."""
