@@ -11,7 +11,7 @@ WIDTH = 256
 
 
 def encode(params, constants, chunk):
-  """A small network with noise, of floats, integers and a key."""
+  """A small network with noise; its inputs are floats, integers, a key and None."""
   x, choice, key, nothing = chunk
   assert nothing is None
   noise = 0.0 if key is None else jax.random.normal(key, x.shape)
@@ -48,15 +48,17 @@ def test_values_and_gradients_are_those_of_a_loop_over_the_filled_chunks(over_ch
 
 
 def temporaries(over_chunks, count):
-  """Bytes of temporaries of a gradient over `count` chunks."""
+  """Returns the bytes of temporaries of a gradient over `count` chunks."""
   arguments = inputs(count, True)
   loss = lambda params, *rest: (over_chunks(encode, params, *rest) ** 2).sum()
   return jax.jit(jax.grad(loss)).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_recomputed_chunks_keep_nothing_but_their_outputs():
-  output = 4 * WIDTH * 4  # Bytes of a chunk's: they, and their cotangents, are what grows.
+def test_recomputed_chunks_keep_only_their_outputs():
+  output = 4 * WIDTH * 4  # Bytes of the outputs of a chunk. Only they and their cotangents are kept for each chunk.
   grown = temporaries(map_chunks_recomputed, 64) - temporaries(map_chunks_recomputed, 4)
   assert grown <= 60 * 3 * output
   parameters = 2 * WIDTH * WIDTH * 4
-  assert temporaries(map_chunks, 64) - temporaries(map_chunks, 4) > 60 * parameters / 2, "the test would show it"
+  assert temporaries(map_chunks, 64) - temporaries(map_chunks, 4) > 60 * parameters / 2, (
+    "without recomputation, memory grows by more"
+  )

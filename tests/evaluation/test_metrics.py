@@ -1,33 +1,14 @@
-"""Metrics equal napkinxc's and brute force; their intervals behave as a bootstrap must."""
+"""Ranking metrics against napkinxc and brute force."""
 
 import napkinxc.metrics
 import numpy as np
 import pytest
 
+from tests.helpers.random_rankings import KS, NUM_LABELS, random_rankings
 from vixml_jax.datasets.propensity import inverse_propensity
-from vixml_jax.evaluation import bootstrap, metrics
-from vixml_jax.evaluation.bootstrap import bootstrap_intervals, resample
+from vixml_jax.evaluation import metrics
 from vixml_jax.evaluation.metrics import evaluate, metrics_by_frequency, query_metrics
 from vixml_jax.ragged import Ragged
-
-NUM_LABELS = 60
-KS = dict(precision_ks=(1, 3, 5), recall_ks=(10, 20))
-
-
-def _case(num_queries=200, seed=0, hit_rate=0.5):
-  """Rankings and truths; every ninth query has no positive, every seventh is short of predictions."""
-  rng = np.random.default_rng(seed)
-  truth, ids = [], np.full((num_queries, 20), -1, np.int32)
-  for query in range(num_queries):
-    positives = rng.choice(NUM_LABELS, rng.integers(1, 30), replace=False)
-    truth.append([] if query % 9 == 0 else positives.tolist())
-    found = rng.permutation(NUM_LABELS)
-    found = found[np.argsort(~np.isin(found, positives) * (rng.random(NUM_LABELS) < hit_rate), kind="stable")]
-    length = rng.integers(0, 20) if query % 7 == 0 else 20
-    ids[query, :length] = found[:length]
-  frequencies = np.sort(rng.zipf(1.5, NUM_LABELS).clip(0, 300))[::-1].copy()
-  frequencies[-5:] = 0
-  return ids, truth, frequencies
 
 
 def _lists(ids):
@@ -36,7 +17,7 @@ def _lists(ids):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_metrics_equal_napkinxc(seed):
-  ids, truth, frequencies = _case(seed=seed)
+  ids, truth, frequencies = random_rankings(seed=seed)
   propensity = inverse_propensity(frequencies, 1000, 0.6, 2.6)
   ours = evaluate(ids, Ragged.from_rows(truth), propensity, **KS)
   predicted = _lists(ids)
@@ -44,7 +25,7 @@ def test_metrics_equal_napkinxc(seed):
     "P": napkinxc.metrics.precision_at_k(truth, predicted, k=20),
     "nDCG": napkinxc.metrics.ndcg_at_k(truth, predicted, k=20),
     "R": napkinxc.metrics.recall_at_k(truth, predicted, k=20),
-    "Hit": napkinxc.metrics.abandonment_at_k(truth, predicted, k=20),  # a hit adds 1 to it, whatever its name
+    "Hit": napkinxc.metrics.abandonment_at_k(truth, predicted, k=20),  # Counts hits, despite its name.
     "PSP": napkinxc.metrics.psprecision_at_k(truth, predicted, propensity, k=20),
     "PSnDCG": napkinxc.metrics.psndcg_at_k(truth, predicted, propensity, k=20),
   }
@@ -58,7 +39,7 @@ def test_metrics_equal_napkinxc(seed):
 
 
 def test_map_and_mrr_equal_brute_force():
-  ids, truth, frequencies = _case()
+  ids, truth, frequencies = random_rankings()
   ours = evaluate(ids, Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS)
   for k in (1, 3, 5, 10, 20):
     precisions, reciprocals = [], []
@@ -70,7 +51,7 @@ def test_map_and_mrr_equal_brute_force():
     assert ours[f"MRR@{k}"] == pytest.approx(100 * np.mean(reciprocals), abs=1e-4)
 
 
-def test_ranking_the_truth_first_scores_100_and_psp_needs_the_rare_labels_first():
+def test_a_perfect_ranking_scores_100_and_the_best_psp_needs_rare_labels_first():
   truth = Ragged.from_rows([[3, 1, 2, 0, 4], [5]])
   propensity = np.asarray([1, 2, 3, 4, 5, 6.0])
   perfect = np.asarray([[4, 3, 2, 1, 0, -1], [5, 0, 1, 2, 3, 4]])
@@ -91,17 +72,17 @@ def test_ranking_the_truth_first_scores_100_and_psp_needs_the_rare_labels_first(
   )
 
 
-def test_a_positive_that_stands_twice_counts_once():
+def test_a_repeated_positive_counts_once():
   ids, propensity = np.asarray([[2, 0, 1, 3, 4]]), np.ones(5)
   twice = evaluate(ids, Ragged.from_rows([[2, 1, 2]]), propensity, recall_ks=(5,))
   assert twice == evaluate(ids, Ragged.from_rows([[1, 2]]), propensity, recall_ks=(5,))
 
 
 def test_blocks_of_queries_do_not_change_the_result(monkeypatch):
-  ids, truth, frequencies = _case()
+  ids, truth, frequencies = random_rankings()
   rows, propensity = Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5)
   whole, groups = (query_metrics(ids, rows, propensity, **KS), metrics_by_frequency(ids, rows, frequencies, **KS))
-  monkeypatch.setattr(metrics, "_QUERIES_AT_ONCE", 7)
+  monkeypatch.setattr(metrics, "QUERIES_AT_ONCE", 7)
   parts = query_metrics(ids, rows, propensity, **KS)
   np.testing.assert_array_equal(parts.numerators, whole.numerators)
   np.testing.assert_array_equal(parts.denominators, whole.denominators)
@@ -110,11 +91,11 @@ def test_blocks_of_queries_do_not_change_the_result(monkeypatch):
 
 def test_too_few_predictions_are_refused():
   with pytest.raises(ValueError, match="ids has 20 predictions per query, too few for metrics at 100"):
-    evaluate(_case()[0], Ragged.from_rows(_case()[1]), np.ones(NUM_LABELS))
+    evaluate(random_rankings()[0], Ragged.from_rows(random_rankings()[1]), np.ones(NUM_LABELS))
 
 
 def test_metrics_by_frequency_equal_brute_force():
-  ids, truth, frequencies = _case()
+  ids, truth, frequencies = random_rankings()
   groups = metrics_by_frequency(ids, Ragged.from_rows(truth), frequencies, **KS)
   by_rarity = sorted(range(NUM_LABELS), key=lambda label: (frequencies[label], label))
   for number, group in enumerate(groups):
@@ -137,42 +118,3 @@ def test_a_decile_without_test_pairs_has_no_recall():
     np.asarray([[19, 0]]), Ragged.from_rows([[19]]), np.arange(20), precision_ks=(1,), recall_ks=(2,)
   )
   assert groups[0]["R@2"] is None and groups[9]["R@2"] == 100
-
-
-def test_interval_of_a_mean_is_that_of_the_normal_approximation():
-  ids, truth, frequencies = _case(num_queries=2000)
-  values = query_metrics(ids, Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS)
-  intervals = bootstrap_intervals(values, seed=1)
-  for name in ("P@1", "nDCG@5", "R@20"):
-    column = values.numerators[:, values.names.index(name)]
-    half = 100 * 1.96 * column.std() / np.sqrt(len(column))
-    low, high = intervals[name]
-    assert (high - low) / 2 == pytest.approx(half, rel=0.1)
-    assert (high + low) / 2 == pytest.approx(100 * column.mean(), abs=0.2 * half)
-
-
-def test_psp_is_a_ratio_of_sums_in_every_resample():
-  ids, truth, frequencies = _case()
-  values = query_metrics(ids, Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS)
-  # One that repeats the draws: with a single block they are the generator's integers in order.
-  rng = np.random.default_rng(3)
-  rng.multinomial(200, [1.0], size=4)
-  samples = resample(values, resamples=4, seed=3)
-  for sample in samples:
-    drawn = rng.integers(0, 200, 200, dtype=np.uint16)
-    expected = evaluate(
-      ids[drawn], Ragged.from_rows([truth[i] for i in drawn]), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS
-    )
-    np.testing.assert_allclose(sample, list(expected.values()), rtol=1e-5)
-
-
-def test_intervals_depend_on_the_seed_only_and_blocks_keep_their_width(monkeypatch):
-  ids, truth, frequencies = _case(num_queries=1000)
-  values = query_metrics(ids, Ragged.from_rows(truth), inverse_propensity(frequencies, 1000, 0.55, 1.5), **KS)
-  one = bootstrap_intervals(values, seed=5)
-  assert bootstrap_intervals(values, seed=5) == one
-  assert bootstrap_intervals(values, seed=6) != one
-  monkeypatch.setattr(bootstrap, "_QUERIES_AT_ONCE", 64)
-  blocks = bootstrap_intervals(values, seed=5)
-  for name in ("P@1", "PSP@5", "PSnDCG@3", "R@20"):
-    assert blocks[name][1] - blocks[name][0] == pytest.approx(one[name][1] - one[name][0], rel=0.15)

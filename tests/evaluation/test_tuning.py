@@ -1,4 +1,4 @@
-"""Lambda and temperature are chosen on held-out queries: all are tried, and near equals are decided by recall."""
+"""Choice of lambda and temperature: all settings are tried, and recall decides between nearly equal ones."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_all_settings_are_tried_and_one_is_picked(case, neighbors, metric):
   assert best is pick(settings, metric, len(truth))
 
 
-def test_of_settings_within_a_standard_error_of_the_best_the_one_of_most_recall_is_picked():
+def test_among_settings_within_a_standard_error_of_the_best_the_one_with_the_highest_recall_is_picked():
   def setting(precision, recall):
     return Setting(0.5, 0.1, {"P@1": precision, "R@100": recall})
 

@@ -1,4 +1,4 @@
-"""The table on the terminal shows every row, aligned, with its intervals and what it has to beat."""
+"""The table on the terminal: rows, intervals and baselines in aligned columns."""
 
 from vixml_jax.report.table import metrics_table
 

@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were saved, the newest are kept, and damage is named."""
+"""Checkpoints: saving and restoring, the number that is kept, damaged files."""
 
 import gc
 import shutil
@@ -17,20 +17,25 @@ from vixml_jax.training.optimizer import make_optimizer
 NUM_QUERIES = 50
 
 
-@pytest.fixture(scope="module")
-def abstract():
-  """Shapes of a tiny run, spread over all eight devices in three ways."""
+def abstract_on(mesh):
+  """Returns the abstract state of a tiny run on a mesh."""
   encoder = dict(vocab_size=11, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=12, max_position=6, num_token_types=0)
   model = define_model(encoder, dict(num_heads=2, mlp_dim=4), num_free_vectors=4)
   optimizer = make_optimizer(
     model.shapes, learning_rate=1.0, new_learning_rate=1.0, free_vector_learning_rate=1.0, warmup_steps=1, total_steps=9
   )
-  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   return abstract_state(model, optimizer, NUM_QUERIES, num_labels=20, bank_dtype="bfloat16", mesh=mesh)
 
 
 @pytest.fixture(scope="module")
+def abstract():
+  """The abstract state, sharded over the three axes of eight devices."""
+  return abstract_on(sharding.make_mesh(data=2, fsdp=2, tensor=2))
+
+
+@pytest.fixture(scope="module")
 def state(abstract):
+  """A state with random values."""
   rng = np.random.default_rng(0)
   return jax.tree.map(
     lambda leaf: jax.device_put(rng.normal(0, 9, leaf.shape).astype(leaf.dtype), leaf.sharding), abstract
@@ -51,7 +56,7 @@ def save(folder, state, *steps, clusters=None, keep=2):
 
 
 @pytest.mark.parametrize("clusters", [None, np.arange(NUM_QUERIES, dtype=np.int32)[::-1].copy()], ids=["none", "given"])
-def test_a_checkpoint_comes_back_as_it_was(tmp_path, abstract, state, clusters):
+def test_a_checkpoint_is_restored_as_it_was_saved(tmp_path, abstract, state, clusters):
   save(tmp_path, state, 7, clusters=clusters)
   with Checkpointer(tmp_path, 2) as checkpointer:
     assert checkpointer.latest_step() == 7
@@ -63,6 +68,16 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, abstract, state, clusters):
   else:
     np.testing.assert_array_equal(restored.query_clusters, clusters)
     assert restored.query_clusters.dtype == np.int32
+
+
+def test_a_checkpoint_of_eight_devices_is_restored_on_one(tmp_path, state):
+  save(tmp_path, state, 7)
+  one = abstract_on(sharding.make_mesh(devices=jax.devices()[:1]))
+  with Checkpointer(tmp_path, 2) as checkpointer:
+    restored = checkpointer.restore(7, one, NUM_QUERIES).state
+  assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {1}
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(restored), jax.tree.leaves(state), strict=True):
+    np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path, state):
@@ -98,13 +113,13 @@ def _cut_arrays(item):
   ],
   ids=["training", "metadata", "arrays", "manifest", "meta"],
 )
-def test_a_damaged_checkpoint_is_refused_by_folder(tmp_path, abstract, state, damage):
+def test_a_damaged_checkpoint_is_refused(tmp_path, abstract, state, damage):
   damage(save(tmp_path, state, 3) / "3")
   with Checkpointer(tmp_path, 2) as checkpointer, pytest.raises(InputError, match="damaged") as error:
     checkpointer.restore(3, abstract, NUM_QUERIES)
   assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
   del error
-  gc.collect()  # Most of the abandoned reads go here; pyproject.toml speaks of the others.
+  gc.collect()  # Ends most of the abandoned reads; for the others, pyproject.toml has an exception.
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, abstract, state):

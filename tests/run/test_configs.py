@@ -1,10 +1,9 @@
-"""Every config and variant: started for two steps on a miniature, and built abstractly at full size."""
+"""The configs and their variants: abstract state at full size, two training steps on a miniature, and recipes."""
 
 import math
 import re
 
 import jax
-from ml_collections import ConfigDict
 import pytest
 
 from tests.helpers import tiny_decoders
@@ -12,7 +11,6 @@ from tests.helpers.image_features import write_random_features
 from tests.helpers.miniature import expect_miniature, write_raw_folder
 from tests.helpers.miniature_runs import load_config, shrink
 from vixml_jax import datasets, sharding
-from vixml_jax.errors import InputError
 from vixml_jax.input.batches import steps_per_epoch
 from vixml_jax.models.lora import split_lora
 from vixml_jax.run import configuration
@@ -37,12 +35,12 @@ PUBLISHED = {
   "mm_amazon_titles_300k": (586_781, 303_296),
   "lf_amazon_1.3m": (2_248_619, 1_305_265),
 }
-ALL = [(name, f"encoder={encoder}") for name in (*PUBLISHED, "custom") for encoder in ENCODERS]
-ALL += [("quickstart", variant) for variant in (None, "reference", "full")]
+TEXTS = [(name, f"encoder={encoder}") for name in (*PUBLISHED, "custom") for encoder in ENCODERS]
+TEXTS += [("quickstart", variant) for variant in (None, "reference", "full")]
 OF_DECODERS = [(name, f"encoder={encoder}") for name, encoders in DECODERS.items() for encoder in encoders]
 OF_DECODERS += [("custom", f"encoder={encoder}") for encoder in tiny_decoders.PARAMETERS]
 OF_DECODERS += [("quickstart", "encoder=qwen2.5-tiny")]
-WITH_IMAGES = [(name, f"{variant},images=3") for name, variant in ALL if name != "quickstart"]
+WITH_IMAGES = [(name, f"{variant},images=3") for name, variant in TEXTS if name != "quickstart"]
 WITH_IMAGES += [("quickstart", "images=3"), ("quickstart", "full,images=3")]
 DECODERS_WITH_IMAGES = [(name, f"{variant},images=3") for name, variant in OF_DECODERS]
 # Encoder parameters without heads, as transformers counts them for the published checkpoints.
@@ -55,8 +53,8 @@ ENCODER_PARAMETERS = {
 } | tiny_decoders.PARAMETERS
 
 
-@pytest.mark.parametrize("name,variant", ALL + WITH_IMAGES + OF_DECODERS + DECODERS_WITH_IMAGES)
-def test_full_size_state_is_built_abstractly(name, variant):
+@pytest.mark.parametrize("name,variant", TEXTS + WITH_IMAGES + OF_DECODERS + DECODERS_WITH_IMAGES)
+def test_the_abstract_state_of_the_full_size_has_the_published_number_of_parameters(name, variant):
   config = load_config(name, variant)
   configuration.check(config)
   queries, labels = PUBLISHED.get(name, (17_083, 9_527))
@@ -70,34 +68,35 @@ def test_full_size_state_is_built_abstractly(name, variant):
   assert state.bank.shape[0] >= queries and state.bank.shape[0] % 8 == 0
   assert state.centroids.shape[0] >= labels
   per_device = state.bank.sharding.shard_shape(state.bank.shape)
-  assert per_device[0] * 8 == state.bank.shape[0], "the bank must be spread over the devices"
+  assert per_device[0] * 8 == state.bank.shape[0], "the bank must be sharded over all devices"
   encoder = next((e for e in ENCODER_PARAMETERS if f"encoder={e}" in (variant or "").split(",")), "minilm-l6")
   base, adapters = split_lora(model.shapes["encoder"])
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(base)) == ENCODER_PARAMETERS[encoder]
   if encoder in tiny_decoders.PARAMETERS:
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state.params["encoder"]) == jax.tree.map(
       lambda leaf: (leaf.shape, leaf.dtype), adapters
-    ), "of the encoder, adapters alone are trained"
+    ), "only the adapters of the encoder are trained"
     assert {leaf.dtype.name for leaf in jax.tree.leaves(base)} == {"bfloat16"}
     assert adapters["layers"]["up"]["lora_a"].shape[-1] == 256
   fusion = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params.get("fusion", {})))
   maps = (1 + (config.fusion.residual > 0)) if config.images else 0
-  assert fusion == maps * (config.features.dim + 1) * config.encoder.embed_dim, "a linear adapter, and the residual"
+  assert fusion == maps * (config.features.dim + 1) * config.encoder.embed_dim, "a linear adapter and the residual"
   assert config.features.dim == (192 if config.features.checkpoint else 1152)
 
 
-# With images every config once, each with another encoder; the quickstart's with the tower that it ships.
+# One run for each architecture and input: BERT with and without token types, Qwen2, Qwen3 and Llama, texts and images.
+# The others differ from them in sizes, which the abstract state checks.
 @pytest.mark.parametrize(
   "name,variant",
-  ALL
-  + WITH_IMAGES[::5]
-  + WITH_IMAGES[-1:]
-  + [
-    ("lf_amazon_1.3m", "encoder=qwen2.5-3b,images=3"),
+  [
+    ("quickstart", None),
+    ("quickstart", "images=3"),
+    ("custom", "encoder=distilbert"),
+    ("lf_amazon_1.3m", "encoder=bert,images=3"),
     ("lf_amazon_131k", "encoder=qwen2.5-0.5b"),
+    ("lf_amazon_1.3m", "encoder=qwen2.5-3b,images=3"),
     ("custom", "encoder=qwen3-0.6b"),
     ("custom", "encoder=llama-3.2-1b,images=3"),
-    ("quickstart", "encoder=qwen2.5-tiny,images=3"),
   ],
 )
 def test_two_steps_run_on_a_miniature(name, variant, tmp_path, monkeypatch):
@@ -124,7 +123,7 @@ def test_two_steps_run_on_a_miniature(name, variant, tmp_path, monkeypatch):
   assert all(math.isfinite(float(abs(leaf).sum())) for leaf in jax.tree.leaves(model.params))
 
 
-def test_configs_hold_the_paper_s_recipe():
+def test_configs_of_encoders_have_the_recipe_of_the_paper():
   config = load_config("lf_amazon_1.3m", "encoder=minilm-l3")
   assert (config.train.learning_rate, config.train.batch_size, config.train.epochs) == (5e-4, 2048, 300)
   assert config.train.free_vectors == 65_536 and config.dataset.max_length == 32
@@ -143,7 +142,7 @@ def test_configs_hold_the_paper_s_recipe():
     ("lf_amazon_131k", "qwen2.5-3b", 30, 512, 2e-5),
   ],
 )
-def test_configs_hold_the_paper_s_recipe_of_decoders(name, encoder, epochs, batch_size, learning_rate):
+def test_configs_of_decoders_have_the_recipe_of_the_paper(name, encoder, epochs, batch_size, learning_rate):
   config = load_config(name, f"encoder={encoder},images=3")
   train, mining = config.train, config.mining
   assert (train.epochs, train.batch_size, train.learning_rate) == (epochs, batch_size, learning_rate)
@@ -159,62 +158,6 @@ def test_configs_hold_the_paper_s_recipe_of_decoders(name, encoder, epochs, batc
 
 
 @pytest.mark.parametrize("name,variant", [("custom", "encoder=gpt"), ("quickstart", "fast"), ("custom", "images=6")])
-def test_an_unknown_variant_is_refused_by_name(name, variant):
+def test_an_unknown_variant_is_refused(name, variant):
   with pytest.raises(ValueError, match=re.escape(variant.split("=")[-1]) if variant != "images=6" else "images"):
     load_config(name, variant)
-
-
-@pytest.mark.parametrize(
-  "key,value,message",
-  [
-    ("train.epochs", 0, "must be above 0"),
-    ("train.free_vectors", 1000, "power of two"),
-    ("train.positive_sampling", "random", "propensity, uniform"),
-    ("dataset.max_length", 2, "at least 3"),
-    ("dataset.max_length", 4096, "must be at most"),
-    ("dataset.validation_fraction", 1.0, "below 1"),
-    ("encoder.dtype", "float8", "must be one of"),
-    ("prototype.num_heads", 7, "must divide"),
-    ("loss.margin_min", 0.5, "must be at most config.loss.margin_max"),
-    ("eval.split", "validation", "held-out"),
-    ("eval.retrieval_lambda", 1.5, "between 0 and 1"),
-    ("dataset.text_fields", (), "title, content or both"),
-  ],
-)
-def test_a_bad_value_is_refused_by_key(key, value, message):
-  config = load_config("custom")
-  section, name = key.split(".")
-  config[section][name] = value
-  with pytest.raises(InputError, match=message) as error:
-    configuration.check(config)
-  assert key in str(error.value)
-
-
-@pytest.mark.parametrize(
-  "change,message",
-  [
-    ({"lora_rank": 0}, "config.encoder.param_dtype='bfloat16': must be float32, since config.encoder.lora_rank=0"),
-    ({"lora_rank": -1}, "config.encoder.lora_rank=-1: must not be negative"),
-    ({"lora_alpha": 0.0}, "config.encoder.lora_alpha=0.0: must be above 0"),
-    ({"num_kv_heads": 3}, "config.encoder.num_kv_heads=3: must divide config.encoder.num_heads=14"),
-    ({"head_dim": 63}, "config.encoder.head_dim=63: must be even"),
-    ({"rope_scaling": (8.0, 1.0)}, "config.encoder.rope_scaling=(8.0, 1.0): must be empty, or factor"),
-    ({"rope_scaling": (8.0, 4.0, 1.0, 64)}, "config.encoder.rope_scaling=(8.0, 4.0, 1.0, 64): must be empty"),
-    ({"param_dtype": "float16"}, "config.encoder.param_dtype='float16': must be one of float32, bfloat16"),
-    ({"pooling": "first"}, "config.encoder.pooling='first': must be one of mean, last"),
-    ({"architecture": "gpt"}, "config.encoder.architecture='gpt': must be one of bert, decoder"),
-    ({"architecture": "bert"}, "config.encoder.max_position: is missing"),
-  ],
-)
-def test_bad_settings_of_a_decoder_are_refused_by_key(change, message):
-  config = load_config("custom", "encoder=qwen2.5-0.5b")
-  config.encoder.update(change)
-  with pytest.raises(InputError, match=re.escape(message)):
-    configuration.check(config)
-
-
-def test_a_missing_key_is_refused_by_name():
-  config = load_config("custom").to_dict()
-  del config["train"]["epochs"]
-  with pytest.raises(InputError, match="config.train.epochs: is missing"):
-    configuration.check(ConfigDict(config))

@@ -1,4 +1,4 @@
-"""The residual map of images at the start: lengths, angles, fewer dimensions than features."""
+"""The initial residual map of images: lengths, angles, fewer dimensions than features."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,26 +18,26 @@ def cosines(x):
   return x @ x.T
 
 
-def test_the_map_keeps_the_angles_of_features_whitened_halfway_and_gives_unit_length():
+def test_the_map_keeps_the_angles_of_partly_whitened_features_and_gives_unit_length():
   x = features()
   kernel, bias = whitened_map(x, 16, seed=0)
   mapped = x @ kernel + bias
   assert np.isclose(np.square(mapped).sum(1).mean(), 1)
   np.testing.assert_allclose(mapped.mean(0), 0, atol=1e-12)
-  # Halfway to white: the covariance to the power of minus a quarter, by another way than eigenvectors of it.
+  # Partly whitened: multiplied by the covariance to the power of -1/4, here by a singular value decomposition.
   centered = x - x.mean(0)
   u, s, v = np.linalg.svd(centered / np.sqrt(len(x)), full_matrices=False)
   np.testing.assert_allclose(cosines(mapped), cosines(u * s**0.5 @ v), atol=1e-9)
 
 
-def test_of_more_features_than_the_embedding_has_dimensions_the_strongest_directions_stay():
+def test_with_more_features_than_dimensions_the_directions_of_greatest_variance_are_kept():
   x = features(dim=6)
   mapped = np.add(*(lambda kernel, bias: (x @ kernel, bias))(*whitened_map(x, 3, seed=1)))
   u, s, _ = np.linalg.svd((x - x.mean(0)) / np.sqrt(len(x)), full_matrices=False)
   np.testing.assert_allclose(cosines(mapped), cosines((u * s**0.5)[:, :3]), atol=1e-9)
 
 
-def test_a_constant_feature_does_no_harm():
+def test_a_constant_feature_gives_finite_values():
   x = features()
   x[:, 2] = 7
   kernel, bias = whitened_map(x, 16, seed=0)
@@ -45,7 +45,7 @@ def test_a_constant_feature_does_no_harm():
 
 
 @pytest.mark.parametrize("norm", [0.5, 2.0])
-def test_vectors_that_are_added_have_the_length_asked_for(norm):
+def test_added_vectors_have_the_requested_length(norm):
   values = features().astype(np.float16)
   on_host = ImageFeatures(values)
   fusion = {"project": {"kernel": jnp.ones((6, 16))}, "residual": {"kernel": jnp.ones((6, 16)), "bias": jnp.zeros(16)}}

@@ -102,12 +102,12 @@ def test_schedule_is_that_of_transformers(warmup, total):
   np.testing.assert_allclose([ours(step) for step in steps], [theirs(step) for step in steps], rtol=1e-6)
 
 
-def test_a_parameter_without_a_rule_is_refused_by_name():
+def test_a_parameter_without_a_rule_is_refused():
   with pytest.raises(ValueError, match="encoder/layers/up/gate: 0 optimizer rules match"):
     optimizer.parameter_groups(nested({"encoder/layers/up/gate": np.zeros(2)}))
 
 
-def test_a_parameter_with_two_rules_is_refused_by_name():
+def test_a_parameter_with_two_rules_is_refused():
   rules = (*optimizer.RULES, (r".*up/kernel", ("new", True)))
   with pytest.raises(ValueError, match="encoder/layers/up/kernel: 2 optimizer rules match"):
     optimizer.parameter_groups(nested({"encoder/layers/up/kernel": np.zeros(2)}), rules)

@@ -60,9 +60,7 @@ def _one_device():
 @pytest.mark.parametrize(
   "model,mesh,where",
   [
-    ("bert", dict(data=8), None),
     ("bert", dict(fsdp=8), None),
-    ("bert", dict(data=2, fsdp=2, tensor=2), None),
     ("bert with early images", dict(data=2, fsdp=2, tensor=2), "device"),
     ("bert with late images", dict(data=8), "host"),
     ("decoder", dict(tensor=8), None),

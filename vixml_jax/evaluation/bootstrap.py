@@ -2,9 +2,7 @@
 
 import numpy as np
 
-from vixml_jax.evaluation.metrics import QueryMetrics
-
-_QUERIES_AT_ONCE = 16_384
+from vixml_jax.evaluation.metrics import QUERIES_AT_ONCE, QueryMetrics
 
 
 def resample(metrics: QueryMetrics, *, resamples: int = 1000, seed: int = 0) -> np.ndarray:
@@ -27,8 +25,8 @@ def resample(metrics: QueryMetrics, *, resamples: int = 1000, seed: int = 0) -> 
   """
   rng = np.random.default_rng(seed)
   num_queries = len(metrics)
-  starts = np.arange(0, num_queries, _QUERIES_AT_ONCE)
-  sizes = np.minimum(starts + _QUERIES_AT_ONCE, num_queries) - starts
+  starts = np.arange(0, num_queries, QUERIES_AT_ONCE)
+  sizes = np.minimum(starts + QUERIES_AT_ONCE, num_queries) - starts
   draws = rng.multinomial(num_queries, sizes / max(num_queries, 1), size=resamples)
   numerators = np.zeros((resamples, metrics.numerators.shape[1]))
   denominators = np.zeros((resamples, metrics.denominators.shape[1]))

@@ -33,7 +33,7 @@ from vixml_jax.search.membership import is_in_row
 PRECISION_KS = (1, 3, 5)
 RECALL_KS = (10, 100)
 NUM_DECILES = 10
-_QUERIES_AT_ONCE = 16_384
+QUERIES_AT_ONCE = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +100,8 @@ def query_metrics(
   names, ratios = _layout(precision_ks, recall_ks)
   numerators = np.empty((len(ids), len(names)), np.float32)
   denominators = np.empty((len(ids), len(ratios)), np.float32)
-  for start in range(0, len(ids), _QUERIES_AT_ONCE):
-    rows = slice(start, min(start + _QUERIES_AT_ONCE, len(ids)))
+  for start in range(0, len(ids), QUERIES_AT_ONCE):
+    rows = slice(start, min(start + QUERIES_AT_ONCE, len(ids)))
     block = _QueryBlock(ids[rows, :largest], _distinct(truth.take(np.arange(rows.start, rows.stop))), propensity)
     numerators[rows] = block.numerators(precision_ks, recall_ks)
     denominators[rows] = block.best(precision_ks)
@@ -166,8 +166,8 @@ def metrics_by_frequency(
   ids = ids[:, : max(*precision_ks, *recall_ks)]
   positives = np.zeros(len(groups), np.int64)
   hits_at_rank = np.zeros((len(groups), ids.shape[1]), np.int64)
-  for start in range(0, len(ids), _QUERIES_AT_ONCE):
-    block_ids = ids[start : start + _QUERIES_AT_ONCE]
+  for start in range(0, len(ids), QUERIES_AT_ONCE):
+    block_ids = ids[start : start + QUERIES_AT_ONCE]
     block_truth = _distinct(truth.take(np.arange(start, start + len(block_ids))))
     positives += np.bincount(group_of_label[block_truth.values], minlength=len(groups))
     queries, ranks = np.nonzero(is_in_row(block_ids, block_truth))

@@ -1,0 +1,143 @@
+"""Checks of the values of a config, and its JSON file."""
+
+import re
+
+from ml_collections import ConfigDict
+import pytest
+
+from tests.helpers.miniature_runs import load_config
+from vixml_jax.errors import InputError
+from vixml_jax.run import configuration
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    ({"train.epochs": 0}, "config.train.epochs=0: must be above 0"),
+    ({"train.free_vectors": 1000}, "config.train.free_vectors=1000: must be a power of two"),
+    (
+      {"train.positive_sampling": "random"},
+      "config.train.positive_sampling='random': must be one of propensity, uniform",
+    ),
+    ({"dataset.max_length": 2}, "config.dataset.max_length=2: must be at least 3"),
+    ({"dataset.max_length": 4096}, "config.dataset.max_length=4096: must be at most config.train.row_length=64"),
+    ({"dataset.validation_fraction": 1.0}, "config.dataset.validation_fraction=1.0: must be at least 0 and below 1"),
+    ({"dataset.text_fields": ()}, "config.dataset.text_fields=(): must be title, content or both"),
+    ({"encoder.dtype": "float8"}, "config.encoder.dtype='float8': must be one of"),
+    ({"prototype.num_heads": 7}, "config.prototype.num_heads=7: must divide config.encoder.embed_dim=384"),
+    ({"loss.margin_min": 0.5}, "config.loss.margin_min=0.5: must be at most config.loss.margin_max=0.3"),
+    ({"eval.split": "validation"}, "config.eval.split=validation: needs held-out queries"),
+    ({"eval.retrieval_choose": True}, "config.eval.retrieval_choose=True: needs held-out queries"),
+    ({"eval.retrieval_lambda": 1.5}, "config.eval.retrieval_lambda=1.5: must be between 0 and 1"),
+    ({"eval.test_images": (0, 1)}, "config.eval.test_images=(0, 1): must be empty, since config.images=0"),
+  ],
+)
+def test_a_bad_value_is_refused(changes, message):
+  _check_refused(load_config("custom"), changes, message)
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    ({"images": 6}, "config.images=6: must be 0 to 5"),
+    ({"eval.test_images": (-1,)}, "config.eval.test_images=(-1,): must be a list of numbers of images, 0 or more"),
+    ({"fusion.method": "middle"}, "config.fusion.method='middle': must be one of early, late"),
+    ({"fusion.adapter": "conv"}, "config.fusion.adapter='conv': must be one of linear, mlp, gated"),
+    (
+      {"fusion.residual": 0.3, "fusion.method": "late"},
+      "config.fusion.residual=0.3: must be 0 unless config.fusion.method is early",
+    ),
+    ({"prompt.template": "E"}, "no place for the images"),
+    ({"fusion.bank": "disk"}, "config.fusion.bank='disk': must be one of auto, device, host"),
+    ({"fusion.modality_dropout": 1.5}, "config.fusion.modality_dropout=1.5: must be between 0 and 1"),
+  ],
+)
+def test_a_bad_value_for_images_is_refused(changes, message):
+  _check_refused(load_config("custom", "images=3"), changes, message)
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    ({"lora_rank": 0}, "config.encoder.param_dtype='bfloat16': must be float32, since config.encoder.lora_rank=0"),
+    ({"lora_rank": -1}, "config.encoder.lora_rank=-1: must not be negative"),
+    ({"lora_alpha": 0.0}, "config.encoder.lora_alpha=0.0: must be above 0"),
+    (
+      {"lora_rank": 0, "param_dtype": "float32", "adapter": "folder"},
+      "config.encoder.adapter='folder': needs config.encoder.lora_rank, which is 0",
+    ),
+    ({"num_kv_heads": 3}, "config.encoder.num_kv_heads=3: must divide config.encoder.num_heads=14"),
+    ({"head_dim": 63}, "config.encoder.head_dim=63: must be even"),
+    ({"rope_scaling": (8.0, 1.0)}, "config.encoder.rope_scaling=(8.0, 1.0): must be empty, or factor"),
+    ({"rope_scaling": (8.0, 4.0, 1.0, 64)}, "config.encoder.rope_scaling=(8.0, 4.0, 1.0, 64): must be empty"),
+    ({"param_dtype": "float16"}, "config.encoder.param_dtype='float16': must be one of float32, bfloat16"),
+    ({"pooling": "first"}, "config.encoder.pooling='first': must be one of mean, last"),
+    ({"architecture": "gpt"}, "config.encoder.architecture='gpt': must be one of bert, decoder"),
+    ({"architecture": "bert"}, "config.encoder.max_position: is missing"),
+  ],
+)
+def test_a_bad_value_for_a_decoder_is_refused(changes, message):
+  changes = {f"encoder.{key}": value for key, value in changes.items()}
+  _check_refused(load_config("custom", "encoder=qwen2.5-0.5b"), changes, message)
+
+
+def _check_refused(config, changes, message):
+  for key, value in changes.items():
+    *sections, name = key.split(".")
+    (config[sections[0]] if sections else config)[name] = value
+  with pytest.raises(InputError, match=re.escape(message)):
+    configuration.check(config)
+
+
+def test_a_missing_key_is_refused():
+  config = load_config("custom").to_dict()
+  del config["train"]["epochs"]
+  with pytest.raises(InputError, match="config.train.epochs: is missing"):
+    configuration.check(ConfigDict(config))
+
+
+def test_a_config_is_read_as_it_was_written(tmp_path):
+  config = load_config("custom", "images=3")
+  configuration.write(config, tmp_path / "config.json")
+  read = configuration.read(tmp_path / "config.json")
+  configuration.check(read)
+  assert {key: tuple(value) if isinstance(value, list) else value for key, value in _flat(read).items()} == _flat(
+    config
+  )
+
+
+@pytest.mark.parametrize("key", ["mesh.fsdp", "eval.search", "dataset.data_dir", "encoder.pretrained"])
+def test_keys_that_do_not_change_parameters_may_change(tmp_path, key):
+  config = load_config("custom")
+  configuration.write(config, tmp_path / "config.json")
+  section, name = key.split(".")
+  config[section][name] = 2 if key == "mesh.fsdp" else "other"
+  configuration.write(config, tmp_path / "config.json")
+  assert _flat(configuration.read(tmp_path / "config.json"))[key] == config[section][name]
+
+
+def test_keys_that_change_parameters_must_not_change(tmp_path):
+  config = load_config("custom")
+  configuration.write(config, tmp_path / "config.json")
+  config.train.learning_rate = 1.0
+  with pytest.raises(InputError, match="this run was started with train.learning_rate=0.0002, not 1.0"):
+    configuration.write(config, tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+  "content,message",
+  [
+    (None, r"cannot be read \(No such file or directory\); set --workdir to the folder of a run"),
+    ("{", "is not JSON .* restore the file, or train again"),
+    ("[]", "is not a JSON object; restore the file, or train again"),
+  ],
+)
+def test_a_missing_or_damaged_file_is_refused(tmp_path, content, message):
+  if content is not None:
+    (tmp_path / "config.json").write_text(content)
+  with pytest.raises(InputError, match=f"{tmp_path}/config.json: {message}"):
+    configuration.read(tmp_path / "config.json")
+
+
+def _flat(config):
+  return configuration.flatten_config(config)
