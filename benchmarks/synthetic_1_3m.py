@@ -5,7 +5,7 @@
 At --scale=1 there are 2,248,619 training queries, 970,237 test queries and 1,305,265 labels, with 22.2 labels per query
 and a long tail of frequencies. Titles are drawn from the words of the embedded MM-Icons-9K by their frequency. Queries
 that share labels share words, so that clustering and search find structure. `configs/custom.py` trains on the folder.
-The same seed and scale give the same bytes.
+The same flags give the same bytes. `--title_words=1` gives titles of one word, so that a CPU can encode all rows.
 """
 
 import argparse
@@ -31,15 +31,26 @@ def main() -> None:
   parser.add_argument("--output", type=Path, required=True, help="raw folder to write")
   parser.add_argument("--scale", type=float, default=1.0, help="share of the rows of every split")
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--title_words", type=int, default=0, help="words of every title; 0 for 3 to 17")
+  parser.add_argument("--test_queries", type=int, default=0, help="number of test queries; 0 for the published number")
   arguments = parser.parse_args()
-  write(arguments.output, arguments.scale, arguments.seed)
+  write(arguments.output, arguments.scale, arguments.seed, arguments.title_words, arguments.test_queries)
 
 
-def write(folder: Path, scale: float, seed: int) -> None:
-  """Writes all raw files of a data set with `scale` times the published number of rows."""
+def write(folder: Path, scale: float, seed: int, title_words: int = 0, test_queries: int = 0) -> None:
+  """Writes all raw files of a data set with `scale` times the published number of rows.
+
+  Args:
+    folder: raw folder to write.
+    scale: share of the rows of every split.
+    seed: determines all rows.
+    title_words: words of every title; 0 for 3 to 17.
+    test_queries: number of test queries; 0 for `scale` times the published number.
+  """
   folder.mkdir(parents=True, exist_ok=True)
   rows = {split: max(1, int(count * scale)) for split, count in ROWS.items()}
-  titles = Titles(np.random.default_rng([seed, 0]), rows["labels"])
+  rows["test"] = test_queries or rows["test"]
+  titles = Titles(np.random.default_rng([seed, 0]), rows["labels"], title_words)
   for number, split in enumerate(("labels", "train", "test"), 1):
     rng = np.random.default_rng([seed, number])
     path = folder / raw.SPLITS[split].rows
@@ -59,7 +70,8 @@ def write(folder: Path, scale: float, seed: int) -> None:
 class Titles:
   """Draws titles that mix words of a topic with words of all topics."""
 
-  def __init__(self, rng: np.random.Generator, num_labels: int):
+  def __init__(self, rng: np.random.Generator, num_labels: int, title_words: int):
+    self.title_words = title_words
     counts = collections.Counter()
     for split in ("trn", "tst", "lbl"):
       path = Path(prepared.__file__).parent / "mm_icons_9k" / f"{split}.json.gz"
@@ -73,8 +85,10 @@ class Titles:
     self.topics = rng.integers(0, len(self.words), (self.num_topics, 12))
 
   def draw(self, rng: np.random.Generator, topics: np.ndarray) -> list[str]:
-    """Returns a title of 3 to 17 words for each of the given topics."""
+    """Returns a title for each of the given topics."""
     lengths = np.clip(rng.poisson(9, len(topics)), 3, 17)
+    if self.title_words:
+      lengths = np.full(len(topics), self.title_words)
     common = np.searchsorted(self.cumulative, rng.random((len(topics), 17)))
     own = self.topics[topics[:, None], rng.integers(0, 12, (len(topics), 17))]
     words = self.words[np.where(rng.random((len(topics), 17)) < 0.6, own, common)]

@@ -9,7 +9,6 @@ import shutil
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
-import numpy as np
 import pytest
 
 from tests.helpers.miniature import write_raw_folder
@@ -18,6 +17,7 @@ from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.errors import InputError
 from vixml_jax.experiment import evaluate_workdir, train_and_evaluate
 from vixml_jax.input.tokenizer import Tokenizer
+from vixml_jax.row_files import RowFiles
 from vixml_jax.run import configuration, setup
 
 
@@ -35,14 +35,14 @@ class FinishedRun(NamedTuple):
 @contextlib.contextmanager
 def count_encodings():
   """Yields a list that grows by a name for each pass of the encoder over a set of items."""
-  names, pooled = [], ItemEncoder.pooled
+  names, stored = [], ItemEncoder._stored
 
-  def counted(self, params, items, name="items", features=None):
+  def counted(self, params, items, name, **how):
     names.append(name)
-    return pooled(self, params, items, name, features)
+    return stored(self, params, items, name, **how)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(ItemEncoder, "pooled", counted)
+    patch.setattr(ItemEncoder, "_stored", counted)
     yield names
 
 
@@ -103,7 +103,7 @@ def test_a_run_writes_all_outputs_and_prints_its_table(finished):
     assert math.isfinite(written[key]), key
   for name in ("config.json", "evaluation.json", "report.html", "checkpoints", "tensorboard", "index", "tokenizer"):
     assert (finished.workdir / name).exists(), name
-  assert np.load(finished.workdir / "embeddings" / "labels.npy").shape == (24, 32)
+  assert RowFiles(finished.workdir / "embeddings", "labels").shape == (24, 32)
   assert "P@1" in finished.printed and f"{finished.final['P@1']:.2f}" in finished.printed
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vixml_jax import sharding
-from vixml_jax.encoding.item_encoder import ItemEncoder, normalize
+from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation.evaluate_model import (
   ModelEvaluation,
@@ -20,18 +20,21 @@ from vixml_jax.evaluation.evaluate_model import (
 )
 from vixml_jax.files import write_json
 from vixml_jax.input.batches import steps_per_epoch
-from vixml_jax.mining.centroids import cluster_means
 from vixml_jax.report.run_report import results_table, write_evaluation, write_report_files
+from vixml_jax.row_files import RowFiles, remove_shares, write_shares
 from vixml_jax.run.checkpoint import Checkpointer
 from vixml_jax.run.from_config import adapter_folder, model_from_config
 from vixml_jax.run.inference_files import image_origin, label_names, write_inference_files
 from vixml_jax.run.pretrained import check_adapter, check_base
 from vixml_jax.run.setup import RunSetup, set_up_run
-from vixml_jax.run.state import TrainedModel, abstract_state, trained_model
+from vixml_jax.run.state import TrainedModel, abstract_model_part, trained_model
 from vixml_jax.run.workdir import CHECKPOINTS, EMBEDDINGS, FINAL_METRICS, RETRIEVAL_SETTINGS
 from vixml_jax.search.label_index_files import IndexContents
+from vixml_jax.search.retrieval_augmented import RetrievalSettings
+from vixml_jax.sharded_rows import ShardedRows
+from vixml_jax.stages import stage
 from vixml_jax.training.loop import train
-from vixml_jax.training.optimizer import learning_rates, optimizer_from_config
+from vixml_jax.training.optimizer import learning_rates
 
 _log = logging.getLogger(__name__)
 
@@ -103,11 +106,7 @@ def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       _log.warning("step %d of %d: training of this run has not finished", step, total_steps)
     meta = checkpointer.meta(step)
     check_base(setup.model, setup.weights_folder, workdir, meta)
-    optimizer = optimizer_from_config(config, setup.model, total_steps)
-    abstract = abstract_state(
-      setup.model, optimizer, len(data.train_rows), data.num_labels, config.train.bank_dtype, setup.mesh
-    )
-    restored = checkpointer.restore_model(step, abstract)
+    restored = checkpointer.restore_model(step, abstract_model_part(setup.model, data.num_labels, setup.mesh))
   model = trained_model(step, meta, restored, data.num_labels)
   return _evaluate_and_write(setup, workdir, setup.load_encoder(), model)
 
@@ -141,9 +140,8 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
   evaluation = _evaluate(setup, workdir, encoder, model)
   fewer_images = evaluate_with_fewer_images(config, data, encoder, model, evaluation)
   final = _final_metrics(evaluation, model.meta)
+  split, rows = data.evaluated_queries(config.eval.split)
   if jax.process_index() == 0:
-    split, rows = data.evaluated_queries(config.eval.split)
-    _write_embeddings(workdir / EMBEDDINGS, config.eval.split, evaluation)
     write_evaluation(
       workdir,
       evaluation.result,
@@ -151,7 +149,7 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
       split=config.eval.split,
       search=config.eval.search,
       num_labels=data.num_labels,
-      items=data.items[split].take(rows) if config.images else None,
+      has_images=data.items[split].images.lengths[rows] > 0 if config.images else None,
       bootstrap_samples=config.eval.bootstrap_samples,
     )
     write_json(workdir / FINAL_METRICS, final)
@@ -159,7 +157,7 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
       workdir,
       data.corpus,
       evaluation.result,
-      evaluation.queries,
+      evaluation.queries.labels,
       split=config.eval.split,
       rows=rows,
       propensity=(config.dataset.propensity_a, config.dataset.propensity_b),
@@ -167,7 +165,8 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
     )
     baselines = {name: dict(values) for name, values in config.baselines.items()}
     print(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines), flush=True)
-  _write_for_inference(setup, workdir, encoder, model, evaluation)
+  _write_embeddings(workdir / EMBEDDINGS, config.eval.split, encoder, model, evaluation)
+  _write_for_inference(setup, workdir, model.step, evaluation.config.retrieval, model.label_clusters)
   return final
 
 
@@ -183,49 +182,62 @@ def _final_metrics(evaluation: ModelEvaluation, meta: dict[str, Any]) -> dict[st
   return final | {"train_seconds": seconds, "tokens_per_second": meta["tokens"] / max(seconds, 1e-9)}
 
 
-def _write_embeddings(folder: Path, split: str, evaluation: ModelEvaluation) -> None:
-  """Writes the embeddings of labels, training queries and evaluated queries as .npy files."""
-  folder.mkdir(exist_ok=True)
+def _write_embeddings(
+  folder: Path, split: str, encoder: ItemEncoder, model: TrainedModel, evaluation: ModelEvaluation
+) -> None:
+  """Writes the embeddings of labels, training queries and evaluated queries, and the means of the labels' clusters.
+
+  Every process writes the rows that its devices hold. The labels and training queries are all of them, whatever was
+  evaluated.
+  """
+  assert isinstance(evaluation.queries.embeddings, ShardedRows)
   embeddings = {
-    "labels": evaluation.index.prototypes,
-    "train_queries": evaluation.index.train_embeddings,
+    "labels": all_prototypes(encoder, model, evaluation),
+    "train_queries": evaluation.train_embeddings,
     f"{split}_queries": evaluation.queries.embeddings,
+    "cluster_means": evaluation.cluster_means,
   }
-  for name, values in embeddings.items():
-    np.save(folder / f"{name}.npy", values)
+  with stage("write embeddings"):
+    if jax.process_index() == 0:
+      folder.mkdir(exist_ok=True)
+      for name in embeddings:
+        remove_shares(folder, name)
+    sharding.wait_for_all_processes("old embeddings removed")
+    for name, rows in embeddings.items():
+      if rows is not None:
+        write_shares(folder, name, rows.shape[1], rows.own_shards(), rows.num_shards)
+    sharding.wait_for_all_processes("embeddings written")
 
 
 def _write_for_inference(
-  setup: RunSetup, workdir: Path, encoder: ItemEncoder, model: TrainedModel, evaluation: ModelEvaluation
+  setup: RunSetup, workdir: Path, step: int, retrieval: RetrievalSettings | None, label_clusters: np.ndarray
 ) -> None:
-  """Writes tokenizer and label index; the index knows all training queries, whatever was evaluated."""
-  config, data, retrieval = setup.config, setup.data, evaluation.config.retrieval
-  prototypes = all_prototypes(config, encoder, model, evaluation)
-  means = sharding.to_host(
-    cluster_means(normalize(evaluation.pooled_labels), model.label_clusters, config.train.free_vectors, mesh=setup.mesh)
-  )
+  """Writes tokenizer and label index, which the first process reads from the files of embeddings."""
+  config, data, folder = setup.config, setup.data, workdir / EMBEDDINGS
   if jax.process_index() == 0:
     builder = data.corpus.builder
     texts, uids = label_names(builder, data.corpus.text_fields)
     contents = IndexContents(
-      prototypes,
+      RowFiles(folder, "labels"),
       texts,
       uids,
-      model.label_clusters,
-      means,
-      queries=evaluation.train_embeddings if retrieval else None,
+      label_clusters,
+      # Without free vectors, labels have no clusters, and the index has one without labels.
+      RowFiles(folder, "cluster_means")
+      if setup.model.has_free_vectors
+      else np.zeros((1, setup.model.embed_dim), np.float32),
+      queries=RowFiles(folder, "train_queries") if retrieval else None,
       query_labels=data.corpus.train_labels if retrieval else None,
     )
     origin = image_origin(builder, config.dataset.data_dir, config.features.name) if config.images else None
-    write_inference_files(
-      workdir,
-      model.step,
-      contents,
-      tokenizer_folder=setup.pretrained,
-      image_features=origin,
-      search=config.eval.search,
-      retrieval={"lambda": retrieval.lambda_, "temperature": retrieval.temperature, "hits": retrieval.hits}
-      if retrieval
-      else None,
-    )
+    with stage("write the label index"):
+      write_inference_files(
+        workdir,
+        step,
+        contents,
+        tokenizer_folder=setup.pretrained,
+        image_features=origin,
+        search=config.eval.search,
+        retrieval=None if retrieval is None else retrieval.as_json(),
+      )
   sharding.wait_for_all_processes("inference files written")

@@ -118,6 +118,16 @@ class Ragged:
     """
     return np.repeat(np.arange(len(self), dtype=np.int64), self.lengths)
 
+  def keep(self, rows: np.ndarray) -> "Ragged":
+    """Returns the same number of rows, of which those that are not chosen by bool [rows] are empty.
+
+    >>> Ragged.from_rows([[1, 2], [3], [4]]).keep(np.array([True, False, True])).lengths.tolist()
+    [2, 0, 1]
+    """
+    if rows.all():
+      return self
+    return Ragged(self.values[np.repeat(rows, self.lengths)], offsets_of(np.where(rows, self.lengths, 0)))
+
   def take(self, rows: np.ndarray) -> "Ragged":
     """Returns the given rows in the given order, copied into memory.
 

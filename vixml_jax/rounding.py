@@ -1,4 +1,4 @@
-"""Rounds sizes up, so that arrays of many sizes need only a few compiled programs."""
+"""Sizes of blocks: rounded up, so that few programs are compiled, or such that they divide an array."""
 
 
 def next_power_of_two(count: int) -> int:
@@ -8,3 +8,12 @@ def next_power_of_two(count: int) -> int:
   [1, 1, 4, 4, 8]
   """
   return 1 << max(count - 1, 0).bit_length()
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+  """Returns the largest divisor of a number that is not above `at_most`.
+
+  >>> largest_divisor(8784, 4096), largest_divisor(7, 4)
+  (2928, 1)
+  """
+  return next(divisor for divisor in range(min(number, at_most), 0, -1) if number % divisor == 0)

@@ -94,6 +94,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
   return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def row_axes() -> tuple[str, ...]:
+  """Returns the mesh axes that share the rows of an array."""
+  return _ROWS
+
+
 def row_devices(mesh: Mesh) -> int:
   """Returns the number of devices that share the rows of an array: `data` x `fsdp`."""
   return math.prod(mesh.shape[axis] for axis in _ROWS)

@@ -7,7 +7,13 @@ import pytest
 
 from tests.helpers.retrieval_cases import NUM_LABELS, NUM_QUERIES, random_case
 from tests.helpers.search_cases import mesh_of_two
-from vixml_jax.evaluation.evaluator import EvaluationConfig, EvaluationIndex, EvaluationQueries, evaluate
+from vixml_jax.evaluation.evaluator import (
+  EvaluationConfig,
+  EvaluationIndex,
+  EvaluationQueries,
+  evaluate,
+  example_queries,
+)
 from vixml_jax.evaluation.metrics import evaluate as metrics_of_rankings
 from vixml_jax.ragged import Ragged
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
@@ -36,7 +42,7 @@ def searched(case):
 @pytest.fixture(scope="module")
 def result(searched):
   """The evaluation of the case."""
-  return evaluate(*searched, CONFIG)
+  return evaluate(*searched, CONFIG, np.arange(NUM_QUERIES))
 
 
 def test_the_plain_row_has_the_metrics_of_the_ranking_by_scores(case, result):
@@ -78,3 +84,14 @@ def test_means_over_all_queries_are_weighted_means_over_groups(result):
   for name in ("P@1", "R@10", "RA/P@1"):
     total = sum(group["queries"] * group["metrics"][name] for group in groups)
     assert total / NUM_QUERIES == pytest.approx(result.final_metrics()[name])
+
+
+def test_rankings_are_kept_for_a_few_random_queries_with_labels_only(searched, result):
+  labels = Ragged.from_rows([[row] if row % 3 else [] for row in range(60)])
+  chosen = example_queries(labels, 7)
+  assert len(chosen) == len(set(chosen)) == 7 and all(chosen % 3) and sorted(chosen) == chosen.tolist()
+  np.testing.assert_array_equal(chosen, example_queries(labels, 7))
+  some = evaluate(*searched, CONFIG, np.array([3, 11]))
+  for row in ("plain", "augmented"):
+    np.testing.assert_array_equal(some.ids[row], result.ids[row][[3, 11]])
+  assert some.plain == result.plain and some.deciles == result.deciles

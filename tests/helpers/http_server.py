@@ -10,7 +10,6 @@ import threading
 import time
 from urllib.parse import urlsplit
 
-import jax
 from PIL import Image
 
 from vixml_jax.serving.limits import Limits
@@ -19,7 +18,6 @@ from vixml_jax.serving.server import Server
 LIMITS = Limits(
   body_bytes=200_000, body_values=2_000, queries=5, k=20, text_chars=200, images=3, names=6, batch=16, wait_seconds=0.02
 )
-_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @contextlib.contextmanager
@@ -89,17 +87,6 @@ def metric(server, name):
   """Returns the sum of a metric's samples."""
   lines = call(server, "/metrics").body.decode().splitlines()
   return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(re.escape(name) + r"[ {]", line))
-
-
-@contextlib.contextmanager
-def counted_compilations():
-  events = []
-  listen = lambda event, *_, **__: events.append(event) if event == _COMPILED else None
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    yield events
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def in_base64(query):

@@ -53,6 +53,7 @@ _NOT_DETERMINED_BY_WEIGHTS = (
   "random_init",
   "pooling",
   "dtype",
+  "residual_dtype",
   "param_dtype",
   "remat",
   "bidirectional",

@@ -24,6 +24,7 @@ from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.files import locked
 from vixml_jax.models.siglip import define_siglip
+from vixml_jax.row_files import RowFiles
 from vixml_jax.weights.siglip import save_npz
 
 # The miniature's images have 8 x 8 pixels, so that nothing is resized.
@@ -92,8 +93,8 @@ class Trained:
     return json.loads((self.workdir / "final_metrics.json").read_text())
 
   def embeddings(self, name: str) -> np.ndarray:
-    """Array that training wrote to `embeddings/`."""
-    return np.load(self.workdir / "embeddings" / f"{name}.npy")
+    """Rows that training wrote to `embeddings/`."""
+    return np.asarray(RowFiles(self.workdir / "embeddings", name).load())
 
 
 def raw_records(folder: Path, split: str) -> list[dict]:

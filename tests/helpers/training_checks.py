@@ -139,8 +139,11 @@ def send_sigterm_at_batch(number, monkeypatch):
   monkeypatch.setattr(loop, "make_batch", batch_then_sigterm)
 
 
-def command(config, workdir, devices=8, encoder="minilm-l6"):
-  """Returns the command line that trains `config`, which must come from configs/custom.py with this encoder."""
+def command(config, workdir, devices=8, encoder="minilm-l6", module="vixml_jax.main"):
+  """Returns the command line that trains `config`, which must come from configs/custom.py with this encoder.
+
+  `module` may be followed by arguments that come before the flags.
+  """
   given = configuration.flatten_config(config)
   flags = [
     f"--config.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
@@ -152,7 +155,7 @@ def command(config, workdir, devices=8, encoder="minilm-l6"):
   arguments = [
     sys.executable,
     "-m",
-    "vixml_jax.main",
+    *module.split(),
     f"--config=configs/custom.py:encoder={encoder}",
     f"--workdir={workdir}",
     *flags,
@@ -167,12 +170,12 @@ def read_step(workdir):
   return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
 
 
-def two_processes(config, workdir, devices=2, encoder="minilm-l6"):
-  """Starts a run in two processes with the given number of devices each."""
+def two_processes(config, workdir, devices=2, encoder="minilm-l6", module="vixml_jax.main"):
+  """Starts a run in two processes with the given number of devices each; arguments as for `command`."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
-  commands = [command(config, workdir, devices, encoder) for _ in range(2)]
+  commands = [command(config, workdir, devices, encoder, module) for _ in range(2)]
   for number, started in enumerate(commands):
     started["args"] += [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process={number}"]
   return [subprocess.Popen(**started) for started in commands]

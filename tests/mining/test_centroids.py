@@ -1,15 +1,15 @@
 """Label centroids equal sparse matrix products, on one and on eight devices."""
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 import scipy.sparse
 
 from vixml_jax.mining import centroids
-from vixml_jax.mining.centroids import label_centroids, mean_of_rows
+from vixml_jax.mining.centroids import cluster_means, label_centroids, mean_of_rows
 from vixml_jax.ragged import Ragged
-from vixml_jax.sharding import make_mesh
+from vixml_jax.sharded_rows import from_host
+from vixml_jax.sharding import make_mesh, named_sharding, padded_rows
 
 
 def _problem(num_queries=500, num_labels=96, dim=12, seed=0):
@@ -46,16 +46,17 @@ def test_centroids_are_the_means_of_the_queries_of_each_label():
   embeddings, labels = _problem()
   result = label_centroids(embeddings, labels, 96)
   expected = _expected(embeddings, labels, 96)
-  assert result.shape == (96, 12) and result.dtype == np.float32
-  np.testing.assert_allclose(result, expected, atol=3e-7)
+  assert result.shape == (padded_rows(96), 12) and result.dtype == np.float32
+  np.testing.assert_allclose(result[:96], expected, atol=3e-7)
   assert not np.any(expected[5]) and not np.any(np.asarray(result)[5])
+  assert not np.any(np.asarray(result)[96:]), "padding"
 
 
 @pytest.mark.parametrize("num_labels", [96, 97])
 def test_small_blocks_of_pairs_and_labels_give_the_same_means(small_blocks, num_labels):
   embeddings, labels = _problem()
   np.testing.assert_allclose(
-    label_centroids(embeddings, labels, num_labels), _expected(embeddings, labels, num_labels), atol=3e-7
+    label_centroids(embeddings, labels, num_labels)[:num_labels], _expected(embeddings, labels, num_labels), atol=3e-7
   )
 
 
@@ -63,10 +64,23 @@ def test_small_blocks_of_pairs_and_labels_give_the_same_means(small_blocks, num_
 def test_eight_devices_give_the_bits_of_one(small_blocks, num_labels):
   embeddings, labels = _problem(num_queries=504)
   mesh = make_mesh(data=2, fsdp=2, tensor=2)
-  sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-  result = label_centroids(jax.device_put(embeddings, sharding), labels, num_labels)
+  result = label_centroids(from_host(embeddings, mesh).values, labels, num_labels)
   np.testing.assert_array_equal(result, label_centroids(embeddings, labels, num_labels))
-  assert result.sharding.is_fully_replicated == (num_labels % 8 != 0)
+  assert result.sharding.is_equivalent_to(named_sharding(mesh, "label", "vector"), 2)
+
+
+def test_cluster_means_have_a_row_for_each_cluster_and_normalize_if_asked_to():
+  embeddings, _ = _problem()
+  clusters = np.random.default_rng(1).integers(0, 7, 500)  # No row is in the last of 8 clusters.
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  lengths = np.random.default_rng(2).uniform(0.1, 9, (500, 1)).astype(np.float32)
+  long = from_host(embeddings * lengths, mesh).values
+  result = cluster_means(long, clusters, 8, normalized=True)
+  expected = np.stack([embeddings[clusters == cluster].mean(0) for cluster in range(7)] + [np.zeros(12)])
+  np.testing.assert_allclose(result, expected, atol=3e-7)
+  assert result.sharding.is_equivalent_to(named_sharding(mesh, "free_vector", "vector"), 2)
+  plain = np.stack([(embeddings * lengths)[clusters == cluster].mean(0) for cluster in range(7)] + [np.zeros(12)])
+  np.testing.assert_allclose(cluster_means(long, clusters, 8), plain, atol=3e-6)
 
 
 def test_means_of_rows_are_the_centroids_of_the_transposed_pairs(small_blocks):
@@ -83,7 +97,7 @@ def test_a_label_of_all_queries_with_large_embeddings_does_not_overflow():
 def test_a_label_of_one_query_has_exactly_its_embedding():
   embeddings, _ = _problem(num_queries=8)
   labels = Ragged.from_rows([[7 - query] for query in range(8)])
-  np.testing.assert_allclose(label_centroids(embeddings, labels, 8), embeddings[::-1], rtol=0, atol=2e-9)
+  np.testing.assert_allclose(label_centroids(embeddings, labels, 8)[:8], embeddings[::-1], rtol=0, atol=2e-9)
 
 
 def test_bfloat16_is_accepted_and_returned_and_rows_after_the_queries_are_ignored():
@@ -92,10 +106,10 @@ def test_bfloat16_is_accepted_and_returned_and_rows_after_the_queries_are_ignore
   result = label_centroids(stored, labels, 96, dtype=jax.numpy.bfloat16)
   assert result.dtype == jax.numpy.bfloat16
   expected = _expected(np.asarray(stored, np.float32)[:500], labels, 96)
-  np.testing.assert_allclose(np.asarray(result, np.float32), expected, rtol=0.005, atol=1e-4)
+  np.testing.assert_allclose(np.asarray(result, np.float32)[:96], expected, rtol=0.005, atol=1e-4)
 
 
 def test_without_pairs_centroids_are_zeros():
   empty = Ragged(np.zeros(0, np.int32), np.zeros(6, np.int64))
   result = label_centroids(np.ones((5, 4), np.float32), empty, 3)
-  np.testing.assert_array_equal(result, np.zeros((3, 4)))
+  np.testing.assert_array_equal(result, np.zeros((padded_rows(3), 4)))

@@ -6,7 +6,7 @@ import pytest
 
 from vixml_jax.mining import kmeans
 from vixml_jax.mining.kmeans import balanced_kmeans, draw_pairs
-from vixml_jax.sharding import make_mesh, to_global
+from vixml_jax.sharding import make_mesh, padded_rows, to_global
 
 # Tests share this shape and number of clusters where they can, and so one compiled program.
 NUM_ROWS, DIM, NUM_CLUSTERS = 500, 8, 32
@@ -132,7 +132,7 @@ def test_eight_devices_give_the_clusters_of_one(num_rows, block_rows, group_rows
   expected = balanced_kmeans(rows, 64, seed=2)
   mesh = make_mesh(data=2, fsdp=2, tensor=2)
   np.testing.assert_array_equal(balanced_kmeans(rows, 64, seed=2, mesh=mesh), expected)
-  padded = np.pad(rows, ((0, -num_rows % 8), (0, 0)), constant_values=7)
+  padded = np.pad(rows, ((0, padded_rows(num_rows) - num_rows), (0, 0)), constant_values=7)
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
   sharded = to_global(padded, sharding)
   np.testing.assert_array_equal(balanced_kmeans(sharded, 64, seed=2, num_rows=num_rows), expected)

@@ -11,7 +11,7 @@ from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.models.definition import define_model
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer
-from vixml_jax.run.state import TrainState, abstract_state
+from vixml_jax.run.state import TrainState, abstract_state, model_part
 from vixml_jax.training.optimizer import make_optimizer
 
 NUM_QUERIES = 50
@@ -88,7 +88,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path, state):
 def test_a_model_is_restored_without_its_optimizer(tmp_path, abstract, state):
   shutil.rmtree(save(tmp_path, state, 3) / "3" / "training")
   with Checkpointer(tmp_path, 2) as checkpointer:
-    restored = checkpointer.restore_model(3, abstract)
+    restored = checkpointer.restore_model(3, model_part(abstract))
   assert_same(restored, {"params": state.params, "centroids": state.centroids, "label_clusters": state.label_clusters})
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, abstract, state, damage):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, abstract, state):
   save(tmp_path, state, 3)
   other = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype, sharding=leaf.sharding), abstract
+    lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype, sharding=leaf.sharding), model_part(abstract)
   )
   with Checkpointer(tmp_path, 2) as checkpointer, pytest.raises(InputError, match="does not fit this config"):
     checkpointer.restore_model(3, other)

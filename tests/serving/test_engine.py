@@ -5,7 +5,8 @@ import functools
 
 import numpy as np
 
-from tests.helpers.http_server import LIMITS, counted_compilations, expected, png
+from tests.helpers.compilations import counted_compilations
+from tests.helpers.http_server import LIMITS, expected, png
 import vixml_jax
 from vixml_jax.files import sha256_of_file
 from vixml_jax.inference.queries import Query

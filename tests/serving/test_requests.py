@@ -10,19 +10,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.helpers.http_server import (
-  LIMITS,
-  Reply,
-  call,
-  connect,
-  counted_compilations,
-  expected,
-  in_base64,
-  labels_of,
-  metric,
-  png,
-  predict,
-)
+from tests.helpers.compilations import counted_compilations
+from tests.helpers.http_server import LIMITS, Reply, call, connect, expected, in_base64, labels_of, metric, png, predict
 from tests.helpers.miniature_runs import ROOT
 from vixml_jax.encoding import item_encoder
 from vixml_jax.inference import trained_encoder

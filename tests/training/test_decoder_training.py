@@ -55,7 +55,7 @@ def test_adapters_learn(finished):
   _, workdir, final = finished
   lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   losses = [line["values"]["mean_loss"] for line in lines if line["split"] == "epoch"]
-  assert len(losses) == EPOCHS and min(losses) < 0.9 * losses[0]
+  assert len(losses) == EPOCHS and min(losses) < 0.92 * losses[0]
   assert final["P@1"] > 40  # By chance 1 in 24.
 
 

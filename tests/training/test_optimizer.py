@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from tests.helpers.miniature_runs import load_config
 from vixml_jax.training import optimizer
 
 RATES = {"encoder": 0.01, "new": 0.03, "free_vectors": 0.1}
@@ -111,3 +112,50 @@ def test_a_parameter_with_two_rules_is_refused():
   rules = (*optimizer.RULES, (r".*up/kernel", ("new", True)))
   with pytest.raises(ValueError, match="encoder/layers/up/kernel: 2 optimizer rules match"):
     optimizer.parameter_groups(nested({"encoder/layers/up/kernel": np.zeros(2)}), rules)
+
+
+# Names of norms as transformers gives them -> ours; and whether the published code decays them there.
+NORMS = {
+  "BertModel": {
+    "embeddings.LayerNorm.weight": "embedding_norm",
+    "encoder.layer.0.attention.output.LayerNorm.weight": "layers/attention_norm",
+    "encoder.layer.0.output.LayerNorm.weight": "layers/mlp_norm",
+  },
+  "DistilBertModel": {
+    "embeddings.LayerNorm.weight": "embedding_norm",
+    "transformer.layer.0.sa_layer_norm.weight": "layers/attention_norm",
+    "transformer.layer.0.output_layer_norm.weight": "layers/mlp_norm",
+  },
+}
+
+
+@pytest.mark.parametrize("encoder,kind", [("bert", "BertModel"), ("distilbert", "DistilBertModel")])
+def test_norms_are_decayed_where_the_published_code_excludes_other_names(encoder, kind):
+  sizes = dict(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+  if kind == "DistilBertModel":
+    sizes = dict(vocab_size=8, dim=4, n_layers=1, n_heads=1, hidden_dim=4)
+  theirs = getattr(transformers, kind)(getattr(transformers, kind.replace("Model", "Config"))(**sizes))
+  excluded = ("bias", "LayerNorm.weight")  # `no_decay` of PRIME and ViXML.
+  wanted = {
+    ours: not any(part in name for part in excluded)
+    for name, ours in NORMS[kind].items()
+    if theirs.get_parameter(name).ndim
+  }
+  decay_layers = load_config("lf_amazon_titles_131k", f"encoder={encoder}").train.decay_layer_norms
+  rules = optimizer.RULES_WITH_DECAYED_LAYER_NORMS if decay_layers else optimizer.RULES
+  groups = optimizer.parameter_groups(nested(dict.fromkeys((f"encoder/{name}/scale" for name in wanted), 0.0)), rules)
+  found = {
+    optimizer.path_name(path).removeprefix("encoder/").removesuffix("/scale"): group[1]
+    for path, group in jax.tree_util.tree_leaves_with_path(groups, is_leaf=lambda node: isinstance(node, tuple))
+  }
+  assert found == wanted
+
+
+def test_all_parameters_but_the_norms_of_layers_have_the_same_group_under_both_rules():
+  params = nested({name: np.zeros(shape) for name, (shape, _, _) in PARAMETERS.items()})
+  plain, other = (
+    optimizer.parameter_groups(params, rules) for rules in (optimizer.RULES, optimizer.RULES_WITH_DECAYED_LAYER_NORMS)
+  )
+  assert other["encoder"]["layers"]["mlp_norm"].pop("scale") == ("encoder", True)
+  assert plain["encoder"]["layers"]["mlp_norm"].pop("scale") == ("encoder", False)
+  assert plain == other

@@ -1,12 +1,12 @@
 """Evaluates a trained model on a split of its data set: encodes, chooses retrieval settings, searches, scores."""
 
 import dataclasses
+import functools
 import logging
 
 from ml_collections import ConfigDict
 import numpy as np
 
-from vixml_jax import sharding
 from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.evaluation.evaluator import (
   Evaluation,
@@ -17,10 +17,12 @@ from vixml_jax.evaluation.evaluator import (
   evaluate,
 )
 from vixml_jax.evaluation.tuning import Setting
-from vixml_jax.mining.centroids import label_centroids
+from vixml_jax.mining.centroids import cluster_means, label_centroids
 from vixml_jax.run.data import RunData
+from vixml_jax.run.from_config import chooses_retrieval
 from vixml_jax.run.state import TrainedModel
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
+from vixml_jax.sharded_rows import ShardedRows
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +37,10 @@ class ModelEvaluation:
     tried: the retrieval settings that were tried on held-out queries; empty where none were chosen.
     index: the labels and training queries that were searched.
     queries: the queries that were evaluated.
-    pooled_labels: float32 [L, D], pooled encoder outputs of the labels, before normalization.
-    train_embeddings: float32 [N, D], embeddings of all training queries.
+    train_embeddings: [N, D], embeddings of all training queries.
+    pooled_labels: [L, D], pooled encoder outputs of the labels, if the prototypes of the index do not know all training
+      queries; None otherwise.
+    cluster_means: [C, D], mean embedding of the labels of each free vector; None for a model without free vectors.
   """
 
   result: Evaluation
@@ -44,12 +48,15 @@ class ModelEvaluation:
   tried: list[Setting]
   index: EvaluationIndex
   queries: EvaluationQueries
-  pooled_labels: np.ndarray
-  train_embeddings: np.ndarray
+  train_embeddings: ShardedRows
+  pooled_labels: ShardedRows | None
+  cluster_means: ShardedRows | None
 
 
 def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, model: TrainedModel) -> ModelEvaluation:
   """Encodes everything that is needed, chooses retrieval settings where asked to, and evaluates `eval.split`.
+
+  All embeddings stay on the devices. What held-out queries need comes first and is freed before the test queries.
 
   Args:
     config: the whole config.
@@ -57,39 +64,80 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
     encoder: encodes items, given the trained parameters.
     model: the trained model; its `train_embeddings` are used where it has them.
   """
-  wanted, corpus = config.eval, data.corpus
+  wanted = config.eval
   evaluation = evaluation_config(wanted)
   train_embeddings = model.train_embeddings
   if train_embeddings is None:
-    train_embeddings = encoder.embed(model.params, data.items["train"], "training queries")
-  pooled = encoder.pooled(model.params, data.items["labels"], "labels")
+    train_embeddings = encoder.embed_rows(model.params, data.items["train"], "training queries")
+  pooled = encoder.pool_rows(model.params, data.items["labels"], "labels")
   propensity = data.inverse_propensity(config.dataset.propensity_a, config.dataset.propensity_b)
+  make_index = functools.partial(
+    EvaluationIndex,
+    train_embeddings=train_embeddings,
+    train_labels=data.corpus.train_labels,
+    inverse_propensity=propensity,
+    search=wanted.search,
+    mesh=encoder.mesh,
+  )
   tried: list[Setting] = []
-  if chooses_retrieval(wanted) or wanted.split == "validation":
-    # Held-out queries are searched against centroids and training queries that do not know them.
-    rows, known = data.validation_rows, train_embeddings[data.train_rows]
-    centroids = label_centroids(known, data.train_labels, data.num_labels, mesh=encoder.mesh)
-    prototypes = encoder.prototypes(model.params, pooled, model.label_clusters, sharding.to_host(centroids))
-    index = EvaluationIndex(prototypes, known, data.train_labels, propensity, wanted.search, encoder.mesh)
-    queries = EvaluationQueries(train_embeddings[rows], corpus.train_labels.take(rows), corpus.train_filter.take(rows))
-  if chooses_retrieval(wanted):
-    settings, tried = choose_retrieval(index, queries, wanted.retrieval_hits)
-    evaluation = dataclasses.replace(evaluation, retrieval=settings)
-    _log.info(
-      "retrieval augmentation: lambda %g and temperature %g, best of %d on %d held-out queries",
-      settings.lambda_,
-      settings.temperature,
-      len(tried),
-      len(queries.labels),
+  if chooses_retrieval(config) or wanted.split == "validation":
+    known = np.zeros(len(train_embeddings), bool)
+    known[data.train_rows] = True
+    prototypes = _held_out_prototypes(data, encoder, model, pooled, train_embeddings, known)
+    index = make_index(
+      prototypes, train_labels=data.corpus.train_labels.keep(known), known=None if known.all() else known
     )
-  if wanted.split == "test":
-    prototypes = encoder.prototypes(model.params, pooled, model.label_clusters, model.centroids)
-    index = EvaluationIndex(prototypes, train_embeddings, corpus.train_labels, propensity, wanted.search, encoder.mesh)
+    rows = data.validation_rows
     queries = EvaluationQueries(
-      encoder.embed(model.params, data.items["test"], "test queries"), corpus.test_labels, corpus.test_filter
+      train_embeddings.select(rows), data.corpus.train_labels.take(rows), data.corpus.train_filter.take(rows)
+    )
+    if chooses_retrieval(config):
+      assert evaluation.retrieval is not None
+      settings, tried = choose_retrieval(index, queries, evaluation.retrieval)
+      evaluation = dataclasses.replace(evaluation, retrieval=settings)
+      _log.info(
+        "retrieval augmentation: lambda %g and temperature %g, best of %d on %d held-out queries",
+        settings.lambda_,
+        settings.temperature,
+        len(tried),
+        len(queries),
+      )
+    del prototypes
+    if wanted.split == "test":
+      del index, queries  # Frees what held-out queries needed.
+  means = _cluster_means(config, model, pooled)
+  if wanted.split == "test":
+    index = make_index(encoder.prototype_rows(model.params, pooled, model.label_clusters, model.centroids, donate=True))
+    queries = EvaluationQueries(
+      encoder.embed_rows(model.params, data.items["test"], "test queries"),
+      data.corpus.test_labels,
+      data.corpus.test_filter,
     )
   result = evaluate(index, queries, evaluation)
-  return ModelEvaluation(result, evaluation, tried, index, queries, pooled, train_embeddings)
+  left = None if wanted.split == "test" else pooled
+  return ModelEvaluation(result, evaluation, tried, index, queries, train_embeddings, left, means)
+
+
+def _held_out_prototypes(
+  data: RunData,
+  encoder: ItemEncoder,
+  model: TrainedModel,
+  pooled: ShardedRows,
+  train_embeddings: ShardedRows,
+  known: np.ndarray,
+) -> ShardedRows:
+  """Returns the prototypes of all labels whose centroids do not know the held-out queries."""
+  labels = data.corpus.train_labels.keep(known)
+  centroids = label_centroids(train_embeddings.values, labels, data.num_labels)
+  return encoder.prototype_rows(model.params, pooled, model.label_clusters, centroids)
+
+
+def _cluster_means(config: ConfigDict, model: TrainedModel, pooled: ShardedRows) -> ShardedRows | None:
+  """Returns the mean embedding of the labels of each free vector."""
+  if "free_vectors" not in model.params:
+    return None
+  number = config.train.free_vectors
+  return ShardedRows(cluster_means(pooled.values, model.label_clusters, number, normalized=True), number)
 
 
 def evaluate_with_fewer_images(
@@ -100,29 +148,34 @@ def evaluate_with_fewer_images(
   items = data.items[split] if split == "test" else data.items[split].take(rows)
   results = {}
   for count in config.eval.test_images:
-    embeddings = encoder.embed(model.params, items.first_images(count), f"queries with {count} images")
+    embeddings = encoder.embed_rows(model.params, items.first_images(count), f"queries with {count} images")
     queries = dataclasses.replace(evaluation.queries, embeddings=embeddings)
     results[count] = evaluate(evaluation.index, queries, evaluation.config)
   return results
 
 
-def all_prototypes(
-  config: ConfigDict, encoder: ItemEncoder, model: TrainedModel, evaluation: ModelEvaluation
-) -> np.ndarray:
-  """Returns the prototypes of all labels with all training queries known, float32 [L, D], whatever was evaluated."""
-  if config.eval.split == "test":
+def all_prototypes(encoder: ItemEncoder, model: TrainedModel, evaluation: ModelEvaluation) -> ShardedRows:
+  """Returns the prototypes of all labels with all training queries known, [L, D], whatever was evaluated.
+
+  The memory of `evaluation.pooled_labels` is reused.
+  """
+  if evaluation.pooled_labels is None:
+    assert isinstance(evaluation.index.prototypes, ShardedRows)
     return evaluation.index.prototypes
-  return encoder.prototypes(model.params, evaluation.pooled_labels, model.label_clusters, model.centroids)
+  return encoder.prototype_rows(
+    model.params, evaluation.pooled_labels, model.label_clusters, model.centroids, donate=True
+  )
 
 
 def evaluation_config(wanted: ConfigDict) -> EvaluationConfig:
   """Returns the evaluation that the section `eval` of a config describes."""
   retrieval = None
   if wanted.retrieval_augmented:
-    retrieval = RetrievalSettings(wanted.retrieval_lambda, wanted.retrieval_temperature, wanted.retrieval_hits)
+    retrieval = RetrievalSettings(
+      wanted.retrieval_lambda,
+      wanted.retrieval_temperature,
+      wanted.retrieval_hits,
+      wanted.retrieval_query_hits,
+      wanted.retrieval_search == "joint",
+    )
   return EvaluationConfig(tuple(wanted.ks), tuple(wanted.recall_ks), wanted.bootstrap_samples, retrieval)
-
-
-def chooses_retrieval(wanted: ConfigDict) -> bool:
-  """Returns whether lambda and temperature are chosen on held-out queries, by the section `eval` of a config."""
-  return wanted.retrieval_augmented and wanted.retrieval_choose

@@ -55,6 +55,14 @@ class QueryMetrics:
   def __len__(self) -> int:
     return len(self.numerators)
 
+  @classmethod
+  def concatenate(cls, blocks: Sequence["QueryMetrics"]) -> "QueryMetrics":
+    """Returns the metrics of the queries of all blocks, in order."""
+    numerators, denominators = (
+      np.concatenate([getattr(block, name) for block in blocks]) for name in ("numerators", "denominators")
+    )
+    return dataclasses.replace(blocks[0], numerators=numerators, denominators=denominators)
+
   def take(self, rows: np.ndarray) -> "QueryMetrics":
     """Returns the metrics of the given queries."""
     return dataclasses.replace(self, numerators=self.numerators[rows], denominators=self.denominators[rows])
@@ -158,37 +166,58 @@ def metrics_by_frequency(
     A dict for each group with `decile` (1 to 10), `labels`, `min_frequency`, `max_frequency`, `positives` (number of
     pairs), and the metrics in percent. With fewer than ten labels, empty groups are left out.
   """
-  order = np.argsort(frequencies, kind="stable")
-  groups = [group for group in np.array_split(order, NUM_DECILES) if len(group)]
-  group_of_label = np.empty(len(frequencies), np.int64)
-  for number, group in enumerate(groups):
-    group_of_label[group] = number
-  ids = ids[:, : max(*precision_ks, *recall_ks)]
-  positives = np.zeros(len(groups), np.int64)
-  hits_at_rank = np.zeros((len(groups), ids.shape[1]), np.int64)
+  counts = FrequencyCounts(frequencies, precision_ks, recall_ks)
   for start in range(0, len(ids), QUERIES_AT_ONCE):
-    block_ids = ids[start : start + QUERIES_AT_ONCE]
-    block_truth = _distinct(truth.take(np.arange(start, start + len(block_ids))))
-    positives += np.bincount(group_of_label[block_truth.values], minlength=len(groups))
-    queries, ranks = np.nonzero(is_in_row(block_ids, block_truth))
-    np.add.at(hits_at_rank, (group_of_label[block_ids[queries, ranks]], ranks), 1)
-  found = hits_at_rank.cumsum(1)
-  result = []
-  for number, group in enumerate(groups):
-    pairs = int(positives[number])
-    row: dict[str, float | None] = {
-      "decile": number + 1,
-      "labels": len(group),
-      "min_frequency": int(frequencies[group[0]]),
-      "max_frequency": int(frequencies[group[-1]]),
-      "positives": pairs,
-    }
-    for k in precision_ks:
-      row[f"P@{k}"] = 100 * float(found[number, k - 1]) / (k * max(len(ids), 1))
-    for k in recall_ks:
-      row[f"R@{k}"] = 100 * float(found[number, k - 1]) / pairs if pairs else None
-    result.append(row)
-  return result
+    block = ids[start : start + QUERIES_AT_ONCE]
+    counts.add(block, truth.take(np.arange(start, start + len(block))))
+  return counts.rows()
+
+
+class FrequencyCounts:
+  """Hits and positives of groups of labels, counted over blocks of queries; see `metrics_by_frequency`."""
+
+  def __init__(
+    self, frequencies: np.ndarray, precision_ks: Sequence[int] = PRECISION_KS, recall_ks: Sequence[int] = RECALL_KS
+  ):
+    """Forms the groups; arguments as for `metrics_by_frequency`."""
+    self._frequencies, self._precision_ks, self._recall_ks = frequencies, precision_ks, recall_ks
+    order = np.argsort(frequencies, kind="stable")
+    self._groups = [group for group in np.array_split(order, NUM_DECILES) if len(group)]
+    self._group_of_label = np.empty(len(frequencies), np.int64)
+    for number, group in enumerate(self._groups):
+      self._group_of_label[group] = number
+    self._depth = max(*precision_ks, *recall_ks)
+    self._num_queries = 0
+    self._positives = np.zeros(len(self._groups), np.int64)
+    self._hits_at_rank = np.zeros((len(self._groups), self._depth), np.int64)
+
+  def add(self, ids: np.ndarray, truth: Ragged) -> None:
+    """Counts a block of queries: the labels found [Q, K], and the positives, Q rows."""
+    ids, truth = ids[:, : self._depth], _distinct(truth)
+    self._num_queries += len(ids)
+    self._positives += np.bincount(self._group_of_label[truth.values], minlength=len(self._groups))
+    queries, ranks = np.nonzero(is_in_row(ids, truth))
+    np.add.at(self._hits_at_rank, (self._group_of_label[ids[queries, ranks]], ranks), 1)
+
+  def rows(self) -> list[dict[str, float | None]]:
+    """Returns the result of `metrics_by_frequency` for all queries so far."""
+    found = self._hits_at_rank.cumsum(1)
+    result = []
+    for number, group in enumerate(self._groups):
+      pairs = int(self._positives[number])
+      row: dict[str, float | None] = {
+        "decile": number + 1,
+        "labels": len(group),
+        "min_frequency": int(self._frequencies[group[0]]),
+        "max_frequency": int(self._frequencies[group[-1]]),
+        "positives": pairs,
+      }
+      for k in self._precision_ks:
+        row[f"P@{k}"] = 100 * float(found[number, k - 1]) / (k * max(self._num_queries, 1))
+      for k in self._recall_ks:
+        row[f"R@{k}"] = 100 * float(found[number, k - 1]) / pairs if pairs else None
+      result.append(row)
+    return result
 
 
 def _layout(precision_ks: Sequence[int], recall_ks: Sequence[int]) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -184,10 +184,14 @@ class Predictor:
     if self.retrieval is None:
       return search(embeddings, k, filters)
     # The label search applies the filters too, so that a query with few allowed labels finds them.
-    hits = self.retrieval.hits
     neighbors = retrieval_augmented.Neighbors(
-      *search(embeddings, hits, filters), *self.index.query_index.search(embeddings, hits)
+      *search(embeddings, self.retrieval.hits, filters),
+      *self.index.query_index.search(embeddings, self.retrieval.num_query_hits),
     )
+    if self.retrieval.joint:
+      # Training queries are not filtered. They would take the places of the few labels that a query may have.
+      limited = None if filters is None or filters.allow is None else filters.allow.has_set
+      neighbors = neighbors.nearest(self.retrieval.hits, None if limited is None else ~limited)
     return retrieval_augmented.combine(
       neighbors,
       self.index.query_labels,
@@ -313,10 +317,11 @@ def _retrieval_settings(
       f"{workdir / INDEX}: has no training queries, which retrieval-augmented inference needs; run "
       f"python -m vixml_jax.evaluate --workdir={workdir} --retrieval_augmented"
     )
-  settings = RetrievalSettings(
-    stored["lambda"] if lambda_ is None else lambda_,
-    stored["temperature"] if temperature is None else temperature,
-    stored["hits"],
+  settings = RetrievalSettings.from_json(stored)
+  settings = dataclasses.replace(
+    settings,
+    lambda_=settings.lambda_ if lambda_ is None else lambda_,
+    temperature=settings.temperature if temperature is None else temperature,
   )
   retrieval_augmented.check_setting(settings.lambda_, settings.temperature)
   _ = index.query_index  # Opened now, because the next snapshot removes its files.

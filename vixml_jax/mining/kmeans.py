@@ -17,16 +17,19 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from vixml_jax.mining.bisection import MAX_LEVELS, bisect_clusters, halve
 from vixml_jax.mining.row_blocks import RowShare, fetch_rows, inverse_norms
 from vixml_jax.mining.rows import mesh_of, shard_rows
+from vixml_jax.rounding import largest_divisor
 from vixml_jax.sharding import to_host
+from vixml_jax.stages import LONG, stage
 
 BLOCK_ROWS = 4096
-"""Number of rows that are multiplied at a time, which bounds the temporaries beside the embeddings."""
+"""Largest number of rows that are multiplied at a time, which bounds the temporaries beside the embeddings."""
+_MAX_DEVICES = 256  # Up to so many devices, blocks consist of the same rows and the result is the same.
 GROUP_ROWS = 16384
 """Largest cluster whose subtree is finished on one device."""
 STAGE_LEVELS = 5
@@ -44,13 +47,12 @@ def balanced_kmeans(
 ) -> np.ndarray:
   """Splits rows into clusters whose sizes differ by at most one, by recursive balanced 2-means.
 
-  The result is a function of the seed, on any number of devices. Rows with equal scores are ordered by their index. It
-  needs about `4 * (BLOCK_ROWS + 3 * GROUP_ROWS) * D + 40 * N` bytes beside the embeddings on each device, and a padded
-  copy of them if there are several devices and N is not a multiple of `BLOCK_ROWS` times their number.
+  The result is a function of the seed, on up to 256 devices. Rows with equal scores are ordered by their index. It
+  needs about `4 * (BLOCK_ROWS + 3 * GROUP_ROWS) * D + 40 * N` bytes beside the embeddings on each device.
 
   Args:
-    embeddings: [N, D] of any float type and length, zeros for a row never seen. Sharded over rows or not. Rows after
-      the first `num_rows` are padding.
+    embeddings: [N, D] of any float type and length, zeros for a row never seen. On the devices, split by rows, or on
+      the host. Rows after the first `num_rows` are padding.
     num_clusters: Number of clusters, a power of two, at most `num_rows`.
     seed: Seed of the first centers.
     iterations: Maximum number of iterations of a level, at least 1.
@@ -78,22 +80,52 @@ def balanced_kmeans(
   if levels == 0:
     return np.zeros(num_rows, np.int32)
   mesh = mesh or mesh_of(embeddings)
-  top_levels = min(levels, MAX_LEVELS, max(0, _ceil_log2(num_rows) - _ceil_log2(GROUP_ROWS)))
-  order = _order_by_cluster(
-    shard_rows(embeddings, mesh, BLOCK_ROWS),
-    np.int32(num_rows),
-    draw_pairs(seed, num_rows, levels),
-    num_rows=num_rows,
-    top_levels=top_levels,
-    iterations=iterations,
-    mesh=mesh,
-  )
+  rows = shard_rows(embeddings, mesh)
+  pairs = draw_pairs(seed, num_rows, levels)
+  with stage(f"divide {num_rows:,} rows into {num_clusters:,} clusters", shown=num_rows >= LONG):
+    order = to_host(
+      _order_by_cluster(
+        rows, np.int32(num_rows), pairs, **_static(rows.shape[0], num_rows, levels, iterations), mesh=mesh
+      )
+    )
   sizes = np.array([num_rows])
   for _ in range(levels):
     sizes = halve(sizes, np)
   clusters = np.empty(num_rows, np.int32)
-  clusters[to_host(order)] = np.repeat(np.arange(num_clusters, dtype=np.int32), sizes)
+  clusters[order] = np.repeat(np.arange(num_clusters, dtype=np.int32), sizes)
   return clusters
+
+
+def lower_kmeans(
+  embeddings: jax.ShapeDtypeStruct, num_clusters: int, num_rows: int, mesh: Mesh, iterations: int = 50
+) -> jax.stages.Lowered:
+  """Lowers the program of `balanced_kmeans` for devices that need not exist; arguments as for `balanced_kmeans`."""
+  where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  rows = jax.ShapeDtypeStruct(embeddings.shape, embeddings.dtype, sharding=where)
+  levels = num_clusters.bit_length() - 1
+  pairs = [jax.ShapeDtypeStruct((2**level, 2), jnp.int32) for level in range(levels)]
+  size = jax.ShapeDtypeStruct((), jnp.int32)
+  static = _static(rows.shape[0], num_rows, levels, iterations)
+  return _order_by_cluster.lower(rows, size, pairs, **static, mesh=mesh)
+
+
+def _static(padded_rows: int, num_rows: int, levels: int, iterations: int) -> dict[str, int]:
+  """Returns the arguments of `_order_by_cluster` that a program is compiled for."""
+  return {
+    "num_rows": num_rows,
+    "top_levels": min(levels, MAX_LEVELS, max(0, _ceil_log2(num_rows) - _ceil_log2(GROUP_ROWS))),
+    "iterations": iterations,
+    "block": block_rows(padded_rows),
+  }
+
+
+def block_rows(num_rows: int) -> int:
+  """Returns the number of rows that are multiplied at a time: a divisor of every device's share.
+
+  Args:
+    num_rows: Number of rows with padding, a multiple of 1024.
+  """
+  return largest_divisor(max(num_rows // _MAX_DEVICES, 1), BLOCK_ROWS)
 
 
 def draw_pairs(seed: int, num_rows: int, levels: int) -> list[np.ndarray]:
@@ -109,7 +141,7 @@ def draw_pairs(seed: int, num_rows: int, levels: int) -> list[np.ndarray]:
   return pairs
 
 
-@functools.partial(jax.jit, static_argnames=("num_rows", "top_levels", "iterations", "mesh"))
+@functools.partial(jax.jit, static_argnames=("num_rows", "top_levels", "iterations", "block", "mesh"))
 def _order_by_cluster(
   embeddings: jax.Array,
   size: jax.typing.ArrayLike,
@@ -118,6 +150,7 @@ def _order_by_cluster(
   num_rows: int,
   top_levels: int,
   iterations: int,
+  block: int,
   mesh: Mesh,
 ) -> jax.Array:
   """Returns the row ids [num_rows] in an order in which every cluster is a contiguous range.
@@ -126,7 +159,7 @@ def _order_by_cluster(
   """
   axes = mesh.axis_names
   arrange = functools.partial(
-    _arrange_share, num_rows=num_rows, top_levels=top_levels, iterations=iterations, axes=axes
+    _arrange_share, num_rows=num_rows, top_levels=top_levels, iterations=iterations, block=block, axes=axes
   )
   replicated = PartitionSpec()
   return jax.shard_map(
@@ -142,10 +175,11 @@ def _arrange_share(
   num_rows: int,
   top_levels: int,
   iterations: int,
+  block: int,
   axes: tuple[str, ...],
 ) -> jax.Array:
   """Splits the upper levels with rows in place, then lets each device finish its part of the subtrees."""
-  rows = RowShare(share, inverse_norms(share, BLOCK_ROWS), num_rows, axes, BLOCK_ROWS)
+  rows = RowShare(share, inverse_norms(share, block), num_rows, axes, block)
   order, sizes = bisect_clusters(rows, size, pairs[:top_levels], iterations)
   num_devices = lax.axis_size(axes)
   per_device = -(-len(sizes) // num_devices)

@@ -13,7 +13,6 @@ from vixml_jax.images import decoding
 from vixml_jax.input.corpus import Corpus
 from vixml_jax.ragged import Ragged
 
-NUM_EXAMPLES = 30
 _NUM_PREDICTIONS = 5
 _MAX_TRUE_LABELS = 12
 _MAX_IMAGES = 3
@@ -80,30 +79,26 @@ def collect_examples(
   truth: Ragged,
   ids: Mapping[str, np.ndarray],
   scores: Mapping[str, np.ndarray],
-  number: int = NUM_EXAMPLES,
 ) -> list[Example]:
-  """Returns random queries that have labels; the same queries for every model on the same data.
+  """Returns the given queries with what the report shows of them.
 
   Args:
     corpus: Data set with texts and images.
     split: Split of the queries, "train" or "test".
-    rows: Row of each query in the split, int64 [Q].
-    truth: Positives of the queries, Q rows.
-    ids: Labels from best to worst of each ranking, int32 [Q, K]; -1 where there is no prediction.
-    scores: Scores of these labels, float32 [Q, K].
-    number: Maximum number of examples.
+    rows: Row of each query in the split, int64 [E].
+    truth: Positives of the queries, E rows.
+    ids: Labels from best to worst of each ranking, int32 [E, K]; -1 where there is no prediction.
+    scores: Scores of these labels, float32 [E, K].
   """
-  labeled = np.flatnonzero(truth.lengths)
-  chosen = np.sort(np.random.default_rng(0).choice(labeled, min(number, len(labeled)), replace=False))
-  wanted = [truth[query] for query in chosen] + [
-    found[query][:_NUM_PREDICTIONS] for found in ids.values() for query in chosen
+  wanted = [truth[query] for query in range(len(rows))] + [
+    found[:, :_NUM_PREDICTIONS].ravel() for found in ids.values()
   ]
   labels = np.unique(np.concatenate([np.zeros(0, np.int32), *wanted]))
   labels = labels[labels >= 0]
   texts = dict(zip(labels.tolist(), map(_cut, corpus.label_text(labels.tolist())), strict=True))
-  records = Records(corpus.builder, split).take(rows[chosen])
+  records = Records(corpus.builder, split).take(rows.tolist())
   examples = []
-  for query, record in zip(chosen, records, strict=True):
+  for query, record in enumerate(records):
     true = truth[query].tolist()
     ranked = _true_labels(true, {name: found[query].tolist() for name, found in ids.items()}, texts)
     examples.append(

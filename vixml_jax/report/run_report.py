@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from vixml_jax.evaluation.evaluator import Evaluation, EvaluationConfig, EvaluationQueries
+from vixml_jax.evaluation.evaluator import Evaluation, EvaluationConfig
 from vixml_jax.evaluation.per_query import PerQuery, describe_queries
 from vixml_jax.files import write_json
 from vixml_jax.input.corpus import Corpus
-from vixml_jax.input.items import Items
+from vixml_jax.ragged import Ragged
 from vixml_jax.report.examples import collect_examples
 from vixml_jax.report.html_report import write_report
 from vixml_jax.report.table import metrics_table
@@ -25,7 +25,7 @@ def write_evaluation(
   split: str,
   search: str,
   num_labels: int,
-  items: Items | None,
+  has_images: np.ndarray | None,
   bootstrap_samples: int,
 ) -> None:
   """Writes evaluation.json: a description of the evaluated queries, and all results in detail.
@@ -37,7 +37,7 @@ def write_evaluation(
     split: "test" or "validation".
     search: "exact" or "scann".
     num_labels: Number of labels L.
-    items: The evaluated queries, to separate those with images from those without; None for a model of texts only.
+    has_images: bool [Q], whether each evaluated query has images; None for a model of texts only.
     bootstrap_samples: Number of bootstrap samples for the intervals of both groups.
   """
   write_json(
@@ -47,7 +47,7 @@ def write_evaluation(
       "search": search,
       "labels": num_labels,
       "queries": len(result.per_query["plain"]),
-      "by_images": {} if items is None else _by_images(result, items, bootstrap_samples),
+      "by_images": {} if has_images is None else _by_images(result, has_images, bootstrap_samples),
       "intervals_95": result.intervals,
       "by_label_frequency": result.deciles,
       "scann_recall": result.scann_recall,
@@ -63,7 +63,7 @@ def write_report_files(
   workdir: Path,
   corpus: Corpus,
   result: Evaluation,
-  queries: EvaluationQueries,
+  truth: Ragged,
   *,
   split: str,
   rows: np.ndarray,
@@ -76,7 +76,7 @@ def write_report_files(
     workdir: Folder of the run.
     corpus: Data set with the texts and images of the examples.
     result: Results on the evaluated queries.
-    queries: The evaluated queries.
+    truth: Positives of the evaluated queries, Q rows.
     split: "test", or "validation" for held-out queries of the training split.
     rows: Row of each query in the test or training split, int64 [Q].
     propensity: Constants A and B of the propensity in PSP.
@@ -85,7 +85,8 @@ def write_report_files(
   description = describe_queries(corpus.builder, split, None if split == "test" else rows, propensity)
   PerQuery(description, result.per_query).save(workdir / PER_QUERY)
   dataset_split = "train" if split == "validation" else split
-  examples = collect_examples(corpus, dataset_split, rows, queries.labels, result.ids, result.scores)
+  shown = result.examples
+  examples = collect_examples(corpus, dataset_split, rows[shown], truth.take(shown), result.ids, result.scores)
   write_report(workdir, examples, learning_rates)
 
 
@@ -122,8 +123,7 @@ def results_table(
   return f"{table}\nScaNN against exact search: {found}" if found else table
 
 
-def _by_images(result: Evaluation, items: Items, bootstrap_samples: int) -> dict[str, Any]:
+def _by_images(result: Evaluation, has_images: np.ndarray, bootstrap_samples: int) -> dict[str, Any]:
   """Returns the results of the queries with images and of those without."""
-  has_images = items.images.lengths > 0
   groups = {"with images": np.flatnonzero(has_images), "without images": np.flatnonzero(~has_images)}
   return {name: result.of_queries(group, bootstrap_samples) for name, group in groups.items() if len(group)}

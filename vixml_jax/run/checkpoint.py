@@ -135,13 +135,17 @@ class Checkpointer:
     state = TrainState(**restored["model"], **restored["training"])
     return Checkpoint(state, clusters if len(clusters) == num_queries else None, restored["meta"])
 
-  def restore_model(self, step: int, abstract: TrainState) -> dict[str, Any]:
+  def restore_model(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """Returns parameters, centroids and label clusters; no optimizer state is read.
 
+    Args:
+      step: the checkpoint's step.
+      abstract: shapes and shardings to restore into, from `state.abstract_model_part`.
+
     Raises:
-      InputError: the checkpoint does not fit the state, or is damaged.
+      InputError: the checkpoint does not fit the shapes, or is damaged.
     """
-    wanted = ocp.args.Composite(model=ocp.args.StandardRestore(model_part(abstract)))
+    wanted = ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
     return _restoring(self._manager.directory, lambda: self._manager.restore(step, args=wanted)["model"])
 
 

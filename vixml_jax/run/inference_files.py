@@ -17,6 +17,7 @@ from vixml_jax.images.feature_set import open_features
 from vixml_jax.run.checkpoint import checkpoint_id
 from vixml_jax.run.workdir import CHECKPOINTS, INDEX, INFERENCE_INFO, TOKENIZER
 from vixml_jax.search.label_index_files import IndexContents, is_edited, write_index
+from vixml_jax.search.text_table import TextTable
 
 _log = logging.getLogger(__name__)
 
@@ -111,13 +112,14 @@ def image_origin(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike[
   return origin
 
 
-def label_names(builder: tfds.core.DatasetBuilder, text_fields: tuple[str, ...]) -> tuple[list[str], list[str]]:
+def label_names(builder: tfds.core.DatasetBuilder, text_fields: tuple[str, ...]) -> tuple[TextTable, TextTable]:
   """Returns texts and uids of all labels of a data set."""
-  texts, uids = [], []
-  for batch in Records(builder, "labels").batches():
-    texts += [record.text(text_fields) for record in batch]
-    uids += [record.text(("uid",)) for record in batch]
-  return texts, uids
+
+  def table(fields: tuple[str, ...]) -> TextTable:
+    batches = Records(builder, "labels").batches()
+    return TextTable.from_blocks([record.text(fields) for record in batch] for batch in batches)
+
+  return table(text_fields), table(("uid",))
 
 
 def _copy_tokenizer(pretrained: Path, target: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 import numpy as np
 import optax
 
@@ -15,6 +15,7 @@ from vixml_jax import sharding
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.models.dual_encoder import DualEncoder
 from vixml_jax.models.parameters import split_params
+from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.typing import Tree
 
 
@@ -28,7 +29,7 @@ class TrainState:
     params: nested dict of the trained parameters.
     opt_state: optimizer state.
     bank: [N, D] embedding bank: each training query's embedding from the last batch that contained it; zeros for a
-      query not seen yet. N is rounded up (`sharding.padded_rows`).
+      query not seen yet. N is rounded up (`sharding.padded_rows`). After the last epoch, it may have fresh embeddings.
     centroids: [L, D] label centroids. L is rounded up.
     label_clusters: int32 [L], the free vector of each label.
   """
@@ -49,24 +50,24 @@ class TrainedModel:
     step: the checkpoint's step.
     meta: JSON part of the checkpoint: config, provenance, seconds and tokens trained.
     params: nested dict of the trained parameters.
-    centroids: float32 [L, D] on the host.
+    centroids: float32 [L rounded up, D], sharded by rows.
     label_clusters: int32 [L] on the host.
-    train_embeddings: float32 [N, D], plain embeddings of all training queries, where training has just made them;
-      None otherwise.
+    train_embeddings: plain embeddings of all training queries, float32 [N, D], where training has just made them; None
+      otherwise.
   """
 
   step: int
   meta: dict[str, Any]
   params: Tree
-  centroids: np.ndarray
+  centroids: jax.Array
   label_clusters: np.ndarray
-  train_embeddings: np.ndarray | None = None
+  train_embeddings: ShardedRows | None = None
 
 
 def trained_model(
-  step: int, meta: dict[str, Any], parts: dict[str, Any], num_labels: int, train_embeddings: np.ndarray | None = None
+  step: int, meta: dict[str, Any], parts: dict[str, Any], num_labels: int, train_embeddings: ShardedRows | None = None
 ) -> TrainedModel:
-  """Returns a trained model with centroids and label clusters on the host, without the rows that pad them.
+  """Returns a trained model.
 
   Args:
     step: the checkpoint's step.
@@ -75,8 +76,8 @@ def trained_model(
     num_labels: L.
     train_embeddings: see `TrainedModel`.
   """
-  centroids, clusters = (sharding.to_host(parts[name])[:num_labels] for name in ("centroids", "label_clusters"))
-  return TrainedModel(step, meta, parts["params"], centroids, clusters, train_embeddings)
+  clusters = sharding.to_host(parts["label_clusters"])[:num_labels]
+  return TrainedModel(step, meta, parts["params"], parts["centroids"], clusters, train_embeddings)
 
 
 def model_part(state: TrainState) -> dict[str, Any]:
@@ -95,17 +96,37 @@ def init_params(
     seed: determines all values.
     part: selects, from a tree with the keys of all parameters, those to make.
   """
+  return init_program(model, mesh, part)(jax.random.key(seed))
+
+
+def init_program(
+  model: ModelDefinition, mesh: Mesh, part: Callable[[Tree], Tree] = lambda tree: tree
+) -> jax.stages.Wrapped:
+  """Returns the jitted `key -> parameters` of `init_params`."""
 
   def init(key: jax.Array) -> Tree:
     return part(split_params(DualEncoder(**model.arguments, rngs=nnx.Rngs(key)))[1])
 
   shardings = part(sharding.tree_shardings(mesh, model.shapes, model.axes))
-  return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+  return jax.jit(init, out_shardings=shardings)
 
 
 def abstract_params(model: ModelDefinition, mesh: Mesh) -> Tree:
   """Returns all parameters, trained and frozen, as `jax.ShapeDtypeStruct`s with shardings."""
   return _structs(model.shapes, sharding.tree_shardings(mesh, model.shapes, model.axes))
+
+
+def abstract_model_part(model: ModelDefinition, num_labels: int, mesh: Mesh) -> dict[str, Any]:
+  """Returns the part of a state that a trained model consists of, as `jax.ShapeDtypeStruct`s with shardings."""
+  labels = sharding.padded_rows(num_labels)
+  params, _ = model.split(abstract_params(model, mesh))
+  return {
+    "params": params,
+    "centroids": jax.ShapeDtypeStruct(
+      (labels, model.embed_dim), jnp.float32, sharding=sharding.named_sharding(mesh, "label", "vector")
+    ),
+    "label_clusters": jax.ShapeDtypeStruct((labels,), jnp.int32, sharding=sharding.named_sharding(mesh, "label")),
+  }
 
 
 def abstract_state(
@@ -121,26 +142,21 @@ def abstract_state(
   Restoring, ahead-of-time compilation and `create_state` start from it. The optimizer must be made for the trained
   parameters; frozen parameters are not part of the state.
   """
-  queries = sharding.padded_rows(num_queries)
-  labels = sharding.padded_rows(num_labels)
   replicated = sharding.named_sharding(mesh)
-  params, _ = model.split(abstract_params(model, mesh))
-  opt_shapes = jax.eval_shape(optimizer.init, params)
+  part = abstract_model_part(model, num_labels, mesh)
+  opt_shapes = jax.eval_shape(optimizer.init, part["params"])
   opt_shardings = optax.tree_utils.tree_map_params(
-    optimizer, lambda _, param: param.sharding, opt_shapes, params, transform_non_params=lambda _: replicated
+    optimizer, lambda _, param: param.sharding, opt_shapes, part["params"], transform_non_params=lambda _: replicated
   )
-
-  def struct(shape: tuple[int, ...], dtype: Any, where: Sharding) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-  return TrainState(
-    step=struct((), jnp.int32, replicated),
-    params=params,
-    opt_state=_structs(opt_shapes, opt_shardings),
-    bank=struct((queries, model.embed_dim), jnp.dtype(bank_dtype), sharding.named_sharding(mesh, "query", "vector")),
-    centroids=struct((labels, model.embed_dim), jnp.float32, sharding.named_sharding(mesh, "label", "vector")),
-    label_clusters=struct((labels,), jnp.int32, sharding.named_sharding(mesh, "label")),
-  )
+  rest: dict[str, Any] = {
+    "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+    "bank": jax.ShapeDtypeStruct(
+      (sharding.padded_rows(num_queries), model.embed_dim),
+      jnp.dtype(bank_dtype),
+      sharding=sharding.named_sharding(mesh, "query", "vector"),
+    ),
+  }
+  return TrainState(opt_state=_structs(opt_shapes, opt_shardings), **part, **rest)
 
 
 def _structs(shapes: Tree, shardings: Tree) -> Tree:
@@ -149,29 +165,47 @@ def _structs(shapes: Tree, shardings: Tree) -> Tree:
   )
 
 
-def padded_like(rows: np.ndarray | jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-  """Returns rows with zero rows below, in the shape, dtype and sharding of an array of the state."""
-  host = np.zeros(like.shape, like.dtype)
-  host[: len(rows)] = sharding.to_host(rows)
-  return sharding.to_global(host, like.sharding)
-
-
 def shardings_of(state: TrainState) -> TrainState:
   """Returns the shardings of an abstract or real state, as a tree of the same form."""
   return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def create_state(abstract: TrainState, params: Tree, optimizer: optax.GradientTransformation) -> TrainState:
-  """Returns a state at step 0: the given parameters, a new optimizer state, zero bank and centroids, cluster 0."""
+def create_state(
+  abstract: TrainState,
+  params: Tree,
+  optimizer: optax.GradientTransformation,
+  label_clusters: np.ndarray | None = None,
+  centroids: jax.Array | None = None,
+) -> TrainState:
+  """Returns a state at step 0, with a new optimizer state and a bank of zeros.
 
-  def rest(params: Tree) -> tuple[Any, ...]:
-    zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
-    return optimizer.init(params), *(
-      zeros(x) for x in (abstract.step, abstract.bank, abstract.centroids, abstract.label_clusters)
-    )
+  Args:
+    abstract: shapes and shardings of the state.
+    params: trained parameters.
+    optimizer: optimizer of these parameters.
+    label_clusters: int [L] on the host, the free vector of each label; None for the first free vector.
+    centroids: [L rounded up, D], sharded by rows; None for zeros.
+  """
+  opt_state, step, bank = start_program(abstract, optimizer)(params)
+  if centroids is None:
+    centroids = jax.jit(lambda: _zeros(abstract.centroids), out_shardings=abstract.centroids.sharding)()
+  clusters = np.zeros(abstract.label_clusters.shape, np.int32)
+  if label_clusters is not None:
+    clusters[: len(label_clusters)] = label_clusters
+  return TrainState(
+    step, params, opt_state, bank, centroids, sharding.to_global(clusters, abstract.label_clusters.sharding)
+  )
 
+
+def start_program(abstract: TrainState, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
+  """Returns the jitted `parameters -> (optimizer state, step, bank)` of `create_state`."""
   where = shardings_of(abstract)
-  opt_state, step, bank, centroids, label_clusters = jax.jit(
-    rest, out_shardings=(where.opt_state, where.step, where.bank, where.centroids, where.label_clusters)
-  )(params)
-  return TrainState(step, params, opt_state, bank, centroids, label_clusters)
+
+  def init_state(params: Tree) -> tuple[Any, ...]:
+    return optimizer.init(params), _zeros(abstract.step), _zeros(abstract.bank)
+
+  return jax.jit(init_state, out_shardings=(where.opt_state, where.step, where.bank))
+
+
+def _zeros(leaf: Any) -> jax.Array:
+  return jnp.zeros(leaf.shape, leaf.dtype)

@@ -1,6 +1,5 @@
-"""Exact maximum inner product search on the devices, with the labels sharded over all of them."""
+"""Exact maximum inner product search on the devices, with the labels split over them."""
 
-from collections.abc import Callable
 import functools
 import math
 
@@ -9,9 +8,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.rounding import next_power_of_two
+from vixml_jax.sharded_rows import ShardedRows
 
+LABELS_PER_BLOCK = 65_536
+"""Maximum number of labels that a device scores at once."""
+QUERIES_PER_CHUNK = 512
+"""Number of queries that are scored at once."""
 _MIN_QUERIES = 8  # Fewer queries take the same time.
 
 
@@ -28,21 +33,24 @@ class ExactIndex:
 
   def __init__(
     self,
-    embeddings: np.ndarray | jax.Array,
+    embeddings: np.ndarray | jax.Array | ShardedRows,
     mesh: Mesh | None = None,
     *,
     rows: np.ndarray | None = None,
-    block: int = 65_536,
-    query_chunk: int = 512,
+    allowed: np.ndarray | None = None,
+    block: int = LABELS_PER_BLOCK,
+    query_chunk: int = QUERIES_PER_CHUNK,
   ):
     """Places the labels on the devices.
 
     Args:
-      embeddings: Label embeddings [L, D], float32 or bfloat16 (stored as they are, in half the memory). A NumPy array,
-        memory-mapped or not, or a JAX array with any sharding. NumPy arrays must be the same in all processes.
-      mesh: Devices to search on; None uses all devices.
+      embeddings: Label embeddings [L, D], float32 or bfloat16 (stored as they are, in half the memory). Sharded rows
+        are searched where they are, without a copy. Otherwise a NumPy array, memory-mapped or not, the same in all
+        processes, or a JAX array with any sharding.
+      mesh: Devices to search on; None uses all devices. Sharded rows are searched on their own mesh.
       rows: Ids of the labels to search, ascending; the embeddings must then be a NumPy array, of which only these rows
         are read and placed. Results are still label ids. None searches all labels.
+      allowed: bool [L], the labels that may be found; None for all. All labels are scored.
       block: Maximum number of labels that a device scores at once.
       query_chunk: Number of queries that are scored at once.
 
@@ -51,18 +59,22 @@ class ExactIndex:
     """
     self._rows = rows
     self.num_labels = len(embeddings) if rows is None else len(rows)
-    if embeddings.ndim != 2 or self.num_labels == 0:
+    if len(embeddings.shape) != 2 or self.num_labels == 0:
       raise InputError(
         f"{self.num_labels} label embeddings of shape {embeddings.shape}: search needs [L, D] with L at least 1"
       )
     self._dim = embeddings.shape[1]
-    self._mesh = Mesh(np.asarray(jax.devices()), ("data",)) if mesh is None else mesh
     self._query_chunk = query_chunk
-    per_device = math.ceil(self.num_labels / self._mesh.size)
-    self._num_blocks = math.ceil(per_device / block)
-    # With equal blocks, at most `_num_blocks` rows of a device are padding.
-    self._block = math.ceil(per_device / self._num_blocks)
-    self._labels = self._place(embeddings)
+    if isinstance(embeddings, ShardedRows):
+      self._mesh, self._axes = embeddings.mesh, sharding.row_axes()
+      self._labels = embeddings.values
+    else:
+      self._mesh = Mesh(np.asarray(jax.devices()), ("data",)) if mesh is None else mesh
+      self._axes = tuple(self._mesh.axis_names)
+      self._labels = self._place(embeddings)
+    self._block = block_size(len(self._labels) // math.prod(self._mesh.shape[axis] for axis in self._axes), block)
+    self._allowed = None if allowed is None else np.asarray(allowed, bool)[None]
+    self._placed_allowed = None if self._allowed is None else self._place_masks(self._allowed)
 
   def search(
     self,
@@ -92,8 +104,12 @@ class ExactIndex:
     if queries.ndim != 2 or queries.shape[1] != self._dim:
       raise InputError(f"queries have shape {queries.shape} but label embeddings have {self._dim} columns")
     queries = _to_host(queries, self._replicated).astype(np.float32)
-    program = _compiled_search(self._mesh, self.num_labels, k, masks is not None)
-    placed_masks = () if masks is None else (self._place_masks(masks),)
+    placed_masks: tuple[jax.Array, ...] = ()
+    if masks is not None:
+      placed_masks = (self._place_masks(masks if self._allowed is None else masks & self._allowed),)
+    elif self._placed_allowed is not None:
+      placed_masks, mask_of_query = (self._placed_allowed,), np.zeros(len(queries), np.int32)
+    program = search_program(self._mesh, self._axes, self.num_labels, k, self._block, bool(placed_masks))
     scores = np.empty((len(queries), k), np.float32)
     ids = np.empty((len(queries), k), np.int32)
     width = min(self._query_chunk, max(_MIN_QUERIES, next_power_of_two(len(queries))))
@@ -116,35 +132,30 @@ class ExactIndex:
     return NamedSharding(self._mesh, PartitionSpec())
 
   def _place(self, embeddings: np.ndarray | jax.Array) -> jax.Array:
-    """[L, D] -> [devices * blocks, block, D], padded with zeros and sharded along the first axis."""
-    sharding = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
-    num_blocks, block = self._mesh.size * self._num_blocks, self._block
-    padding = num_blocks * block - self.num_labels
-    shape = (num_blocks, block, self._dim)
+    """[L, D] -> [L rounded up, D], padded with zeros and split by rows over all devices."""
+    where = NamedSharding(self._mesh, PartitionSpec(self._axes))
+    num_rows = math.ceil(self.num_labels / self._mesh.size) * self._mesh.size
     if isinstance(embeddings, jax.Array):
-      pad = lambda x: jnp.pad(x, ((0, padding), (0, 0))).reshape(shape)
-      return jax.jit(pad, out_shardings=sharding)(embeddings)
+      pad = lambda x: jnp.pad(x, ((0, num_rows - self.num_labels), (0, 0)))
+      return jax.jit(pad, out_shardings=where)(embeddings)
 
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
       assert index is not None
-      first, last, _ = index[0].indices(num_blocks)
-      own = slice(first * block, last * block)
+      first, last, _ = index[0].indices(num_rows)
+      own = slice(first, last)
       rows = np.asarray(embeddings[own if self._rows is None else self._rows[own]])
-      rows = np.pad(rows, ((0, (last - first) * block - len(rows)), (0, 0)))
-      return rows.reshape(last - first, block, self._dim)
+      return np.pad(rows, ((0, last - first - len(rows)), (0, 0)))
 
-    return jax.make_array_from_callback(shape, sharding, shard)
+    return jax.make_array_from_callback((num_rows, self._dim), where, shard)
 
   def _place_masks(self, masks: np.ndarray) -> jax.Array:
-    """[G, L] -> [devices * blocks, G', block], sharded like the labels; G' is a power of two, so that few compile."""
+    """[G, L] -> [G', L rounded up], split like the labels; G' is a power of two, so that few programs are compiled."""
     if self._rows is not None:
       masks = masks[:, self._rows]
-    num_blocks, block = self._mesh.size * self._num_blocks, self._block
-    groups = next_power_of_two(len(masks))
-    masks = np.pad(masks, ((0, groups - len(masks)), (0, num_blocks * block - self.num_labels)))
-    masks = masks.reshape(groups, num_blocks, block).swapaxes(0, 1)
-    sharding = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
-    return jax.make_array_from_callback(masks.shape, sharding, lambda index: masks[index])
+    padding = (next_power_of_two(len(masks)) - len(masks), len(self._labels) - self.num_labels)
+    masks = np.pad(masks, ((0, padding[0]), (0, padding[1])))
+    where = NamedSharding(self._mesh, PartitionSpec(None, self._axes))
+    return jax.make_array_from_callback(masks.shape, where, lambda index: masks[index])
 
   def _put(self, chunk: np.ndarray, width: int) -> jax.Array:
     """Copies a chunk of queries to all devices, padded so that all chunks run the same program."""
@@ -183,21 +194,39 @@ def block_top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   return values, positions
 
 
+def block_size(labels_per_device: int, most: int = LABELS_PER_BLOCK) -> int:
+  """Returns the number of labels that a device scores at once: equal blocks, so that few labels are scored twice."""
+  return math.ceil(labels_per_device / math.ceil(labels_per_device / most))
+
+
 @functools.lru_cache(maxsize=64)
-def _compiled_search(mesh: Mesh, num_labels: int, k: int, masked: bool) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """Returns the jitted search; it is cached, so that the index of the next evaluation compiles nothing."""
-  axes = mesh.axis_names
-  search = functools.partial(_search_shard, axes=axes, num_labels=num_labels, k=k)
+def search_program(
+  mesh: Mesh, axes: tuple[str, ...], num_labels: int, k: int, block: int, masked: bool
+) -> jax.stages.Wrapped:
+  """Returns the jitted search; it is cached, so that the index of the next evaluation compiles nothing.
+
+  Its arguments are the labels [L rounded up, D], split by rows over `axes`, and a chunk of queries [Q, D] on every
+  device; if `masked`, also masks [G, L rounded up], split like the labels, and the mask of each query, int32 [Q]. It
+  returns scores and ids [Q, k].
+
+  Args:
+    mesh: Devices, which need not exist if the program is only compiled.
+    axes: Axes of the mesh that split the labels.
+    num_labels: Number of labels L.
+    k: Number of labels to find for each query.
+    block: Number of labels that a device scores at once.
+    masked: Whether queries have masks.
+  """
+  search = functools.partial(_search_share, axes=axes, num_labels=num_labels, k=k, block=block)
+  whole = PartitionSpec()
+  in_specs = (PartitionSpec(axes), whole, PartitionSpec(None, axes), whole)
   # The results are equal on all devices after the final all_gather, which JAX cannot infer.
-  in_specs = (PartitionSpec(axes), PartitionSpec())
   return jax.jit(
-    jax.shard_map(
-      search, mesh=mesh, check_vma=False, in_specs=2 * in_specs if masked else in_specs, out_specs=PartitionSpec()
-    )
+    jax.shard_map(search, mesh=mesh, check_vma=False, in_specs=in_specs if masked else in_specs[:2], out_specs=whole)
   )
 
 
-def _search_shard(
+def _search_share(
   labels: jax.Array,
   queries: jax.Array,
   masks: jax.Array | None = None,
@@ -206,25 +235,26 @@ def _search_shard(
   axes: tuple[str, ...],
   num_labels: int,
   k: int,
+  block: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the top k of all devices' labels, of which this device holds [blocks, block, D]."""
-  num_blocks, block, _ = labels.shape
-  first = jax.lax.axis_index(axes) * num_blocks * block
+  """Returns the top k of all devices' labels, of which this device holds [n, D]."""
+  share = len(labels)
+  first = jax.lax.axis_index(axes) * share
 
-  def step(
-    best: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array, jax.Array | None]
-  ) -> tuple[tuple[jax.Array, jax.Array], None]:
-    number, block_labels, block_masks = inputs
+  def step(best: tuple[jax.Array, jax.Array], number: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    start = jnp.minimum(number * block, share - block)  # The last block overlaps the one before.
+    block_labels = jax.lax.dynamic_slice_in_dim(labels, start, block)
     scores = jnp.einsum("qd,ld->ql", queries, block_labels.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    start = first + number * block
-    scores = jnp.where(start + jnp.arange(block) < num_labels, scores, -jnp.inf)
-    if block_masks is not None:
+    local = start + jnp.arange(block)
+    scores = jnp.where((local >= number * block) & (first + local < num_labels), scores, -jnp.inf)
+    if masks is not None:
+      block_masks = jax.lax.dynamic_slice_in_dim(masks, start, block, axis=1)
       scores = jnp.where(block_masks[mask_of_query], scores, -jnp.inf)
     values, positions = block_top_k(scores, min(k, block))
-    return _merge(best, (values, start + positions), k), None
+    return _merge(best, (values, first + start + positions), k), None
 
   nothing = (jnp.full((len(queries), k), -jnp.inf), jnp.full((len(queries), k), -1, jnp.int32))
-  best, _ = jax.lax.scan(step, nothing, (jnp.arange(num_blocks), labels, masks))
+  best, _ = jax.lax.scan(step, nothing, jnp.arange(math.ceil(share / block)))
   scores, ids = (jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in best)
   values, ids = _top_k_with_ids(scores, ids, k)
   return values, jnp.where(values == -jnp.inf, -1, ids)

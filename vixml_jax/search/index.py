@@ -1,11 +1,11 @@
 """The interface of all label indexes, and search that leaves out given labels."""
 
+import logging
 from typing import Protocol
 
 import jax
 from jax.sharding import Mesh
 import numpy as np
-import tqdm
 
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged
@@ -13,6 +13,9 @@ from vixml_jax.rounding import next_power_of_two
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.membership import drop_members
 from vixml_jax.search.scann_index import ScannIndex
+from vixml_jax.sharded_rows import ShardedRows
+
+_log = logging.getLogger(__name__)
 
 KINDS = ("exact", "scann")
 
@@ -32,28 +35,48 @@ class Index(Protocol):
 
 
 def make_index(
-  kind: str, embeddings: np.ndarray | jax.Array, mesh: Mesh | None = None, rows: np.ndarray | None = None
+  kind: str,
+  embeddings: np.ndarray | jax.Array | ShardedRows,
+  mesh: Mesh | None = None,
+  rows: np.ndarray | None = None,
+  allowed: np.ndarray | None = None,
 ) -> Index:
   """Returns an index of the label embeddings.
 
   Args:
     kind: "exact" (on the accelerators, sharded over the mesh) or "scann" (on the CPU, approximate).
-    embeddings: Label embeddings [L, D].
-    mesh: Devices of the exact index; None uses all devices.
+    embeddings: Label embeddings [L, D]. ScaNN copies sharded rows whole to the host of every process.
+    mesh: Devices of the exact index; None uses all devices. Sharded rows are searched on their own mesh.
     rows: Ids of the labels to search, ascending; the embeddings must then be a NumPy array. None searches all labels.
+    allowed: bool [L], the labels that may be found; None for all. Give either `rows` or `allowed`.
 
   Raises:
     InputError: There is no such kind, or ScaNN cannot run here.
   """
   if kind == "exact":
-    return ExactIndex(embeddings, mesh, rows=rows)
+    return ExactIndex(embeddings, mesh, rows=rows, allowed=allowed)
   if kind == "scann":
-    return ScannIndex(embeddings, rows=rows)
+    rows = rows if allowed is None else np.flatnonzero(allowed)
+    return ScannIndex(_on_host(embeddings) if isinstance(embeddings, ShardedRows) else embeddings, rows=rows)
   raise InputError(f"search={kind!r} is not known: use one of {', '.join(KINDS)}")
 
 
+def _on_host(rows: ShardedRows) -> np.ndarray:
+  """Returns all rows on the host of every process, float32 [L, D]."""
+  _log.info("ScaNN: copying %s embeddings of %d dimensions to the host", f"{len(rows):,}", rows.shape[1])
+  host = np.empty(rows.shape, np.float32)
+  for start, block in rows.blocks():
+    host[start : start + len(block)] = block
+  return host
+
+
 def search_excluding(
-  index: Index, queries: np.ndarray | jax.Array, k: int, exclude: Ragged | None, *, query_chunk: int = 4096
+  index: Index,
+  queries: np.ndarray | jax.Array | ShardedRows,
+  k: int,
+  exclude: Ragged | None,
+  *,
+  query_chunk: int = 4096,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the k best labels of each query without its excluded labels, which are dropped before the cut at k.
 
@@ -63,11 +86,9 @@ def search_excluding(
   filter would leave fewer than k.) e is rounded up to a power of two, so that few widths are compiled. If k + e exceeds
   L, all labels are searched. For an approximate index, the same holds among the labels that it finds.
 
-  A progress bar is shown on a terminal.
-
   Args:
     index: Index of the labels.
-    queries: Queries [Q, D].
+    queries: Queries [Q, D]. Of sharded rows, one chunk at a time is on the host.
     k: Number of labels to return for each query, at least 1.
     exclude: Ids of the labels to leave out for each query, Q rows; None leaves out none.
     query_chunk: Number of queries to search and filter at once.
@@ -80,20 +101,30 @@ def search_excluding(
     raise ValueError(f"{len(queries)} queries but {len(exclude)} rows of exclusions")
   scores = np.empty((len(queries), k), np.float32)
   ids = np.empty((len(queries), k), np.int32)
-  with tqdm.tqdm(total=len(queries), desc="search", unit="query", disable=None, leave=False) as progress:
-    for start in range(0, len(queries), query_chunk):
-      rows = slice(start, min(start + query_chunk, len(queries)))
-      excluded = None if exclude is None else exclude.take(np.arange(rows.start, rows.stop))
-      scores[rows], ids[rows] = _search_chunk(index, queries[rows], k, excluded)
-      progress.update(rows.stop - rows.start)
+  for start in range(0, len(queries), query_chunk):
+    rows = slice(start, min(start + query_chunk, len(queries)))
+    excluded = None if exclude is None else exclude.take(np.arange(rows.start, rows.stop))
+    scores[rows], ids[rows] = _search_chunk(index, query_block(queries, start, query_chunk), k, excluded)
   return scores, ids
+
+
+def query_block(queries: np.ndarray | jax.Array | ShardedRows, start: int, size: int) -> np.ndarray | jax.Array:
+  """Returns at most `size` queries from `start` on; those of sharded rows are copied to the host of every process."""
+  if isinstance(queries, ShardedRows):
+    # The last block has the size of the others, so that one program reads all of them.
+    return np.asarray(queries.block(start, min(size, len(queries))))[: len(queries) - start]
+  return queries[start : start + size]
+
+
+def search_width(k: int, exclude: Ragged | None, num_labels: int) -> int:
+  """Returns the number of labels to search for so that k remain without the excluded ones; see `search_excluding`."""
+  if exclude is None or not len(exclude.values):
+    return k
+  return max(k, min(k + next_power_of_two(int(exclude.lengths.max())), num_labels))
 
 
 def _search_chunk(
   index: Index, queries: np.ndarray | jax.Array, k: int, exclude: Ragged | None
 ) -> tuple[np.ndarray, np.ndarray]:
-  if exclude is None or not len(exclude.values):
-    return index.search(queries, k)
-  most = int(exclude.lengths.max())
-  width = max(k, min(k + next_power_of_two(most), index.num_labels))
-  return drop_members(*index.search(queries, width), exclude, k)
+  found = index.search(queries, search_width(k, exclude, index.num_labels))
+  return found if exclude is None else drop_members(*found, exclude, k)

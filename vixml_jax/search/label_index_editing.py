@@ -19,13 +19,14 @@ from vixml_jax.search import snapshots
 from vixml_jax.search.label_index_files import (
   IndexContents,
   IndexFiles,
+  as_table,
   category_rows,
   describe_search,
+  load_rows,
   open_current,
   save_scann,
 )
 from vixml_jax.search.scann_index import ScannIndex
-from vixml_jax.search.text_table import TextTable
 
 _ROWS_PER_BLOCK = 65_536
 _QUERY_FILES = ("queries.npy", "query_labels.values.npy", "query_labels.offsets.npy", "scann_queries")
@@ -107,10 +108,11 @@ def _write_added(
   files: IndexFiles, work: Path, new: IndexContents, delete: np.ndarray, mesh: Mesh | None
 ) -> dict[str, Any]:
   deleted = _deleted_after(files, delete)
-  uids = TextTable.from_texts(new.uids)
+  uids, embeddings = as_table(new.uids), load_rows(new.embeddings)
   if (duplicate := uids.first_duplicate()) is not None:
     raise InputError(f"label uid {duplicate!r} is used by two new labels; every label needs its own")
-  for uid, label in zip(new.uids, files.uids.find(new.uids), strict=True):
+  names_of_new = uids.take(np.arange(len(uids)))
+  for uid, label in zip(names_of_new, files.uids.find(names_of_new), strict=True):
     if label >= 0 and not deleted[label]:
       raise InputError(
         f"label {uid!r} is already in {files.folder}; delete it first, or give the new label another uid"
@@ -119,18 +121,18 @@ def _write_added(
   categories, names = _append_categories(files, rows)
   if names:
     categories.save(work / "categories")
-  _save_concatenated(work / "labels.npy", files.embeddings, new.embeddings)
+  _save_concatenated(work / "labels.npy", files.embeddings, embeddings)
   np.save(work / "label_clusters.npy", np.concatenate([files.label_clusters, new.label_clusters]))
-  files.texts.rows.followed_by(TextTable.from_texts(new.texts).rows).save(work / "texts")
+  files.texts.rows.followed_by(as_table(new.texts).rows).save(work / "texts")
   files.uids.rows.followed_by(uids.rows).save(work / "uids")
   deleted = np.concatenate([deleted, np.zeros(len(new.uids), bool)])
   _check_any_left(files.folder, deleted)
   if new.queries is not None and new.query_labels is not None:
-    _write_added_queries(files, work, new.queries, new.query_labels)
+    _write_added_queries(files, work, load_rows(new.queries), new.query_labels)
 
   def edit_scann(scann: ScannIndex) -> None:
     scann.delete(delete)
-    scann.add(new.embeddings, np.arange(files.num_labels, len(deleted)))
+    scann.add(embeddings, np.arange(files.num_labels, len(deleted)))
 
   info = _finish(files, work, deleted, edit_scann, mesh)
   return info | {"categories": names if names or files.categories is not None else None}

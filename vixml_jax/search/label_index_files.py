@@ -26,9 +26,11 @@ from typing import Any, TypeVar
 from jax.sharding import Mesh
 import numpy as np
 
+from vixml_jax.array_file import ArrayFile
 from vixml_jax.errors import InputError
 from vixml_jax.files import locked
 from vixml_jax.ragged import Ragged
+from vixml_jax.row_files import RowFiles
 from vixml_jax.search import snapshots
 from vixml_jax.search.index import KINDS
 from vixml_jax.search.scann_index import ScannIndex
@@ -45,24 +47,24 @@ class IndexContents:
   """Contents of a label index.
 
   Attributes:
-    embeddings: float32 [L, D], prototypes of the labels.
+    embeddings: float32 [L, D], prototypes of the labels; in memory or in files.
     texts: L texts to show to users.
     uids: L distinct names by which users refer to labels.
     label_clusters: int32 [L], the free vector of each label.
-    cluster_means: float32 [C, D], mean embedding of the labels of each free vector.
+    cluster_means: float32 [C, D], mean embedding of the labels of each free vector; in memory or in files.
     deleted: bool [L], whether each label is deleted; None if no label is.
-    queries: float32 [N, D], embeddings of the training queries, for retrieval augmentation.
+    queries: float32 [N, D], embeddings of the training queries, for retrieval augmentation; in memory or in files.
     query_labels: Labels of the training queries, N rows.
     categories: Names of the categories of each label, L rows.
   """
 
-  embeddings: np.ndarray
-  texts: Sequence[str]
-  uids: Sequence[str]
+  embeddings: np.ndarray | RowFiles
+  texts: Sequence[str] | TextTable
+  uids: Sequence[str] | TextTable
   label_clusters: np.ndarray
-  cluster_means: np.ndarray
+  cluster_means: np.ndarray | RowFiles
   deleted: np.ndarray | None = None
-  queries: np.ndarray | None = None
+  queries: np.ndarray | RowFiles | None = None
   query_labels: Ragged | None = None
   categories: Sequence[Sequence[str]] | None = None
 
@@ -158,38 +160,38 @@ def write_index(
   if search not in KINDS:
     raise InputError(f"search={search!r} is not known: use one of {', '.join(KINDS)}")
   folder = Path(folder)
-  uids = TextTable.from_texts(contents.uids)
+  uids = as_table(contents.uids)
   if (duplicate := uids.first_duplicate()) is not None:
     raise InputError(f"label uid {duplicate!r} is used by two labels; every label needs its own")
   deleted = np.zeros(len(uids), bool) if contents.deleted is None else np.asarray(contents.deleted, bool)
-  embeddings = np.asarray(contents.embeddings, np.float32)
   names = sorted({name for row in contents.categories or () for name in row})
 
   def fill(work: Path) -> dict[str, Any]:
-    np.save(work / "labels.npy", embeddings)
+    _save_rows(work / "labels.npy", contents.embeddings)
     np.save(work / "deleted.npy", deleted)
     np.save(work / "label_clusters.npy", np.asarray(contents.label_clusters, np.int32))
-    np.save(work / "clusters.npy", np.asarray(contents.cluster_means, np.float32))
-    TextTable.from_texts(contents.texts).rows.save(work / "texts")
+    _save_rows(work / "clusters.npy", contents.cluster_means)
+    as_table(contents.texts).rows.save(work / "texts")
     uids.rows.save(work / "uids")
     if contents.categories is not None:
       category_rows(contents.categories, names).save(work / "categories")
     if contents.queries is not None and contents.query_labels is not None:
-      np.save(work / "queries.npy", np.asarray(contents.queries, np.float32))
+      _save_rows(work / "queries.npy", contents.queries)
       contents.query_labels.save(work / "query_labels")
-    scann = None
-    if search == "scann":
+    scann, embeddings, queries = None, contents.embeddings, contents.queries
+    if search == "scann":  # It needs all vectors in memory.
+      embeddings, queries = load_rows(embeddings), None if queries is None else load_rows(queries)
       scann = ScannIndex(embeddings, rows=np.flatnonzero(~deleted))
       save_scann(scann, work / "scann")
-      if contents.queries is not None:
-        save_scann(ScannIndex(contents.queries), work / "scann_queries")
+      if queries is not None:
+        save_scann(ScannIndex(queries), work / "scann_queries")
     return {
       "format": FORMAT,
       "checkpoint": checkpoint,
       "edits": 0,
       "retrieval": retrieval,
       "categories": None if contents.categories is None else names,
-      **describe_search(embeddings, deleted, contents.queries, scann, mesh),
+      **describe_search(embeddings, deleted, queries, scann, mesh),
     }
 
   with locked(folder / snapshots.LOCK):
@@ -235,20 +237,25 @@ def open_current(
 
 
 def describe_search(
-  embeddings: np.ndarray, deleted: np.ndarray, queries: np.ndarray | None, scann: ScannIndex | None, mesh: Mesh | None
+  embeddings: np.ndarray | RowFiles,
+  deleted: np.ndarray,
+  queries: np.ndarray | RowFiles | None,
+  scann: ScannIndex | None,
+  mesh: Mesh | None,
 ) -> dict[str, Any]:
   """Returns the entries of index.json on the labels and on how they are searched, including the recall of ScaNN.
 
   Args:
-    embeddings: float32 [L, D], embeddings of all labels.
+    embeddings: float32 [L, D], embeddings of all labels; in memory if there is ScaNN.
     deleted: bool [L], whether each label is deleted.
-    queries: Training queries [N, D] to measure recall on; None measures it on labels.
+    queries: Training queries [N, D] to measure recall on; None measures it on labels. In memory if there is ScaNN.
     scann: ScaNN over the labels that are not deleted; None for an index of exact search.
     mesh: Devices to measure recall with; None uses all devices of this process.
   """
   counts = {"num_labels": len(embeddings), "dim": embeddings.shape[1], "num_deleted": int(deleted.sum())}
   if scann is None:
     return counts | {"search": {"kind": "exact"}, "recall": None}
+  assert isinstance(embeddings, np.ndarray) and not isinstance(queries, RowFiles)
   recall = measure_recall(scann, embeddings, np.flatnonzero(~deleted), queries, mesh)
   return counts | {"search": {"kind": "scann", "parameters": dataclasses.asdict(scann.parameters)}, "recall": recall}
 
@@ -263,6 +270,26 @@ def save_scann(scann: ScannIndex, folder: Path) -> None:
   """Writes ScaNN to a new folder."""
   folder.mkdir()
   scann.save(folder)
+
+
+def as_table(texts: Sequence[str] | TextTable) -> TextTable:
+  """Returns texts as a table."""
+  return texts if isinstance(texts, TextTable) else TextTable.from_texts(texts)
+
+
+def _save_rows(path: Path, rows: np.ndarray | RowFiles) -> None:
+  """Writes rows as one float32 array; those in files are copied block by block."""
+  if isinstance(rows, np.ndarray):
+    np.save(path, np.asarray(rows, np.float32))
+    return
+  with ArrayFile(path, np.float32, rows.shape[1:]) as file:
+    for block in rows.blocks():
+      file.append(block)
+
+
+def load_rows(rows: np.ndarray | RowFiles) -> np.ndarray:
+  """Returns rows in memory, or memory-mapped, float32."""
+  return np.asarray(rows if isinstance(rows, np.ndarray) else rows.load(), np.float32)
 
 
 def _map_files(folder: Path, snapshot: snapshots.Snapshot) -> IndexFiles:

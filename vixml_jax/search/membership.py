@@ -61,5 +61,11 @@ def overlap(found: np.ndarray, wanted: np.ndarray) -> float:
     found: Ids [Q, K'].
     wanted: Ids [Q, K]; negative ids mark empty places and do not count.
   """
+  hits, total = overlap_counts(found, wanted)
+  return hits / max(total, 1)
+
+
+def overlap_counts(found: np.ndarray, wanted: np.ndarray) -> tuple[int, int]:
+  """Returns how many wanted ids were found, and how many there are; arguments as for `overlap`."""
   hits = [np.isin(row, got) & (row >= 0) for row, got in zip(wanted, found, strict=True)]
-  return float(np.sum(hits) / max(np.sum(wanted >= 0), 1))
+  return int(np.sum(hits)), int(np.sum(wanted >= 0))

@@ -1,20 +1,24 @@
 """Retrieval-augmented inference: ranks labels by their prototypes and by similar training queries together.
 
-ViXML (arXiv 2511.13189), "Retrieval-augmented inference". A query searches the labels and the training queries, each
-for its nearest neighbors. One softmax over the scores of both turns them into mass, and each label of a training query
-gets the full mass of that query:
+ViXML (arXiv 2511.13189), "Retrieval-augmented inference". A query searches the labels and the training queries for its
+nearest neighbors. One softmax over the scores of both turns them into mass, and each label of a training query gets the
+full mass of that query:
 
   score(l) = lambda * mass(l) + (1 - lambda) * sum of mass(n) over neighbors n that have label l
 
 The searches depend on neither lambda nor the temperature, so trying other values of both is cheap.
+
+The published code has two ways to choose the neighbors. Its default searches labels and training queries together: the
+500 nearest of both ("joint"). Its split mode takes the 500 nearest labels and the 50 nearest training queries
+("separate").
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 import scipy.sparse
-import tqdm
 
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged, offsets_of
@@ -34,12 +38,42 @@ class RetrievalSettings:
   Attributes:
     lambda_: Weight of the labels' own mass, 0 to 1; that of the training queries is 1 - lambda_.
     temperature: Divisor of the scores before the softmax, above 0.
-    hits: Number of labels, and of training queries, that each query retrieves.
+    hits: Number of labels that each query retrieves; with `joint`, of labels and training queries together.
+    query_hits: Number of training queries that each query retrieves; 0 for as many as labels. Ignored with `joint`.
+    joint: Whether labels and training queries compete for the same places.
   """
 
   lambda_: float
   temperature: float
   hits: int
+  query_hits: int = 0
+  joint: bool = False
+
+  @property
+  def num_query_hits(self) -> int:
+    """Number of training queries to search for."""
+    return self.hits if self.joint or not self.query_hits else self.query_hits
+
+  def as_json(self) -> dict[str, Any]:
+    """Returns the settings as index.json has them."""
+    return {
+      "lambda": self.lambda_,
+      "temperature": self.temperature,
+      "hits": self.hits,
+      "query_hits": self.num_query_hits,
+      "joint": self.joint,
+    }
+
+  @classmethod
+  def from_json(cls, stored: dict[str, Any]) -> "RetrievalSettings":
+    """Reads what `as_json` has written, or an older version without `query_hits` and `joint`."""
+    return cls(
+      stored["lambda"],
+      stored["temperature"],
+      stored["hits"],
+      stored.get("query_hits", stored["hits"]),
+      stored.get("joint", False),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +91,25 @@ class Neighbors:
   label_ids: np.ndarray
   query_scores: np.ndarray
   query_ids: np.ndarray
+
+  def nearest(self, hits: int, rows: np.ndarray | None = None) -> "Neighbors":
+    """Returns the neighbors among the `hits` nearest labels and training queries of each query, taken together.
+
+    The other places become empty. Among equal scores, labels come first.
+
+    Args:
+      hits: Number of neighbors to keep.
+      rows: bool [Q], the queries that this applies to; the others keep all neighbors. None for all queries.
+    """
+    joined = np.concatenate([self.label_scores, self.query_scores], axis=1)
+    kept = np.zeros(joined.shape, bool)
+    np.put_along_axis(kept, top_k_positions(joined, min(hits, joined.shape[1])), True, axis=1)
+    if rows is not None:
+      kept |= ~rows[:, None]
+    scores = np.where(kept, joined, -np.inf)
+    ids = np.where(kept, np.concatenate([self.label_ids, self.query_ids], axis=1), -1)
+    split = self.label_ids.shape[1]
+    return Neighbors(scores[:, :split], ids[:, :split], scores[:, split:], ids[:, split:])
 
 
 def search_both(
@@ -122,22 +175,20 @@ def combine(
   num_queries = len(neighbors.label_ids)
   scores = np.empty((num_queries, k), np.float32)
   ids = np.empty((num_queries, k), np.int32)
-  with tqdm.tqdm(total=num_queries, desc="combine", unit="query", disable=None, leave=False) as progress:
-    for start in range(0, num_queries, QUERIES_PER_BLOCK):
-      rows = slice(start, min(start + QUERIES_PER_BLOCK, num_queries))
-      label_mass, query_mass = _softmax(neighbors.label_scores[rows], neighbors.query_scores[rows], temperature)
-      mass = _mass_of_labels(
-        lambda_ * label_mass,
-        neighbors.label_ids[rows],
-        (1 - lambda_) * query_mass,
-        neighbors.query_ids[rows],
-        labels_of_queries,
-        num_labels,
-      )
-      block_exclude = None if exclude is None else exclude.take(np.arange(rows.start, rows.stop))
-      block_filters = None if filters is None else filters.take(np.arange(rows.start, rows.stop))
-      scores[rows], ids[rows] = _rank(mass, k, block_exclude, block_filters)
-      progress.update(rows.stop - rows.start)
+  for start in range(0, num_queries, QUERIES_PER_BLOCK):
+    rows = slice(start, min(start + QUERIES_PER_BLOCK, num_queries))
+    label_mass, query_mass = _softmax(neighbors.label_scores[rows], neighbors.query_scores[rows], temperature)
+    mass = _mass_of_labels(
+      lambda_ * label_mass,
+      neighbors.label_ids[rows],
+      (1 - lambda_) * query_mass,
+      neighbors.query_ids[rows],
+      labels_of_queries,
+      num_labels,
+    )
+    block_exclude = None if exclude is None else exclude.take(np.arange(rows.start, rows.stop))
+    block_filters = None if filters is None else filters.take(np.arange(rows.start, rows.stop))
+    scores[rows], ids[rows] = _rank(mass, k, block_exclude, block_filters)
   return scores, ids
 
 

@@ -1,6 +1,6 @@
 """A table of texts stored in two arrays, with look-up by row and by text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from vixml_jax.ragged import Ragged, ranges
 
+_ROWS_HASHED = 65_536  # Rows whose bytes are hashed at a time, with several arrays of 8 bytes for each.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: odd, and its bits look random.
 
 
@@ -35,6 +36,14 @@ class TextTable:
     """Returns a table of the given texts."""
     encoded = [text.encode() for text in texts]
     return cls(Ragged.of_lengths(np.frombuffer(b"".join(encoded), np.uint8), [len(text) for text in encoded]))
+
+  @classmethod
+  def from_blocks(cls, blocks: Iterable[Sequence[str]]) -> "TextTable":
+    """Returns a table of the texts of all blocks, of which one at a time is held as Python strings."""
+    tables = [cls.from_texts(block).rows for block in blocks]
+    values = np.concatenate([np.zeros(0, np.uint8), *(table.values for table in tables)])
+    lengths = np.concatenate([np.zeros(0, np.int64), *(table.lengths for table in tables)])
+    return cls(Ragged.of_lengths(values, lengths))
 
   def take(self, rows: Sequence[int] | np.ndarray) -> list[str]:
     """Returns the texts of the given rows.
@@ -75,7 +84,8 @@ class TextTable:
   @functools.cached_property
   def _sorted_hashes(self) -> tuple[np.ndarray, np.ndarray]:
     """Hashes in ascending order, and the row of each; rows of equal hashes ascend."""
-    hashes = _hashes(self.rows)
+    blocks = [np.arange(first, min(first + _ROWS_HASHED, len(self))) for first in range(0, len(self), _ROWS_HASHED)]
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(_hashes(self.rows.take(block)) for block in blocks)])
     order = np.argsort(hashes, kind="stable")
     return hashes[order], order
 

@@ -163,8 +163,9 @@ class Engine:
   def _serve(self, predictor: Predictor, labels: LabelIndex, reads_images: bool) -> ServedModel:
     """Compiles the search of an opened index and returns the model that uses it."""
     index, limits = ServedIndex(labels), self._limits
-    hits = None if predictor.retrieval is None else predictor.retrieval.hits
-    for program in index.warm_up(max(limits.k, hits or 0) + limits.names, limits.batch, hits):
+    label_hits = 0 if predictor.retrieval is None else predictor.retrieval.hits
+    query_hits = None if predictor.retrieval is None else predictor.retrieval.num_query_hits
+    for program in index.warm_up(max(limits.k, label_hits) + limits.names, limits.batch, query_hits):
       with self._devices:
         program()
     self._metrics.labels.set(labels.num_live)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 import time
@@ -22,7 +23,8 @@ from vixml_jax.mining.kmeans import balanced_kmeans
 from vixml_jax.mining.order import cluster_size_at, epoch_order, is_cluster_update, num_query_clusters
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer
 from vixml_jax.run.data import RunData
-from vixml_jax.run.state import TrainedModel, TrainState, abstract_state, model_part, padded_like, trained_model
+from vixml_jax.run.state import TrainedModel, TrainState, abstract_state, model_part, trained_model
+from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.training.metric_writer import MetricWriter
 from vixml_jax.training.preemption import Preemption
 from vixml_jax.training.start import initial_checkpoint
@@ -103,7 +105,9 @@ def train(
     while step < total_steps:
       epoch, first = divmod(step, num_steps)
       order = epoch_order(config.seed, epoch, len(queries), clusters)
-      make = _batch_maker(config, queries, order, encoder, epoch)
+      make = functools.partial(
+        make_batch, queries, order, config.train.batch_size, encoder.layout, seed=config.seed, epoch=epoch
+      )
       started = time.monotonic()
       with contextlib.closing(_prefetched(make, first, num_steps)) as batches:
         for batch in batches:
@@ -119,13 +123,14 @@ def train(
             started = time.monotonic()
 
       metrics.flush()
-      clusters = _refreshed_clusters(config, state, clusters, len(queries), epoch, encoder)
+      clusters = _refreshed_clusters(config, state, clusters, len(queries), epoch)
+      state.centroids.delete()  # Frees the memory for the new ones.
       if step < total_steps:
-        centroids = label_centroids(state.bank, queries.labels, data.num_labels, mesh=mesh)
+        centroids = label_centroids(state.bank, queries.labels, data.num_labels)
       else:
-        train_embeddings = encoder.embed(state.params, data.items["train"], "training queries")
-        centroids = label_centroids(train_embeddings, data.corpus.train_labels, data.num_labels, mesh=mesh)
-      state = dataclasses.replace(state, centroids=padded_like(centroids, state.centroids))
+        state, train_embeddings = _embed_training_queries(encoder, state, data)
+        centroids = label_centroids(train_embeddings.values, data.corpus.train_labels, data.num_labels)
+      state = dataclasses.replace(state, centroids=centroids)
       loss = metrics.epoch_mean_loss()
       meta["train_seconds"] += time.monotonic() - started
       writer.write(step, epoch, "epoch", {"mean_loss": loss, "train_seconds": meta["train_seconds"]})
@@ -142,6 +147,17 @@ def train(
   return trained_model(step, meta, model_part(state), data.num_labels, train_embeddings)
 
 
+def _embed_training_queries(encoder: ItemEncoder, state: TrainState, data: RunData) -> tuple[TrainState, ShardedRows]:
+  """Returns embeddings of all training queries, and the state.
+
+  Where the bank has a row for each of them, in float32, it receives the embeddings: no other memory is needed.
+  """
+  items = data.items["train"]
+  fits = len(data.train_rows) == len(items) and state.bank.dtype == np.float32
+  embeddings = encoder.embed_rows(state.params, items, "training queries", into=state.bank if fits else None)
+  return dataclasses.replace(state, bank=embeddings.values) if fits else state, embeddings
+
+
 def training_queries(config: ConfigDict, data: RunData) -> TrainingQueries:
   """Returns the queries that batches are drawn from, with the sampling weights of their labels."""
   labels, train = data.train_labels, config.train
@@ -154,30 +170,19 @@ def training_queries(config: ConfigDict, data: RunData) -> TrainingQueries:
   return TrainingQueries(data.train_items, labels, data.items["labels"], weights, dropout)
 
 
-def _batch_maker(
-  config: ConfigDict, queries: TrainingQueries, order: np.ndarray, encoder: ItemEncoder, epoch: int
-) -> Callable[[int], Batch]:
-  """Returns the function that makes the batch of a step of an epoch."""
-
-  def make(step: int) -> Batch:
-    return make_batch(queries, order, config.train.batch_size, encoder.layout, seed=config.seed, epoch=epoch, step=step)
-
-  return make
-
-
-def _prefetched(make: Callable[[int], Batch], first: int, stop: int) -> Generator[Batch]:
-  """Yields the batches of steps `first` to `stop` - 1; a thread makes the next batch meanwhile."""
+def _prefetched(make: Callable[..., Batch], first: int, stop: int) -> Generator[Batch]:
+  """Yields the batches `make(step=...)` of steps `first` to `stop` - 1; a thread makes the next batch meanwhile."""
   with ThreadPoolExecutor(1, "batches") as pool:
-    future = pool.submit(make, first)
+    future = pool.submit(make, step=first)
     for step in range(first, stop):
       batch = future.result()
       if step + 1 < stop:
-        future = pool.submit(make, step + 1)
+        future = pool.submit(make, step=step + 1)
       yield batch
 
 
 def _refreshed_clusters(
-  config: ConfigDict, state: TrainState, clusters: np.ndarray | None, num_queries: int, epoch: int, encoder: ItemEncoder
+  config: ConfigDict, state: TrainState, clusters: np.ndarray | None, num_queries: int, epoch: int
 ) -> np.ndarray | None:
   """Returns the query clusters after an epoch: new ones where an update is due (NGAME, arXiv 2207.04452)."""
   mining = config.mining
@@ -185,7 +190,7 @@ def _refreshed_clusters(
     return clusters
   size = cluster_size_at(epoch, mining.cluster_size, tuple(mining.doubling_epochs))
   num_clusters = num_query_clusters(num_queries, size)
-  return balanced_kmeans(state.bank, num_clusters, seed=config.seed + epoch, mesh=encoder.mesh, num_rows=num_queries)
+  return balanced_kmeans(state.bank, num_clusters, seed=config.seed + epoch, num_rows=num_queries)
 
 
 def _is_evaluated(config: ConfigDict, epoch: int) -> bool:

@@ -1,6 +1,5 @@
 """The state before the first step: parameters, the free vector of each label, label centroids, provenance."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ from vixml_jax.mining.kmeans import balanced_kmeans
 from vixml_jax.run.checkpoint import Checkpoint, provenance
 from vixml_jax.run.from_config import adapter_folder
 from vixml_jax.run.pretrained import trainable_params, weight_hashes
-from vixml_jax.run.state import TrainState, create_state, padded_like
+from vixml_jax.run.state import TrainState, create_state
 from vixml_jax.training.image_residual import start_residual
 from vixml_jax.typing import Tree
 
@@ -42,21 +41,16 @@ def initial_checkpoint(
     weights_folder: folder of the pretrained encoder; None for a random encoder.
     data_fingerprint: identifies the data.
   """
-  mesh, adapter = encoder.mesh, adapter_folder(config)
-  num_labels = len(queries.label_items)
-  params = trainable_params(encoder.model, mesh, config.seed, weights_folder, adapter)
+  adapter = adapter_folder(config)
+  params = trainable_params(encoder.model, encoder.mesh, config.seed, weights_folder, adapter)
   if encoder.features is not None and config.fusion.residual:
     norm = config.fusion.residual * _pooled_text_norm(encoder, params, queries)
     params |= {"fusion": start_residual(params["fusion"], encoder.features, norm, config.seed)}
   clusters, free_vectors = _label_clusters(config, encoder, params, queries)
   if free_vectors is not None:
-    params |= {"free_vectors": padded_like(free_vectors, params["free_vectors"])}
-  embeddings = encoder.embed(params, queries.items, "training queries")
-  centroids = label_centroids(embeddings, queries.labels, num_labels, mesh=mesh)
-  state = create_state(abstract, params, optimizer)
-  state = dataclasses.replace(
-    state, label_clusters=padded_like(clusters, state.label_clusters), centroids=padded_like(centroids, state.centroids)
-  )
+    params |= {"free_vectors": free_vectors}
+  centroids = _first_centroids(encoder, params, queries)
+  state = create_state(abstract, params, optimizer, clusters, centroids)
   meta = provenance(data_fingerprint, weight_hashes(weights_folder)) | {
     "adapter_sha256": weight_hashes(adapter),
     "config": config.to_dict(),
@@ -72,6 +66,12 @@ def _pooled_text_norm(encoder: ItemEncoder, params: Tree, queries: TrainingQueri
   return np.linalg.norm(encoder.pooled(params, sample, "texts"), axis=1).mean()
 
 
+def _first_centroids(encoder: ItemEncoder, params: Tree, queries: TrainingQueries) -> jax.Array:
+  """Returns label centroids by the initial model, [L rounded up, D]; the embeddings of the queries are freed."""
+  embeddings = encoder.embed_rows(params, queries.items, "training queries")
+  return label_centroids(embeddings.values, queries.labels, len(queries.label_items))
+
+
 def _label_clusters(
   config: ConfigDict, encoder: ItemEncoder, params: Tree, queries: TrainingQueries
 ) -> tuple[np.ndarray, jax.Array | None]:
@@ -79,16 +79,18 @@ def _label_clusters(
 
   A label has a free vector of its own where there are enough. Otherwise it uses the vector of its balanced cluster,
   by the initial model's plain embeddings. With `train.free_vector_init=cluster_mean` a free vector starts as the mean
-  embedding of its labels.
+  embedding of its labels. Without free vectors (NGAME), all labels are one cluster.
   """
+  if "free_vectors" not in params:
+    return np.zeros(len(queries.label_items), np.int32), None
   items, num_vectors = queries.label_items, config.train.free_vectors
   own, from_embeddings = num_vectors >= len(items), config.train.free_vector_init == "cluster_mean"
   clusters = np.arange(len(items), dtype=np.int32)
   if own and not from_embeddings:
     return clusters, None
-  embeddings = encoder.embed(params, items, "labels")
+  embeddings = encoder.embed_rows(params, items, "labels").values
   if not own:
-    clusters = balanced_kmeans(embeddings, num_vectors, seed=config.seed, mesh=encoder.mesh)
+    clusters = balanced_kmeans(embeddings, num_vectors, seed=config.seed, num_rows=len(items))
   if not from_embeddings:
     return clusters, None
-  return clusters, cluster_means(embeddings, clusters, num_vectors, mesh=encoder.mesh)
+  return clusters, cluster_means(embeddings, clusters, num_vectors)
