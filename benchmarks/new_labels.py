@@ -41,11 +41,13 @@ from vixml_jax.inference.label_files import label_format
 from vixml_jax.inference.new_labels import add_labels, embed_labels
 from vixml_jax.inference.predictor import Predictor
 from vixml_jax.ragged import Ragged
+from vixml_jax.row_files import RowFiles
 from vixml_jax.run import configuration
 from vixml_jax.run.workdir import EMBEDDINGS, INDEX
 from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.index import search_excluding
 from vixml_jax.search.label_index import LabelIndex
+from vixml_jax.search.retrieval_augmented import RetrievalSettings
 
 _DEPTH = 100
 _SHOWN = [
@@ -168,7 +170,7 @@ class _Data:
 
 def evaluated(index: LabelIndex, workdir: Path, data: _Data) -> dict[str, Any]:
   """Returns scores of plain and retrieval-augmented search of the test queries of a workdir in an index."""
-  queries = np.load(workdir / EMBEDDINGS / "test_queries.npy")
+  queries = RowFiles(workdir / EMBEDDINGS, "test_queries").load()
   live = set(index.uids(np.flatnonzero(~index.deleted)))
   to_id = np.full(len(data.labels), -1)
   there = [number for number, label in enumerate(data.labels) if label["uid"] in live]
@@ -178,9 +180,11 @@ def evaluated(index: LabelIndex, workdir: Path, data: _Data) -> dict[str, Any]:
   }
   how = index.retrieval
   if how is not None:
+    settings = RetrievalSettings.from_json(how)
     neighbors = retrieval_augmented.search_both(
-      index.label_index, index.query_index, queries, label_hits=how["hits"], query_hits=how["hits"]
+      index.label_index, index.query_index, queries, label_hits=settings.hits, query_hits=settings.num_query_hits
     )
+    neighbors = neighbors.nearest(settings.hits) if settings.joint else neighbors
     searches["retrieval"] = lambda exclude: retrieval_augmented.combine(
       neighbors,
       index.query_labels,
@@ -196,7 +200,7 @@ def evaluated(index: LabelIndex, workdir: Path, data: _Data) -> dict[str, Any]:
 def compare(config: ConfigDict, folder: Path, fraction: float, seed: int, positives: list[int]) -> dict[str, Any]:
   """Trains both models, adds the held-out labels to the first with each number of positives, and returns all scores."""
   source = Path(config.dataset.raw_dir or Path(vixml_jax.__file__).parent / "datasets" / config.dataset.name)
-  raw.check_folder(source)
+  raw.find_files(source)
   num_labels = raw_records.count_rows(source / raw.SPLITS["labels"].rows)
   is_new = np.zeros(num_labels, bool)
   is_new[np.random.default_rng(seed).choice(num_labels, round(fraction * num_labels), replace=False)] = True

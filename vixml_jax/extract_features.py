@@ -52,7 +52,7 @@ def main() -> None:
     raise InputError("--published and --checkpoint: set only one of them, the features or the tower that makes them")
   checkpoint = "" if _PUBLISHED.value else cli.required(_CHECKPOINT)
   data = config.dataset
-  builder = prepare(data.name, data.raw_dir, data.data_dir)
+  builder = prepare(data.name, data.raw_dir, data.data_dir, data.allow_empty_filter)
   if _PUBLISHED.value:
     import_published(builder, data.data_dir, _PUBLISHED.value, _NAME.value or "published")
   else:

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 import shutil
-from typing import Any
+from typing import IO, Any
 
 from vixml_jax.errors import InputError
 
@@ -34,11 +34,16 @@ def sha256_of_file(path: str | os.PathLike[str], advance: Callable[[int], object
   Raises:
     OSError: The file cannot be read.
   """
-  digest = hashlib.sha256()
   with Path(path).open("rb") as file:
-    while chunk := file.read(_CHUNK_BYTES):
-      digest.update(chunk)
-      advance(len(chunk))
+    return sha256_of_stream(file, advance)
+
+
+def sha256_of_stream(file: IO[bytes], advance: Callable[[int], object] = lambda size: None) -> str:
+  """Returns the sha256 of the rest of an open file in hex, read in chunks; see `sha256_of_file`."""
+  digest = hashlib.sha256()
+  while chunk := file.read(_CHUNK_BYTES):
+    digest.update(chunk)
+    advance(len(chunk))
   return digest.hexdigest()
 
 

@@ -2,8 +2,9 @@
 
   python -m vixml_jax.prepare_data --config=configs/custom.py --config.dataset.raw_dir=DIR
 
-DIR has the files trn.json.gz, tst.json.gz, lbl.json.gz, filter_labels_train.txt, filter_labels_test.txt and, for
-images, {trn,tst,lbl}_images.parquet. The prepared data set is written to config.dataset.data_dir.
+DIR has the published archives (.zip or .tar.gz, as downloaded or unpacked), or the files trn.json.gz, tst.json.gz,
+lbl.json.gz and, if there are any, filter_labels_{train,test}.txt and {trn,tst,lbl}_images.parquet. docs/data.md
+describes all formats. The prepared data set is written to config.dataset.data_dir.
 """
 
 from ml_collections import config_flags
@@ -19,7 +20,8 @@ def main() -> None:
   """Prepares the data set of the config in the flags."""
   config = cli.required(_CONFIG)
   configuration.check(config)
-  prepare(config.dataset.name, config.dataset.raw_dir, config.dataset.data_dir)
+  data = config.dataset
+  prepare(data.name, data.raw_dir, data.data_dir, data.allow_empty_filter)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from vixml_jax.datasets import raw, raw_images, raw_records
+from vixml_jax.datasets import raw, raw_images, raw_records, raw_rows
+from vixml_jax.datasets.filters import load_filters
 from vixml_jax.errors import InputError
+from vixml_jax.ragged import Ragged
 
 ROWS_PER_SHARD = 50_000
 
@@ -36,11 +38,18 @@ _Shard = Callable[[], _Examples]
 
 # TFDS has no type annotations, so mypy does not know the keywords of its classes.
 class RawFolder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-  """Builder of a folder in the raw format. Subclasses give the name of a data set and its text fields."""
+  """Builder of a folder in the raw format. Subclasses give the name of a data set and its text fields.
+
+  Attributes:
+    raw_dir: Folder or archive with the raw files; None for the `manual_dir` of TFDS, which must be a folder.
+    allow_empty_filter: Accept a filter file without pairs although queries are labels.
+  """
 
   VERSION = tfds.core.Version("1.0.0")
-  MANUAL_DOWNLOAD_INSTRUCTIONS = "Copy the raw files (see vixml_jax.datasets.raw) to one folder."
+  MANUAL_DOWNLOAD_INSTRUCTIONS = "Copy the raw files or archives (see vixml_jax.datasets.raw) to one folder."
   TEXT_FIELDS: tuple[str, ...] = ("title",)
+  raw_dir: Path | None = None
+  allow_empty_filter: bool = False
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -63,13 +72,19 @@ class RawFolder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: i
     )
 
   def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[_Shard]]:
-    folder = Path(dl_manager.manual_dir)
-    raw.check_folder(folder)
-    counts = {split: _count(folder / files.rows) for split, files in raw.SPLITS.items()}
-    _check_counts(self.name, folder, counts)
-    self.info.metadata.update(sha256=raw.sha256_of_files(folder), counts=counts, text_fields=list(self.TEXT_FIELDS))
+    files = raw.find_files(self.raw_dir or Path(dl_manager.manual_dir))
+    counts = {split: raw_rows.count_rows(found) for split, found in files.items()}
+    _check_counts(self.name, files, counts)
+    filters = load_filters(files, counts, self.allow_empty_filter)
+    self.info.metadata.update(
+      sha256=raw.sha256_of_files(files), counts=counts, text_fields=list(self.TEXT_FIELDS), filters=filters.metadata
+    )
+    excluded = {"train": filters.train, "test": filters.test, "labels": None}
     # Labels come first, since a mistake in them causes most mistakes elsewhere.
-    return {split: _shards(folder, split, counts) for split in ("labels", "train", "test")}
+    return {
+      split: _shards(_examples(files[split], split, counts, excluded[split]), counts[split])
+      for split in ("labels", "train", "test")
+    }
 
 
 class LfAmazonTitles131k(RawFolder):
@@ -120,41 +135,27 @@ def _numbers(dtype: type, doc: str) -> tfds.features.Tensor:
   return tfds.features.Tensor(shape=(None,), dtype=dtype, encoding=tfds.features.Encoding.BYTES, doc=doc)
 
 
-def _count(path: Path) -> int:
-  rows = raw_records.count_rows(path)
-  if not rows:
-    raise InputError(f"{path}: the file is empty; it must have one JSON object per line")
-  return rows
-
-
-def _check_counts(name: str, folder: Path, counts: dict[str, int]) -> None:
+def _check_counts(name: str, files: dict[str, raw.FoundFiles], counts: dict[str, int]) -> None:
   for split, expected in EXPECTED_COUNTS.get(name, {}).items():
     if counts[split] != expected:
       raise InputError(
-        f"{folder / raw.SPLITS[split].rows}: {counts[split]} rows, but {name} has {expected}; download the data set "
-        "again, or use configs/custom.py for another one"
+        f"{files[split].rows}: {counts[split]} rows, but {name} has {expected}; download the data set again, or use "
+        "configs/custom.py for another one"
       )
 
 
-def _shards(folder: Path, split: str, counts: dict[str, int]) -> list[_Shard]:
+def _shards(examples: _Examples, num_rows: int) -> list[_Shard]:
   """Returns a generator function for each shard. They are called in order and share one pass over the files."""
-  num_rows = counts[split]
-  examples = _examples(folder, split, counts)
   full_shards = (num_rows - 1) // ROWS_PER_SHARD
   # The last shard exhausts the generator, whose end checks the file as a whole.
   return [lambda: itertools.islice(examples, ROWS_PER_SHARD)] * full_shards + [lambda: examples]
 
 
-def _examples(folder: Path, split: str, counts: dict[str, int]) -> _Examples:
+def _examples(files: raw.FoundFiles, split: str, counts: dict[str, int], excluded: Ragged | None) -> _Examples:
   """Yields row number and features of every row of a split."""
-  files, data_warnings = raw.SPLITS[split], raw_records.DataWarnings()
-  num_rows, num_labels = counts[split], counts["labels"]
-  if files.filter:
-    rows = raw_records.read_queries(folder / files.rows, num_labels, data_warnings)
-    excluded = raw_records.read_filter(folder / files.filter, num_rows, num_labels)
-  else:
-    rows, excluded = raw_records.read_labels(folder / files.rows, data_warnings), None
-  images = raw_images.read_images(folder / files.images, num_rows)
+  data_warnings, num_rows = raw_records.DataWarnings(), counts[split]
+  rows = raw_rows.read_rows(files, split, counts, data_warnings)
+  images = raw_images.read_images(files.images, num_rows)
   with tqdm(total=num_rows, desc=f"prepare {split}", unit=" rows", disable=None) as bar:
     # `rows` is exhausted last, so that its check of the whole file runs.
     for number, ((slots, blobs), row) in enumerate(zip(images, rows, strict=True)):

@@ -18,19 +18,20 @@ _EMBEDDED = {"mm_icons_9k": Path(__file__).parent / "mm_icons_9k"}
 
 
 def prepare(
-  name: str, raw_dir: str | os.PathLike[str] | None, data_dir: str | os.PathLike[str]
+  name: str, raw_dir: str | os.PathLike[str] | None, data_dir: str | os.PathLike[str], allow_empty_filter: bool = False
 ) -> tfds.core.DatasetBuilder:
   """Builds a data set from its raw files if that has not been done, and opens it.
 
   Args:
     name: Key of `builders.BUILDERS`, such as `lf_amazon_titles_131k` or `custom`.
-    raw_dir: Folder with the raw files. None or "" stands for the files in this package (embedded data sets) or for
-      data that have been prepared.
+    raw_dir: Folder with the raw files or with archives of them, or an archive; see `raw.find_files`. None or "" stands
+      for the files in this package (embedded data sets) or for data that have been prepared.
     data_dir: Folder for all prepared data. It is created if it does not exist.
+    allow_empty_filter: Accept a filter file without pairs for a set where queries are labels.
 
   Returns:
     The builder, ready for `as_data_source`. Its `info.metadata` has `sha256` of the raw files by name, `counts` of
-    rows by split, and `text_fields`.
+    rows by split, `text_fields`, and `filters` (see `filters.RawFilters.metadata`).
 
   Raises:
     InputError: The name is unknown, raw files are missing or malformed, or the prepared data were built from other
@@ -47,11 +48,13 @@ def prepare(
     if folder is None:
       raise InputError(
         f"{name} has not been prepared in {data_dir}: set --config.dataset.raw_dir to the folder with its raw files "
-        "(trn.json.gz, tst.json.gz, lbl.json.gz, ...)"
+        "or archives (trn.json.gz, tst.json.gz, lbl.json.gz, ...; see docs/data.md)"
       )
-    raw.check_folder(folder)
+    raw.find_files(folder)  # Before TFDS creates folders.
     _log.info("preparing %s from %s", name, folder)
-    build(builder_class(data_dir=data_dir), data_dir, folder)
+    unprepared = builder_class(data_dir=data_dir)
+    unprepared.raw_dir, unprepared.allow_empty_filter = folder, allow_empty_filter
+    build(unprepared, data_dir)
     builder = open_dataset(name, data_dir)
     counts = builder.info.metadata["counts"]
     _log.info("prepared %s in %s: %s", name, target, ", ".join(f"{count:,} {split}" for split, count in counts.items()))
@@ -71,7 +74,7 @@ def open_dataset(name: str, data_dir: str | os.PathLike[str]) -> tfds.core.Datas
   return tfds.builder_from_directory(target)
 
 
-def build(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike[str], manual_dir: Path | None = None) -> None:
+def build(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike[str]) -> None:
   """Runs a TFDS builder of this package without its messages and downloads. Only one process may do so at a time.
 
   The folder of the data set appears when all files are written. Leftovers of a killed build are removed.
@@ -79,12 +82,11 @@ def build(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike[str], m
   Args:
     builder: Builder of the data set.
     data_dir: Folder for all prepared data.
-    manual_dir: Folder with the raw files, if the builder reads any.
   """
   target = Path(builder.data_path)
   for leftover in target.parent.glob(f"*incomplete*{target.name}*"):
     shutil.rmtree(leftover)
-  config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+  config = tfds.download.DownloadConfig(try_download_gcs=False)
   tfds.disable_progress_bar()  # The builders of this package show bars with known totals.
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads.
     builder.download_and_prepare(
@@ -108,9 +110,9 @@ def _folder(name: str, data_dir: str | os.PathLike[str]) -> Path:
 
 
 def _check_same_files(name: str, folder: Path, target: Path, data_dir: str | os.PathLike[str]) -> None:
-  raw.check_folder(folder)
+  files = raw.find_files(folder)
   prepared = open_dataset(name, data_dir).info.metadata["sha256"]
-  changed = changed_files(prepared, raw.sha256_of_files(folder))
+  changed = changed_files(prepared, raw.sha256_of_files(files))
   if changed:
     raise InputError(
       f"{target}: was prepared from other raw files than those in {folder} ({', '.join(changed)} differ); delete it to "

@@ -17,18 +17,18 @@ _IMAGES_PER_READ = 256
 _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
 
 
-def read_images(path: Path, num_rows: int) -> Iterator[tuple[list[int], list[bytes]]]:
+def read_images(path: Path | None, num_rows: int) -> Iterator[tuple[list[int], list[bytes]]]:
   """Yields the slots and the encoded images of every row of a split.
 
   Args:
     path: Parquet file with integer columns `row` and `slot` and a binary column `png` (or `image`, for other formats),
-      sorted by row and slot. If the file does not exist, no row has images.
+      sorted by row and slot. If it is None or does not exist, no row has images.
     num_rows: Number of rows of the split. A row without images yields empty lists.
 
   Raises:
     InputError: The file is not of this form. The message names it and the record (from 0) at fault.
   """
-  images = _image_records(path, num_rows) if path.is_file() else iter(())
+  images = _image_records(path, num_rows) if path and path.is_file() else iter(())
   pending = next(images, None)
   for row in range(num_rows):
     slots, blobs = [], []

@@ -11,13 +11,16 @@ from pathlib import Path
 import re
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 
 from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.datasets.raw_images import MAX_SLOT, open_parquet, out_of_range, unreadable_parquet
 from vixml_jax.datasets.records import Records
+from vixml_jax.datasets.uids import hash_of_uid
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import offsets_of
 
@@ -71,7 +74,8 @@ def open_sources(images: str, builder: tfds.core.DatasetBuilder) -> dict[str, Im
     images: "" for the images in the prepared data set. Or a folder that has, for each split with images, a folder
       `trn`, `tst` or `lbl` with image files `ROW_SLOT.EXT` (or `ROW.EXT`, slot 0) or with parquet files of
       img2dataset, or a file `{trn,tst,lbl}_images.parquet`. Or a template of paths of parquet files, in which
-      `{split}` stands for trn, tst or lbl.
+      `{split}` stands for trn, tst or lbl. Or parquet files for all splits (a folder that has nothing but those, a file
+      or a pattern), whose column `id` has the uids of the items.
     builder: Prepared data set.
 
   Returns:
@@ -83,13 +87,31 @@ def open_sources(images: str, builder: tfds.core.DatasetBuilder) -> dict[str, Im
   counts = builder.info.metadata["counts"]
   if not images:
     return {split: _RecordImages(Records(builder, split)) for split in PREFIXES}
+  paths = _paths_by_id(images)
+  if paths:
+    ids = _ImageIds(paths)
+    by_id = {split: _ImagesById(paths, ids, Records(builder, split)) for split in PREFIXES}
+    if not any(source.num_images for source in by_id.values()):
+      raise InputError(f"--images={images}: no id in these files is a uid of {builder.name}; check column id")
+    return dict(by_id)
   sources = {split: _open(images, split, counts[split]) for split in PREFIXES}
   if not any(source.num_parts for source in sources.values()):
     raise InputError(
       f"--images={images}: no images found; give a folder with trn, tst or lbl (image files or parquet) or "
-      "trn_images.parquet ..., or a template such as DIR/{split}/*.parquet"
+      "trn_images.parquet ..., a template such as DIR/{split}/*.parquet, or parquet files with a column id"
     )
   return sources
+
+
+def _paths_by_id(images: str) -> list[Path]:
+  """Returns the parquet files for all splits; empty if the images are given split by split."""
+  if "{split}" in images:
+    return []
+  folder = Path(images)
+  if not folder.is_dir():
+    return sorted(map(Path, glob.glob(images)))  # noqa: PTH207, Path.glob takes no absolute pattern.
+  split_by_split = [*PREFIXES.values(), *(files.images for files in SPLITS.values())]
+  return [] if any((folder / name).exists() for name in split_by_split) else sorted(folder.glob("*.parquet"))
 
 
 def _open(images: str, split: str, num_rows: int) -> ImageSource:
@@ -152,7 +174,7 @@ class _ParquetImages:
 
   def __init__(self, paths: list[Path], num_rows: int):
     self._paths, self._num_rows = paths, num_rows
-    self._columns = [_columns(path) for path in paths]
+    self._columns = [self._columns_of(path) for path in paths]
     lengths = [open_parquet(path).metadata.num_rows for path in paths]
     self._starts = offsets_of(lengths)
     self.num_parts = -(-int(self._starts[-1]) // IMAGES_PER_PART)
@@ -191,6 +213,10 @@ class _ParquetImages:
           yield part, self._images(path, position - start, taken, columns)
         position, batch = position + len(taken), batch.slice(len(taken))
 
+  def _columns_of(self, path: Path) -> list[str]:
+    """Returns the names of the columns to read."""
+    return ["row", "slot", _blob_column(path, ("row", "slot"))]
+
   def _images(self, path: Path, record: int, batch: pa.RecordBatch, columns: list[str]) -> list[EncodedImage]:
     """Returns the images of a batch whose first record is record `record` of its file."""
     rows, slots, blobs = (batch.column(name) for name in columns)
@@ -203,6 +229,69 @@ class _ParquetImages:
         raise InputError(f"{path}: record {record}: {out_of_range(row, slot, self._num_rows)}")
       record += 1
     return list(map(EncodedImage, rows, slots, blobs.to_pylist()))
+
+
+class _ImageIds:
+  """The id and the slot of every record of parquet files.
+
+  The slot of an image is its place among the images with its id: in the order of the files and, within one, of the
+  column `key`, if there is one. img2dataset writes images as they arrive, and `key` numbers them as they were listed.
+
+  Attributes:
+    hashes: Hash of the id of each record, int64 [R].
+    slots: Slot of each record, int32 [R].
+  """
+
+  def __init__(self, paths: list[Path]):
+    hashes, places = [], []
+    for path in paths:
+      _blob_column(path, ("id",))
+      with open_parquet(path) as file:
+        names = [name for name in ("id", "key") if name in file.schema_arrow.names]
+        try:
+          table = file.read(columns=names)
+        except (pa.ArrowException, OSError) as error:
+          raise unreadable_parquet(path, error) from error
+      if table.column("id").null_count:
+        raise InputError(f"{path}: column id has {table.column('id').null_count} records without an id")
+      hashes.append(np.array([hash_of_uid(str(uid)) for uid in table.column("id").to_pylist()], np.int64))
+      ordered = "key" in names and not table.column("key").null_count
+      ranks = pc.rank(table.column("key"), tiebreaker="first").to_numpy() if ordered else np.arange(len(table))
+      places.append(ranks.astype(np.int64))
+    files = np.repeat(np.arange(len(paths)), [len(part) for part in hashes])
+    self.hashes = np.concatenate(hashes)
+    order = np.lexsort((np.concatenate(places), files, self.hashes))
+    starts = np.searchsorted(self.hashes[order], self.hashes[order])
+    self.slots = np.empty(len(order), np.int32)
+    self.slots[order] = np.arange(len(order)) - starts
+
+
+class _ImagesById(_ParquetImages):
+  """Parquet files for all splits: the images whose id is the uid of a row of one split.
+
+  Attributes:
+    num_images: Number of images of the split.
+  """
+
+  def __init__(self, paths: list[Path], ids: _ImageIds, records: Records):
+    super().__init__(paths, len(records))
+    uids = np.array([hash_of_uid(record.text(["uid"])) for batch in records.batches() for record in batch], np.int64)
+    self._order = np.argsort(uids, kind="stable")
+    # The rows of record i of the files are _order[_first[i] : _end[i]]: a split may have a uid more than once.
+    self._first, self._end = (np.searchsorted(uids[self._order], ids.hashes, side) for side in ("left", "right"))
+    self._slots, self._starts_of = ids.slots, dict(zip(paths, self._starts.tolist(), strict=False))
+    self.num_images = int((self._end - self._first).sum())
+
+  def _columns_of(self, path: Path) -> list[str]:
+    return [_blob_column(path, ("id",))]
+
+  def _images(self, path: Path, record: int, batch: pa.RecordBatch, columns: list[str]) -> list[EncodedImage]:
+    start = self._starts_of[path] + record
+    return [
+      EncodedImage(int(row), int(self._slots[start + i]), blob)
+      for i, blob in enumerate(batch.column(columns[0]).to_pylist())
+      for row in self._order[self._first[start + i] : self._end[start + i]]
+    ]
 
 
 def _row_and_slot(folder: Path, name: str, num_rows: int) -> tuple[int, int, str]:
@@ -219,18 +308,24 @@ def _row_and_slot(folder: Path, name: str, num_rows: int) -> tuple[int, int, str
   return row, slot, name
 
 
-def _columns(path: Path) -> list[str]:
-  """Returns the names of the columns of row, slot and bytes."""
+def _blob_column(path: Path, required: tuple[str, ...]) -> str:
+  """Returns the name of the column of encoded images of a parquet file that must also have the required columns."""
   with open_parquet(path) as file:
     schema = file.schema_arrow
-  blob = next((name for name in _COLUMNS if name in schema.names), None)
-  if blob is None or not {"row", "slot"} <= set(schema.names):
+  names, wanted = schema.names, " and ".join(required)
+  blob = next((name for name in _COLUMNS if name in names), None)
+  if blob is None and "url" in names:
     raise InputError(
-      f"{path}: columns must be row, slot and one of {', '.join(_COLUMNS)}; found {', '.join(schema.names)} "
-      "(img2dataset: --output_format parquet, and keep row and slot with --save_additional_columns)"
+      f"{path}: has URLs and no images; download them with img2dataset (docs/images.md), keeping {wanted} with "
+      "--save_additional_columns, and set --images to its output"
+    )
+  if blob is None or not set(required) <= set(names):
+    raise InputError(
+      f"{path}: columns must be {', '.join(required)} and one of {', '.join(_COLUMNS)}; found {', '.join(names)} "
+      f"(img2dataset: --output_format parquet, and keep {wanted} with --save_additional_columns)"
     )
   if not (pa.types.is_binary(schema.field(blob).type) or pa.types.is_large_binary(schema.field(blob).type)):
     raise InputError(
       f"{path}: column {blob} has type {schema.field(blob).type}; it must have the encoded images (binary)"
     )
-  return ["row", "slot", blob]
+  return blob

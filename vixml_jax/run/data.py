@@ -87,7 +87,7 @@ def load_data(config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh, *, extract: 
     InputError: the raw files, the prepared set or the image features are missing or do not fit the config.
   """
   wanted = config.dataset
-  builder = datasets.prepare(wanted.name, wanted.raw_dir, wanted.data_dir)
+  builder = datasets.prepare(wanted.name, wanted.raw_dir, wanted.data_dir, wanted.allow_empty_filter)
   features, image_rows, fingerprint = _load_features(config, builder, mesh, extract)
   corpus = load_corpus(builder, tokenizer, tuple(wanted.text_fields), Path(wanted.data_dir) / "tokens")
   held_out = hold_out(corpus.train_tokens, wanted.validation_fraction, config.seed)
