@@ -1,4 +1,4 @@
-"""The PRIME loss: three triplet losses with online hard negatives, and the prototype regularizer.
+"""The losses: triplet losses with online hard negatives, alone (NGAME, DEXA) or with the regularizer of PRIME.
 
 All functions take similarities in float32 whose rows and columns belong to one global batch, so every pair of the
 batch counts, whatever the number of devices.
@@ -27,6 +27,7 @@ class LossConfig:
     temperature: Temperature of the softmax that weights the violating negatives.
     regulariser_weight: Weight of the prototype regularizer.
     regulariser_margin: Margin by which a prototype must be better than the plain label (cosine).
+    reverse_weight: Weight of the triplet loss of labels against queries.
 
   Reference: loss of PRIME (arXiv 2410.20401).
   """
@@ -37,6 +38,7 @@ class LossConfig:
   temperature: float = 0.1
   regulariser_weight: float = 0.1
   regulariser_margin: float = 0.1
+  reverse_weight: float = 1.0
 
 
 def similarities(rows: Float[Array, "A D"], columns: Float[Array, "B D"]) -> Float[Array, "A B"]:
@@ -167,7 +169,10 @@ def prime_loss(
   key: Key[Array, ""],
   config: LossConfig,
 ) -> tuple[Array, dict[str, Array]]:
-  """Computes triplet(query, label) + triplet(query, prototype) + triplet(label, query) + weight * regularizer.
+  """Computes the loss of PRIME.
+
+  It is triplet(query, label) + triplet(query, prototype) + `reverse_weight` * triplet(label, query) +
+  `regulariser_weight` * regularizer.
 
   Args:
     queries: Unit-norm query embeddings of the global batch.
@@ -192,7 +197,7 @@ def prime_loss(
   to_prototype, violators = triplet_loss(prototype_sim, positives, valid, valid, keys[1], config)
   to_query, _ = triplet_loss(label_sim.T, positives.T, valid, valid, keys[2], config)
   regulariser = prototype_regulariser(label_sim, prototype_sim, positives, valid, valid, keys[3], config)
-  loss = to_label + to_prototype + to_query + config.regulariser_weight * regulariser
+  loss = to_label + to_prototype + config.reverse_weight * to_query + config.regulariser_weight * regulariser
   return loss, {
     "loss": loss,
     "triplet_label": to_label,
@@ -201,6 +206,44 @@ def prime_loss(
     "regulariser": regulariser,
     "violators": violators,
   }
+
+
+def siamese_loss(
+  queries: Float[Array, "B D"],
+  prototypes: Float[Array, "B D"],
+  positives: Bool[Array, "B B"],
+  valid: Bool[Array, "B"],
+  key: Key[Array, ""],
+  config: LossConfig,
+) -> tuple[Array, dict[str, Array]]:
+  """Computes the loss of NGAME and DEXA: triplet(query, prototype) + `reverse_weight` * triplet(prototype, query).
+
+  Both methods use a fixed margin of 0.3 (`margin_min` and `margin_max`) and a `reverse_weight` of 0. A reverse term of
+  weight 0 is not computed.
+
+  Args:
+    queries: Unit-norm query embeddings of the global batch.
+    prototypes: Unit-norm vectors by which the drawn labels are scored, one drawn label per query. Labels may repeat.
+    positives: `positives[i, j]` says whether label j of the batch is a positive of query i.
+    valid: Places of the batch that are filled; the others are padding.
+    key: Random key that draws the positives.
+    config: Constants of the loss. Those of the regularizer are not used.
+
+  Returns:
+    The scalar loss and its parts: `loss`, `triplet_prototype`, `triplet_reverse` and `violators`.
+
+  Reference: NGAME (arXiv 2207.04452); DEXA (KDD 2023); `main.py` of DiegoOrtego/vixml without `--prime`, whose triplet
+  loss this is.
+  """
+  keys = jax.random.split(key, 2)
+  positives = positives & valid[:, None] & valid[None, :]
+  sim = similarities(queries, prototypes)
+  loss, violators = triplet_loss(sim, positives, valid, valid, keys[0], config)
+  parts = {"triplet_prototype": loss, "triplet_reverse": jnp.zeros(()), "violators": violators}
+  if config.reverse_weight:
+    parts["triplet_reverse"], _ = triplet_loss(sim.T, positives.T, valid, valid, keys[1], config)
+    loss = loss + config.reverse_weight * parts["triplet_reverse"]
+  return loss, {"loss": loss, **parts}
 
 
 def _hardest(sim: Float[Array, "A B"], negatives: Bool[Array, "A B"], k: int) -> tuple[Array, Array]:

@@ -127,7 +127,7 @@ def test_interrupted_build_leaves_no_cache_and_the_next_succeeds(builder, place,
   assert not [path for path in tmp_path.iterdir() if path.is_dir()]
   # What SIGKILL leaves is a folder under another name.
   fingerprint = _load(builder, place, tmp_path / "other").fingerprint
-  (tmp_path / f"custom-{fingerprint[:16]}.incomplete").mkdir()
+  (tmp_path / f"custom-{fingerprint[:16]}-v2.incomplete").mkdir()
   assert len(_load(builder, place, tmp_path).train_tokens) == 64
   assert len([path for path in tmp_path.glob("custom-*") if path.is_dir()]) == 1
 
@@ -149,7 +149,7 @@ def test_unknown_text_field_is_named(builder, place, tmp_path):
 
 def test_damaged_cache_is_named(builder, place, tmp_path):
   corpus = _load(builder, place, tmp_path)
-  path = tmp_path / f"custom-{corpus.fingerprint[:16]}" / "train_tokens.values.npy"
+  path = tmp_path / f"custom-{corpus.fingerprint[:16]}-v2" / "train_tokens.values.npy"
   path.write_bytes(path.read_bytes()[:100])
   with pytest.raises(InputError, match="train_tokens.values.npy: cannot be read"):
     _load(builder, place, tmp_path)

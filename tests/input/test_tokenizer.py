@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.helpers import miniature
+from tests.helpers import miniature, tiny_tokenizers
 from vixml_jax.errors import InputError
 from vixml_jax.input.tokenizer import Tokenizer
 
@@ -25,6 +25,16 @@ def test_tokenizer_gives_the_same_ids_in_any_batch(folder):
   for row, text in enumerate(texts):
     np.testing.assert_array_equal(whole[row], tokenizer([text]).values)
   assert len(tokenizer([])) == 0
+
+
+def test_white_space_at_the_ends_of_a_text_gives_no_token(tmp_path):
+  tokenizer = Tokenizer(tiny_tokenizers.write_byte_bpe(tmp_path), 12)
+  plain = tokenizer(["text title"]).values
+  inner = tokenizer(["text  title"]).values
+  assert tokenizer.uncut(" text title\n") != tuple(plain), "the tokenizer itself keeps white space"
+  for text in (" text title", "text title ", "\ttext title\n", "\u00a0text title"):
+    np.testing.assert_array_equal(tokenizer([text]).values, plain)
+  assert len(inner) > len(plain)
 
 
 def test_unusable_tokenizer_or_length_is_named(folder, tmp_path):

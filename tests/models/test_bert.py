@@ -96,6 +96,34 @@ def test_bfloat16_is_near_float32(pair):
   assert cosine.min() > 0.999
 
 
+def test_a_float32_residual_stream_computes_what_autocast_computes(pair):
+  _, folder, theirs, _, params = pair
+  tokens, mask = tiny_encoders.padded(tiny_encoders.texts([5, 9, 3]))
+  rows = [jnp.asarray(x) for x in (tokens, mask, np.broadcast_to(np.arange(9), tokens.shape))]
+  with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    autocast = theirs(torch.tensor(tokens), torch.tensor(mask)).last_hidden_state
+  assert autocast.dtype == torch.float32
+  found = {}
+  for name, options in {
+    "exact": {},
+    "plain": dict(dtype="bfloat16"),
+    "stream": dict(dtype="bfloat16", residual_dtype="float32"),
+  }.items():
+    structure, _ = tiny_encoders.our_encoder(folder, **options)
+
+    def run(p, structure=structure):
+      encoder = merge_params(structure, p)
+      return encoder.encode_layers(encoder.embed_tokens(rows[0]), *rows[1:])
+
+    found[name] = jax.jit(run)(params)
+  assert found["plain"].dtype == jnp.bfloat16 and found["stream"].dtype == jnp.float32
+  exact, plain, stream = (np.asarray(found[name], np.float32)[:, mask > 0] for name in ("exact", "plain", "stream"))
+  np.testing.assert_allclose(stream[0], exact[0], atol=1e-5)  # There is no matrix product before the first layer.
+  assert np.abs(plain[0] - exact[0]).max() > 1e-3
+  error, of_autocast = (np.abs(x - exact[-1]).mean() for x in (stream[-1], autocast.numpy()[mask > 0]))
+  assert 0.7 * of_autocast < error < 1.4 * of_autocast
+
+
 def test_a_key_enables_dropout_and_determines_it(pair):
   _, _, _, graphdef, params = pair
   packed = tiny_encoders.packed([tiny_encoders.texts([5, 9, 3])], 20)

@@ -31,7 +31,7 @@ def test_last_pooling_returns_the_last_token_of_each_item():
   assert last_places(rows[1]).tolist() == [[0, 0, 1, 0, 2, 3, 0, 0], [1, 0, 0, 0, 0, 0, 0, 2]]
 
 
-@pytest.mark.parametrize("unknown", [dict(architecture="gpt"), dict(pooling="first")])
-def test_an_unknown_architecture_or_pooling_is_refused(unknown):
+@pytest.mark.parametrize("unknown", [dict(architecture="gpt"), dict(pooling="first"), dict(method="siamese")])
+def test_an_unknown_architecture_pooling_or_method_is_refused(unknown):
   with pytest.raises(ValueError, match=next(iter(unknown.values()))):
     define_model(ENCODER, PROTOTYPE, 4, **({"architecture": "decoder"} | unknown))

@@ -2,6 +2,7 @@
 
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from tests.helpers import tiny_encoders
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, pack
 from vixml_jax.models.definition import define_model
-from vixml_jax.models.fusion import ADAPTERS, ImageTokens
+from vixml_jax.models.fusion import ADAPTERS, ImageFusion, ImageTokens
 from vixml_jax.ragged import Ragged
 from vixml_jax.weights import hf_config
 
@@ -227,3 +228,13 @@ def test_a_residual_with_late_fusion_raises_an_error(bert):
 def test_an_unknown_method_or_adapter_raises_an_error(bert, unknown):
   with pytest.raises(ValueError, match=next(iter(unknown.values()))):
     with_images(bert, **unknown)
+
+
+def test_the_image_projection_starts_like_a_linear_layer_of_torch():
+  torch.manual_seed(0)
+  theirs = torch.nn.Linear(400, 300)
+  ours = ImageFusion(400, 300, 4, 8, rngs=nnx.Rngs(0)).project
+  for name, wanted in (("kernel", theirs.weight), ("bias", theirs.bias)):
+    value, wanted = np.asarray(getattr(ours, name)[...]), wanted.detach().numpy()
+    np.testing.assert_allclose(value.std(), wanted.std(), rtol=0.15, err_msg=name)
+    np.testing.assert_allclose(np.abs(value).max(), 1 / np.sqrt(400), rtol=0.03, err_msg=name)

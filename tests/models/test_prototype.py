@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.torch_layers import copy_torch_layer, torch_layer
 from vixml_jax.models.dual_encoder import l2_normalize
 from vixml_jax.models.prototype import PrototypeNetwork
 
@@ -24,30 +25,9 @@ def inputs(rows=5, seed=0):
 @pytest.fixture(scope="module")
 def pair():
   """torch's layer with random weights, biases and norms, and our network with the same."""
-  torch.manual_seed(0)
-  theirs = torch.nn.TransformerEncoderLayer(
-    DIM, HEADS, MLP, activation="gelu", batch_first=True, norm_first=False
-  ).eval()
-  with torch.no_grad():
-    for name, parameter in theirs.named_parameters():
-      parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3)
-  weights = {name: value.numpy() for name, value in theirs.state_dict().items()}
+  theirs = torch_layer(DIM, HEADS, MLP)
   ours = PrototypeNetwork(DIM, HEADS, MLP, rngs=nnx.Rngs(0))
-  layer, head_dim = ours.layer, DIM // HEADS
-  for number, name in enumerate(("query", "key", "value")):
-    part = slice(number * DIM, (number + 1) * DIM)
-    linear = getattr(layer.attention, name)
-    linear.kernel.set_value(jnp.asarray(weights["self_attn.in_proj_weight"][part].T.reshape(DIM, HEADS, head_dim)))
-    linear.bias.set_value(jnp.asarray(weights["self_attn.in_proj_bias"][part].reshape(HEADS, head_dim)))
-  out = weights["self_attn.out_proj.weight"].T.reshape(HEADS, head_dim, DIM)
-  layer.attention.output.kernel.set_value(jnp.asarray(out))
-  layer.attention.output.bias.set_value(jnp.asarray(weights["self_attn.out_proj.bias"]))
-  for module, name in ((layer.up, "linear1"), (layer.down, "linear2")):
-    module.kernel.set_value(jnp.asarray(weights[f"{name}.weight"].T))
-    module.bias.set_value(jnp.asarray(weights[f"{name}.bias"]))
-  for module, name in ((layer.attention_norm, "norm1"), (layer.mlp_norm, "norm2")):
-    module.scale.set_value(jnp.asarray(weights[f"{name}.weight"]))
-    module.bias.set_value(jnp.asarray(weights[f"{name}.bias"]))
+  copy_torch_layer(theirs, ours.layer)
   return theirs, ours
 
 
@@ -73,13 +53,31 @@ def test_dropout_acts_inside_the_network_only_with_a_key(pair):
   np.testing.assert_array_equal(one, ours(*vectors, jax.random.key(1)))
 
 
-def test_initial_kernels_are_distributed_like_those_of_torch():
+def test_initial_values_are_distributed_like_those_of_torch():
   torch.manual_seed(0)
-  network = PrototypeNetwork(256, 8, 512, rngs=nnx.Rngs(0))
-  for ours, theirs in ((network.layer.up, torch.nn.Linear(256, 512)), (network.layer.down, torch.nn.Linear(512, 256))):
-    kernel, wanted = np.asarray(ours.kernel[...]), theirs.weight.detach().numpy()
-    np.testing.assert_allclose(kernel.std(), wanted.std(), rtol=0.02)
-    np.testing.assert_allclose(np.abs(kernel).max(), np.abs(wanted).max(), rtol=0.01)
+  theirs = torch.nn.TransformerEncoderLayer(256, 8, 512, activation="gelu")
+  layer = PrototypeNetwork(256, 8, 512, rngs=nnx.Rngs(0)).layer
+  attention = theirs.self_attn
+  kernels = {
+    "queries": (layer.attention.query.kernel, attention.in_proj_weight[:256]),
+    "keys": (layer.attention.key.kernel, attention.in_proj_weight[256:512]),
+    "values": (layer.attention.value.kernel, attention.in_proj_weight[512:]),
+    "output": (layer.attention.output.kernel, attention.out_proj.weight),
+    "up": (layer.up.kernel, theirs.linear1.weight),
+    "down": (layer.down.kernel, theirs.linear2.weight),
+    "bias of up": (layer.up.bias, theirs.linear1.bias),
+    "bias of down": (layer.down.bias, theirs.linear2.bias),
+  }
+  for name, (ours, wanted) in kernels.items():
+    ours, wanted = np.asarray(ours[...]), wanted.detach().numpy()
+    tolerance = 0.15 if "bias" in name else 0.02  # A bias has 256 or 512 values.
+    np.testing.assert_allclose(ours.std(), wanted.std(), rtol=tolerance, err_msg=name)
+    np.testing.assert_allclose(np.abs(ours).max(), np.abs(wanted).max(), rtol=0.03, err_msg=name)
+  for linear, bias in (
+    *((getattr(layer.attention, name), attention.in_proj_bias) for name in ("query", "key", "value")),
+    (layer.attention.output, attention.out_proj.bias),
+  ):
+    assert not np.any(linear.bias[...]) and not bias.detach().numpy().any()
 
 
 def test_normalizing_a_zero_vector_gives_zero_and_a_finite_gradient():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from tests.helpers.torch_layers import copy_torch_layer, torch_layer
 from vixml_jax.models.parameters import merge_params, split_params
 from vixml_jax.models.transformer import PostNormLayer, scan_layers, stack_layers
 
@@ -23,19 +24,9 @@ def _run_layer(segments):
 
 
 def test_the_post_norm_layer_equals_torch():
-  torch.manual_seed(0)
-  theirs = torch.nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True, norm_first=False).eval()
+  theirs = torch_layer(32, 4, 64)
   ours = PostNormLayer(32, 4, 64, layer_norm_eps=1e-5, rngs=nnx.Rngs(0))
-  weights = {name: value.detach().numpy() for name, value in theirs.state_dict().items()}
-  split = zip(("query", "key", "value"), np.split(weights["self_attn.in_proj_weight"], 3), strict=True)
-  for name, kernel in split:
-    getattr(ours.attention, name).kernel.set_value(jnp.asarray(kernel.T.reshape(32, 4, 8)))
-  out = weights["self_attn.out_proj.weight"]
-  ours.attention.output.kernel.set_value(jnp.asarray(out.T.reshape(4, 8, 32)))
-  ours.up.kernel.set_value(jnp.asarray(weights["linear1.weight"].T))
-  ours.up.bias.set_value(jnp.asarray(weights["linear1.bias"]))
-  ours.down.kernel.set_value(jnp.asarray(weights["linear2.weight"].T))
-  ours.down.bias.set_value(jnp.asarray(weights["linear2.bias"]))
+  copy_torch_layer(theirs, ours)
   x = _random((5, 3, 32))
   with torch.no_grad():
     wanted = theirs(torch.tensor(x))

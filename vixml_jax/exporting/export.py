@@ -115,7 +115,7 @@ def _export_peft(workdir: Path, folder: Path) -> None:
 def base_name(pretrained: str) -> tuple[str, str | None]:
   """Returns the absolute folder of a pretrained encoder, or its name and its revision on the hub, as PEFT expects."""
   if pretrained.startswith("package:") or Path(pretrained).expanduser().is_dir():
-    return str(source.resolve(pretrained).absolute()), None
+    return str(source.resolve(pretrained, weights=False, tokenizer=False).absolute()), None
   name, _, revision = pretrained.partition("@")
   return name, revision or None
 

@@ -89,12 +89,12 @@ def check_categories(
 
 
 def embed_labels(predictor: Predictor, labels: Sequence[NewLabel]) -> EmbeddedLabels:
-  """Returns prototypes of new labels, computed by the trained prototype network (PRIME, arXiv 2410.20401).
+  """Returns prototypes of new labels, computed as those of the labels of training; see `DualEncoder.prototypes`.
 
-  The network takes three vectors of each label: the encoding of its text and images; the free vector of the cluster
-  with the highest cosine of its mean embedding, among the clusters that training left, so that the order in which
-  labels are added does not matter; and as its centroid the mean embedding of its positives, or its own embedding if it
-  has none.
+  A prototype is made of up to three vectors: the encoding of the label's text and images; the free vector of the
+  cluster with the highest cosine of its mean embedding, among the clusters that training left, so that the order in
+  which labels are added does not matter; and as its centroid the mean embedding of its positives, or its own embedding
+  if it has none.
 
   Args:
     predictor: The trained encoder, and the index with the clusters.
@@ -125,10 +125,12 @@ def nearest_clusters(embeddings: np.ndarray, clusters: np.ndarray, mesh: Mesh) -
   Args:
     embeddings: float32 [n, D].
     clusters: float32 [C, D], mean embedding of the labels of each cluster. A cluster without labels is zero and is
-      never returned.
+      never returned, unless there is no other: the index of a model without free vectors has one zero cluster.
     mesh: Devices to search on.
   """
   inhabited = np.flatnonzero(np.any(clusters, axis=1))
+  if not len(inhabited):
+    return np.zeros(len(embeddings), np.int32)
   _, ids = ExactIndex(normalize(np.asarray(clusters)), mesh, rows=inhabited).search(embeddings, 1)
   return ids[:, 0]
 
@@ -186,7 +188,7 @@ def _centroids(own: np.ndarray, queries: np.ndarray, counts: np.ndarray, mesh: M
   if not len(queries):
     return own
   members = Ragged.of_lengths(np.arange(len(queries), dtype=np.int32), counts)
-  return np.where(counts[:, None] > 0, sharding.to_host(mean_of_rows(queries, members, mesh=mesh)), own)
+  return np.where(counts[:, None] > 0, sharding.to_host(mean_of_rows(queries, members, mesh=mesh))[: len(members)], own)
 
 
 def _found(index: LabelIndex, uid: str, where: str) -> np.ndarray:

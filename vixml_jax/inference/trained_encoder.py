@@ -148,7 +148,7 @@ def load_trained_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEnco
   definition = model_from_config(config)
   pretrained = None
   if definition.freezes_encoder and not config.encoder.random_init:
-    pretrained = source.resolve(config.encoder.pretrained)
+    pretrained = source.resolve(config.encoder.pretrained, tokenizer=False)
   check_base(definition, pretrained, workdir, meta)
   abstract, _ = definition.split(abstract_params(definition, mesh))
   return TrainedEncoder(

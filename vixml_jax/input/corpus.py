@@ -23,6 +23,8 @@ from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.ragged import Ragged, offsets_of
 
 _FORMAT = 1
+# Version of the cached files, for the same corpus. 2: white space at the ends of texts is removed.
+_CACHE_VERSION = 2
 _TOKENS = {"train": "train_tokens", "test": "test_tokens", "labels": "label_tokens"}
 _TEXT_FEATURES = ("title", "content")
 
@@ -94,7 +96,7 @@ def load_corpus(
   if unknown:
     raise InputError(f"unknown text field '{unknown[0]}'; choose from {', '.join(_TEXT_FEATURES)}")
   fingerprint = _fingerprint(builder, tokenizer, fields)
-  folder = Path(cache_dir) / f"{builder.name}-{fingerprint[:16]}"
+  folder = Path(cache_dir) / f"{builder.name}-{fingerprint[:16]}-v{_CACHE_VERSION}"
   with locked(f"{folder}.lock"):
     if not folder.is_dir():
       with new_folder(folder) as work:

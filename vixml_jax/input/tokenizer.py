@@ -50,8 +50,12 @@ class Tokenizer:
     self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
   def __call__(self, texts: Sequence[str]) -> Ragged:
-    """Tokenizes texts on all cores. Row i of the result has the token ids of text i, int32."""
-    ids = [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))]
+    """Tokenizes texts on all cores. Row i of the result has the token ids of text i, int32.
+
+    White space at both ends of a text is removed first, as in the published code. It would be a token of its own for
+    the tokenizers of decoders.
+    """
+    ids = [encoding.ids for encoding in self._backend.encode_batch_fast([text.strip() for text in texts])]
     lengths = [len(row) for row in ids]
     return Ragged.of_lengths(np.fromiter(itertools.chain.from_iterable(ids), np.int32, sum(lengths)), lengths)
 

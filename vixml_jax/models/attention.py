@@ -66,6 +66,7 @@ class Attention(nnx.Module):
     dropout: Dropout rate of the attention probabilities.
     dtype: Dtype of the computation.
     kernel_init: Initializer of the four kernels, which it sees as D x D matrices.
+    output_init: Initializer of the kernel of the output, where it differs from that of queries, keys and values.
     rngs: Source of the initial values.
   """
 
@@ -77,6 +78,7 @@ class Attention(nnx.Module):
     dropout: float = 0.0,
     dtype: str = "float32",
     kernel_init: layers.Initializer = layers.normal_init,
+    output_init: layers.Initializer | None = None,
     rngs: nnx.Rngs,
   ):
     if embed_dim % num_heads:
@@ -88,7 +90,7 @@ class Attention(nnx.Module):
     self.query = layers.Linear(embed, heads, **options)
     self.key = layers.Linear(embed, heads, **options)
     self.value = layers.Linear(embed, heads, **options)
-    self.output = layers.Linear(heads, embed, **options)
+    self.output = layers.Linear(heads, embed, **options | {"kernel_init": output_init or kernel_init})
 
   def __call__(
     self, x: Float[Array, "R T D"], segments: Int[Array, "R T"] | None, key: Key[Array, ""] | None = None

@@ -29,6 +29,8 @@ class BertEncoder(TextEncoder):
     projection_dropout: Dropout rate of the outputs of the attention; 0 in DistilBERT.
     layer_norm_eps: Added to the variance in every norm.
     dtype: Dtype of the computation. Parameters, norms and softmax are float32.
+    residual_dtype: Dtype of the residual stream and of what the norms return; "" for `dtype`. "float32" with a
+      `dtype` of 16 bits computes what torch.autocast does: matrix products in 16 bits, everything else in 32.
     remat: Whether to recompute the activations of each layer in the backward pass.
     rngs: Source of the initial values (normal, standard deviation 0.02).
 
@@ -49,6 +51,7 @@ class BertEncoder(TextEncoder):
     projection_dropout: float = 0.1,
     layer_norm_eps: float = 1e-12,
     dtype: str = "float32",
+    residual_dtype: str = "",
     remat: bool = False,
     *,
     rngs: nnx.Rngs,
@@ -57,6 +60,7 @@ class BertEncoder(TextEncoder):
     self.embed_dim = embed_dim
     self.dropout = dropout
     self.dtype = dtype
+    self.residual_dtype = residual_dtype
     self.remat = remat
     self.word_embedding = _embedding("vocab", vocab_size, embed_dim, rngs)
     self.position_embedding = _embedding("position", max_position, embed_dim, rngs)
@@ -114,9 +118,9 @@ class BertEncoder(TextEncoder):
 
   def _add_positions(self, x: Array, positions: Array, key: Array | None) -> Array:
     """Adds the vectors of token type 0 and of positions [R, T] to x [R, T, D], then applies norm and dropout."""
-    x = x.astype(self.dtype) + self.position_embedding[...][positions].astype(self.dtype)
+    x = x.astype(self.stream_dtype) + self.position_embedding[...][positions].astype(self.stream_dtype)
     if self.token_type_embedding is not None:
-      x = x + self.token_type_embedding[0].astype(self.dtype)
+      x = x + self.token_type_embedding[0].astype(self.stream_dtype)
     return layers.dropout(self.embedding_norm(x), self.dropout, key)
 
 

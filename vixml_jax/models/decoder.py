@@ -40,6 +40,7 @@ class Decoder(TextEncoder):
     lora_alpha: Strength of the adapters; see `lora.lora_scale`.
     param_dtype: Dtype of all parameters except the adapters, which are float32. "bfloat16" suits frozen parameters.
     dtype: Dtype of the computation. Norms, rotations and softmax are float32.
+    residual_dtype: Dtype of the residual stream and of what the norms return; "" for `dtype`.
     remat: Whether to recompute the activations of each layer in the backward pass.
     rngs: Source of the initial values (normal, standard deviation 0.02).
 
@@ -69,6 +70,7 @@ class Decoder(TextEncoder):
     lora_alpha: float = 0.0,
     param_dtype: str = "float32",
     dtype: str = "float32",
+    residual_dtype: str = "",
     remat: bool = False,
     *,
     rngs: nnx.Rngs,
@@ -83,6 +85,7 @@ class Decoder(TextEncoder):
     self.rope_scaling = rope_scaling
     self.bidirectional = bidirectional
     self.dtype = dtype
+    self.residual_dtype = residual_dtype
     self.remat = remat
     table = layers.normal_init(rngs.params(), (vocab_size, embed_dim), jnp.dtype(param_dtype))
     self.word_embedding = nnx.Param(table, axes=("vocab", "embed"))
@@ -134,7 +137,7 @@ class Decoder(TextEncoder):
     """Returns the input and the output of every layer; see `TextEncoder.encode_layers`."""
     del key
     _, outputs = self._run(x, segments, positions, return_layers=True)
-    return jnp.concatenate([x.astype(self.dtype)[None], outputs])
+    return jnp.concatenate([x.astype(self.stream_dtype)[None], outputs])
 
   def _run(self, x: Array, segments: Array, positions: Array, return_layers: bool) -> tuple[Array, Any]:
     angles = positions[..., None] * rotary_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
@@ -143,7 +146,7 @@ class Decoder(TextEncoder):
     def apply(layer: DecoderLayer, hidden: Array, _: Array | None) -> Array:
       return layer(hidden, segments, cos, sin)
 
-    return scan_layers(self.layers, x.astype(self.dtype), apply, remat=self.remat, return_layers=return_layers)
+    return scan_layers(self.layers, x.astype(self.stream_dtype), apply, remat=self.remat, return_layers=return_layers)
 
 
 class DecoderLayer(nnx.Module):

@@ -54,6 +54,11 @@ class ModelDefinition:
     return bool(self.arguments["encoder"].get("lora_rank"))
 
   @property
+  def has_free_vectors(self) -> bool:
+    """Whether labels have free vectors, which they share with the other labels of a cluster."""
+    return "free_vectors" in self.shapes
+
+  @property
   def embed_dim(self) -> int:
     """Width of the embeddings, D."""
     return self.arguments["encoder"]["embed_dim"]
@@ -66,6 +71,7 @@ def define_model(
   fusion: dict[str, Any] | None = None,
   architecture: str = "bert",
   pooling: str = "mean",
+  method: str = "prime",
 ) -> ModelDefinition:
   """Returns the definition of the `DualEncoder` with these arguments, without computing any value."""
   arguments: dict[str, Any] = {
@@ -75,6 +81,7 @@ def define_model(
     "fusion": fusion,
     "architecture": architecture,
     "pooling": pooling,
+    "method": method,
   }
   abstract = nnx.eval_shape(lambda: DualEncoder(**arguments, rngs=nnx.Rngs(0)))
   return ModelDefinition(arguments, *split_params(abstract))

@@ -1,4 +1,4 @@
-"""The whole model: one encoder of texts and images for queries and labels, free vectors, the prototype network."""
+"""The whole model: one encoder of texts and images for queries and labels, and the vectors that score labels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +18,8 @@ from vixml_jax.typing import Array, Float, Int, Key
 # The value of `encoder.architecture` in configs -> the class of the encoder. A new encoder is added here.
 ARCHITECTURES: dict[str, Callable[..., TextEncoder]] = {"bert": BertEncoder, "decoder": Decoder}
 POOLINGS = ("mean", "last")
+# The value of `method` in configs -> what the prototype of a label is made of; see `DualEncoder.prototypes`.
+METHODS = ("prime", "ngame", "dexa")
 
 # Arguments of the encoder that the layer of late fusion shares, if the encoder has them.
 _SHARED_WITH_FUSION = ("num_heads", "mlp_dim", "dropout", "layer_norm_eps", "dtype")
@@ -37,21 +39,22 @@ def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
 
 
 class DualEncoder(nnx.Module):
-  """Encoder that queries and labels share, and the network that makes prototypes of labels.
+  """Encoder that queries and labels share, and what turns the encoding of a label into its prototype.
 
   Args:
     encoder: Keyword arguments of the encoder.
-    prototype: Keyword arguments of `PrototypeNetwork`, except `embed_dim`.
-    num_free_vectors: Number of free vectors C. The labels of a cluster share one.
+    prototype: Keyword arguments of `PrototypeNetwork`, except `embed_dim`. Only "prime" has the network.
+    num_free_vectors: Number of free vectors C. The labels of a cluster share one. "ngame" has none.
     fusion: Keyword arguments of `ImageFusion`, except the encoder's sizes; None for a model of texts only. The layer
       of late fusion has the encoder's number of heads and feed-forward width.
     architecture: Key of `ARCHITECTURES`, which gives the class of the encoder.
     pooling: "mean" for the mean over all places of an item, images included, or "last" for the item's last place,
       which is the only one that attends to the whole item if attention is causal.
+    method: What a prototype is made of; see `prototypes`. One of `METHODS`.
     rngs: Source of the initial values.
 
   Raises:
-    ValueError: If the architecture or the pooling is unknown.
+    ValueError: If the architecture, the pooling or the method is unknown.
   """
 
   def __init__(
@@ -62,6 +65,7 @@ class DualEncoder(nnx.Module):
     fusion: dict[str, Any] | None = None,
     architecture: str = "bert",
     pooling: str = "mean",
+    method: str = "prime",
     *,
     rngs: nnx.Rngs,
   ):
@@ -69,16 +73,16 @@ class DualEncoder(nnx.Module):
       raise ValueError(f"architecture {architecture!r}: must be one of {', '.join(ARCHITECTURES)}")
     if pooling not in POOLINGS:
       raise ValueError(f"pooling {pooling!r}: must be one of {', '.join(POOLINGS)}")
+    if method not in METHODS:
+      raise ValueError(f"method {method!r}: must be one of {', '.join(METHODS)}")
     self.pooling = pooling
+    self.method = method
     self.encoder = ARCHITECTURES[architecture](**encoder, rngs=rngs)
     embed_dim = self.encoder.embed_dim
-    self.prototype = PrototypeNetwork(embed_dim, **prototype, rngs=rngs)
-    xavier = jax.nn.initializers.xavier_uniform()
-    self.free_vectors = nnx.Param(
-      xavier(rngs.params(), (num_free_vectors, embed_dim), jnp.float32), axes=("free_vector", "vector")
-    )
+    # One assignment for each: NNX decides at the first one whether an attribute holds parameters.
+    self.prototype = PrototypeNetwork(embed_dim, **prototype, rngs=rngs) if method == "prime" else None
+    self.free_vectors = None if method == "ngame" else _free_vectors(num_free_vectors, embed_dim, rngs)
     shared = {name: encoder[name] for name in _SHARED_WITH_FUSION if name in encoder}
-    # One assignment: NNX decides at the first one whether an attribute holds parameters.
     self.fusion = None if fusion is None else ImageFusion(embed_dim=embed_dim, **shared, **fusion, rngs=rngs)
 
   def pool(
@@ -127,12 +131,29 @@ class DualEncoder(nnx.Module):
     centroids: Float[Array, "B D"],
     key: Key[Array, ""] | None = None,
   ) -> Float[Array, "B D"]:
-    """Returns the unit-norm prototypes of labels.
+    """Returns the unit-norm prototypes of labels, by which labels are scored.
+
+    The method decides what a prototype is, before it is normalized:
+
+    - "ngame": the pooled encoder output (arXiv 2207.04452).
+    - "dexa": the sum of the pooled encoder output, which is not normalized, and the free vector (DEXA, KDD 2023;
+      `dexa/models/auxiliary_layer.py` of Extreme-classification/dexa).
+    - "prime": the output of the prototype network for both and the centroid (arXiv 2410.20401).
 
     Args:
       pooled: Pooled encoder outputs of the labels, before normalization.
-      clusters: Free vector that each label uses, 0..C-1.
-      centroids: Centroids of the labels.
+      clusters: Free vector that each label uses, 0..C-1. Ignored by "ngame".
+      centroids: Centroids of the labels. Ignored by all but "prime".
       key: Random key of the dropout; None for a deterministic run.
     """
-    return l2_normalize(self.prototype(pooled, self.free_vectors[...][clusters], centroids, key))
+    if self.free_vectors is None:
+      return l2_normalize(pooled)
+    free_vectors = self.free_vectors[...][clusters]
+    if self.prototype is None:
+      return l2_normalize(pooled + free_vectors)
+    return l2_normalize(self.prototype(pooled, free_vectors, centroids, key))
+
+
+def _free_vectors(number: int, embed_dim: int, rngs: nnx.Rngs) -> nnx.Param[Array]:
+  xavier = jax.nn.initializers.xavier_uniform()
+  return nnx.Param(xavier(rngs.params(), (number, embed_dim), jnp.float32), axes=("free_vector", "vector"))

@@ -49,7 +49,7 @@ class ImageFusion(nnx.Module):
     dropout: Dropout rate in the layer of late fusion.
     layer_norm_eps: Added to the variance in the norms of late fusion.
     dtype: Dtype of the computation.
-    rngs: Source of the initial values.
+    rngs: Source of the initial values. Those of the maps are distributed as in torch.nn.Linear.
 
   Raises:
     ValueError: If the method or the adapter is unknown, or a residual is combined with late fusion.
@@ -81,7 +81,9 @@ class ImageFusion(nnx.Module):
     self.adapter = adapter
 
     def linear(inputs: dict[str, int]) -> layers.Linear:
-      return layers.Linear(inputs, {"embed": embed_dim}, dtype=dtype, kernel_init=layers.fan_in_uniform, rngs=rngs)
+      return layers.Linear(
+        inputs, {"embed": embed_dim}, uniform_bias=True, dtype=dtype, kernel_init=layers.fan_in_uniform, rngs=rngs
+      )
 
     self.project = linear({"feature": feature_dim})
     self.hidden = linear({"vector": embed_dim}) if adapter == "mlp" else None

@@ -14,8 +14,11 @@ from vixml_jax.typing import Array, Float, Key
 
 Initializer = Callable[..., jax.Array]
 normal_init = jax.nn.initializers.normal(0.02)
-# The initial values of torch.nn.Linear: uniform within 1 / sqrt(fan_in).
+# The initial kernel of torch.nn.Linear: uniform within 1 / sqrt(fan_in).
 fan_in_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# The initial kernels of queries, keys and values in torch.nn.MultiheadAttention, which draws the three as one matrix
+# [3 D, D] with Xavier's bounds: uniform within sqrt(6 / (D + 3 D)).
+stacked_xavier_uniform = jax.nn.initializers.variance_scaling(1 / 2, "fan_in", "uniform")
 
 
 def split_key(key: Array | None, num: int) -> Any:
@@ -105,6 +108,7 @@ class Linear(nnx.Module):
     inputs: Axis name and size of each dimension that is summed over.
     outputs: Axis name and size of each dimension of the result.
     bias: Whether to add b.
+    uniform_bias: Whether b starts uniform within 1 / sqrt(fan_in), as in torch.nn.Linear, instead of zero.
     dtype: Dtype of the computation.
     param_dtype: Dtype of W and b. A and B are float32.
     kernel_init: Initializer of W. It is called with the kernel's shape as a matrix, so that fan-in and fan-out are
@@ -122,6 +126,7 @@ class Linear(nnx.Module):
     outputs: dict[str, int],
     *,
     bias: bool = True,
+    uniform_bias: bool = False,
     dtype: str = "float32",
     param_dtype: str = "float32",
     kernel_init: Initializer = normal_init,
@@ -135,7 +140,11 @@ class Linear(nnx.Module):
     matrix = (math.prod(input_sizes), math.prod(output_sizes))
     kernel = kernel_init(rngs.params(), matrix, jnp.dtype(param_dtype)).reshape(input_sizes + output_sizes)
     self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs))
-    self.bias = nnx.Param(jnp.zeros(output_sizes, param_dtype), axes=tuple(outputs)) if bias else None
+    start = jnp.zeros(output_sizes, param_dtype)
+    if uniform_bias:
+      bound = 1 / math.sqrt(matrix[0])
+      start = jax.random.uniform(rngs.params(), output_sizes, start.dtype, -bound, bound)
+    self.bias = nnx.Param(start, axes=tuple(outputs)) if bias else None
     if not lora_rank:
       self.lora_a = self.lora_b = None
       return

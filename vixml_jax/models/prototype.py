@@ -3,7 +3,6 @@
 from flax import nnx
 import jax.numpy as jnp
 
-from vixml_jax.models import layers
 from vixml_jax.models.transformer import PostNormLayer
 from vixml_jax.typing import Array, Float, Key
 
@@ -20,7 +19,7 @@ class PrototypeNetwork(nnx.Module):
     dropout: Dropout rate of the attention probabilities, of the attention output, and inside and after the
       feed-forward network.
     layer_norm_eps: Added to the variance in both norms.
-    rngs: Source of the initial values.
+    rngs: Source of the initial values, which are distributed as in torch.nn.TransformerEncoderLayer.
 
   Reference: label prototype network of PRIME (arXiv 2410.20401).
   """
@@ -44,7 +43,7 @@ class PrototypeNetwork(nnx.Module):
       projection_dropout=dropout,
       activation_dropout=dropout,
       layer_norm_eps=layer_norm_eps,
-      kernel_init=layers.fan_in_uniform,
+      torch_init=True,
       rngs=rngs,
     )
 

@@ -14,18 +14,20 @@ class TextEncoder(nnx.Module):
   A packed row holds several texts: `segments` says which text a token belongs to, and `positions` restart at 0 in each
   text. The hidden states of a text must not depend on the other texts of its row.
 
-  A subclass takes its sizes as keyword arguments, sets the three attributes below and `layers`, and implements
+  A subclass takes its sizes as keyword arguments, sets the attributes below and `layers`, and implements
   `encode` and `encode_layers`. Every parameter is an `nnx.Param(value, axes=...)` with one logical axis of
   `sharding.RULES` per dimension. An entry in `dual_encoder.ARCHITECTURES` makes the class known to configs.
 
   Attributes:
     embed_dim: D, width of the hidden states.
     dtype: Dtype of the computation.
+    residual_dtype: Dtype of the residual stream and of what the norms return; "" for `dtype`.
     word_embedding: Vectors of the tokens [vocabulary, D], with the logical axes `("vocab", "embed")`.
   """
 
   embed_dim: int
   dtype: str
+  residual_dtype: str = ""
   word_embedding: nnx.Param[jax.Array]
 
   def __call__(
@@ -44,13 +46,18 @@ class TextEncoder(nnx.Module):
       key: Random key of the dropout; None for a deterministic run. An encoder without dropout ignores it.
 
     Returns:
-      Hidden states [R, T, D] in `dtype`. Those of padding have no meaning.
+      Hidden states [R, T, D] in `stream_dtype`. Those of padding have no meaning.
     """
     return self.encode(self.embed_tokens(tokens), segments, positions, key)
 
   def embed_tokens(self, tokens: Int[Array, "R T"]) -> Float[Array, "R T D"]:
     """Returns the word vectors [R, T, D] of tokens [R, T]. Early fusion replaces those of images."""
-    return self.word_embedding[...][tokens].astype(self.dtype)
+    return self.word_embedding[...][tokens].astype(self.stream_dtype)
+
+  @property
+  def stream_dtype(self) -> str:
+    """Dtype of the hidden states between the layers."""
+    return self.residual_dtype or self.dtype
 
   @abc.abstractmethod
   def encode(

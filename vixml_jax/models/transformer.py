@@ -27,7 +27,8 @@ class PostNormLayer(nnx.Module):
     activation_dropout: Dropout rate inside the feed-forward network; 0 in BERT and DistilBERT.
     layer_norm_eps: Added to the variance in both norms.
     dtype: Dtype of the computation. Norms and softmax are always computed in float32.
-    kernel_init: Initializer of the kernels, which it sees as matrices.
+    torch_init: Whether initial values are distributed as in torch.nn.TransformerEncoderLayer. Otherwise kernels are
+      normal with a standard deviation of 0.02 and biases are zero, as in BERT.
     rngs: Source of the initial values.
   """
 
@@ -43,15 +44,24 @@ class PostNormLayer(nnx.Module):
     activation_dropout: float = 0.0,
     layer_norm_eps: float = 1e-12,
     dtype: str = "float32",
-    kernel_init: layers.Initializer = layers.normal_init,
+    torch_init: bool = False,
     rngs: nnx.Rngs,
   ):
     self.dropout = dropout
     self.projection_dropout = projection_dropout
     self.activation_dropout = activation_dropout
-    options: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init, "rngs": rngs}
-    self.attention = Attention(embed_dim, num_heads, dropout=attention_dropout, **options)
+    self.attention = Attention(
+      embed_dim,
+      num_heads,
+      dropout=attention_dropout,
+      dtype=dtype,
+      kernel_init=layers.stacked_xavier_uniform if torch_init else layers.normal_init,
+      output_init=layers.fan_in_uniform if torch_init else None,
+      rngs=rngs,
+    )
     self.attention_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
+    kernel_init = layers.fan_in_uniform if torch_init else layers.normal_init
+    options: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init, "uniform_bias": torch_init, "rngs": rngs}
     self.up = layers.Linear({"embed": embed_dim}, {"mlp": mlp_dim}, **options)
     self.down = layers.Linear({"mlp": mlp_dim}, {"embed": embed_dim}, **options)
     self.mlp_norm = layers.LayerNorm(embed_dim, layer_norm_eps)

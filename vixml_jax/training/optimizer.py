@@ -12,9 +12,10 @@ from vixml_jax.errors import InputError
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.typing import Array, Tree
 
+Rules = tuple[tuple[str, tuple[str, bool]], ...]
 # Pattern of a parameter's path -> (name of its learning rate, whether weight decay applies). Every parameter matches
 # exactly one rule. The norm scales of the prototype layer are decayed, as in the published code.
-RULES: tuple[tuple[str, tuple[str, bool]], ...] = (
+RULES: Rules = (
   (r"encoder/.*/bias", ("encoder", False)),
   (r"encoder/.*norm/scale", ("encoder", False)),
   (r"encoder/.*(/kernel|_embedding|/lora_[ab])", ("encoder", True)),
@@ -26,12 +27,22 @@ RULES: tuple[tuple[str, tuple[str, bool]], ...] = (
 )
 
 
+# The same rules, except that the norm scales of an encoder's layers are decayed. The published code excludes biases and
+# parameters named `LayerNorm.weight`. In DistilBERT only the norm of the embeddings has this name; those of its layers
+# are `sa_layer_norm` and `output_layer_norm`.
+RULES_WITH_DECAYED_LAYER_NORMS: Rules = (
+  (r"encoder/layers/.*norm/scale", ("encoder", True)),
+  (r"encoder/(?!layers/).*norm/scale", ("encoder", False)),
+  *(rule for rule in RULES if rule[0] != r"encoder/.*norm/scale"),
+)
+
+
 def path_name(path: tuple[Any, ...]) -> str:
   """Returns the name of a JAX key path, such as `encoder/layers/up/kernel`."""
   return "/".join(str(part.key) for part in path)
 
 
-def parameter_groups(params: Tree, rules: tuple[tuple[str, tuple[str, bool]], ...] = RULES) -> Tree:
+def parameter_groups(params: Tree, rules: Rules = RULES) -> Tree:
   """Returns for every parameter its (name of the learning rate, decayed) pair.
 
   Raises:
@@ -73,6 +84,7 @@ def optimizer_from_config(config: ConfigDict, model: ModelDefinition, total_step
     warmup_steps=train.warmup_steps,
     total_steps=total_steps,
     weight_decay=train.weight_decay,
+    decay_layer_norms=train.decay_layer_norms,
     adam_eps=train.adam_eps,
     clip_norm=train.clip_norm or None,
   )
@@ -100,6 +112,7 @@ def make_optimizer(
   warmup_steps: int,
   total_steps: int,
   weight_decay: float = 0.01,
+  decay_layer_norms: bool = False,
   adam_eps: float = 1e-6,
   clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
@@ -113,10 +126,11 @@ def make_optimizer(
     warmup_steps: steps of linear warm-up.
     total_steps: steps of the whole run.
     weight_decay: decoupled weight decay; not applied to biases, the encoder's norm scales and free vectors.
+    decay_layer_norms: apply it to the norm scales of the encoder's layers, as the published code does for DistilBERT.
     adam_eps: added to the root of the second moment.
     clip_norm: largest global gradient norm; None for no clipping.
   """
-  groups = parameter_groups(params)
+  groups = parameter_groups(params, RULES_WITH_DECAYED_LAYER_NORMS if decay_layer_norms else RULES)
   is_group = lambda node: isinstance(node, tuple)
   rates = {"encoder": learning_rate, "new": new_learning_rate, "free_vectors": free_vector_learning_rate}
   decayed = jax.tree.map(lambda group: group[1], groups, is_leaf=is_group)

@@ -1,4 +1,4 @@
-"""The jitted training step: encode the batch in chunks, PRIME loss over all of it, update, refresh the bank."""
+"""The jitted training step: encode the batch in chunks, loss over all of it, update, refresh the bank."""
 
 import dataclasses
 import functools
@@ -16,11 +16,12 @@ from vixml_jax.encoding.inputs import EncoderInputs, image_tokens, inputs_on_mes
 from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.batches import Batch
 from vixml_jax.input.packing import PackedLayout
-from vixml_jax.losses import LossConfig, prime_loss
+from vixml_jax.losses import LossConfig, prime_loss, siamese_loss
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.models.dual_encoder import l2_normalize
 from vixml_jax.models.parameters import join_params
 from vixml_jax.run.state import TrainState, shardings_of
+from vixml_jax.sharded_rows import put_rows
 from vixml_jax.training.optimizer import optimizer_from_config
 from vixml_jax.typing import Array, Tree
 
@@ -153,13 +154,17 @@ def batch_loss(
   pooled = encode_batch(config, mesh, params, batch, dropout_key)
   pooled = jax.lax.with_sharding_constraint(pooled, sharding.named_sharding(mesh, "batch", "vector"))
   query_pooled, label_pooled = jnp.split(pooled, 2)
-  prototypes = config.model.bind(params).prototypes(
+  model = config.model.bind(params)
+  prototypes = model.prototypes(
     label_pooled, state.label_clusters[batch.label_ids], state.centroids[batch.label_ids], prototype_key
   )
   queries = l2_normalize(query_pooled)
-  loss, parts = prime_loss(
-    queries, l2_normalize(label_pooled), prototypes, batch.positives, batch.valid, loss_key, config.loss
-  )
+  if model.method == "prime":
+    loss, parts = prime_loss(
+      queries, l2_normalize(label_pooled), prototypes, batch.positives, batch.valid, loss_key, config.loss
+    )
+  else:
+    loss, parts = siamese_loss(queries, prototypes, batch.positives, batch.valid, loss_key, config.loss)
   return loss, (parts, queries)
 
 
@@ -175,11 +180,9 @@ def train_step(
 
   gradients, (parts, queries) = jax.grad(loss_of, has_aux=True)(state.params)
   updates, opt_state = config.optimizer.update(gradients, state.opt_state, state.params)
-  # Empty places of the batch point past the end of the bank, where the scatter drops them.
-  bank_rows = jnp.where(batch.valid, batch.query_ids, state.bank.shape[0])
-  bank = state.bank.at[bank_rows].set(
-    jax.lax.stop_gradient(queries).astype(state.bank.dtype), mode="drop", unique_indices=False
-  )
+  # Empty places of the batch have no row in the bank.
+  bank_rows = jnp.where(batch.valid, batch.query_ids, -1)
+  bank = put_rows(state.bank, bank_rows, jax.lax.stop_gradient(queries), mesh)
   new_state = dataclasses.replace(
     state, step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state, bank=bank
   )
