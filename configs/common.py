@@ -1,5 +1,8 @@
 """Shared parts of the configs: every key with its default, the recipes, and the parser of variants."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from ml_collections import ConfigDict
 
 from configs.encoders import ENCODERS, END_TOKENS, LEARNING_RATES
@@ -10,12 +13,15 @@ def base_config() -> ConfigDict:
   config = ConfigDict()
   config.name = ""  # Name of the default workdir, runs/NAME.
   config.seed = 0
+  # "prime": a label is scored by its prototype. "dexa": by its embedding plus a free vector. "ngame": by its embedding.
+  config.method = "prime"
 
   config.dataset = ConfigDict(
     dict(
       name="",  # Name of a builder in vixml_jax.datasets.
-      raw_dir="",  # Folder with trn.json.gz and the other files; required until the set is prepared.
+      raw_dir="",  # Folder with trn.json.gz and the other files or archives; required until the set is prepared.
       data_dir="data",  # Prepared sets and cached tokens.
+      allow_empty_filter=False,  # Accept an empty filter file although queries have the uids of labels.
       text_fields=("title",),
       max_length=32,  # Maximum number of tokens, special tokens included; longer texts are truncated.
       validation_fraction=0.0,  # Fraction of the training queries that is held out to choose settings.
@@ -57,7 +63,13 @@ def base_config() -> ConfigDict:
   config.prototype = ConfigDict(dict(num_heads=8, mlp_dim=1024, dropout=0.1))
   config.loss = ConfigDict(
     dict(
-      num_negatives=10, margin_min=0.1, margin_max=0.3, temperature=0.1, regulariser_weight=0.1, regulariser_margin=0.1
+      num_negatives=10,
+      margin_min=0.1,
+      margin_max=0.3,
+      temperature=0.1,
+      regulariser_weight=0.1,
+      regulariser_margin=0.1,
+      reverse_weight=1.0,  # Weight of the triplet loss of labels against queries.
     )
   )
   config.train = ConfigDict(
@@ -69,6 +81,8 @@ def base_config() -> ConfigDict:
       free_vector_learning_rate=5e-4,
       warmup_steps=100,
       weight_decay=0.01,
+      # Whether weight decay includes the norm scales of the encoder's layers. `use_encoder` sets it for DistilBERT.
+      decay_layer_norms=False,
       adam_eps=1e-6,
       clip_norm=0.0,  # Maximum global gradient norm; 0 for no clipping. The paper uses 1 for decoders.
       # A power of two, or 0 for a quarter of the labels, at most 65,536. With as many as labels, each has its own.
@@ -100,7 +114,11 @@ def base_config() -> ConfigDict:
       recall_ks=(10, 100),
       bootstrap_samples=1000,  # For the 95% intervals; 0 for none.
       retrieval_augmented=True,  # Also evaluates with retrieval augmentation.
-      retrieval_hits=100,  # Number of labels, and of training queries, that retrieval-augmented inference uses.
+      # Neighbors of a query: "separate" takes the nearest labels and the nearest training queries; "joint" takes the
+      # nearest of both together.
+      retrieval_search="separate",
+      retrieval_hits=100,  # Number of labels, or of both with "joint".
+      retrieval_query_hits=0,  # Number of training queries with "separate"; 0 for as many as labels.
       retrieval_lambda=0.9,  # Weight of labels relative to training queries.
       retrieval_temperature=0.05,
       retrieval_choose=False,  # Whether lambda and temperature are chosen on the validation queries.
@@ -127,12 +145,32 @@ def use_encoder(config: ConfigDict, name: str) -> None:
     raise ValueError(f"encoder={name}: must be one of {', '.join(ENCODERS)}")
   config.encoder = ConfigDict(ENCODERS[name])
   config.train.learning_rate = LEARNING_RATES[name]
+  # The published code excludes parameters named `LayerNorm.weight`; DistilBERT's layers name their norms otherwise.
+  config.train.decay_layer_norms = name == "distilbert"
   if is_decoder(config):
     config.train.update(dict(clip_norm=1.0, free_vector_init="cluster_mean"))
     config.prompt.template = (
       "E V" if name == "qwen2.5-tiny" else "T E I V eos"
     )  # MiniLM's tokenizer adds an end token itself.
     config.prompt.eos = next(token for start, token in END_TOKENS.items() if name.startswith(start))
+
+
+def use_method(config: ConfigDict, method: str) -> None:
+  """Sets the method: "prime", "ngame" or "dexa".
+
+  NGAME and DEXA get the loss of their own code: a fixed margin and no loss of labels against queries. The free vectors
+  of DEXA are trained at the rate of the encoder, so call this after that rate is set.
+
+  Raises:
+    ValueError: If the method is unknown.
+  """
+  if method not in ("prime", "ngame", "dexa"):
+    raise ValueError(f"method={method}: must be prime, ngame or dexa")
+  config.method = method
+  if method != "prime":
+    config.loss.update(dict(margin_min=0.3, margin_max=0.3, reverse_weight=0.0))
+    config.train.update(dict(free_vector_learning_rate=config.train.learning_rate, free_vector_init="xavier"))
+    config.name += f"-{method}"
 
 
 def is_decoder(config: ConfigDict) -> bool:
@@ -143,9 +181,6 @@ def is_decoder(config: ConfigDict) -> bool:
 def use_images(config: ConfigDict, images: str) -> None:
   """Sets the maximum number of images of an item, "0" to "5".
 
-  Unlike in the paper, the images of random items of a training batch are dropped (`fusion.modality_dropout`), so that
-  the model also answers queries without images. Set it to 0 for the paper's recipe.
-
   Raises:
     ValueError: If the number is not "0" to "5".
   """
@@ -153,8 +188,21 @@ def use_images(config: ConfigDict, images: str) -> None:
     raise ValueError(f"images={images}: must be 0 to 5")
   config.images = int(images)
   if config.images:
-    config.fusion.modality_dropout = 0.2
     config.name += f"-images{images}"
+
+
+def make_robust(config: ConfigDict) -> None:
+  """Adds what goes beyond the paper: the variant `robust` of the published configs.
+
+  The images of random items of a training batch are dropped, so that the model also answers queries without images. A
+  linear map of the mean image is added to the pooled text. Lambda and temperature of retrieval augmentation are chosen
+  on held-out training queries.
+  """
+  config.name += "-robust"
+  if config.images:
+    config.fusion.update(dict(modality_dropout=0.2, residual=0.4))
+  config.dataset.validation_fraction = 0.01
+  config.eval.retrieval_choose = True
 
 
 def parse_variant(text: str | None, **defaults: str) -> dict[str, str]:
@@ -179,24 +227,38 @@ def parse_variant(text: str | None, **defaults: str) -> dict[str, str]:
   return chosen
 
 
-def published_config(name: str, dataset: str, encoder: str, images: str) -> ConfigDict:
+def published_config(
+  name: str, dataset: str, variant: str | None, recipes: Mapping[str, tuple[int, float]] = MappingProxyType({})
+) -> ConfigDict:
   """Returns the recipe of the paper for one of its data sets.
+
+  The values are those of ViXML (arXiv 2511.13189, implementation details) and of the scripts of its code,
+  `run_vixml_miniLML3_amzTitles131K.sh` and `run_vixml_qwen25_3B_amzTitles131K.sh`. Both scripts are for images. The
+  text-only runs of encoders train for 300 epochs; when their clusters double is not published, and here they double in
+  the same epochs as with images (docs/deviations.md).
 
   Args:
     name: Name of the config.
     dataset: Name of the data set's builder.
-    encoder: Name of the encoder in `ENCODERS`.
-    images: Maximum number of images of an item, "0" to "5".
+    variant: Text after the colon of `--config`: `encoder=` (a name in `ENCODERS`), `images=` (0 to 5), `method=`
+      (prime, ngame or dexa) and the word `robust` (see `make_robust`).
+    recipes: Batch size and learning rate by encoder, where they are not those of titles; "decoder" stands for all
+      decoders.
 
   Raises:
-    ValueError: If the encoder or the number of images is unknown.
+    ValueError: If a part of the variant is unknown.
   """
+  chosen = parse_variant(variant, encoder="distilbert", images="0", method="prime", variant="")
+  encoder = chosen["encoder"]
   config = base_config()
   config.name = f"{name}-{encoder}"
   config.dataset.name = dataset
   use_encoder(config, encoder)
-  use_images(config, images)
+  use_images(config, chosen["images"])
+  # The published code searches labels and training queries together by default.
+  config.eval.update(dict(retrieval_search="joint", retrieval_hits=500))
   if is_decoder(config):
+    config.seed = 42
     config.train.update(dict(epochs=30, batch_size=1024 if encoder == "qwen2.5-7b" else 2048))
     # Every device holds a shard of the weights and gathers each layer when it is needed, once per chunk. So a batch of
     # titles is one chunk, whose layers are recomputed in the backward pass. On 256 chips, also set mesh.data=16.
@@ -206,4 +268,12 @@ def published_config(name: str, dataset: str, encoder: str, images: str) -> Conf
     config.mining.update(dict(start_epoch=4, update_epochs=2, doubling_epochs=(8, 12, 16, 20, 24)))
   elif config.images:
     config.train.epochs = 150
+  recipe = recipes.get("decoder" if is_decoder(config) else encoder)
+  if recipe is not None:
+    config.train.batch_size, config.train.learning_rate = recipe
+  use_method(config, chosen["method"])
+  if chosen["variant"] == "robust":
+    make_robust(config)
+  elif chosen["variant"]:
+    raise ValueError(f"variant {chosen['variant']!r}: must be robust")
   return config

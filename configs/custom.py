@@ -1,4 +1,4 @@
-r"""Your own data: any folder with trn.json.gz, tst.json.gz, lbl.json.gz and the two filter files.
+r"""Your own data: any folder with trn.json.gz, tst.json.gz and lbl.json.gz, filter files if there are any.
 
   python -m vixml_jax.main --config=configs/custom.py --config.dataset.raw_dir=DIR --workdir=runs/NAME
   python -m vixml_jax.main --config=configs/custom.py:encoder=distilbert,images=3 --config.dataset.raw_dir=DIR \
@@ -17,14 +17,17 @@ from configs import common
 
 def get_config(variant: str | None = None) -> ConfigDict:
   """Returns the config; `variant` is the text after the colon of `--config`."""
-  chosen = common.parse_variant(variant, encoder="minilm-l6", images="0")
+  chosen = common.parse_variant(variant, encoder="minilm-l6", images="0", method="prime")
   config = common.base_config()
   config.name = "custom"
   config.dataset.name = "custom"
   common.use_encoder(config, chosen["encoder"])
   common.use_images(config, chosen["images"])
+  if config.images:
+    config.fusion.modality_dropout = 0.2  # So that the model also answers queries without images. The paper has 0.
   config.train.update(dict(epochs=20, batch_size=512, free_vectors=0, row_length=64, chunk_rows=16, warmup_steps=10))
   config.mining.update(dict(start_epoch=2, update_epochs=2, doubling_epochs=(8, 12)))
   config.dataset.propensity_a, config.dataset.propensity_b = 0.55, 1.5
   config.train.sampling_a, config.train.sampling_b = 0.55, 1.5
+  common.use_method(config, chosen["method"])
   return config

@@ -4,6 +4,9 @@ _SHARED = dict(
   random_init=False,  # Whether the weights are random; `pretrained` then provides only the tokenizer.
   pooling="mean",  # Or "last": only the last token of an item.
   dtype="bfloat16",
+  # Dtype of the residual stream and of the outputs of norms; "" for `dtype`. With "float32", only matrix products are
+  # computed in `dtype`, as in the published code with encoders.
+  residual_dtype="",
   remat=False,  # Whether each layer is recomputed in the backward pass, in addition to `train.remat`.
 )
 

@@ -34,7 +34,7 @@ def test_every_page_shows_a_command_or_code_on_its_first_screen():
 
 
 def _needs_a_trained_model(code: str) -> bool:
-  return "vixml_jax.load(" in code
+  return "vixml_jax.load(" in code or '"runs/' in code
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):

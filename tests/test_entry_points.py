@@ -32,11 +32,12 @@ _CASES = {
       "--config.dataset.raw_dir={folder}/no_raw",
       "--config.dataset.data_dir={folder}/data",
       "--config.encoder.pretrained={folder}/tokenizer",
+      "--config.encoder.random_init=True",
       "--workdir={folder}/run",
     ),
     "{folder}/no_raw",
   ),
-  "no tokenizer": (("main", _CUSTOM, "--config.encoder.pretrained={folder}"), "{folder}: no tokenizer.json"),
+  "no tokenizer": (("main", _CUSTOM, "--config.encoder.pretrained={folder}"), "{folder}: has no config.json"),
   "no such raw folder to prepare": (
     ("prepare_data", _CUSTOM, "--config.dataset.raw_dir={folder}/no_raw", "--config.dataset.data_dir={folder}/data"),
     "{folder}/no_raw",
@@ -76,6 +77,7 @@ def results(folder):
   """Name -> exit status, stdout and stderr of every case."""
   (folder / "broken.py").write_text("def get_config(:\n")
   write_tokenizer(folder / "tokenizer")
+  (folder / "tokenizer" / "config.json").write_text("{}")
   commands = {name: [part.format(folder=folder) for part in command] for name, (command, _) in _CASES.items()}
   return run_commands(commands, folder)
 

@@ -237,6 +237,7 @@ def test_the_base_of_adapters_is_named_as_peft_looks_for_it(tmp_path, monkeypatc
   assert export.base_name("Qwen/Qwen3-0.6B@ab12") == ("Qwen/Qwen3-0.6B", "ab12")
   assert export.base_name("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", None)
   (tmp_path / "base").mkdir()
+  (tmp_path / "base" / "config.json").write_text("{}")
   monkeypatch.chdir(tmp_path)
   assert export.base_name("base") == (str(tmp_path / "base"), None)
 

@@ -26,6 +26,9 @@ from vixml_jax.run import configuration
     ({"encoder.dtype": "float8"}, "config.encoder.dtype='float8': must be one of"),
     ({"prototype.num_heads": 7}, "config.prototype.num_heads=7: must divide config.encoder.embed_dim=384"),
     ({"loss.margin_min": 0.5}, "config.loss.margin_min=0.5: must be at most config.loss.margin_max=0.3"),
+    ({"method": "siamese"}, "config.method='siamese': must be one of prime, ngame, dexa"),
+    ({"encoder.residual_dtype": "float64"}, "config.encoder.residual_dtype='float64': must be one of"),
+    ({"loss.reverse_weight": -1.0}, "config.loss.reverse_weight=-1.0: must not be negative"),
     ({"eval.split": "validation"}, "config.eval.split=validation: needs held-out queries"),
     ({"eval.retrieval_choose": True}, "config.eval.retrieval_choose=True: needs held-out queries"),
     ({"eval.retrieval_lambda": 1.5}, "config.eval.retrieval_lambda=1.5: must be between 0 and 1"),
@@ -94,6 +97,26 @@ def test_a_missing_key_is_refused():
   del config["train"]["epochs"]
   with pytest.raises(InputError, match="config.train.epochs: is missing"):
     configuration.check(ConfigDict(config))
+
+
+def test_a_config_of_the_first_release_gets_the_keys_that_were_added_since(tmp_path):
+  config = load_config("custom", "encoder=distilbert")
+  wanted = {
+    "method": "prime",
+    "encoder.residual_dtype": "",
+    "loss.reverse_weight": 1.0,
+    "train.decay_layer_norms": False,
+  }
+  older = config.copy_and_resolve_references()
+  for key in wanted:
+    *sections, name = key.split(".")
+    section = older[sections[0]] if sections else older
+    del section[name]
+  configuration.write(older, tmp_path / "config.json")
+  read = configuration.read(tmp_path / "config.json")
+  configuration.check(read)
+  assert wanted.items() <= _flat(read).items()
+  assert config.train.decay_layer_norms, "new runs of DistilBERT differ"
 
 
 def test_a_config_is_read_as_it_was_written(tmp_path):

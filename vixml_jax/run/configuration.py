@@ -32,8 +32,10 @@ def _one_of(*names: str) -> _Check:
 _CHECKS: dict[str, _Check] = {
   "name": _NAME,
   "seed": _NOT_NEGATIVE,
+  "method": _one_of("prime", "ngame", "dexa"),
   "dataset.name": _NAME,
   "dataset.data_dir": _NAME,
+  "dataset.allow_empty_filter": (lambda x: isinstance(x, bool), "must be True or False"),
   "dataset.text_fields": (lambda xs: len(xs) > 0 and set(xs) <= {"title", "content"}, "must be title, content or both"),
   "dataset.max_length": (lambda x: x >= 3, "must be at least 3: two special tokens and one token of the text"),
   "dataset.validation_fraction": _SHARE,
@@ -59,6 +61,7 @@ _CHECKS: dict[str, _Check] = {
   "encoder.num_heads": _POSITIVE,
   "encoder.mlp_dim": _POSITIVE,
   "encoder.dtype": _one_of("float32", "bfloat16", "float16"),
+  "encoder.residual_dtype": _one_of("", "float32", "bfloat16", "float16"),
   "prototype.num_heads": _POSITIVE,
   "prototype.mlp_dim": _POSITIVE,
   "prototype.dropout": _SHARE,
@@ -68,6 +71,7 @@ _CHECKS: dict[str, _Check] = {
   "loss.temperature": _POSITIVE,
   "loss.regulariser_weight": _NOT_NEGATIVE,
   "loss.regulariser_margin": _NOT_NEGATIVE,
+  "loss.reverse_weight": _NOT_NEGATIVE,
   "train.epochs": _POSITIVE,
   "train.batch_size": _POSITIVE,
   "train.learning_rate": _POSITIVE,
@@ -98,7 +102,9 @@ _CHECKS: dict[str, _Check] = {
   "eval.recall_ks": _COUNTS,
   "eval.bootstrap_samples": _NOT_NEGATIVE,
   "eval.test_images": (lambda xs: all(x >= 0 for x in xs), "must be a list of numbers of images, 0 or more"),
+  "eval.retrieval_search": _one_of("separate", "joint"),
   "eval.retrieval_hits": _POSITIVE,
+  "eval.retrieval_query_hits": _NOT_NEGATIVE,
   "eval.retrieval_lambda": _UNIT,
   "eval.retrieval_temperature": _POSITIVE,
   "checkpoint.every_steps": _POSITIVE,
@@ -131,6 +137,17 @@ _ENCODER_CHECKS: dict[str, dict[str, _Check]] = {
   },
 }
 
+# Keys that were added after the first release -> their values for the runs of that release, whose files lack them.
+_LATER_KEYS: dict[str, Any] = {
+  "dataset.allow_empty_filter": False,
+  "method": "prime",
+  "encoder.residual_dtype": "",
+  "loss.reverse_weight": 1.0,
+  "train.decay_layer_norms": False,
+  "eval.retrieval_search": "separate",
+  "eval.retrieval_query_hits": 0,
+}
+
 # Prefixes of keys that may differ when a run is continued, since they do not change the trained parameters.
 _FREE_KEYS = (
   "mesh.",
@@ -138,6 +155,7 @@ _FREE_KEYS = (
   "checkpoint.",
   "dataset.raw_dir",
   "dataset.data_dir",
+  "dataset.allow_empty_filter",
   "features.checkpoint",
   "fusion.bank",
   "encoder.pretrained",  # The folder may move: weights and tokens are compared by their hashes.
@@ -175,6 +193,11 @@ def check(config: ConfigDict) -> None:
     raise InputError(
       f"config.fusion.residual={values['fusion.residual']}: must be 0 unless config.fusion.method is early"
     )
+  if values["eval.retrieval_query_hits"] and values["eval.retrieval_search"] == "joint":
+    raise InputError(
+      f"config.eval.retrieval_query_hits={values['eval.retrieval_query_hits']}: must be 0 unless "
+      "config.eval.retrieval_search is separate; config.eval.retrieval_hits is the number of both together"
+    )
   if len(values["eval.test_images"]) and not values["images"]:
     raise InputError(f"config.eval.test_images={values['eval.test_images']}: must be empty, since config.images=0")
   held_out = values["dataset.validation_fraction"] > 0
@@ -203,7 +226,7 @@ def _check_values(values: dict[str, Any], checks: dict[str, _Check]) -> None:
 
 def _check_heads(values: dict[str, Any]) -> None:
   """Checks that numbers of heads divide the widths that the heads share."""
-  split = [("prototype.num_heads", "encoder.embed_dim")]
+  split = [("prototype.num_heads", "encoder.embed_dim")] if values["method"] == "prime" else []
   if values["encoder.architecture"] == "decoder":
     split.append(("encoder.num_kv_heads", "encoder.num_heads"))
   # The heads of a decoder may have any width, but those of the late fusion layer share the embedding.
@@ -247,11 +270,19 @@ def write(config: ConfigDict, path: Path) -> None:
 
 
 def read(path: Path) -> ConfigDict:
-  """Returns the config in a file that `write` has written.
+  """Returns the config in a file that `write` has written, with the keys that were added since.
 
   Raises:
     InputError: If the file cannot be read or contains no JSON object.
   """
-  return ConfigDict(
+  config = ConfigDict(
     read_json_object(path, absent="set --workdir to the folder of a run", damaged="restore the file, or train again")
   )
+  for key, value in _LATER_KEYS.items():
+    *sections, name = key.split(".")
+    section = config
+    for part in sections:
+      section = section.get(part, ConfigDict())  # A damaged file may lack a section: `check` names its keys.
+    if name not in section:
+      section[name] = value
+  return config

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -18,13 +19,19 @@ _MAX_FREE_VECTORS = 65536  # The papers' number.
 _log = logging.getLogger(__name__)
 
 
-def model_from_config(config: ConfigDict) -> ModelDefinition:
-  """Returns the model that a config describes, without values."""
+def encoder_arguments(config: ConfigDict) -> dict[str, Any]:
+  """Returns the keyword arguments of the encoder that a config describes."""
   encoder = config.encoder.to_dict()
-  architecture, pooling, *_ = (encoder.pop(name) for name in ("architecture", "pooling", "pretrained", "random_init"))
-  if architecture == "decoder":
+  for name in ("architecture", "pooling", "pretrained", "random_init"):
+    del encoder[name]
+  if config.encoder.architecture == "decoder":
     del encoder["adapter"]
     encoder["rope_scaling"] = tuple(encoder["rope_scaling"]) or None
+  return encoder
+
+
+def model_from_config(config: ConfigDict) -> ModelDefinition:
+  """Returns the model that a config describes, without values."""
   fusion = None
   if config.images:
     fusion = dict(
@@ -33,7 +40,20 @@ def model_from_config(config: ConfigDict) -> ModelDefinition:
       adapter=config.fusion.adapter,
       residual=config.fusion.residual > 0,
     )
-  return define_model(encoder, config.prototype.to_dict(), config.train.free_vectors, fusion, architecture, pooling)
+  return define_model(
+    encoder_arguments(config),
+    config.prototype.to_dict(),
+    config.train.free_vectors,
+    fusion,
+    config.encoder.architecture,
+    config.encoder.pooling,
+    config.method,
+  )
+
+
+def chooses_retrieval(config: ConfigDict) -> bool:
+  """Returns whether lambda and temperature of retrieval augmentation are chosen on held-out queries."""
+  return config.eval.retrieval_augmented and config.eval.retrieval_choose
 
 
 def adapter_folder(config: ConfigDict) -> Path | None:
@@ -96,7 +116,7 @@ def check_sizes(config: ConfigDict, num_labels: int, tokenizer_size: int, mesh: 
   """
   free_vectors = config.train.free_vectors
   one_each = 1 << (num_labels - 1).bit_length()
-  if free_vectors > one_each:
+  if free_vectors > one_each and config.method != "ngame":
     raise InputError(
       f"train.free_vectors={free_vectors}: {one_each} give each of the {num_labels} labels its own; use a power of "
       f"two up to {one_each}"
@@ -119,3 +139,8 @@ def check_divides(config: ConfigDict, mesh: Mesh) -> None:
   for key in ("batch_size", "chunk_rows"):
     if config.train[key] % rows:
       raise InputError(f"train.{key}={config.train[key]}: must divide by mesh.data x mesh.fsdp = {rows}")
+  if sharding.padded_rows(1) % mesh.size:
+    raise InputError(
+      f"mesh: it has {mesh.size} devices, but their number must divide {sharding.padded_rows(1)}, so that embeddings "
+      "can be split evenly; use fewer devices"
+    )

@@ -15,10 +15,17 @@ from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.run import configuration
 from vixml_jax.run.data import RunData, load_data
-from vixml_jax.run.from_config import check_sizes, layout_from_config, model_from_config, with_free_vectors
+from vixml_jax.run.from_config import (
+  check_sizes,
+  chooses_retrieval,
+  encoder_arguments,
+  layout_from_config,
+  model_from_config,
+  with_free_vectors,
+)
 from vixml_jax.run.pretrained import frozen_params
 from vixml_jax.run.workdir import CONFIG
-from vixml_jax.weights import source
+from vixml_jax.weights import hf_config, source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,9 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
     InputError: something is wrong with the config, the data, the weights' folder or the workdir.
   """
   mesh = sharding.make_mesh(**config.mesh.to_dict())
-  pretrained = source.resolve(config.encoder.pretrained)
+  pretrained = source.resolve(config.encoder.pretrained, weights=not config.encoder.random_init)
+  if not config.encoder.random_init:
+    hf_config.check_arguments(pretrained, encoder_arguments(config))
   tokenizer = Tokenizer(pretrained, config.dataset.max_length)
   layout = layout_from_config(config, tokenizer)
   data = load_data(config, tokenizer, mesh, extract=extract)
@@ -78,9 +87,7 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
 
 def _check_held_out(config: ConfigDict, data: RunData) -> None:
   """Checks that there are held-out queries where the config chooses or evaluates on them."""
-  wanted = config.eval
-  chooses = wanted.retrieval_augmented and wanted.retrieval_choose
-  if (chooses or wanted.split == "validation") and not len(data.validation_rows):
+  if (chooses_retrieval(config) or config.eval.split == "validation") and not len(data.validation_rows):
     raise InputError(
       f"config.dataset.validation_fraction={config.dataset.validation_fraction}: holds out none of the "
       f"{len(data.corpus.train_tokens)} training queries of {config.dataset.name}; raise it, or set "

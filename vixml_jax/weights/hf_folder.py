@@ -13,11 +13,8 @@ from safetensors.numpy import save_file
 
 from vixml_jax.errors import InputError
 from vixml_jax.weights import engine
+from vixml_jax.weights.folder_files import ENDING, INDEX_ENDING, MODEL, weight_files
 from vixml_jax.weights.tables import Table
-
-_MODEL = "model"  # Name of the files with weights, without the endings.
-_ENDING = ".safetensors"
-_INDEX_ENDING = ".safetensors.index.json"
 
 
 class SafetensorsFolder:
@@ -37,12 +34,12 @@ class SafetensorsFolder:
     InputError: If the folder has no such files, or one is damaged or missing.
   """
 
-  def __init__(self, folder: str | os.PathLike[str], stem: str = _MODEL):
+  def __init__(self, folder: str | os.PathLike[str], stem: str = MODEL):
     self.name = str(folder)
     self._names: list[str] = []
     self._shapes: dict[str, tuple[int, ...]] = {}
     self._file_of: dict[str, Path] = {}
-    for path in _weight_files(Path(folder), stem):
+    for path in weight_files(Path(folder), stem):
       with _open(path) as file:
         for name in list(file.keys()):
           self._names.append(name)
@@ -146,9 +143,9 @@ def _write_shards(source: engine.Inverse, folder: Path, dtype: str | None, max_b
     shards[-1].append(name)
     free -= needed
   files = (
-    [f"{_MODEL}{_ENDING}"]
+    [f"{MODEL}{ENDING}"]
     if len(shards) == 1
-    else [f"{_MODEL}-{number:05}-of-{len(shards):05}{_ENDING}" for number in range(1, len(shards) + 1)]
+    else [f"{MODEL}-{number:05}-of-{len(shards):05}{ENDING}" for number in range(1, len(shards) + 1)]
   )
   total = 0
   for file, names in zip(files, shards, strict=True):
@@ -162,34 +159,7 @@ def _write_shards(source: engine.Inverse, folder: Path, dtype: str | None, max_b
       "metadata": {"total_size": total},
       "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
     }
-    (folder / f"{_MODEL}{_INDEX_ENDING}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _weight_files(folder: Path, stem: str) -> list[Path]:
-  single, index = folder / f"{stem}{_ENDING}", folder / f"{stem}{_INDEX_ENDING}"
-  if single.is_file():
-    return [single]
-  if index.is_file():
-    return _shards(index)
-  if list(folder.glob("*.bin")):
-    raise InputError(
-      f"{folder}: has only pickled weights (*.bin), which are not read; convert them to safetensors where transformers"
-      " and torch are installed: python -c 'from transformers import AutoModel;"
-      f' AutoModel.from_pretrained("{folder}").save_pretrained("{folder}")\''
-    )
-  raise InputError(f"{folder}: has neither {single.name} nor {index.name}; give a folder with one of them")
-
-
-def _shards(index: Path) -> list[Path]:
-  try:
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    paths = [index.parent / name for name in sorted(names)]
-  except (ValueError, KeyError, AttributeError, TypeError) as error:
-    raise InputError(f"{index}: is not an index of safetensors files ({error}); fetch it again") from error
-  missing = [path.name for path in paths if not path.is_file()]
-  if missing:
-    raise InputError(f"{index}: lists {', '.join(missing)}, which the folder does not have; fetch them again")
-  return paths
+    (folder / f"{MODEL}{INDEX_ENDING}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _open(path: Path) -> Any:

@@ -125,7 +125,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     if not _is_file(path):
       raise InputError(f"{path}: no such file; give an npz file of big_vision or a Hugging Face folder")
     return Path(path)
-  return source.resolve(VARIANTS.get(str(path), str(path)))
+  return source.resolve(VARIANTS.get(str(path), str(path)), tokenizer=False)
 
 
 def checkpoint_hashes(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -1,14 +1,18 @@
 """Finds pretrained weights in a folder, on the Hugging Face hub or in an installed package, and checks their hashes."""
 
+from collections.abc import Collection
 import importlib.machinery
+import logging
 import os
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
 from vixml_jax.errors import InputError
 from vixml_jax.files import sha256_of_file
+from vixml_jax.weights.folder_files import INDEX_ENDING, MODEL, check_names, weight_files
+from vixml_jax.weights.published import PUBLISHED
 
 _PACKAGE = "package:"
 
@@ -35,25 +39,33 @@ PINNED = {
 }
 
 
-def resolve(pretrained: str) -> Path:
-  """Returns the local folder of a model; a model on the hub is fetched first.
+def resolve(pretrained: str, *, weights: bool = True, tokenizer: bool = True) -> Path:
+  """Returns the local folder of a model, which has the needed files; a model on the hub is fetched first.
+
+  Nothing large is read or fetched before the names of the files have been checked.
 
   Args:
     pretrained: A folder, `package:NAME/PATH` for a folder within an installed Python package (none of whose code is
       run), or `owner/name` with an optional `@revision` for a model on the hub.
+    weights: Whether the model must have safetensors.
+    tokenizer: Whether the model must have a fast tokenizer.
 
   Returns:
     A folder that exists. If its hashes are pinned, they have been checked.
 
   Raises:
-    InputError: If there is no such folder, package or model, the hub cannot be reached, or a pinned hash differs.
+    InputError: If there is no such folder, package or model, it lacks a file, the hub cannot be reached, or a pinned
+      hash differs. The message for pickled weights has a command that converts them.
   """
   if pretrained.startswith(_PACKAGE):
     folder = _package_folder(pretrained)
   elif _is_folder(pretrained):
     folder = Path(pretrained).expanduser()
   else:
-    folder = _hub_folder(pretrained)
+    folder = _hub_folder(pretrained, weights=weights, tokenizer=tokenizer)
+  check_names(str(folder), _names_in(folder), weights=weights, tokenizer=tokenizer)
+  if weights:
+    weight_files(folder)  # Raises an error that names a missing shard.
   if pretrained in PINNED:
     check_hashes(folder, PINNED[pretrained])
   return folder
@@ -103,6 +115,13 @@ def _is_folder(path: str) -> bool:
     return False
 
 
+def _names_in(folder: Path) -> list[str]:
+  try:
+    return [path.name for path in folder.iterdir()]
+  except OSError as error:
+    raise InputError(f"{folder}: cannot be read ({error.strerror}); correct its permissions") from error
+
+
 def _package_folder(pretrained: str) -> Path:
   package, _, inner = pretrained.removeprefix(_PACKAGE).partition("/")
   # Unlike an import, the path finder runs no code of the package.
@@ -119,17 +138,37 @@ def _package_folder(pretrained: str) -> Path:
   raise InputError(f"{pretrained}: the installed package {package} has no folder {inner!r}; correct the path")
 
 
-def _hub_folder(pretrained: str) -> Path:
+def _hub_folder(pretrained: str, *, weights: bool, tokenizer: bool) -> Path:
   name, _, revision = pretrained.partition("@")
+  names = _names_on_hub(name, revision)
+  if names is not None:
+    check_names(pretrained, names, weights=weights, tokenizer=tokenizer)
+  unwanted = [] if weights else ["*.safetensors", f"{MODEL}{INDEX_ENDING}"]
   try:
-    return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
+    return Path(
+      snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES), ignore_patterns=unwanted)
+    )
   except HFValidationError as error:
     raise InputError(
       f"{pretrained}: is neither a folder nor a name on the hub (owner/name); correct the path"
     ) from error
+  except GatedRepoError as error:
+    raise InputError(
+      f"{pretrained}: is gated; accept its license on https://huggingface.co/{name}, and then run: hf auth login"
+    ) from error
   except (HfHubHTTPError, OSError) as error:
     reason = str(error).strip().splitlines()[0]
+    files = ", ".join(PUBLISHED[name].files) if name in PUBLISHED else "the model's files"
     raise InputError(
       f"{pretrained}: is not a local folder and cannot be fetched from the hub ({reason}); "
-      "go online, or put the model's files into a folder and give its path"
+      f"go online, or put {files} into a folder and give its path"
     ) from error
+
+
+def _names_on_hub(name: str, revision: str) -> Collection[str] | None:
+  """Returns the names of the files of a model on the hub, or None if they cannot be known."""
+  try:
+    return list_repo_files(name, revision=revision or None)
+  except Exception as error:  # Of several libraries. The download that follows raises it again, or finds the cache.
+    logging.getLogger(__name__).debug("%s: files cannot be listed (%s)", name, error)
+  return PUBLISHED[name].files if name in PUBLISHED and not revision else None
