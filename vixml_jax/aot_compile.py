@@ -1,11 +1,13 @@
-"""Compiles a config's training and encoding steps for a TPU slice, and reports whether they fit and what they cost.
+"""Compiles every program of a run for TPUs or GPUs, and reports whether it fits, what it costs and how long it takes.
 
   python -m vixml_jax.aot_compile --config=configs/lf_amazon_1.3m.py:encoder=qwen2.5-3b --topology=v5e:4x4
       [--config.mesh.fsdp=4 ...] [--num_queries=N --num_labels=L] [--tokens_per_item=15] [--images_per_item=3]
       [--json=FILE]
 
-Needs libtpu (pip install -c constraints.txt -e '.[tpu]'), but no TPU, no data and no weights. If the config does not
-fit, prints the nearest mesh and chunk size that do, and exits with status 1. docs/scaling.md explains the table.
+Topologies: slices of TPUs (v5e:4x4, v5p:2x2x4, v6e:16x16) and GPUs of a host (h100:1, h100:8, h200:1, a100:1). Needs a
+compiler for these (pip install -c constraints.txt -e '.[tpu]' or '.[aot-gpu]'), but no TPU or GPU, no data and no
+weights. If the config does not fit, prints the nearest mesh and chunk size that do, and exits with status 1.
+docs/scaling.md explains the table.
 """
 
 from pathlib import Path
@@ -16,13 +18,13 @@ import jax
 from ml_collections import config_flags
 
 from vixml_jax import cli
-from vixml_jax.ahead_of_time.chips import tpu_slice
 from vixml_jax.ahead_of_time.report import check_fit
 from vixml_jax.ahead_of_time.sizes import data_size
+from vixml_jax.ahead_of_time.topology import machine_of
 from vixml_jax.run import configuration
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the slice: v5e:4x4, v5p:2x2x4, v6e:16x16, ...")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and number of chips: v5e:4x4, v5p:2x2x4, h100:8, h200:1, ...")
 _QUERIES = flags.DEFINE_integer(
   "num_queries", None, "Number of training queries; by default the published number, else that of the prepared data."
 )
@@ -39,11 +41,11 @@ def main() -> None:
   config, topology = cli.required(_CONFIG), cli.required(_TOPOLOGY)
   configuration.check(config)
   size = data_size(config, _QUERIES.value, _LABELS.value, _TOKENS.value, _IMAGES.value)
-  if not check_fit(config, tpu_slice(topology), size, Path(_JSON.value) if _JSON.value else None):
+  if not check_fit(config, machine_of(topology), size, Path(_JSON.value) if _JSON.value else None):
     sys.exit(1)
 
 
 if __name__ == "__main__":
-  # Programs are only traced on this machine, so libtpu must not look for a TPU.
+  # Programs are only traced on this machine, so neither libtpu nor CUDA must look for a device.
   jax.config.update("jax_platforms", "cpu")
   cli.run(main)

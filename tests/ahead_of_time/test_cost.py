@@ -1,13 +1,17 @@
 """Costs of compiled programs against counts by hand: FLOPs, HBM traffic, collectives, loops and branches."""
 
 from pathlib import Path
+import re
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import pytest
 
 from vixml_jax.ahead_of_time.collectives import Collective
 from vixml_jax.ahead_of_time.cost import program_cost
+
+X, W = jnp.ones((16, 32)), jnp.ones((7, 32, 32))
 
 
 def optimized(function, *arguments):
@@ -29,6 +33,34 @@ def test_a_tpu_program_costs_what_is_counted_by_hand():
   whole = 1024 * 1024 * 2
   assert cost.collectives == {Collective("all-gather", whole, 2): 3, Collective("reduce-scatter", whole, 2): 3}
   assert cost.moved == 3 * 2 * whole / 2
+
+
+def test_a_gpu_program_costs_what_is_counted_by_hand():
+  # As XLA writes programs for eight H100: calls of cuBLAS with workspaces, an all-gather in a loop. Of each GPU: seven
+  # layers [512, 1024] x [1024, 1024] in bfloat16; in float32 [512, 1024] with itself twice, once at full precision; and
+  # [512, 1024] with itself in bfloat16.
+  text = (Path(__file__).with_name("gpu_program.hlo")).read_text()
+  cost = program_cost(text, float32_cost={"default": 2.0, "highest": 15.0})
+  layers, product = 7 * 2 * 512 * 1024 * 1024, 2 * 512 * 512 * 1024
+  assert cost.flops == layers + 3 * product
+  assert cost.unit_flops == layers + (2 + 15 + 1) * product
+  assert cost.collectives == {Collective("all-gather", 1024 * 1024 * 2, 8): 7}
+  # A layer reads and writes its operands once; the workspace of 32 MiB is not traffic.
+  layer = (2 * 512 * 1024 * 1024, 2 * (2 * 512 * 1024 + 1024 * 1024))
+  assert cost.kernels[layer] == 7
+  # This call occurs in programs with attention of cuDNN: 2 x 4 heads of 128 queries and keys of width 64.
+  call = """HloModule m
+
+ENTRY %main (q: bf16[2,128,4,64]) -> (bf16[2,128,4,64], u8[0]) {
+  %q = bf16[2,128,4,64]{3,2,1,0} parameter(0)
+  ROOT %call = (bf16[2,128,4,64]{3,2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmax", \
+backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","4",\
+"128","128"],"tuple_shapes":[]}}}
+}
+"""
+  assert program_cost(call).flops == 2 * 2 * (2 * 4) * 128 * 128 * 64
+  assert program_cost(call.replace("Softmax", "SoftmaxBackward")).flops == 5 * 2 * (2 * 4) * 128 * 128 * 64
 
 
 def test_the_body_of_a_loop_counts_as_often_as_it_runs():
@@ -60,16 +92,26 @@ def test_a_branch_counts_by_its_share():
   assert program_cost(text, branch_share=0.5).flops == 2 * 2 * 16 * 32 * 32
 
 
-def test_precise_products_in_float32_take_six_passes():
+def test_precise_products_in_float32_cost_what_the_chip_takes_for_them():
   def product(x, y):
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
   text, of_xla = optimized(product, jnp.ones((32, 64)), jnp.ones((64, 16)))
   cost = program_cost(text)
-  assert cost.flops == of_xla == 2 * 32 * 64 * 16
-  assert cost.unit_flops in (cost.flops, 6 * cost.flops)  # XLA for CPUs may omit the precision from the text.
+  assert cost.flops == cost.unit_flops == of_xla == 2 * 32 * 64 * 16
+  text = re.sub(r", operand_precision=\{[^}]*\}", "", text)  # XLA for CPUs may omit the precision.
   precise = text.replace("lhs_contracting_dims", "operand_precision={highest,highest}, lhs_contracting_dims")
-  assert program_cost(precise).unit_flops == 6 * cost.flops
+  times = {"default": 2.0, "highest": 6.0}
+  assert program_cost(precise, float32_cost=times).unit_flops == 6 * cost.flops
+  assert program_cost(text, float32_cost=times).unit_flops == 2 * cost.flops
+
+
+def test_each_kernel_is_counted_with_its_own_flops_and_traffic():
+  text, _ = optimized(lambda x, w: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0], X, W)
+  cost = program_cost(text)
+  assert sum(flops * times for (flops, _), times in cost.kernels.items()) == cost.unit_flops > 0
+  assert sum(size * times for (_, size), times in cost.kernels.items()) == pytest.approx(cost.hbm_bytes)
+  assert 7 in cost.kernels.values(), "the product of a layer runs seven times"
 
 
 def test_the_traffic_of_a_kernel_is_its_operands_and_results():

@@ -1,11 +1,9 @@
 """The roofline of a program, and the FLOPs that a model needs."""
 
-import jax
 import numpy as np
 
-from tests.helpers.cpu_slices import ROOMY_CHIP, cpu_slice
+from tests.helpers.cpu_slices import cpu_slice
 from tests.helpers.miniature_runs import load_config
-from vixml_jax.ahead_of_time.chips import Slice
 from vixml_jax.ahead_of_time.collectives import Collective
 from vixml_jax.ahead_of_time.cost import Cost
 from vixml_jax.ahead_of_time.roofline import Roofline, model_flops
@@ -18,8 +16,14 @@ def test_the_roofline_is_the_slowest_of_three():
   roofline = Roofline.of(cost, where)
   assert (roofline.compute, roofline.hbm, roofline.interconnect) == (3.0, 5.0, 6.0)
   assert (roofline.seconds, roofline.bound) == (6.0, "interconnect")
-  assert where.ring_bandwidth(8) == 2e9, "eight chips span both axes"
-  assert Slice("v5e:16x16", ROOMY_CHIP, (16, 16), jax.devices()).ring_bandwidth(4) == 2e9, "an axis of 16 is a ring"
+
+
+def test_kernels_of_a_gpu_run_one_after_another():
+  # 2 s of products with 1 s of traffic, twice; and 3 s of traffic alone.
+  cost = Cost(flops=4e12, unit_flops=4e12, hbm_bytes=5e10, kernels={(2e12, 1e10): 2.0, (0.0, 3e10): 1.0})
+  assert Roofline.of(cost, cpu_slice(overlaps=True)).seconds == 5.0
+  roofline = Roofline.of(cost, cpu_slice(overlaps=False))
+  assert (roofline.kernels, roofline.seconds, roofline.bound) == (7.0, 7.0, "hbm")
 
 
 def test_model_flops_are_two_per_weight_and_token_forward_and_six_in_training():

@@ -1,6 +1,6 @@
 """Compiles the programs of a plan and measures what each needs of a chip's memory and what it costs."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import logging
 import re
@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 
-from vixml_jax.ahead_of_time.chips import GIB
 from vixml_jax.ahead_of_time.cost import Cost, program_cost
-from vixml_jax.ahead_of_time.programs import Plan, bytes_a_chip
+from vixml_jax.ahead_of_time.machine import GIB
+from vixml_jax.ahead_of_time.plan import Plan
+from vixml_jax.ahead_of_time.program_parts import RunProgram
+from vixml_jax.ahead_of_time.progress import compiling
 
 _log = logging.getLogger(__name__)
 
@@ -54,15 +56,30 @@ class Program:
   seconds: float
 
 
-def compile_train(plan: Plan) -> Program:
-  """Compiles the training step."""
-  return _compile("train step", plan, plan.lower_train, bytes_a_chip(plan.train_arguments))
+def compile_program(plan: Plan, program: RunProgram, to_come: Sequence[str] = ()) -> Program:
+  """Compiles a program.
 
-
-def compile_encode(plan: Plan) -> Program:
-  """Compiles the step that embeds a chunk of items; the rest of the training state stays in memory."""
-  rest = bytes_a_chip(plan.state) - bytes_a_chip(plan.state.params)
-  return _compile("encode step", plan, plan.lower_encode, bytes_a_chip(plan.encode_arguments) + rest)
+  Args:
+    plan: The plan that the program belongs to.
+    program: The program.
+    to_come: Names of the programs that are compiled after it, for lines about the progress.
+  """
+  started = time.monotonic()
+  try:
+    with compiling(program.name, to_come):
+      compiled = program.lower().compile(dict(plan.where.compiler_options))
+  except jax.errors.JaxRuntimeError as error:
+    needed = refused_bytes(str(error))
+    if needed is None:
+      raise
+    # The compiler counts the program's own arguments, but not the other arrays of the run.
+    _log.info("%s needs %.2f GiB of a chip, which is too much", program.name, needed / GIB)
+    memory = ProgramMemory(program.held, 0.0, None, 0.0, 0.0, max(needed, program.held))
+    return Program(program.name, memory, None, time.monotonic() - started)
+  seconds = time.monotonic() - started
+  share = plan.filled if program.work is not None and program.work.trains else 1.0
+  cost = program_cost(compiled.as_text() or "", share, plan.where.chip.float32_cost)
+  return Program(program.name, _memory(compiled.memory_analysis(), program.held), cost, seconds)
 
 
 def refused_bytes(message: str) -> float | None:
@@ -78,33 +95,6 @@ def refused_bytes(message: str) -> float | None:
     return None
   found = re.search(r"(?:Used |required[^(]*\()(\d+(?:\.\d+)?)([KMGT]?)", message)
   return None if found is None else float(found[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}[found[2]]
-
-
-def _compile(name: str, plan: Plan, lower: Callable[[], jax.stages.Lowered], held: float) -> Program:
-  """Compiles a program.
-
-  Args:
-    name: Name of the program.
-    plan: The plan.
-    lower: Lowers the program.
-    held: Bytes that a chip holds while the program runs: its arguments and other arrays of the run.
-  """
-  _log.info("compiling the %s of %s; takes minutes for a large encoder", name, plan.workload.config.name)
-  started = time.monotonic()
-  try:
-    compiled = lower().compile()
-  except jax.errors.JaxRuntimeError as error:
-    needed = refused_bytes(str(error))
-    if needed is None:
-      raise
-    _log.info("the %s needs %.2f GiB of a chip, which is too much", name, needed / GIB)
-    return Program(name, ProgramMemory(held, 0.0, None, 0.0, 0.0, max(needed, held)), None, time.monotonic() - started)
-  seconds = time.monotonic() - started
-  _log.info("compiled in %.0f s", seconds)
-  cost = program_cost(compiled.as_text() or "", plan.filled)
-  if cost.endless:
-    _log.warning("the trip counts of %d loops of the %s are unknown; their bodies are counted once", cost.endless, name)
-  return Program(name, _memory(compiled.memory_analysis(), held), cost, seconds)
 
 
 def _memory(stats: Any, held: float) -> ProgramMemory:

@@ -1,10 +1,11 @@
 """Counts what one run of a compiled program costs a chip: FLOPs, HBM traffic and collectives."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
 import re
+from types import MappingProxyType
 
 from vixml_jax.ahead_of_time.collectives import Collective, collective_of
 from vixml_jax.ahead_of_time.hbm_traffic import hbm_traffic
@@ -19,8 +20,9 @@ class Cost:
 
   Attributes:
     flops: FLOPs of matrix products and convolutions. A multiplication and an addition count as two.
-    unit_flops: The same FLOPs, each multiplied by its number of passes through a bfloat16 matrix unit.
+    unit_flops: The same FLOPs, each multiplied by the number of bfloat16 products that take the same time.
     hbm_bytes: Bytes read from and written to HBM: operands and results of each kernel; for a slice, only the slice.
+    kernels: Number of executions of each kernel, by its `unit_flops` and `hbm_bytes`.
     collectives: Number of executions of each collective.
     endless: Number of loops whose trip count is unknown. Their bodies are counted once.
   """
@@ -28,6 +30,7 @@ class Cost:
   flops: float = 0.0
   unit_flops: float = 0.0
   hbm_bytes: float = 0.0
+  kernels: dict[tuple[float, float], float] = dataclasses.field(default_factory=dict)
   collectives: dict[Collective, float] = dataclasses.field(default_factory=dict)
   endless: int = 0
 
@@ -37,6 +40,8 @@ class Cost:
     self.unit_flops += times * other.unit_flops
     self.hbm_bytes += times * other.hbm_bytes
     self.endless += other.endless
+    for kernel, count in other.kernels.items():
+      self.kernels[kernel] = self.kernels.get(kernel, 0.0) + times * count
     for collective, count in other.collectives.items():
       self.collectives[collective] = self.collectives.get(collective, 0.0) + times * count
 
@@ -46,7 +51,9 @@ class Cost:
     return sum(collective.moved * count for collective, count in self.collectives.items())
 
 
-def program_cost(text: str, branch_share: float = 1.0) -> Cost:
+def program_cost(
+  text: str, branch_share: float = 1.0, float32_cost: Mapping[str, float] = MappingProxyType({})
+) -> Cost:
   """Returns the cost of a program, in which the body of a loop counts as often as it runs.
 
   XLA's own analysis counts the body of a loop once.
@@ -55,8 +62,9 @@ def program_cost(text: str, branch_share: float = 1.0) -> Cost:
     text: Optimized HLO, which `jax.stages.Compiled.as_text` returns.
     branch_share: Fraction of the runs of a conditional that take its most expensive branch. The others take the
       cheapest.
+    float32_cost: Time of a product of float32 operands relative to bfloat16, by precision; 1 where it is not given.
   """
-  return _Counter(parse(text), branch_share).cost
+  return _Counter(parse(text), branch_share, float32_cost).cost
 
 
 class _Counter:
@@ -64,11 +72,12 @@ class _Counter:
 
   Args:
     module: The program.
-    branch_share: As in `program_cost`.
+    branch_share: As in `program_cost`; so is `float32_cost`.
   """
 
-  def __init__(self, module: Module, branch_share: float):
+  def __init__(self, module: Module, branch_share: float, float32_cost: Mapping[str, float]):
     self._module = module
+    self._float32_cost = float32_cost
     self._branch_share = branch_share
     self._of_computation = functools.cache(self._count)
 
@@ -88,16 +97,21 @@ class _Counter:
       elif instruction.opcode in ("call", "async-start"):
         cost.add(self._of_computation(instruction.called("to_apply") or instruction.called("calls")))
       else:
+        unit_flops = 0.0
         for inner_computation, inner in self._inner(computation, instruction):
-          flops, passes = matrix_flops(inner_computation, inner)
+          flops, precision = matrix_flops(inner_computation, inner)
           cost.flops += flops
-          cost.unit_flops += flops * passes
+          unit_flops += flops * (self._float32_cost.get(precision, 1.0) if precision else 1.0)
           exchange = collective_of(inner_computation, inner, self._module.num_partitions)
           if exchange is not None:
             # XLA may divide one collective among several fusions, which then share its channel.
             channel = inner.attribute(r"channel_id=(\d+)") if instruction.opcode == "fusion" else None
             exchanges[channel or inner.name] = exchange
-        cost.hbm_bytes += hbm_traffic(self._module, computation, instruction)
+        kernel = (unit_flops, hbm_traffic(self._module, computation, instruction))
+        cost.unit_flops += kernel[0]
+        cost.hbm_bytes += kernel[1]
+        if any(kernel):
+          cost.kernels[kernel] = cost.kernels.get(kernel, 0.0) + 1
     cost.add(Cost(collectives=dict(Counter(exchanges.values()))))
     return cost
 

@@ -1,12 +1,14 @@
-"""Searches for a mesh and a chunk size that fit a slice, nearest to those that a config asks for."""
+"""Searches for a mesh and a chunk size that fit a machine, nearest to those that a config asks for."""
 
 from collections.abc import Callable
 import logging
 import math
 
-from vixml_jax.ahead_of_time.chips import Slice
 from vixml_jax.ahead_of_time.compiling import Program
-from vixml_jax.ahead_of_time.programs import MeshPlan, Plan, Workload, all_mesh_plans, bytes_a_chip
+from vixml_jax.ahead_of_time.machine import Machine
+from vixml_jax.ahead_of_time.plan import MeshPlan, Plan, all_mesh_plans, bytes_a_chip
+from vixml_jax.ahead_of_time.programs import run_programs
+from vixml_jax.ahead_of_time.workload import Workload
 from vixml_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -15,17 +17,18 @@ _MAX_COMPILED = 6  # The search gives up after that many programs that did not f
 
 
 def nearest_fit(
-  workload: Workload, where: Slice, refused: Plan, program: Program, compile_program: Callable[[Plan], Program]
+  workload: Workload, where: Machine, refused: Plan, program: Program, compile_program: Callable[[Plan], Program]
 ) -> tuple[Plan, Program] | None:
-  """Returns the mesh plan nearest to a refused one whose training step fits the chips of a slice.
+  """Returns the mesh plan nearest to a refused one whose training step fits the chips of a machine.
 
   The distance of two mesh plans is the number of doublings and halvings of their sizes between them. The memory of a
   plan is estimated first: its arguments exactly, its temporaries as those of the last compiled program, in proportion
-  to the rows of a chunk that a chip encodes. The plans whose estimate fits are compiled, nearest first.
+  to the rows of a chunk that a chip encodes. A plan is left out if the arrays that any of its programs holds do not fit
+  by themselves. The plans whose estimate fits are compiled, nearest first.
 
   Args:
     workload: Workload that does not fit.
-    where: The slice.
+    where: The machine.
     refused: Plan that does not fit.
     program: Training step of the refused plan.
     compile_program: Function that compiles a plan's training step.
@@ -49,7 +52,7 @@ def nearest_fit(
     except InputError:  # A size of the model or the batch is not divisible by this mesh.
       continue
     estimate = bytes_a_chip(plan.train_arguments) + needs * _rows(candidate)
-    if estimate > where.chip.hbm_bytes:
+    if max(estimate, *(each.held for each in run_programs(plan))) > where.chip.hbm_bytes:
       continue
     _log.info("trying %s", candidate)
     compiled += 1

@@ -41,6 +41,9 @@ def hbm_traffic(module: Module, computation: Computation, instruction: Instructi
     return 2 * instruction.hbm_bytes + operands[1].hbm_bytes
   if opcode == "scatter":
     return 3 * operands[-1].hbm_bytes + operands[1].hbm_bytes
+  if opcode == "custom-call":  # The workspaces of cuBLAS and cuDNN, which are bytes, are counted as memory only.
+    results = sum(array.bytes for array in instruction.arrays if array.in_hbm and array.dtype != "s8")
+    return results + sum(operand.hbm_bytes for operand in operands)
   if opcode != "fusion":
     return instruction.hbm_bytes + sum(operand.hbm_bytes for operand in operands)
   fused = module.computations[instruction.called("calls")]

@@ -7,28 +7,64 @@ import numpy as np
 
 from vixml_jax.ahead_of_time.hlo import Computation, Instruction
 
-# Passes through the matrix unit, which multiplies bfloat16, for operands in float32, by precision.
-_PASSES = {"highest": 6, "high": 3}
+_CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")
+_CONVOLUTION = "__cudnn$conv"
+_ATTENTION = "__cudnn$fmha"
+# Products of scores and values in the forward pass; in the backward pass, the scores again and four gradients.
+_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
 
 
-def matrix_flops(computation: Computation, instruction: Instruction) -> tuple[float, int]:
-  """Returns the FLOPs of an instruction and its number of passes through the matrix unit.
+def matrix_flops(computation: Computation, instruction: Instruction) -> tuple[float, str | None]:
+  """Returns the FLOPs of an instruction, and the precision of its operands if they are float32: "default" or higher.
 
-  A multiplication and an addition count as two. Instructions other than products and convolutions count as zero.
+  A multiplication and an addition count as two. On GPUs, products are calls of cuBLAS and cuDNN. Instructions other
+  than products, convolutions and attention count as zero.
   """
+  if instruction.opcode == "custom-call":
+    return _call_flops(computation, instruction)
   if instruction.opcode not in ("dot", "convolution"):
-    return 0.0, 1
+    return 0.0, None
   left, right = computation.operands(instruction)
+  contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
   precision = instruction.attribute(r"operand_precision=\{(\w+)")
+  if instruction.opcode == "dot":
+    flops = _dot_flops(instruction, left.arrays[0].dims, contracted)
+  else:
+    flops = _convolution_flops(instruction, left.arrays[0].dims, right.arrays[0].dims)
+  return flops, _precision(left, right, precision)
+
+
+def _precision(left: Instruction, right: Instruction, precision: str | None) -> str | None:
   is_float32 = left.arrays[0].dtype == right.arrays[0].dtype == "f32"
-  passes = _PASSES.get(precision or "", 1) if is_float32 else 1
-  count = _dot_flops if instruction.opcode == "dot" else _convolution_flops
-  return count(instruction, left.arrays[0].dims, right.arrays[0].dims), passes
+  return (precision or "default").lower() if is_float32 else None
 
 
-def _dot_flops(dot: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
-  del right  # Its contracted dimensions are those of the left operand.
-  contracted = dot.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+def _call_flops(computation: Computation, call: Instruction) -> tuple[float, str | None]:
+  """Counts a call of cuBLAS or cuDNN; other calls count as zero. The result of a call is followed by its workspace."""
+  target = call.attribute(r'custom_call_target="([^"]*)"') or ""
+  operands = list(computation.operands(call))
+  if target.startswith(_CUBLAS):
+    left, right = operands[:2]
+    contracted = call.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or ""
+    precision = call.attribute(r'"operand_precision":\["(\w+)"')
+    return _dot_flops(call, left.arrays[0].dims, contracted.replace('"', "")), _precision(left, right, precision)
+  if target.startswith(_CONVOLUTION):
+    left, right = operands[:2]
+    return _convolution_flops(call, left.arrays[0].dims, right.arrays[0].dims), _precision(left, right, None)
+  if target.startswith(_ATTENTION):
+    return _attention_flops(call, operands[0].arrays[0].dims, "Backward" in target), None
+  return 0.0, None
+
+
+def _attention_flops(call: Instruction, queries: tuple[int, ...], backward: bool) -> float:
+  """Counts attention, given the shape of the queries; the call names the shape [B, H, T, S] of the scores."""
+  scores = call.attribute(r'"intermediate_tensor_shape":\{[^}]*?"dimensions":\[([^\]]*)\]') or ""
+  products = _BACKWARD_PRODUCTS if backward else _FORWARD_PRODUCTS
+  return 2.0 * products * math.prod(int(size) for size in re.findall(r"\d+", scores) or [0]) * queries[-1]
+
+
+def _dot_flops(dot: Instruction, left: tuple[int, ...], contracted: str) -> float:
+  """Counts a product; `contracted` are the axes of the left operand that are summed over, separated by commas."""
   return 2.0 * math.prod(dot.arrays[0].dims) * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
 
 

@@ -1,273 +1,200 @@
-"""The programs of a config, training step and encoding step, lowered for devices that need not exist."""
+"""The programs of a run in the order in which they first run: what each computes, and what is in memory meanwhile.
 
-from collections.abc import Sequence
-import dataclasses
-import functools
+The list follows `training.start`, `training.loop` and `evaluation.evaluate_model`. A test compares it with what a run
+compiles. It leaves out programs that fill an array with zeros, copy one, or copy a block to the host: the arrays count
+as held by the programs that use them.
+"""
+
+from collections.abc import Iterator
 import math
-from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 import numpy as np
 
-from vixml_jax import sharding
-from vixml_jax.ahead_of_time.chips import Slice
-from vixml_jax.ahead_of_time.sizes import DataSize
-from vixml_jax.encoding.inputs import EncoderInputs
-from vixml_jax.encoding.item_encoder import ItemEncoder
-from vixml_jax.images.features import ImageFeatures, fits_devices
-from vixml_jax.input.batches import Batch, TrainingQueries, make_batch, steps_per_epoch
-from vixml_jax.input.items import Items
-from vixml_jax.input.packing import PackedLayout
-from vixml_jax.input.tokenizer import Tokenizer
-from vixml_jax.models.definition import ModelDefinition
-from vixml_jax.ragged import Ragged
-from vixml_jax.run.from_config import check_divides, layout_from_config, model_from_config, with_free_vectors
-from vixml_jax.run.state import TrainState, abstract_params, abstract_state
+from vixml_jax import sharded_rows
+from vixml_jax.ahead_of_time.plan import Plan, bytes_a_chip
+from vixml_jax.ahead_of_time.program_parts import ProgramParts, RunProgram, Work
+from vixml_jax.ahead_of_time.workload import item_lengths
+from vixml_jax.evaluation.evaluator import MOST_HELD_OUT
+from vixml_jax.mining.order import cluster_size_at, is_cluster_update, num_query_clusters
+from vixml_jax.run.from_config import chooses_retrieval
+from vixml_jax.run.state import init_program, start_program
 from vixml_jax.training.optimizer import optimizer_from_config
-from vixml_jax.training.step import DeviceBatch, device_batch, make_train_step, step_config
-from vixml_jax.typing import Tree
+from vixml_jax.training.step import make_train_step, step_config
 
-_SHORTEST = 3  # Tokens of the shortest synthetic text: two special tokens and one of its own.
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshPlan:
-  """A mesh and a chunk size: what may change where a config does not fit.
-
-  Attributes:
-    data: Number of copies of the model, which share a batch.
-    fsdp: Number of chips that share the parameters, and a batch as well.
-    tensor: Number of chips that share each matrix product.
-    chunk_rows: Packed rows that are encoded at a time, over all chips.
-  """
-
-  data: int
-  fsdp: int
-  tensor: int
-  chunk_rows: int
-
-  def __str__(self) -> str:
-    return f"mesh {self.data} x {self.fsdp} x {self.tensor} (data x fsdp x tensor), chunks of {self.chunk_rows} rows"
-
-  @property
-  def flags(self) -> str:
-    """The flags that select this mesh and chunk size."""
-    return (
-      f"--config.mesh.data={self.data} --config.mesh.fsdp={self.fsdp} --config.mesh.tensor={self.tensor} "
-      f"--config.train.chunk_rows={self.chunk_rows}"
-    )
+TRAIN_STEP = "train step"
+ENCODE_STEP = "encode training queries at the end"
 
 
-def mesh_plan_of(config: ConfigDict, where: Slice) -> MeshPlan:
-  """Returns the mesh and chunk size of a config; a size of -1 is replaced by what the slice leaves."""
-  mesh = where.mesh(**config.mesh.to_dict())
-  return MeshPlan(mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"], config.train.chunk_rows)
+def run_programs(plan: Plan) -> list[RunProgram]:
+  """Returns the programs that a run of a plan compiles."""
+  return list(_Run(plan).programs())
 
 
-@dataclasses.dataclass(frozen=True)
-class Workload:
-  """A config on a data set of some size, without values and without devices.
-
-  Attributes:
-    config: The whole config.
-    size: Size of the data set.
-    model: Definition of the model.
-  """
-
-  config: ConfigDict
-  size: DataSize
-  model: ModelDefinition
-
-  @classmethod
-  def of(cls, config: ConfigDict, size: DataSize) -> "Workload":
-    """Returns the workload of a config, with the choices that depend on the size."""
-    config = with_free_vectors(config, size.labels)
-    return cls(config, size, model_from_config(config))
-
-  @property
-  def steps(self) -> int:
-    """Steps of the whole run."""
-    return self.config.train.epochs * steps_per_epoch(self.size.train, self.config.train.batch_size)
-
-  def with_chunk_rows(self, rows: int) -> "Workload":
-    """Returns the same workload with another chunk size."""
-    if rows == self.config.train.chunk_rows:
-      return self
-    config = self.config.copy_and_resolve_references()
-    config.train.chunk_rows = rows
-    return dataclasses.replace(self, config=config)
-
-  @functools.cached_property
-  def batch(self) -> Batch:
-    """A batch of synthetic items with the lengths of the data set, packed as in training."""
-    size, train = self.size, self.config.train
-    queries, labels = (_synthetic_items(train.batch_size, size, self.config, seed) for seed in range(2))
-    own = Ragged.of_lengths(np.arange(train.batch_size, dtype=np.int32), np.ones(train.batch_size, np.int64))
-    dropout = self.config.fusion.modality_dropout if self.config.images else 0.0
-    data = TrainingQueries(queries, own, labels, np.ones(train.batch_size), dropout)
-    return make_batch(data, np.arange(train.batch_size), train.batch_size, self.layout, seed=0, epoch=0, step=0)
-
-  @property
-  def layout(self) -> PackedLayout:
-    """Shape of the packed rows."""
-    return layout_from_config(self.config, _SyntheticTokenizer(self.config.encoder.architecture))
-
-
-class _SyntheticTokenizer(Tokenizer):
-  """A tokenizer of one token a word, with as many special tokens as BERT's or Qwen's; the real one needs weights."""
-
-  def __init__(self, architecture: str):
-    self.special_tokens = 2 if architecture == "bert" else 0
-
-  def uncut(self, text: str) -> tuple[int, ...]:
-    """Returns as many ids as there are words and special tokens."""
-    return (0,) * (len(text.split()) + self.special_tokens)
-
-  def token_id(self, token: str) -> int:
-    """Returns 0: every token is known."""
-    return 0
-
-
-def _synthetic_items(count: int, size: DataSize, config: ConfigDict, seed: int) -> Items:
-  """Returns items whose numbers of tokens and images are binomial with the means of the data set."""
-  rng = np.random.default_rng(seed)
-  longest = config.dataset.max_length
-  share = (size.tokens - _SHORTEST) / (longest - _SHORTEST) if longest > _SHORTEST else 0.0
-  tokens = _SHORTEST + rng.binomial(longest - _SHORTEST, share, count)
-  images = rng.binomial(config.images, size.images / config.images if config.images else 0.0, count)
-  return Items(*(Ragged.of_lengths(np.zeros(lengths.sum(), np.int32), lengths) for lengths in (tokens, images)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """A workload on the chips of a slice: all arguments of its programs, as shapes with shardings.
-
-  Attributes:
-    workload: The workload.
-    mesh_plan: Mesh and chunk size.
-    mesh: Mesh of the slice's chips.
-    state: Train state.
-    frozen: Parameters that are not trained.
-    batch: One batch.
-  """
-
-  workload: Workload
-  mesh_plan: MeshPlan
-  mesh: Mesh
-  state: TrainState
-  frozen: Tree
-  batch: DeviceBatch
-
-  @classmethod
-  def of(cls, workload: Workload, where: Slice, mesh_plan: MeshPlan) -> "Plan":
-    """Returns a workload's plan for a slice.
-
-    Raises:
-      InputError: The mesh does not divide the batch, the chunks or a parameter.
-    """
-    workload = workload.with_chunk_rows(mesh_plan.chunk_rows)
-    config, size, model = workload.config, workload.size, workload.model
-    mesh = where.mesh(mesh_plan.data, mesh_plan.fsdp, mesh_plan.tensor)
-    check_divides(config, mesh)
-    optimizer = optimizer_from_config(config, model, workload.steps)
-    state = abstract_state(model, optimizer, size.train, size.labels, config.train.bank_dtype, mesh)
-    frozen = model.split(abstract_params(model, mesh))[1]
-    features = _abstract_features(config, size, mesh, where.chip.hbm_bytes)
-    # The batch itself is put on one device of this machine, which gives the shapes and shardings of its parts.
-    host = sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1])
-    batch = _on_other_mesh(device_batch(workload.batch, features, host), mesh)
-    return cls(workload, mesh_plan, mesh, state, frozen, batch)
-
-  def lower_train(self) -> jax.stages.Lowered:
-    """Lowers the training step."""
-    config, model = self.workload.config, self.workload.model
-    how = step_config(config, model, self.workload.layout, self.workload.steps)
-    return make_train_step(how, self.state, self.mesh).lower(*self.train_arguments)
-
-  def lower_encode(self) -> jax.stages.Lowered:
-    """Lowers the step that embeds one chunk of items."""
-    encoder = ItemEncoder(self.workload.model, self.workload.layout, self.mesh)
-    return encoder.pool_program.lower(*self.encode_arguments)
-
-  @property
-  def train_arguments(self) -> tuple[TrainState, Tree, DeviceBatch]:
-    """Arguments of the training step: state, frozen parameters, batch."""
-    return self.state, self.frozen, self.batch
-
-  @property
-  def encode_arguments(self) -> tuple[Tree, Tree, EncoderInputs, Any]:
-    """Arguments of the encoding step: trained and frozen parameters, one chunk, image features on the devices."""
-    return self.state.params, self.frozen, _first_chunk(self.batch.inputs), self.batch.image_features
-
-  @property
-  def filled(self) -> float:
-    """Share of the batch's chunks that contain items; the empty ones, which fill up a power of two, are skipped."""
-    return float((self.workload.batch.items.segments > 0).any(axis=(1, 2)).mean())
-
-
-def bytes_a_chip(tree: Any) -> float:
-  """Returns the bytes that a tree of shapes with shardings takes on each chip."""
-  return float(
-    sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-  )
-
-
-def _abstract_features(config: ConfigDict, size: DataSize, mesh: Mesh, memory: float) -> ImageFeatures | None:
-  """Returns image features without values, on the chips where training would put them there."""
-  if not config.images:
-    return None
-  num_images, dim = max(size.num_images, 1), config.features.dim
-  values = np.broadcast_to(np.zeros((), np.float16), (num_images, dim))
-  on_devices: Any = None
-  if config.fusion.bank == "device" or (config.fusion.bank == "auto" and fits_devices(num_images, dim, mesh, memory)):
-    on_devices = jax.ShapeDtypeStruct(
-      (sharding.padded_rows(num_images), dim), np.float16, sharding=sharding.named_sharding(mesh, "image", "vector")
-    )
-  return ImageFeatures(values, on_devices)
-
-
-def _on_other_mesh(tree: Any, mesh: Mesh) -> Any:
-  """Returns arrays as shapes on another mesh, sharded by the same axes; shapes are returned unchanged."""
-
-  def move(leaf: Any) -> jax.ShapeDtypeStruct:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-      return leaf
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec))
-
-  return jax.tree.map(move, tree)
-
-
-def _first_chunk(tree: Any) -> Any:
-  """Returns the shapes of one chunk of arrays [chunks, ...]."""
-
-  def first(leaf: Any) -> jax.ShapeDtypeStruct:
-    where = NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=where)
-
-  return jax.tree.map(first, tree)
-
-
-def item_lengths(segments: np.ndarray) -> np.ndarray:
-  """Returns the number of tokens of each item, images and phrases included.
+class _Run:
+  """Lists the programs of a run and follows what is in memory.
 
   Args:
-    segments: int32 [chunks, R, T], slots of packed rows.
+    plan: The plan.
   """
-  rows = segments.reshape(-1, segments.shape[-1]).astype(np.int64)
-  keys = np.arange(len(rows))[:, None] * (rows.shape[1] + 1) + rows
-  return np.unique(keys[rows > 0], return_counts=True)[1]
 
+  def __init__(self, plan: Plan):
+    self._plan, self._mesh = plan, plan.mesh
+    self._config, self._size, self._model = plan.workload.config, plan.workload.size, plan.workload.model
+    self._parts = ProgramParts(plan)
+    self._params = bytes_a_chip(plan.state.params)
+    # The parameters and the image features never leave the chips.
+    self._always = self._params + bytes_a_chip(plan.frozen) + bytes_a_chip(plan.batch.image_features)
+    self._centroids = bytes_a_chip(plan.state.centroids)
+    self._tests = plan.rows(max(self._size.test, 1))
 
-def all_mesh_plans(chips: int, chunk_rows: Sequence[int]) -> list[MeshPlan]:
-  """Returns every mesh of so many chips with each of the chunk sizes that it divides."""
-  sizes = [size for size in range(1, chips + 1) if chips % size == 0]
-  return [
-    MeshPlan(chips // (fsdp * tensor), fsdp, tensor, rows)
-    for tensor in sizes
-    for fsdp in sizes
-    if chips % (fsdp * tensor) == 0
-    for rows in chunk_rows
-    if rows % (chips // tensor) == 0
-  ]
+  def programs(self) -> Iterator[RunProgram]:
+    """Yields the programs."""
+    yield from self._start()
+    yield from self._training()
+    yield from self._evaluation()
+
+  def _start(self) -> Iterator[RunProgram]:
+    """Yields the programs before the first step."""
+    config, held = self._config, self._always
+    optimizer = optimizer_from_config(config, self._model, self._plan.workload.steps)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    yield RunProgram(
+      "make new parameters",
+      lambda: init_program(self._model, self._mesh, lambda tree: self._model.split_base(tree)[0]).lower(key),
+      held,
+      1,
+    )
+    if config.encoder.random_init:
+      yield RunProgram(
+        "make a random encoder",
+        lambda: init_program(self._model, self._mesh, lambda tree: self._model.split_base(tree)[1]).lower(key),
+        held,
+        1,
+      )
+    if self._model.has_free_vectors:
+      yield from self._label_clusters(held)
+    yield from self._parts.encode("encode training queries at the start", self._size.train, held)
+    embedded = held + bytes_a_chip(self._parts.queries)
+    yield from self._parts.means("label centroids at the start", self._parts.queries, self._size.labels, embedded)
+    yield RunProgram(
+      "make the train state",
+      lambda: start_program(self._plan.state, optimizer).lower(self._plan.state.params),
+      held + self._centroids,
+      1,
+    )
+
+  def _label_clusters(self, held: float) -> Iterator[RunProgram]:
+    """Yields the programs that choose the free vector of each label."""
+    train, num_labels = self._config.train, self._size.labels
+    own, from_embeddings = train.free_vectors >= num_labels, train.free_vector_init == "cluster_mean"
+    if own and not from_embeddings:
+      return
+    yield from self._parts.encode("encode labels at the start", num_labels, held)
+    embedded = held + bytes_a_chip(self._parts.labels)
+    if not own:
+      yield self._parts.kmeans("cluster labels", self._parts.labels, train.free_vectors, num_labels, embedded, 1)
+    if from_embeddings:
+      yield from self._parts.means(
+        "free vectors", self._parts.labels, train.free_vectors, embedded, num_rows=train.free_vectors, pairs=num_labels
+      )
+
+  def _training(self) -> Iterator[RunProgram]:
+    """Yields the programs of the epochs, and of their end."""
+    config, plan, batch = self._config, self._plan, self._plan.workload.batch
+    lengths = item_lengths(batch.items.segments)
+    how = step_config(config, self._model, plan.workload.layout, plan.workload.steps)
+    yield RunProgram(
+      TRAIN_STEP,
+      lambda: make_train_step(how, plan.state, self._mesh).lower(*plan.train_arguments),
+      bytes_a_chip(plan.train_arguments),
+      plan.workload.steps,
+      Work(len(lengths), float(lengths.sum()), lengths, trains=True),
+    )
+    held = bytes_a_chip(plan.state) - self._params + self._always
+    bank = plan.rows(self._size.train, config.train.bank_dtype)
+    clusters, updates = self._query_clusters()
+    if updates:
+      yield self._parts.kmeans(f"cluster queries into {clusters:,}", bank, clusters, self._size.train, held, updates)
+    if config.train.epochs > 1:
+      yield from self._parts.means(
+        "label centroids from the bank", bank, self._size.labels, held, times=config.train.epochs - 1
+      )
+    yield from self._parts.encode(ENCODE_STEP, self._size.train, held)
+    yield from self._parts.means(
+      "label centroids at the end", self._parts.queries, self._size.labels, held + bytes_a_chip(self._parts.queries)
+    )
+
+  def _query_clusters(self) -> tuple[int, int]:
+    """Returns the largest number of clusters of queries, and how often queries are clustered.
+
+    The programs of smaller numbers need less memory, and less time. Compiling each of them takes minutes.
+    """
+    mining = self._config.mining
+    numbers = [
+      num_query_clusters(self._size.train, cluster_size_at(epoch, mining.cluster_size, tuple(mining.doubling_epochs)))
+      for epoch in range(self._config.train.epochs)
+      if is_cluster_update(epoch, mining.start_epoch, mining.update_epochs)
+    ]
+    numbers = [number for number in numbers if number > 1]  # One cluster needs no program.
+    return max(numbers, default=1), len(numbers)
+
+  def _evaluation(self) -> Iterator[RunProgram]:
+    """Yields the programs of the evaluation, which has the embeddings of the training queries."""
+    config, size, pooled = self._config, self._size, bytes_a_chip(self._parts.labels)
+    clusters = bytes_a_chip(self._plan.state.label_clusters)
+    held = self._always + self._centroids + bytes_a_chip(self._parts.queries)
+    if config.eval.every_epochs:  # Training is not over, so its state is in memory.
+      held = bytes_a_chip(self._plan.state) - self._params + self._always + bytes_a_chip(self._parts.queries)
+    yield from self._parts.encode("encode labels", size.labels, held, normalized=False)
+    if chooses_retrieval(config) or config.eval.split == "validation":
+      yield from self._held_out(held + pooled)
+    if self._model.has_free_vectors:
+      number = config.train.free_vectors
+      yield from self._parts.means(
+        "means of label clusters",
+        self._parts.labels,
+        number,
+        held + pooled,
+        num_rows=number,
+        pairs=size.labels,
+        normalized=True,
+      )
+      held += bytes_a_chip(self._plan.array((number, self._model.embed_dim), np.float32, "label", "vector"))
+    if config.eval.split == "test":
+      yield self._parts.prototypes("prototypes", held + pooled + clusters)
+      tested = 1 + len(config.eval.test_images)
+      yield from self._parts.encode("encode test queries", size.test, held + pooled, times=tested)
+      held += bytes_a_chip(self._tests) * min(tested, 2)
+      yield from self._parts.search(held + pooled, size.test * tested, self._tests, masked=False, prefix="")
+
+  def _held_out(self, held: float) -> Iterator[RunProgram]:
+    """Yields the programs of held-out queries, whose labels have centroids and prototypes of their own."""
+    config = self._config
+    number = max(round(self._size.train * config.dataset.validation_fraction), 1)
+    queries, clusters = self._plan.rows(number), bytes_a_chip(self._plan.state.label_clusters)
+    prototypes = bytes_a_chip(self._parts.labels)
+    yield from self._parts.means(
+      "label centroids without held-out queries", self._parts.queries, self._size.labels, held
+    )
+    yield self._parts.prototypes("prototypes without held-out queries", held + self._centroids + prototypes + clusters)
+    block = min(sharded_rows.BLOCK_ROWS, number)
+    ids = self._plan.array((block,), np.int32)
+    values = self._plan.array((block, self._model.embed_dim), np.float32)
+    held += prototypes + bytes_a_chip(queries)
+    blocks = math.ceil(number / block)
+    yield RunProgram(
+      "read held-out queries",
+      lambda: sharded_rows.take_program.lower(self._parts.queries, ids, mesh=self._mesh),
+      held + bytes_a_chip(ids),
+      blocks,
+    )
+    yield RunProgram(
+      "write held-out queries",
+      lambda: sharded_rows.put_program.lower(queries, ids, values, mesh=self._mesh),
+      held + bytes_a_chip((ids, values)),
+      blocks,
+    )
+    searched = number if config.eval.split == "validation" else 0
+    searched += min(number, MOST_HELD_OUT) if chooses_retrieval(config) else 0
+    yield from self._parts.search(held, searched, queries, masked=True, prefix="held out: ")

@@ -5,45 +5,55 @@ import re
 
 import numpy as np
 
-from vixml_jax.ahead_of_time.chips import Slice
 from vixml_jax.ahead_of_time.cost import Cost
+from vixml_jax.ahead_of_time.machine import Machine
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.weights import engine
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-  """Lower bounds of a program's time, in seconds; each ignores all other costs.
+  """Lower bounds of a program's time, in seconds.
 
   Attributes:
-    compute: Matrix products at the chip's bfloat16 peak; those in float32 with all their passes.
+    compute: Matrix products at the chip's bfloat16 peak; those in float32 as many times slower as the chip is at them.
     hbm: HBM traffic at the published bandwidth.
     interconnect: Collectives as rings, one after another.
+    kernels: Sum over all kernels of the longer of its compute and HBM times, for chips that run one kernel after
+      another; None for chips on which different operations overlap.
   """
 
   compute: float
   hbm: float
   interconnect: float
+  kernels: float | None = None
 
   @classmethod
-  def of(cls, cost: Cost, where: Slice) -> "Roofline":
-    """Returns the roofline of a program with this cost on a slice."""
+  def of(cls, cost: Cost, where: Machine) -> "Roofline":
+    """Returns the roofline of a program with this cost on a machine."""
+    chip = where.chip
     sent = sum(
-      times * collective.moved / where.ring_bandwidth(collective.group)
+      times * collective.moved / where.interconnect.ring_bandwidth(collective.group)
       for collective, times in cost.collectives.items()
     )
-    return cls(cost.unit_flops / where.chip.flops, cost.hbm_bytes / where.chip.hbm_bandwidth, sent)
+    kernels = None
+    if not chip.overlaps:
+      kernels = sum(
+        times * max(flops / chip.flops, size / chip.hbm_bandwidth) for (flops, size), times in cost.kernels.items()
+      )
+    return cls(cost.unit_flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, sent, kernels)
 
   @property
   def seconds(self) -> float:
-    """The largest of the three times, which assumes that the other two overlap with it completely."""
-    return max(dataclasses.astuple(self))
+    """The largest of the times, which assumes that the others overlap with it completely."""
+    return max(self.compute, self.hbm, self.interconnect, self.kernels or 0.0)
 
   @property
   def bound(self) -> str:
-    """Name of the largest of the three times."""
-    times = dataclasses.asdict(self)
-    return max(times, key=times.__getitem__)
+    """What takes that time: "compute", "hbm" or "interconnect"; on a GPU, the larger part of the kernels' time."""
+    if self.interconnect >= max(self.compute, self.hbm, self.kernels or 0.0):
+      return "interconnect"
+    return "compute" if self.compute >= self.hbm else "hbm"
 
 
 def model_flops(model: ModelDefinition, lengths: np.ndarray, train: bool) -> float:

@@ -12,6 +12,15 @@ from vixml_jax.errors import InputError
 # title with the same number of words has 14.8 (docs/performance.md). The name of an icon has 4 (counted). A title with
 # its description is assumed to have `max_length` tokens.
 _TITLE, _ICON_NAME = 15.0, 4.0
+# Mean number of labels of a training query: the Extreme Classification Repository for LF-Amazon, MUFIN (arXiv
+# 2309.04961) for MM-AmazonTitles-300K, counted for MM-Icons-9K; assumed for data sets of one's own.
+_LABELS_PER_QUERY = {
+  "lf_amazon_titles_131k": 2.29,
+  "lf_amazon_131k": 2.29,
+  "mm_amazon_titles_300k": 8.13,
+  "lf_amazon_titles_1_3m": 22.2,
+}
+_ASSUMED_LABELS_PER_QUERY = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +33,7 @@ class DataSize:
     labels: Number of labels L.
     tokens: Mean number of tokens of a text, special tokens included.
     images: Mean number of images of an item.
+    labels_per_query: Mean number of labels of a training query.
   """
 
   train: int
@@ -31,6 +41,7 @@ class DataSize:
   labels: int
   tokens: float
   images: float
+  labels_per_query: float = _ASSUMED_LABELS_PER_QUERY
 
   @property
   def num_images(self) -> int:
@@ -74,7 +85,8 @@ def data_size(
   _check(
     "images_per_item", images, 0 <= images <= config.images, f"must be between 0 and config.images={config.images}"
   )
-  return DataSize(known["train"], known["test"], known["labels"], float(tokens), float(images))
+  each = min(_LABELS_PER_QUERY.get(data.name, _ASSUMED_LABELS_PER_QUERY), known["labels"])
+  return DataSize(known["train"], known["test"], known["labels"], float(tokens), float(images), each)
 
 
 def _assumed_tokens(data: ConfigDict) -> float:

@@ -1,0 +1,55 @@
+"""Machines by name: slices of TPUs and hosts with GPUs."""
+
+import pytest
+
+from vixml_jax.ahead_of_time import gpu, tpu
+from vixml_jax.ahead_of_time.machine import Switch, Torus
+from vixml_jax.ahead_of_time.topology import machine_of
+from vixml_jax.errors import InputError
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:4", "v5e:2x2x2", "v5p:2x2", "h100", "h100:0", "h100:9", "h100:4x4"])
+def test_an_unknown_topology_raises_an_error_with_examples(topology):
+  with pytest.raises(InputError, match=f"--topology={topology}: .*v5e:4x4.*h100:8"):
+    machine_of(topology)
+
+
+def test_without_libtpu_the_error_says_how_to_install_it(monkeypatch):
+  monkeypatch.setattr(tpu.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match=r"pip install -c constraints.txt -e '\.\[tpu\]'"):
+    machine_of("v5e:2x2")
+
+
+def test_without_the_cuda_compiler_the_error_says_how_to_install_it(monkeypatch):
+  monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match=r"pip install -c constraints.txt -e '\.\[aot-gpu\]'"):
+    machine_of("h100:1")
+
+
+def test_a_program_may_use_the_share_of_a_gpu_that_jax_allocates(monkeypatch):
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+  assert gpu.memory_fraction() == 0.75
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
+  assert gpu.GPUS["h100"].chip(gpu.memory_fraction()).hbm_bytes == 0.95 * 84_929_347_584
+
+
+@pytest.mark.parametrize("share", ["0", "1.5", "most"])
+def test_an_impossible_share_of_a_gpu_raises_an_error_that_names_the_variable(share, monkeypatch):
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+  with pytest.raises(InputError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={share}"):
+    gpu.memory_fraction()
+
+
+def test_a_precise_product_in_float32_takes_as_long_as_nvidia_publishes():
+  # 989 TFLOP/s in bfloat16, half of that in TF32, 67 in float32 (data sheet of the H100 SXM).
+  cost = gpu.GPUS["h100"].chip(1.0).float32_cost
+  assert cost["default"] == pytest.approx(2.0)
+  assert cost["highest"] == pytest.approx(989 / 67, rel=0.01)
+
+
+def test_rings_use_the_links_of_all_axes_that_they_span():
+  torus = Torus((4, 4), 50e9, wraps_at=16)
+  assert torus.ring_bandwidth(4) == 50e9
+  assert torus.ring_bandwidth(16) == 100e9, "sixteen chips span both axes"
+  assert Torus((16, 16), 50e9, wraps_at=16).ring_bandwidth(4) == 100e9, "an axis of 16 is a ring"
+  assert Switch(450e9).ring_bandwidth(2) == Switch(450e9).ring_bandwidth(8) == 450e9

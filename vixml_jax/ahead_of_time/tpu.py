@@ -1,0 +1,101 @@
+"""Slices of Cloud TPU pods, which libtpu describes and compiles for on any machine."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from vixml_jax.ahead_of_time.machine import GIB, Chip, Machine, Torus
+from vixml_jax.errors import InputError
+
+# The matrix unit multiplies bfloat16. A float32 product takes several passes, by precision.
+_FLOAT32_COST = {"default": 1.0, "high": 3.0, "highest": 6.0}
+
+
+def _chip(granted_gib: float, flops: float, hbm_bandwidth: float) -> Chip:
+  """Returns a chip, given the memory that its compiler grants a program, slightly less than the published one."""
+  return Chip(granted_gib * GIB, flops, hbm_bandwidth, _FLOAT32_COST, overlaps=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TpuKind:
+  """A kind of TPU, as Google Cloud publishes it (cloud.google.com/tpu/docs/v5e, v5p, v6e, v4).
+
+  Attributes:
+    chip: Properties of each chip.
+    link_bandwidth: Bandwidth of one link of the interconnect in one direction, in bytes/s: the published bandwidth of
+      a chip, divided by its links and both directions.
+    axes: Number of axes of the interconnect: 2 for a plane, 3 for a cube.
+    wraps_at: See `Torus`.
+    chips_per_host: Number of chips of a host of a larger slice.
+    options: Options of `topologies.get_topology_desc`.
+  """
+
+  chip: Chip
+  link_bandwidth: float
+  axes: int
+  wraps_at: int
+  chips_per_host: int = 4
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+TPUS = {
+  # "megacore": both cores are one device.
+  "v4": _TpuKind(_chip(30.75, 275e12, 1228e9), 50e9, 3, 4, options={"chip_config_name": "megacore"}),
+  "v5e": _TpuKind(_chip(15.75, 197e12, 819e9), 50e9, 2, 16),
+  "v5p": _TpuKind(_chip(95.74, 459e12, 2765e9), 100e9, 3, 4),
+  "v6e": _TpuKind(_chip(31.25, 918e12, 1640e9), 100e9, 2, 16),
+}
+# Environment variables that libtpu reads when it is loaded: other processes may load it at the same time, and it must
+# not ask the network which machine it runs on. The accelerator type replaces that of a machine without TPU; the name of
+# the topology decides.
+_SETTINGS = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+EXAMPLES = "v5e:4x4, v5p:2x2x4, v6e:16x16"
+
+
+def is_shape(kind: str, shape: str) -> bool:
+  """Returns whether a text is a shape of this kind of slices, such as "2x2x4" of v5p."""
+  return re.fullmatch(rf"\d+(x\d+){{{TPUS[kind].axes - 1}}}", shape) is not None
+
+
+def tpu_slice(kind: str, shape: str) -> Machine:
+  """Returns a slice of a Cloud TPU pod as libtpu describes it; no TPU is needed.
+
+  Args:
+    kind: A key of `TPUS`.
+    shape: Number of chips along each axis, such as "4x4".
+
+  Raises:
+    InputError: If libtpu is not installed, or does not know the slice.
+  """
+  name = f"{kind}:{shape}"
+  if importlib.util.find_spec("libtpu") is None:
+    raise InputError(
+      "libtpu is not installed, which compiles for TPUs on any machine; run: pip install -c constraints.txt -e '.[tpu]'"
+    )
+  for name_of_setting, value in _SETTINGS.items():
+    os.environ.setdefault(name_of_setting, value)
+  tpu, axes = TPUS[kind], tuple(int(length) for length in shape.split("x"))
+  try:
+    described = topologies.get_topology_desc(name, platform="tpu", **tpu.options)
+  except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+    raise InputError(
+      f"--topology={name}: libtpu does not know this slice ({error}); choose one such as {EXAMPLES}"
+    ) from error
+  devices = list(described.devices)
+  if len(devices) != math.prod(axes):
+    raise InputError(
+      f"--topology={name}: libtpu describes {len(devices)} devices for {math.prod(axes)} chips; choose a topology with "
+      "one device per chip"
+    )
+  return Machine(name, tpu.chip, Torus(axes, tpu.link_bandwidth, tpu.wraps_at), devices, tpu.chips_per_host)
