@@ -264,7 +264,7 @@ def published_config(
     # titles is one chunk, whose layers are recomputed in the backward pass. On 256 chips, also set mesh.data=16.
     config.mesh.update(dict(data=1, fsdp=-1))
     config.encoder.remat = True
-    config.train.chunk_rows = config.train.batch_size * (26 if config.images else 20) // 64
+    config.train.chunk_rows = config.train.batch_size * (28 if config.images else 20) // 64
     config.mining.update(dict(start_epoch=4, update_epochs=2, doubling_epochs=(8, 12, 16, 20, 24)))
   elif config.images:
     config.train.epochs = 150
