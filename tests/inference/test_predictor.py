@@ -1,5 +1,6 @@
 """A trained workdir answers queries without its data, as its evaluation did; errors name what is missing or damaged."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -21,6 +22,7 @@ from vixml_jax.inference.trained_encoder import load_trained_encoder
 from vixml_jax.input.packing import pack
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import checkpoint_id, newest_checkpoint
+from vixml_jax.search.retrieval_augmented import RetrievalSettings
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +186,24 @@ def test_filters_leave_the_best_of_what_they_allow(texts_only, predictor):
     assert [label.id for label in found] == sorted(ids, key=lambda i: -scores[i])[:4]
   with pytest.raises(InputError, match="label/none"):
     predictor.predict([{"title": "arrow up", "deny": ["label/none"]}])
+
+
+def test_in_a_joint_search_training_queries_do_not_take_the_places_of_allowed_labels(texts_only):
+  augmented = vixml_jax.load(texts_only.workdir, retrieval_augmented=True)
+  hits = 4
+  joint = dataclasses.replace(augmented, retrieval=RetrievalSettings(0.5, 0.05, hits, joint=True))
+  query = joint.encode(["arrow up"])[0]
+  labels, train = (texts_only.embeddings(name) @ query for name in ("labels", "train_queries"))
+  nearest = np.argsort(-np.concatenate([labels, train]), kind="stable")[:hits]
+  far = np.argsort(labels)[:6].tolist()
+  assert not set(far) & set(nearest.tolist())
+  uids = [label["uid"] for label in texts_only.labels]
+  limited, free = joint.predict([{"title": "arrow up", "allow": [uids[i] for i in far]}, "arrow up"], k=hits)
+  assert len(limited) == hits and {label.id for label in limited} <= set(far)
+  found = set(nearest[nearest < len(labels)].tolist())
+  for row in nearest[nearest >= len(labels)] - len(labels):
+    found |= set(augmented.index.query_labels.take([row]).values.tolist())
+  assert {label.id for label in free} <= found and len(free) == min(hits, len(found))
 
 
 def test_adapters_need_their_frozen_base_and_no_other(adapters, tmp_path):
