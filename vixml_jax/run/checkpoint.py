@@ -17,6 +17,9 @@ from vixml_jax.files import sha256_of_file
 from vixml_jax.run.state import TrainState, model_part
 from vixml_jax.typing import Tree
 
+# Orbax collects this many bytes before it writes them to a file. With its default of 2 GB, several times as much is in
+# memory while a large state is saved.
+_FILE_BYTES = 2**28
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 _Result = TypeVar("_Result")
 
@@ -81,19 +84,25 @@ class Checkpointer:
     return self._manager.reached_preemption(step)
 
   def save(self, step: int, checkpoint: Checkpoint) -> None:
-    """Starts to save; the state may be donated as soon as this returns."""
+    """Starts to save; the state may be donated as soon as this returns.
+
+    On CPUs, it returns when everything is on disk: arrays that are being written could not be donated, so the next step
+    would need memory for a second state.
+    """
     if step in self._manager.all_steps():
       return
     state, clusters = checkpoint.state, checkpoint.query_clusters
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        model=ocp.args.StandardSave(model_part(state)),
-        training=ocp.args.StandardSave(_training_part(state)),
+        model=ocp.args.PyTreeSave(model_part(state), ocdbt_target_data_file_size=_FILE_BYTES),
+        training=ocp.args.PyTreeSave(_training_part(state), ocdbt_target_data_file_size=_FILE_BYTES),
         mining=ocp.args.StandardSave({"query_clusters": _no_clusters() if clusters is None else clusters}),
         meta=ocp.args.JsonSave(checkpoint.meta),
       ),
     )
+    if jax.default_backend() == "cpu":
+      self.wait()
 
   def wait(self) -> None:
     """Returns when everything is on disk."""
