@@ -4,6 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import hashlib
 import importlib.metadata
+import math
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -128,21 +129,13 @@ class Checkpointer:
     Raises:
       InputError: the checkpoint does not fit the state, or is damaged.
     """
-    restored = _restoring(
-      self._manager.directory,
-      lambda: self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          model=ocp.args.StandardRestore(model_part(abstract)),
-          training=ocp.args.StandardRestore(_training_part(abstract)),
-          mining=ocp.args.StandardRestore(),
-          meta=ocp.args.JsonRestore(),
-        ),
-      ),
-    )
-    clusters = np.asarray(restored["mining"]["query_clusters"])
-    state = TrainState(**restored["model"], **restored["training"])
-    return Checkpoint(state, clusters if len(clusters) == num_queries else None, restored["meta"])
+    directory = Path(self._manager.directory)
+    model = _restore_item(directory, step, "model", model_part(abstract))
+    training = _restore_item(directory, step, "training", _training_part(abstract))
+    wanted = ocp.args.Composite(mining=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
+    rest = _restoring(directory, lambda: self._manager.restore(step, args=wanted))
+    clusters = np.asarray(rest["mining"]["query_clusters"])
+    return Checkpoint(TrainState(**model, **training), clusters if len(clusters) == num_queries else None, rest["meta"])
 
   def restore_model(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """Returns parameters, centroids and label clusters; no optimizer state is read.
@@ -154,8 +147,7 @@ class Checkpointer:
     Raises:
       InputError: the checkpoint does not fit the shapes, or is damaged.
     """
-    wanted = ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
-    return _restoring(self._manager.directory, lambda: self._manager.restore(step, args=wanted)["model"])
+    return _restore_item(Path(self._manager.directory), step, "model", abstract)
 
 
 def newest_checkpoint(directory: Path) -> tuple[int, dict[str, Any]]:
@@ -184,20 +176,7 @@ def restore_params(directory: Path, step: int, abstract: Tree) -> Tree:
   Raises:
     InputError: the checkpoint is of another model, or damaged.
   """
-  wanted = {"params": abstract}
-  how = ocp.args.PyTreeRestore(
-    wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-  )
-
-  def read() -> Tree:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      params = checkpointer.restore(directory.absolute() / str(step) / "model", args=how)["params"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-      if not isinstance(leaf, jax.Array):  # Orbax returns what it does not find as it was asked for.
-        raise KeyError(f"it has no parameter {jax.tree_util.keystr(path)}")
-    return params
-
-  return _restoring(directory, read)
+  return _restore_item(directory, step, "model", {"params": abstract}, partial=True)["params"]
 
 
 def checkpoint_id(directory: Path, step: int) -> dict[str, Any]:
@@ -207,6 +186,35 @@ def checkpoint_id(directory: Path, step: int) -> dict[str, Any]:
   for path in sorted(path for path in folder.rglob("*") if path.is_file()):
     digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of_file(path)}\n".encode())
   return {"step": step, "sha256": digest.hexdigest()}
+
+
+def _restore_item(directory: Path, step: int, name: str, abstract: Any, partial: bool = False) -> Any:
+  """Restores the arrays of an item; the host has memory for the largest shard beside the arrays themselves.
+
+  Args:
+    directory: folder of all checkpoints.
+    step: the checkpoint's step.
+    name: name of the item.
+    abstract: shapes and shardings to restore into.
+    partial: whether the checkpoint may have arrays that are not asked for.
+  """
+  leaves = jax.tree.leaves(abstract)
+  shards = [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
+  how = ocp.args.PyTreeRestore(
+    abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=partial
+  )
+
+  def read() -> Any:
+    # Orbax counts in GB, and refuses a shard that is larger than the limit.
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=max(shards, default=0) // 10**9 + 1)
+    with ocp.Checkpointer(handler) as checkpointer:
+      restored = checkpointer.restore(directory.absolute() / str(step) / name, args=how)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
+      if not isinstance(leaf, jax.Array):  # Orbax returns what it does not find as it was asked for.
+        raise KeyError(f"it has no array {jax.tree_util.keystr(path)}")
+    return restored
+
+  return _restoring(directory, read)
 
 
 def _restoring(directory: Any, read: Callable[[], _Result]) -> _Result:
