@@ -50,7 +50,7 @@ def provenance(data_fingerprint: str, weights_sha256: dict[str, str]) -> dict[st
 
 
 class Checkpointer:
-  """Saves checkpoints asynchronously, keeps the newest ones, and restores onto any mesh.
+  """Saves checkpoints (asynchronously, except on CPUs), keeps the newest ones, and restores onto any mesh.
 
   A step has the items `model` (parameters, centroids, label clusters: all that inference needs), `training`
   (optimizer state, bank, step), `mining` (query clusters) and `meta`.
