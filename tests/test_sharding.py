@@ -64,6 +64,27 @@ def test_key_value_heads_that_the_mesh_does_not_divide_are_replicated():
     sharding.tree_shardings(sharding.make_mesh(data=1, tensor=8), sizes, axes)
 
 
+def test_a_gathered_parameter_is_sharded_over_tensor_only():
+  mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+
+  def gathered(x, axes):
+    with sharding.use_mesh(mesh):
+      return sharding.gather(x, *axes)
+
+  for shape, axes, wanted in (
+    ((8, 16), ("embed", "mlp"), (None, "tensor")),
+    ((8, 2, 4), ("embed", "kv_heads", "head_dim"), (None, None, None)),  # Four devices cannot share two heads.
+    ((8, 4, 4), ("embed", "kv_heads", "head_dim"), (None, "tensor", None)),
+    ((6, 16), ("lora_alone", "mlp"), (None, "tensor")),
+  ):
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp")))
+    found = jax.jit(gathered, static_argnums=1)(sharded, axes)
+    assert found.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, PartitionSpec(*wanted)), x.ndim), axes
+    np.testing.assert_array_equal(found, x)
+  assert sharding.gather(x, "lora_alone", "mlp") is x  # Without a mesh.
+
+
 @pytest.mark.parametrize("names", [("embed",), None, ("layers", "embed", "mlp")])
 def test_a_leaf_without_one_axis_per_dimension_raises_an_error_with_its_name(names):
   with pytest.raises(ValueError, match="encoder/up: shape"):

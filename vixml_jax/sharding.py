@@ -147,6 +147,28 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
   return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec(axes))
 
 
+def gather(x: jax.Array, *axes: str) -> jax.Array:
+  """Gathers a parameter that the devices along `fsdp` share; does nothing without a mesh, as `constrain`.
+
+  Dimensions that the devices along `tensor` share stay sharded. If parameters are not gathered, XLA may pass
+  the shards around in a ring, multiply each of them as it arrives, and add the partial products. Each device then reads
+  and writes the whole result as often as there are shards.
+
+  Args:
+    x: The parameter.
+    axes: Its logical axes.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  kept = []
+  for size, axis in zip(x.shape, axes, strict=True):
+    mesh_axes = tuple(mesh_axis for mesh_axis in RULES[axis] if mesh_axis != "fsdp")
+    uneven = axis in WHOLE_IF_UNEVEN and size % math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+    kept.append(None if uneven else mesh_axes or None)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
   """Returns a context manager in which `constrain` uses this mesh, also inside a traced function."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

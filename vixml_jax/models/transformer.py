@@ -120,13 +120,14 @@ def scan_layers(
     The output of the last layer, and the outputs of all layers, stacked along a new first dimension (None unless
     `return_layers`).
   """
-  graphdef, params, _ = split_params(stack)
+  graphdef, params, axes = split_params(stack)
 
   def constrain(rows: Array) -> Array:
     return sharding.constrain(rows, "row", "position", "vector")
 
   def step(carry: Array, inputs: tuple[Tree, Array | None]) -> tuple[Array, Array | None]:
     layer_params, key = inputs
+    layer_params = jax.tree.map(lambda param, names: sharding.gather(param, *names[1:]), layer_params, axes)
     y = constrain(apply(merge_params(graphdef, layer_params), constrain(carry), key))
     return y, (y if return_layers else None)
 
