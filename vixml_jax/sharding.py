@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 import numpy as np
 
 from vixml_jax.errors import InputError
@@ -150,9 +150,9 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 def gather(x: jax.Array, *axes: str) -> jax.Array:
   """Gathers a parameter that the devices along `fsdp` share; does nothing without a mesh, as `constrain`.
 
-  Dimensions that the devices along `tensor` share stay sharded. If parameters are not gathered, XLA may pass
-  the shards around in a ring, multiply each of them as it arrives, and add the partial products. Each device then reads
-  and writes the whole result as often as there are shards.
+  Dimensions that the devices along `tensor` share stay sharded. If parameters are not gathered, XLA may pass the shards
+  around in a ring, multiply each of them as it arrives, and add the partial products. Each device then reads and writes
+  the whole result as often as there are shards.
 
   Args:
     x: The parameter.
@@ -161,12 +161,15 @@ def gather(x: jax.Array, *axes: str) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  kept = []
-  for size, axis in zip(x.shape, axes, strict=True):
-    mesh_axes = tuple(mesh_axis for mesh_axis in RULES[axis] if mesh_axis != "fsdp")
-    uneven = axis in WHOLE_IF_UNEVEN and size % math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
-    kept.append(None if uneven else mesh_axes or None)
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+  sharers = (_sharers(mesh, size, axis) for size, axis in zip(x.shape, axes, strict=True))
+  kept = (tuple(mesh_axis for mesh_axis in mesh_axes if mesh_axis != "fsdp") for mesh_axes in sharers)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*(mesh_axes or None for mesh_axes in kept)))
+
+
+def _sharers(mesh: Mesh | AbstractMesh, size: int, axis: str) -> tuple[str, ...]:
+  """Returns the mesh axes that share a dimension: those of its rule, or none if it is `WHOLE_IF_UNEVEN` and uneven."""
+  uneven = size % math.prod(mesh.shape[mesh_axis] for mesh_axis in RULES[axis])
+  return () if uneven and axis in WHOLE_IF_UNEVEN else RULES[axis]
 
 
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
@@ -195,10 +198,10 @@ def tree_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
       raise ValueError(f"{name}: shape {shape.shape} needs one logical axis per dimension, got {names!r}")
     partition = list(spec(names, name=name))
     for i, (size, axis) in enumerate(zip(shape.shape, names, strict=True)):
-      parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in RULES[axis])
-      if size % parts and axis in WHOLE_IF_UNEVEN:
-        partition[i] = None
-      elif size % parts:
+      mesh_axes = _sharers(mesh, size, axis)
+      partition[i] = mesh_axes or None
+      parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+      if size % parts:
         raise InputError(
           f"mesh: {name} has {axis}={size}, which is not divisible by {' x '.join(RULES[axis])} = {parts}; "
           "change the mesh"
@@ -206,6 +209,12 @@ def tree_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     return NamedSharding(mesh, PartitionSpec(*partition))
 
   return jax.tree_util.tree_map_with_path(leaf, shapes, axes, is_leaf=lambda node: hasattr(node, "shape"))
+
+
+def bytes_a_device(array: jax.Array | jax.ShapeDtypeStruct) -> int:
+  """Returns the bytes that an array, or a shape with a sharding, takes on each device."""
+  assert array.sharding is not None
+  return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def padded_rows(rows: int) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -125,9 +124,7 @@ class Plan:
 
 def bytes_a_chip(tree: Any) -> float:
   """Returns the bytes that a tree of shapes with shardings takes on each chip."""
-  return float(
-    sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-  )
+  return float(sum(map(sharding.bytes_a_device, jax.tree.leaves(tree))))
 
 
 def _abstract_features(config: ConfigDict, size: DataSize, mesh: Mesh, memory: float) -> ImageFeatures | None:

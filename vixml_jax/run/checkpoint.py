@@ -4,7 +4,6 @@ from collections.abc import Callable
 import dataclasses
 import hashlib
 import importlib.metadata
-import math
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -13,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import vixml_jax
+from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.files import sha256_of_file
 from vixml_jax.run.state import TrainState, model_part
@@ -197,16 +197,18 @@ def _restore_item(directory: Path, step: int, name: str, abstract: Any, partial:
     name: name of the item.
     abstract: shapes and shardings to restore into.
     partial: whether the checkpoint may have arrays that are not asked for.
+
+  Raises:
+    InputError: the item does not fit the shapes, or is damaged.
   """
-  leaves = jax.tree.leaves(abstract)
-  shards = [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
+  largest = max(map(sharding.bytes_a_device, jax.tree.leaves(abstract)), default=0)
   how = ocp.args.PyTreeRestore(
     abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=partial
   )
 
   def read() -> Any:
     # Orbax counts in GB, and refuses a shard that is larger than the limit.
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=max(shards, default=0) // 10**9 + 1)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=largest // 10**9 + 1)
     with ocp.Checkpointer(handler) as checkpointer:
       restored = checkpointer.restore(directory.absolute() / str(step) / name, args=how)
     for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
