@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.common import use_method
 from tests.helpers.cpu_slices import cpu_slice
 from tests.helpers.miniature_runs import load_config, miniature_config
 from tests.helpers.training_checks import training_parts
@@ -108,12 +109,14 @@ def compiled_programs():
     logger.propagate = True
 
 
-@pytest.mark.parametrize("changes", ["decoder", "held out"])
+@pytest.mark.parametrize("changes", ["decoder", "held out", "ngame"])
 def test_a_plan_lists_every_program_that_a_run_compiles(changes, tmp_path):
   config = miniature_config(tmp_path, "qwen2.5-0.5b" if changes == "decoder" else "minilm-l3", num_train=48)
   config.mesh.update(dict(data=2, fsdp=4, tensor=1))
   config.train.epochs = 2
-  if changes == "decoder":
+  if changes == "ngame":
+    use_method(config, "ngame")
+  elif changes == "decoder":
     config.eval.update(dict(retrieval_search="joint", retrieval_hits=8))
   else:
     config.dataset.validation_fraction = 0.2

@@ -68,13 +68,18 @@ def abstract_on(setup, step, queries, mesh):
   return abstract_state(setup.model, step.optimizer, len(queries), setup.data.num_labels, "float32", mesh)
 
 
-def loss_and_gradients(parts, mesh, features=None, remat=True):
-  """Returns loss, query embeddings and gradients of a batch of 16 on the host, close to the initial parameters.
+def one_batch(parts, size=16):
+  """Returns the first batch of so many queries."""
+  return make_batch(parts.queries, np.arange(len(parts.queries)), size, parts.setup.layout, seed=0, epoch=0, step=0)
+
+
+def loss_and_gradients(parts, mesh, features=None, remat=True, size=16):
+  """Returns loss, query embeddings and gradients of a batch on the host, close to the initial parameters.
 
   At the initial parameters themselves, adapters are zero, and so are half of their gradients.
   """
   setup, model = parts.setup, parts.setup.model
-  batch = make_batch(parts.queries, np.arange(len(parts.queries)), 16, setup.layout, seed=0, epoch=0, step=1)
+  batch = one_batch(parts, size)
   abstract = abstract_on(setup, parts.step, parts.queries, mesh)
   params, frozen = model.split(init_params(model, mesh, 0))
   rng = np.random.default_rng(0)

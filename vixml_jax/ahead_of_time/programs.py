@@ -74,9 +74,10 @@ class _Run:
       )
     if self._model.has_free_vectors:
       yield from self._label_clusters(held)
-    yield from self._parts.encode("encode training queries at the start", self._size.train, held)
-    embedded = held + bytes_a_chip(self._parts.queries)
-    yield from self._parts.means("label centroids at the start", self._parts.queries, self._size.labels, embedded)
+    if self._model.has_centroids:
+      yield from self._parts.encode("encode training queries at the start", self._size.train, held)
+      embedded = held + bytes_a_chip(self._parts.queries)
+      yield from self._parts.means("label centroids at the start", self._parts.queries, self._size.labels, embedded)
     yield RunProgram(
       "make the train state",
       lambda: start_program(self._plan.state, optimizer).lower(self._plan.state.params),
@@ -116,14 +117,15 @@ class _Run:
     clusters, updates = self._query_clusters()
     if updates:
       yield self._parts.kmeans(f"cluster queries into {clusters:,}", bank, clusters, self._size.train, held, updates)
-    if config.train.epochs > 1:
+    if self._model.has_centroids and config.train.epochs > 1:
       yield from self._parts.means(
         "label centroids from the bank", bank, self._size.labels, held, times=config.train.epochs - 1
       )
     yield from self._parts.encode(ENCODE_STEP, self._size.train, held)
-    yield from self._parts.means(
-      "label centroids at the end", self._parts.queries, self._size.labels, held + bytes_a_chip(self._parts.queries)
-    )
+    if self._model.has_centroids:
+      yield from self._parts.means(
+        "label centroids at the end", self._parts.queries, self._size.labels, held + bytes_a_chip(self._parts.queries)
+      )
 
   def _query_clusters(self) -> tuple[int, int]:
     """Returns the largest number of clusters of queries, and how often queries are clustered.
@@ -174,9 +176,10 @@ class _Run:
     number = max(round(self._size.train * config.dataset.validation_fraction), 1)
     queries, clusters = self._plan.rows(number), bytes_a_chip(self._plan.state.label_clusters)
     prototypes = bytes_a_chip(self._parts.labels)
-    yield from self._parts.means(
-      "label centroids without held-out queries", self._parts.queries, self._size.labels, held
-    )
+    if self._model.has_centroids:
+      yield from self._parts.means(
+        "label centroids without held-out queries", self._parts.queries, self._size.labels, held
+      )
     yield self._parts.prototypes("prototypes without held-out queries", held + self._centroids + prototypes + clusters)
     block = min(sharded_rows.BLOCK_ROWS, number)
     ids = self._plan.array((block,), np.int32)

@@ -127,8 +127,9 @@ def _held_out_prototypes(
   known: np.ndarray,
 ) -> ShardedRows:
   """Returns the prototypes of all labels whose centroids do not know the held-out queries."""
-  labels = data.corpus.train_labels.keep(known)
-  centroids = label_centroids(train_embeddings.values, labels, data.num_labels)
+  centroids = model.centroids
+  if encoder.model.has_centroids:
+    centroids = label_centroids(train_embeddings.values, data.corpus.train_labels.keep(known), data.num_labels)
   return encoder.prototype_rows(model.params, pooled, model.label_clusters, centroids)
 
 

@@ -59,6 +59,11 @@ class ModelDefinition:
     return "free_vectors" in self.shapes
 
   @property
+  def has_centroids(self) -> bool:
+    """Whether the prototype of a label depends on its centroid."""
+    return "prototype" in self.shapes
+
+  @property
   def embed_dim(self) -> int:
     """Width of the embeddings, D."""
     return self.arguments["encoder"]["embed_dim"]

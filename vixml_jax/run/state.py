@@ -30,7 +30,7 @@ class TrainState:
     opt_state: optimizer state.
     bank: [N, D] embedding bank: each training query's embedding from the last batch that contained it; zeros for a
       query not seen yet. N is rounded up (`sharding.padded_rows`). After the last epoch, it may have fresh embeddings.
-    centroids: [L, D] label centroids. L is rounded up.
+    centroids: [L, D] label centroids; zeros if the method has none. L is rounded up.
     label_clusters: int32 [L], the free vector of each label.
   """
 

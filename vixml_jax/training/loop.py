@@ -60,7 +60,8 @@ def train(
     evaluate: returns the metrics of a model; called after every `eval.every_epochs` epochs but the last.
 
   Returns:
-    The model of the last step, whose centroids come from a fresh encoding of all training queries.
+    The model of the last step. Its centroids, if the method has any, come from a fresh encoding of all training
+    queries.
 
   Raises:
     Preempted: after SIGTERM, when the run has been saved.
@@ -124,13 +125,14 @@ def train(
 
       metrics.flush()
       clusters = _refreshed_clusters(config, state, clusters, len(queries), epoch)
-      state.centroids.delete()  # Frees the memory for the new ones.
-      if step < total_steps:
-        centroids = label_centroids(state.bank, queries.labels, data.num_labels)
-      else:
+      if encoder.model.has_centroids:
+        state.centroids.delete()  # Frees the memory for the new ones.
+      embedded, labels = state.bank, queries.labels
+      if step == total_steps:
         state, train_embeddings = _embed_training_queries(encoder, state, data)
-        centroids = label_centroids(train_embeddings.values, data.corpus.train_labels, data.num_labels)
-      state = dataclasses.replace(state, centroids=centroids)
+        embedded, labels = train_embeddings.values, data.corpus.train_labels
+      if encoder.model.has_centroids:
+        state = dataclasses.replace(state, centroids=label_centroids(embedded, labels, data.num_labels))
       loss = metrics.epoch_mean_loss()
       meta["train_seconds"] += time.monotonic() - started
       writer.write(step, epoch, "epoch", {"mean_loss": loss, "train_seconds": meta["train_seconds"]})

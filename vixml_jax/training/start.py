@@ -49,7 +49,7 @@ def initial_checkpoint(
   clusters, free_vectors = _label_clusters(config, encoder, params, queries)
   if free_vectors is not None:
     params |= {"free_vectors": free_vectors}
-  centroids = _first_centroids(encoder, params, queries)
+  centroids = _first_centroids(encoder, params, queries) if encoder.model.has_centroids else None
   state = create_state(abstract, params, optimizer, clusters, centroids)
   meta = provenance(data_fingerprint, weight_hashes(weights_folder)) | {
     "adapter_sha256": weight_hashes(adapter),
