@@ -33,3 +33,5 @@ def test_memory_is_in_bytes():
   before = device_bytes()
   array = jax.device_put(np.zeros(1000, np.float32), jax.devices()[1])
   assert device_bytes() - before == array.nbytes == 4000
+  shards = [shard.data for shard in array.addressable_shards]  # Arrays of their own, on the same memory.
+  assert device_bytes() - before == sum(shard.nbytes for shard in shards)

@@ -47,5 +47,6 @@ def peak_memory() -> int:
 
 
 def device_bytes() -> int:
-  """Returns the bytes of all arrays on the devices of this process."""
-  return sum(shard.data.nbytes for array in jax.live_arrays() for shard in array.addressable_shards)
+  """Returns the bytes of all arrays on the devices of this process. Arrays that share a buffer count once."""
+  shards = [shard.data for array in jax.live_arrays() for shard in array.addressable_shards]
+  return sum({(shard.device, shard.unsafe_buffer_pointer()): shard.nbytes for shard in shards}.values())

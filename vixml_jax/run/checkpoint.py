@@ -130,8 +130,9 @@ class Checkpointer:
       InputError: the checkpoint does not fit the state, or is damaged.
     """
     directory = Path(self._manager.directory)
-    model = _restore_item(directory, step, "model", model_part(abstract))
+    # The bank is the largest array. It is read first, when no other array needs memory yet.
     training = _restore_item(directory, step, "training", _training_part(abstract))
+    model = _restore_item(directory, step, "model", model_part(abstract))
     wanted = ocp.args.Composite(mining=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
     rest = _restoring(directory, lambda: self._manager.restore(step, args=wanted))
     clusters = np.asarray(rest["mining"]["query_clusters"])
