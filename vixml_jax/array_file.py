@@ -1,5 +1,6 @@
-"""Writes an array to a `.npy` file block by block, without holding it in memory."""
+"""Writes an array to a `.npy` file block by block, and reads a memory-mapped one, without holding it in memory."""
 
+import mmap
 import os
 from pathlib import Path
 from typing import Self
@@ -52,3 +53,16 @@ class ArrayFile:
     np.lib.format.write_array_header_1_0(
       self._file, {"descr": self._dtype.str, "fortran_order": False, "shape": (self.rows, *self._row_shape)}
     )
+
+
+def release_pages(array: np.ndarray) -> None:
+  """Frees the memory of the pages that have been read of a memory-mapped array; does nothing for any other array.
+
+  The pages stay in the cache of the operating system, but no longer count as memory of the process. The array can be
+  read again.
+  """
+  base: object = array
+  while isinstance(base, np.ndarray):
+    base = base.base
+  if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+    base.madvise(mmap.MADV_DONTNEED)

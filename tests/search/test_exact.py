@@ -8,7 +8,9 @@ import pytest
 
 from tests.helpers.compilations import counted_compilations
 from tests.helpers.search_cases import brute_force, integers
+from vixml_jax.array_file import release_pages
 from vixml_jax.errors import InputError
+from vixml_jax.search import exact
 from vixml_jax.search.exact import ExactIndex, block_top_k
 
 
@@ -51,6 +53,21 @@ def test_exact_search_accepts_sharded_arrays_and_bfloat16():
   scores, ids = index.search(jax.device_put(queries, sharding), 5)
   np.testing.assert_array_equal(ids, brute_force(labels, queries, 5)[1])
   np.testing.assert_array_equal(scores, brute_force(labels, queries, 5)[0])
+
+
+@pytest.mark.parametrize("rows", [None, np.flatnonzero(np.arange(997) % 3)], ids=["all", "some"])
+def test_a_memory_mapped_file_is_placed_block_by_block_and_its_pages_are_freed(tmp_path, monkeypatch, rows):
+  monkeypatch.setattr(exact, "_ROWS_PER_COPY", 40)
+  labels, queries = integers(997, 0), integers(11, 1)
+  np.save(tmp_path / "labels.npy", labels)
+  mapped = np.load(tmp_path / "labels.npy", mmap_mode="r")
+  freed = []
+  monkeypatch.setattr(exact, "release_pages", lambda array: freed.append(array) or release_pages(array))
+  found = ExactIndex(mapped, rows=rows).search(queries, 7)
+  wanted = ExactIndex(jnp.asarray(labels if rows is None else labels[rows])).search(queries, 7)
+  np.testing.assert_array_equal(found[0], wanted[0])
+  np.testing.assert_array_equal(found[1], wanted[1] if rows is None else rows[wanted[1]])
+  assert len(freed) > len(jax.devices()) and all(array is mapped for array in freed)
 
 
 def test_chunks_and_indexes_of_equal_shape_share_one_program():

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from vixml_jax import sharding
+from vixml_jax.array_file import release_pages
 from vixml_jax.errors import InputError
 from vixml_jax.rounding import next_power_of_two
 from vixml_jax.sharded_rows import ShardedRows
@@ -17,6 +18,7 @@ LABELS_PER_BLOCK = 65_536
 """Maximum number of labels that a device scores at once."""
 QUERIES_PER_CHUNK = 512
 """Number of queries that are scored at once."""
+_ROWS_PER_COPY = 65_536  # Number of rows that are copied to a device at once.
 _MIN_QUERIES = 8  # Fewer queries take the same time.
 
 
@@ -139,14 +141,24 @@ class ExactIndex:
       pad = lambda x: jnp.pad(x, ((0, num_rows - self.num_labels), (0, 0)))
       return jax.jit(pad, out_shardings=where)(embeddings)
 
-    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-      assert index is not None
-      first, last, _ = index[0].indices(num_rows)
-      own = slice(first, last)
-      rows = np.asarray(embeddings[own if self._rows is None else self._rows[own]])
-      return np.pad(rows, ((0, last - first - len(rows)), (0, 0)))
+    shards = [
+      self._place_share(embeddings, device, *index[0].indices(num_rows)[:2])
+      for device, index in where.addressable_devices_indices_map((num_rows, self._dim)).items()
+      if index is not None
+    ]
+    return jax.make_array_from_single_device_arrays((num_rows, self._dim), where, shards)
 
-    return jax.make_array_from_callback((num_rows, self._dim), where, shard)
+  def _place_share(self, embeddings: np.ndarray, device: jax.Device, first: int, last: int) -> jax.Array:
+    """Copies rows to a device; the host needs memory for a block only, memory-mapped files included."""
+    share = jnp.zeros((last - first, self._dim), embeddings.dtype, device=device)
+    end = min(last, self.num_labels)
+    for start in range(first, end, _ROWS_PER_COPY):
+      own = slice(start, min(start + _ROWS_PER_COPY, end))
+      rows = embeddings[own if self._rows is None else self._rows[own]]
+      share = _write_rows(share, jax.device_put(np.asarray(rows), device), np.int32(start - first))
+      share.block_until_ready()
+      release_pages(embeddings)
+    return share
 
   def _place_masks(self, masks: np.ndarray) -> jax.Array:
     """[G, L] -> [G', L rounded up], split like the labels; G' is a power of two, so that few programs are compiled."""
@@ -161,6 +173,11 @@ class ExactIndex:
     """Copies a chunk of queries to all devices, padded so that all chunks run the same program."""
     chunk = np.pad(chunk, [(0, width - len(chunk)), *[(0, 0)] * (chunk.ndim - 1)])
     return jax.make_array_from_callback(chunk.shape, self._replicated, lambda index: chunk[index])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_rows(share: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_update_slice_in_dim(share, rows, start, axis=0)
 
 
 def block_top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
