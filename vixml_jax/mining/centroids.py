@@ -119,6 +119,7 @@ def mean_of_rows(
         sums = _add(
           sums, embeddings, to_global(rows, by_row), to_global(slots, by_row), unit, mesh=mesh, normalized=normalized
         )
+      sums.block_until_ready()  # XLA ends a run on CPUs if one device waits for another for more than 40 seconds.
       means, sums = _finish(means, sums, to_global(counts, replicated), unit, np.int32(start), mesh=mesh)
     means.block_until_ready()
   where = sharding.named_sharding(mesh, "label", "vector")
