@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 QUICKSTART_ARGS ?=
 
-PYTEST = $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 # Runs pip silently, and prints its output when it fails.
 define pip

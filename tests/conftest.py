@@ -95,11 +95,6 @@ def network_attempts() -> Iterator[list[str]]:
   assert not _attempts, f"the test asked the network for {_attempts}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Starts with the tests of whole runs, which take longest, so that no process ends long before the others."""
-  items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
-
-
 def _shared_workdir(name: str) -> Any:
   @pytest.fixture(scope="session", name=name)
   def fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
