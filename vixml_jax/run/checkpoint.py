@@ -130,7 +130,7 @@ class Checkpointer:
       InputError: the checkpoint does not fit the state, or is damaged.
     """
     directory = Path(self._manager.directory)
-    # The bank is the largest array. It is read first, when no other array needs memory yet.
+    # The bank and the centroids are the largest arrays. The bank is read first, when nothing else is in memory yet.
     training = _restore_item(directory, step, "training", _training_part(abstract))
     model = _restore_item(directory, step, "model", model_part(abstract))
     wanted = ocp.args.Composite(mining=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
