@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.helpers.sharded import from_host
 from vixml_jax import sharded_rows
 from vixml_jax.errors import InputError
 from vixml_jax.row_files import RowFiles, remove_shares, write_shares
@@ -18,7 +19,7 @@ def _host(num_rows=1500, dim=12):
 def _written(folder, mesh=(2, 4, 1), host=None, name="labels"):
   """Writes rows that are split over eight devices, and returns them."""
   host = _host() if host is None else host
-  rows = sharded_rows.from_host(host, make_mesh(*mesh))
+  rows = from_host(host, make_mesh(*mesh))
   write_shares(folder, name, host.shape[1], rows.own_shards(), rows.num_shards)
   return host
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.sharded import from_host
 from vixml_jax import sharded_rows
 from vixml_jax.sharding import make_mesh
 
@@ -22,7 +23,7 @@ def mesh(request):
 
 def test_rows_are_read_by_id_and_minus_one_gives_zeros(mesh):
   host = _host()
-  rows = sharded_rows.from_host(host, mesh)
+  rows = from_host(host, mesh)
   assert len(rows) == 3000 and rows.shape == (3000, 12)
   ids = np.array([5, 2999, -1, 0, 5])
   np.testing.assert_array_equal(rows.take(ids), np.where(ids[:, None] < 0, 0, host[ids]))
@@ -32,7 +33,7 @@ def test_rows_are_read_by_id_and_minus_one_gives_zeros(mesh):
 @pytest.mark.parametrize("size", [7, 1000, 4096])
 def test_blocks_are_all_rows_in_order(mesh, size):
   host = _host()
-  blocks = list(sharded_rows.from_host(host, mesh).blocks(size))
+  blocks = list(from_host(host, mesh).blocks(size))
   assert [start for start, _ in blocks] == list(range(0, 3000, min(size, 3000)))
   np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), host)
 
@@ -41,14 +42,14 @@ def test_selected_rows_equal_indexing(mesh, monkeypatch):
   monkeypatch.setattr(sharded_rows, "BLOCK_ROWS", 512)
   host = _host()
   ids = np.random.default_rng(1).permutation(3000)[:1300]
-  selected = sharded_rows.from_host(host, mesh).select(ids)
+  selected = from_host(host, mesh).select(ids)
   assert len(selected) == 1300
   np.testing.assert_array_equal(np.concatenate([block for _, block in selected.blocks()]), host[ids])
 
 
 def test_rows_are_replaced_by_id_and_minus_one_is_ignored(mesh):
   host, new = _host(), _host(4) + 10
-  rows = sharded_rows.put(sharded_rows.from_host(host, mesh), np.array([2999, -1, 0, 17]), jnp.asarray(new))
+  rows = sharded_rows.put(from_host(host, mesh), np.array([2999, -1, 0, 17]), jnp.asarray(new))
   host[[2999, 0, 17]] = new[[0, 2, 3]]
   np.testing.assert_array_equal(np.concatenate([block for _, block in rows.blocks()]), host)
 
@@ -56,7 +57,7 @@ def test_rows_are_replaced_by_id_and_minus_one_is_ignored(mesh):
 def test_the_shares_of_a_process_are_its_rows_without_padding(mesh, monkeypatch):
   monkeypatch.setattr(sharded_rows, "BLOCK_ROWS", 100)
   host = _host()
-  rows = sharded_rows.from_host(host, mesh)
+  rows = from_host(host, mesh)
   shares = {number: (first, list(blocks)) for number, first, blocks in rows.own_shards()}
   assert sorted(shares) == list(range(rows.num_shards))
   for first, blocks in shares.values():

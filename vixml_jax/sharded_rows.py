@@ -108,20 +108,6 @@ def zeros(num_rows: int, dim: int, mesh: Mesh, dtype: jax.typing.DTypeLike = jnp
   return ShardedRows(_zeros((sharding.padded_rows(num_rows), dim), jnp.dtype(dtype), where), num_rows)
 
 
-def from_host(rows: np.ndarray, mesh: Mesh) -> ShardedRows:
-  """Returns rows [n, D] that every process holds whole on its host, memory-mapped or not, split over the devices."""
-  shape = (sharding.padded_rows(len(rows)), rows.shape[1])
-
-  def share(index: tuple[slice, ...] | None) -> np.ndarray:
-    assert index is not None
-    first, last, _ = index[0].indices(shape[0])
-    known = np.asarray(rows[first:last])
-    return np.pad(known, ((0, last - first - len(known)), (0, 0)))
-
-  where = sharding.named_sharding(mesh, "query", "vector")
-  return ShardedRows(jax.make_array_from_callback(shape, where, share), len(rows))
-
-
 def put(rows: ShardedRows, ids: np.ndarray, values: jax.Array) -> ShardedRows:
   """Returns rows with others in the places `ids`, int [M], -1 for none; the memory of `rows` is reused.
 

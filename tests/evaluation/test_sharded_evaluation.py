@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.search_cases import brute_force, integers
+from tests.helpers.sharded import from_host
 from tests.helpers.share_guard import ShareGuard, Violation
-from vixml_jax import sharded_rows
 from vixml_jax.evaluation import evaluator
 from vixml_jax.evaluation.evaluator import (
   EvaluationConfig,
@@ -71,7 +71,7 @@ def case():
 
 def _sharded(*shape, devices=None):
   mesh = make_mesh(*shape, devices=devices)
-  return lambda host: sharded_rows.from_host(host, mesh)
+  return lambda host: from_host(host, mesh)
 
 
 def _assert_equal(result, expected):

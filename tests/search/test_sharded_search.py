@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.search_cases import brute_force, unit
-from vixml_jax import sharded_rows, sharding
+from tests.helpers.sharded import from_host
+from vixml_jax import sharding
 from vixml_jax.ragged import Ragged
 from vixml_jax.search.exact import ExactIndex, block_size, search_program
 from vixml_jax.search.index import make_index, search_excluding
@@ -37,7 +38,7 @@ def queries():
 
 @pytest.mark.parametrize("block", [65_536, 100])
 def test_sharded_rows_give_the_results_of_brute_force(labels, queries, mesh, block):
-  index = ExactIndex(sharded_rows.from_host(labels, mesh), block=block)
+  index = ExactIndex(from_host(labels, mesh), block=block)
   scores, ids = index.search(queries, 20)
   expected_scores, expected_ids = brute_force(labels, queries, 20)
   np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
@@ -48,7 +49,7 @@ def test_sharded_rows_give_the_results_of_brute_force(labels, queries, mesh, blo
 @pytest.mark.parametrize("block", [65_536, 100])
 def test_rows_that_are_not_allowed_are_never_found_also_together_with_masks(labels, queries, mesh, block):
   allowed = np.random.default_rng(3).random(NUM_LABELS) < 0.5
-  index = ExactIndex(sharded_rows.from_host(labels, mesh), allowed=allowed, block=block)
+  index = ExactIndex(from_host(labels, mesh), allowed=allowed, block=block)
   _, ids = index.search(queries, 20)
   _, expected = brute_force(labels, queries, 20, np.broadcast_to(allowed, (NUM_QUERIES, NUM_LABELS)))
   assert [set(row) for row in ids] == [set(row) for row in expected]
@@ -62,16 +63,16 @@ def test_rows_that_are_not_allowed_are_never_found_also_together_with_masks(labe
 def test_a_query_that_may_find_few_rows_gets_empty_places(labels, queries, mesh):
   allowed = np.zeros(NUM_LABELS, bool)
   allowed[[5, 2099]] = True
-  scores, ids = make_index("exact", sharded_rows.from_host(labels, mesh), allowed=allowed).search(queries, 4)
+  scores, ids = make_index("exact", from_host(labels, mesh), allowed=allowed).search(queries, 4)
   assert np.all(ids[:, 2:] == -1) and np.all(scores[:, 2:] == -np.inf)
   assert all(set(row) == {5, 2099} for row in ids[:, :2])
 
 
 @pytest.mark.parametrize("query_chunk", [4, 4096])
 def test_sharded_queries_are_searched_block_by_block(labels, queries, mesh, query_chunk):
-  index = ExactIndex(sharded_rows.from_host(labels, mesh))
+  index = ExactIndex(from_host(labels, mesh))
   exclude = Ragged.from_rows([[query, query + 700][: query % 3] for query in range(NUM_QUERIES)])
-  placed = sharded_rows.from_host(queries, mesh)
+  placed = from_host(queries, mesh)
   for given in (None, exclude):
     expected = search_excluding(index, queries, 9, given)
     result = search_excluding(index, placed, 9, given, query_chunk=query_chunk)
@@ -80,7 +81,7 @@ def test_sharded_queries_are_searched_block_by_block(labels, queries, mesh, quer
 
 
 def test_the_labels_are_not_copied(labels, mesh):
-  rows = sharded_rows.from_host(labels, mesh)
+  rows = from_host(labels, mesh)
   before = {id(array) for array in jax.live_arrays()}
   index = ExactIndex(rows, allowed=np.ones(NUM_LABELS, bool))
   index.search(unit(8, 1), 5)

@@ -130,13 +130,16 @@ class Checkpointer:
       InputError: the checkpoint does not fit the state, or is damaged.
     """
     directory = Path(self._manager.directory)
-    # The bank and the centroids are the largest arrays. The bank is read first, when nothing else is in memory yet.
-    training = _restore_item(directory, step, "training", _training_part(abstract))
-    model = _restore_item(directory, step, "model", model_part(abstract))
+    # Reading an array needs memory for a second copy of it, so the item with the largest array is read first, when
+    # nothing else is in memory yet.
+    parts = {"model": model_part(abstract), "training": _training_part(abstract)}
+    arrays: dict[str, Any] = {}
+    for name in sorted(parts, key=lambda name: _largest_shard(parts[name]), reverse=True):
+      arrays |= _restore_item(directory, step, name, parts[name])
     wanted = ocp.args.Composite(mining=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
     rest = _restoring(directory, lambda: self._manager.restore(step, args=wanted))
     clusters = np.asarray(rest["mining"]["query_clusters"])
-    return Checkpoint(TrainState(**model, **training), clusters if len(clusters) == num_queries else None, rest["meta"])
+    return Checkpoint(TrainState(**arrays), clusters if len(clusters) == num_queries else None, rest["meta"])
 
   def restore_model(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """Returns parameters, centroids and label clusters; no optimizer state is read.
@@ -202,14 +205,13 @@ def _restore_item(directory: Path, step: int, name: str, abstract: Any, partial:
   Raises:
     InputError: the item does not fit the shapes, or is damaged.
   """
-  largest = max(map(sharding.bytes_a_device, jax.tree.leaves(abstract)), default=0)
   how = ocp.args.PyTreeRestore(
     abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=partial
   )
 
   def read() -> Any:
     # Orbax counts in GB, and refuses a shard that is larger than the limit.
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=largest // 10**9 + 1)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_largest_shard(abstract) // 10**9 + 1)
     with ocp.Checkpointer(handler) as checkpointer:
       restored = checkpointer.restore(directory.absolute() / str(step) / name, args=how)
     for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
@@ -218,6 +220,11 @@ def _restore_item(directory: Path, step: int, name: str, abstract: Any, partial:
     return restored
 
   return _restoring(directory, read)
+
+
+def _largest_shard(abstract: Any) -> int:
+  """Returns the bytes of the largest array of one device."""
+  return max(map(sharding.bytes_a_device, jax.tree.leaves(abstract)), default=0)
 
 
 def _restoring(directory: Any, read: Callable[[], _Result]) -> _Result:
