@@ -39,7 +39,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
   config = common.published_config("lf_amazon_131k", "lf_amazon_131k", variant, _RECIPES)
   config.dataset.text_fields = ("title", "content")
   config.dataset.max_length = 128
-  config.train.row_length = 256
+  # A row holds two items of the maximum length, each with its images.
+  config.train.row_length = -(-2 * (config.dataset.max_length + config.images) // 8) * 8
   if common.is_decoder(config):
     config.train.update(dict(row_length=288, chunk_rows=512))  # A row holds two items of the maximum length.
   return config
