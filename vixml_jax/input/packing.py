@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from vixml_jax.input.best_fit import assign_rows
 from vixml_jax.input.items import Items
 from vixml_jax.ragged import Ragged, ranges
 from vixml_jax.rounding import next_power_of_two
@@ -168,45 +169,6 @@ def _rechunk(array: np.ndarray, shape: tuple[int, int], filling: int) -> np.ndar
   return result
 
 
-def assign_rows(lengths: np.ndarray, row_length: int, max_slots: int) -> tuple[np.ndarray, np.ndarray]:
-  """Assigns items to rows by best-fit decreasing: longest items first, ties by index.
-
-  >>> rows, slots = assign_rows(np.array([3, 6, 2, 5]), row_length=8, max_slots=4)
-  >>> rows, slots
-  (array([1, 0, 0, 1]), array([1, 0, 1, 0]))
-
-  Args:
-    lengths: Number of tokens of each item, 0 to `row_length`, int [items].
-    row_length: T.
-    max_slots: S.
-
-  Returns:
-    Row of each item, int64 [items], and its slot in the row, from 0, int64 [items].
-  """
-  rows = np.zeros(len(lengths), np.int64)
-  slots = np.zeros(len(lengths), np.int64)
-  open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # By number of free tokens.
-  used_slots: list[int] = []
-  sizes = lengths.tolist()
-  # Lengths descend, so the search for the fullest row with enough room starts at the length of the item.
-  for item in np.argsort(-lengths, kind="stable").tolist():
-    size = sizes[item]
-    left = size
-    while left <= row_length and not open_rows[left]:
-      left += 1
-    if left > row_length:
-      row, left = len(used_slots), row_length
-      used_slots.append(0)
-    else:
-      row = open_rows[left].pop()
-    rows[item] = row
-    slots[item] = used_slots[row]
-    used_slots[row] += 1
-    if used_slots[row] < max_slots and left > size:
-      open_rows[left - size].append(row)
-  return rows, slots
-
-
 def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedItems:
   """Packs items into rows.
 
@@ -233,11 +195,10 @@ def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedIte
   sizes = [_sizes(part, items) for part in layout.template]
   lengths = sum(sizes, np.zeros(len(items), np.int64))
   _check(items, lengths, layout)
-  rows, slots = assign_rows(lengths, layout.row_length, layout.slots)
+  rows, slots, starts = assign_rows(lengths, layout.row_length, layout.slots)
   needed = -(-int(rows.max(initial=-1) + 1) // layout.chunk_rows)
   num_chunks = next_power_of_two(needed) if round_up else needed
   chunked = (num_chunks, layout.chunk_rows)
-  starts = _starts(rows, slots, lengths, num_chunks * layout.chunk_rows)
   tokens, segments, positions = (np.zeros((*chunked, layout.row_length), np.int32) for _ in range(3))
   first = rows * layout.row_length + starts
   places = ranges(first, lengths)
@@ -309,7 +270,7 @@ def _pack_images(
     np.full(shape, layout.row_length, np.int32),
   )
   # The items of a row use its places in the order of their slots.
-  starts = _starts(rows, slots, images.lengths, chunked[0] * chunked[1])
+  starts = _image_starts(rows, slots, images.lengths, layout)
   places = ranges(rows * layout.image_places + starts, images.lengths)
   ids.reshape(-1)[places] = images.values
   segments.reshape(-1)[places] = np.repeat(slots + 1, images.lengths)
@@ -318,12 +279,8 @@ def _pack_images(
   return PackedImages(ids, segments, positions)
 
 
-def _starts(rows: np.ndarray, slots: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndarray:
-  """Returns the position of each item in its row, after the items in earlier slots, int64 [items]."""
-  order = np.lexsort((slots, rows))
-  ends = np.cumsum(lengths[order])
-  row_starts = np.searchsorted(rows[order], np.arange(num_rows))
-  row_base = np.concatenate([[0], ends])[row_starts]
-  starts = np.empty(len(lengths), np.int64)
-  starts[order] = ends - lengths[order] - row_base[rows[order]]
-  return starts
+def _image_starts(rows: np.ndarray, slots: np.ndarray, counts: np.ndarray, layout: PackedLayout) -> np.ndarray:
+  """Returns the number of images of the items in earlier slots of each item's row, int64 [items]."""
+  by_slot = np.zeros((int(rows.max(initial=-1)) + 1, layout.slots), np.int64)
+  by_slot[rows, slots] = counts
+  return np.cumsum(by_slot, axis=1)[rows, slots] - counts
