@@ -1,11 +1,13 @@
 """Checks whether a config fits a machine: compiles all programs of a run, prints a report, writes JSON."""
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from vixml_jax.ahead_of_time.compiling import compile_program
 from vixml_jax.ahead_of_time.estimate import Compiler, Report, compile_train_step, estimate_run
+from vixml_jax.ahead_of_time.fastest import fastest_fit, search_json, search_text
 from vixml_jax.ahead_of_time.fitting import nearest_fit
 from vixml_jax.ahead_of_time.machine import GIB, Machine
 from vixml_jax.ahead_of_time.plan import Plan, mesh_plan_of
@@ -53,12 +55,48 @@ def check_fit(
     if other is not None:
       found = estimate_run(other[0], compiler, compiled=[other[1]])
     print(_advice(asked, found), flush=True)
-  if json_path is not None:
-    try:
-      write_json(json_path, {"asked": report_json(asked), "nearest_fit": report_json(found) if found else None})
-    except OSError as error:
-      raise InputError(f"{json_path}: cannot be written ({error.strerror}); choose another file for --json") from error
+  _write(json_path, {"asked": report_json(asked), "nearest_fit": report_json(found) if found else None})
   return asked.fits
+
+
+def find_fastest(
+  config: ConfigDict,
+  where: Machine,
+  size: DataSize,
+  most: int,
+  json_path: Path | None = None,
+  compiler: Compiler = compile_program,
+) -> bool:
+  """Compiles the training step in the ways that may be fastest, and prints them and the flags of the fastest that fits.
+
+  Args:
+    config: The whole config.
+    where: The machine.
+    size: Size of the data set.
+    most: Maximum number of steps to compile.
+    json_path: File that the same numbers are written to; None for no file.
+    compiler: Function that compiles a program of a plan.
+
+  Returns:
+    Whether any of them fits.
+
+  Raises:
+    InputError: If the file cannot be written.
+  """
+  tried = fastest_fit(Workload.of(config, size), where, lambda plan: compile_train_step(plan, compiler), most)
+  print(search_text(tried), flush=True)
+  _write(json_path, {"search": search_json(tried)})
+  return bool(tried) and tried[0].fits
+
+
+def _write(path: Path | None, values: dict[str, Any]) -> None:
+  """Writes JSON, if there is a path."""
+  if path is None:
+    return
+  try:
+    write_json(path, values)
+  except OSError as error:
+    raise InputError(f"{path}: cannot be written ({error.strerror}); choose another file for --json") from error
 
 
 def _advice(asked: Report, found: Report | None) -> str:

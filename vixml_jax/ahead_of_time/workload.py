@@ -1,7 +1,9 @@
 """A config on a data set of some size, without data: model, number of steps, and a batch of made-up items."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
+from typing import Any
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -50,6 +52,20 @@ class Workload:
     config = self.config.copy_and_resolve_references()
     config.train.chunk_rows = rows
     return dataclasses.replace(self, config=config)
+
+  def with_keys(self, values: Mapping[str, Any]) -> "Workload":
+    """Returns the same workload with other values of the config's keys, which must not change its batch.
+
+    Args:
+      values: Values by dotted key.
+    """
+    if not values:
+      return self
+    config = self.config.copy_and_resolve_references()
+    config.update_from_flattened_dict(dict(values))
+    changed = Workload(config, self.size, model_from_config(config))
+    changed.__dict__["batch"] = self.batch  # Packing takes longer than everything else here.
+    return changed
 
   @functools.cached_property
   def batch(self) -> Batch:
