@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import scipy.sparse
 
+from tests.helpers.sharded import from_host
 from vixml_jax.mining import centroids
 from vixml_jax.mining.centroids import cluster_means, label_centroids, mean_of_rows
 from vixml_jax.ragged import Ragged
-from vixml_jax.sharded_rows import from_host
 from vixml_jax.sharding import make_mesh, named_sharding, padded_rows
 
 
