@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from vixml_jax import sharded_rows, sharding
+from tests.helpers.sharded import from_host
+from vixml_jax import sharding
 from vixml_jax.encoding.inputs import chunk_on_mesh
 from vixml_jax.encoding.item_encoder import ItemEncoder, normalize
 from vixml_jax.input.items import Items
@@ -89,7 +90,7 @@ def test_rows_on_the_devices_equal_vectors_on_the_host(encoder, items, sizes):
 
   rng = np.random.default_rng(3)
   clusters, centroids = rng.integers(0, 8, 1500), rng.normal(size=(1500, DIM)).astype(np.float32)
-  placed = sharded_rows.from_host(centroids, other.mesh).values
+  placed = from_host(centroids, other.mesh).values
   wanted = on_one_axis.prototypes(params, on_one_axis.pooled(params, many), clusters, centroids)
   prototypes = other.prototype_rows(params, pooled, clusters, placed)
   np.testing.assert_allclose(prototypes.values[:1500], wanted, atol=1e-5)
