@@ -96,6 +96,10 @@ def base_config() -> ConfigDict:
       # Whether chunks are recomputed in the backward pass, if there are several. Memory then does not grow with the
       # batch.
       remat=True,
+      # What runs over the chunks one after another: the whole "encoder", whose memory does not grow with the batch, or
+      # each "layer". "layer" recomputes every product once, also with encoder.remat, and keeps the inputs of all layers
+      # for the whole batch.
+      chunks_in="encoder",
       bank_dtype="float32",
       rng_impl="threefry2x32",  # Or "unsafe_rbg": faster dropout, but the numbers depend on the mesh.
       log_every_steps=50,

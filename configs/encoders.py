@@ -8,6 +8,8 @@ _SHARED = dict(
   # computed in `dtype`, as in the published code with encoders.
   residual_dtype="",
   remat=False,  # Whether each layer is recomputed in the backward pass, in addition to `train.remat`.
+  # What `remat` stores instead of recomputing it: any of query, key, value, attention, gate (decoders) and up.
+  remat_saved=(),
 )
 
 _BERT = _SHARED | dict(

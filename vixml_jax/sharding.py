@@ -9,10 +9,11 @@ differently, change its rule. To add a kind of dimension, add a rule. A dimensio
 an array that map to one mesh axis, are errors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import contextlib
+import functools
 import math
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -20,6 +21,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 import numpy as np
 
 from vixml_jax.errors import InputError
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 MESH_AXES = ("data", "fsdp", "tensor")
 _ROWS = ("data", "fsdp")
@@ -175,6 +179,21 @@ def _sharers(mesh: Mesh | AbstractMesh, size: int, axis: str) -> tuple[str, ...]
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
   """Returns a context manager in which `constrain` uses this mesh, also inside a traced function."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def in_current_mesh(function: Callable[_P, _T]) -> Callable[_P, _T]:
+  """Returns the function so that it runs in the mesh of the `use_mesh` around this call, wherever it is called.
+
+  JAX traces the backward pass of a custom derivative after the block of `use_mesh` has ended.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+
+  @functools.wraps(function)
+  def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+    with jax.sharding.use_abstract_mesh(mesh):
+      return function(*args, **kwargs)
+
+  return run
 
 
 def tree_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:

@@ -56,6 +56,7 @@ _NOT_DETERMINED_BY_WEIGHTS = (
   "residual_dtype",
   "param_dtype",
   "remat",
+  "remat_saved",
   "bidirectional",
   "lora_rank",
   "lora_alpha",

@@ -73,7 +73,7 @@ def one_batch(parts, size=16):
   return make_batch(parts.queries, np.arange(len(parts.queries)), size, parts.setup.layout, seed=0, epoch=0, step=0)
 
 
-def loss_and_gradients(parts, mesh, features=None, remat=True, size=16):
+def loss_and_gradients(parts, mesh, features=None, remat=True, size=16, chunks_in="encoder"):
   """Returns loss, query embeddings and gradients of a batch on the host, close to the initial parameters.
 
   At the initial parameters themselves, adapters are zero, and so are half of their gradients.
@@ -85,7 +85,7 @@ def loss_and_gradients(parts, mesh, features=None, remat=True, size=16):
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: x + jax.device_put(rng.normal(0, 0.02, x.shape).astype(x.dtype), x.sharding), params)
   state = create_state(abstract, params, parts.step.optimizer)
-  step = dataclasses.replace(parts.step, remat=remat)
+  step = dataclasses.replace(parts.step, remat=remat, chunks_in=chunks_in)
   loss_of = jax.jit(
     jax.value_and_grad(
       lambda params, frozen, state, batch: batch_loss(

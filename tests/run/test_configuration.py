@@ -28,6 +28,17 @@ from vixml_jax.run import configuration
     ({"loss.margin_min": 0.5}, "config.loss.margin_min=0.5: must be at most config.loss.margin_max=0.3"),
     ({"method": "siamese"}, "config.method='siamese': must be one of prime, ngame, dexa"),
     ({"encoder.residual_dtype": "float64"}, "config.encoder.residual_dtype='float64': must be one of"),
+    (
+      {"encoder.remat_saved": ("up", "gate")},
+      "config.encoder.remat_saved=('up', 'gate'): must be a list of some of query, key, value, attention, up",
+    ),
+    ({"encoder.remat_saved": ("up",)}, "config.encoder.remat_saved=('up',): needs config.encoder.remat=True"),
+    ({"train.chunks_in": "row"}, "config.train.chunks_in='row': must be one of encoder, layer"),
+    ({"train.chunks_in": "layer", "train.remat": False}, "config.train.chunks_in='layer': needs config.train.remat"),
+    (
+      {"encoder.remat": True, "encoder.remat_saved": ("up",), "train.chunks_in": "layer"},
+      "config.encoder.remat_saved=('up',): needs config.train.chunks_in='encoder'",
+    ),
     ({"loss.reverse_weight": -1.0}, "config.loss.reverse_weight=-1.0: must not be negative"),
     ({"eval.split": "validation"}, "config.eval.split=validation: needs held-out queries"),
     ({"eval.retrieval_choose": True}, "config.eval.retrieval_choose=True: needs held-out queries"),
@@ -104,8 +115,10 @@ def test_a_config_of_the_first_release_gets_the_keys_that_were_added_since(tmp_p
   wanted = {
     "method": "prime",
     "encoder.residual_dtype": "",
+    "encoder.remat_saved": (),
     "loss.reverse_weight": 1.0,
     "train.decay_layer_norms": False,
+    "train.chunks_in": "encoder",
   }
   older = config.copy_and_resolve_references()
   for key in wanted:

@@ -1,5 +1,7 @@
 """The training step: the same numbers on every mesh, with and without recomputation, and memory that stays flat."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from vixml_jax import datasets, sharding
 from vixml_jax.input.batches import TrainingQueries, make_batch
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, Phrase
+from vixml_jax.models.definition import define_model
 from vixml_jax.ragged import Ragged
 from vixml_jax.run.from_config import model_from_config
 from vixml_jax.run.state import abstract_params, abstract_state
@@ -89,6 +92,36 @@ def test_recomputing_chunks_changes_no_gradient(parts_of):
   recomputed, kept = (loss_and_gradients(parts, _one_device(), remat=remat, size=64) for remat in (True, False))
   for a, b in zip(*map(jax.tree.leaves, (recomputed, kept)), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["bert", "bert with early images", "bert with late images", "decoder with images"])
+def test_chunks_in_layers_give_the_loss_gradients_and_embeddings_of_chunks_in_the_encoder(parts_of, model):
+  parts = without_dropout(parts_of(model)[0])
+  filled = (one_batch(parts, 56).items.segments > 0).any((1, 2))
+  assert len(filled) > filled.sum() > 1, "an empty chunk, and several others"
+  features = parts.setup.data.image_features
+  encoder, layer = (
+    loss_and_gradients(parts, _one_device(), features, size=56, chunks_in=chunks_in)
+    for chunks_in in ("encoder", "layer")
+  )
+  assert_close(encoder, layer)
+
+
+def without_dropout(parts):
+  """Returns the same parts, with a model that has no dropout."""
+  arguments = parts.setup.model.arguments
+  encoder = {name: 0.0 if name.endswith("dropout") else value for name, value in arguments["encoder"].items()}
+  model = define_model(**arguments | {"encoder": encoder})  # Late fusion has the encoder's rates.
+  setup = dataclasses.replace(parts.setup, model=model)
+  return dataclasses.replace(parts, setup=setup, step=dataclasses.replace(parts.step, model=model))
+
+
+def test_chunks_in_layers_give_the_same_on_eight_devices(parts_of):
+  parts = parts_of("decoder with images")[0]
+  features = parts.setup.data.image_features
+  one = loss_and_gradients(parts, _one_device(), features, size=56, chunks_in="layer")
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  assert_close(one, loss_and_gradients(parts, mesh, features.placed(mesh, "device"), size=56, chunks_in="layer"))
 
 
 @pytest.mark.slow

@@ -55,10 +55,10 @@ def chunk_on_mesh(packed: PackedItems, chunk: int, features: ImageFeatures | Non
 
 
 def image_tokens(images: DeviceImages | None, features: Array | None) -> ImageTokens | None:
-  """Returns the images of a chunk with their feature vectors; None where there are no images.
+  """Returns the images of a chunk, or of several, with their feature vectors; None where there are no images.
 
   Args:
-    images: images of the chunk's rows.
+    images: images of the rows.
     features: float16 [M, F] on the devices; None where `images` brings its own features.
   """
   if images is None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
@@ -57,6 +58,11 @@ def segment_attention(
   return jnp.einsum("rg...qk,rkgd->rqg...d", weights, value).reshape(query.shape)
 
 
+def name_projections(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+  """Names queries, keys and values for `transformer.SAVED_NAMES`, and returns them unchanged."""
+  return checkpoint_name(query, "query"), checkpoint_name(key, "key"), checkpoint_name(value, "value")
+
+
 class Attention(nnx.Module):
   """Multi-head attention with biases; every head has its own keys and values.
 
@@ -102,8 +108,9 @@ class Attention(nnx.Module):
       segments: As in `segment_attention`.
       key: Random key of the dropout; None for no dropout.
     """
-    mixed = segment_attention(self.query(x), self.key(x), self.value(x), segments, self.dropout, key)
-    return self.output(mixed)
+    query, keys, value = name_projections(self.query(x), self.key(x), self.value(x))
+    mixed = segment_attention(query, keys, value, segments, self.dropout, key)
+    return self.output(checkpoint_name(mixed, "attention"))
 
   def cross(self, x: Float[Array, "R Q D"], context: Float[Array, "R T D"]) -> Float[Array, "R Q D"]:
     """Computes attention of Q vectors to the T vectors of the same row, without dropout."""

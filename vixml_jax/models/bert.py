@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from vixml_jax.models import layers
 from vixml_jax.models.text_encoder import TextEncoder
-from vixml_jax.models.transformer import PostNormLayer, scan_layers, stack_layers
-from vixml_jax.typing import Array, Float, Int, Key
+from vixml_jax.models.transformer import PostNormLayer, check_saved, scan_layers, stack_layers
+from vixml_jax.typing import Array, Bool, Float, Int, Key
 
 
 class BertEncoder(TextEncoder):
@@ -32,6 +32,7 @@ class BertEncoder(TextEncoder):
     residual_dtype: Dtype of the residual stream and of what the norms return; "" for `dtype`. "float32" with a
       `dtype` of 16 bits computes what torch.autocast does: matrix products in 16 bits, everything else in 32.
     remat: Whether to recompute the activations of each layer in the backward pass.
+    remat_saved: Names (`transformer.SAVED_NAMES`) of activations that `remat` stores instead; a layer has no "gate".
     rngs: Source of the initial values (normal, standard deviation 0.02).
 
   Reference: BERT (arXiv 1810.04805); DistilBERT (arXiv 1910.01108); MiniLM (arXiv 2002.10957).
@@ -53,6 +54,7 @@ class BertEncoder(TextEncoder):
     dtype: str = "float32",
     residual_dtype: str = "",
     remat: bool = False,
+    remat_saved: tuple[str, ...] = (),
     *,
     rngs: nnx.Rngs,
   ):
@@ -62,6 +64,7 @@ class BertEncoder(TextEncoder):
     self.dtype = dtype
     self.residual_dtype = residual_dtype
     self.remat = remat
+    self.remat_saved = check_saved(remat_saved)
     self.word_embedding = _embedding("vocab", vocab_size, embed_dim, rngs)
     self.position_embedding = _embedding("position", max_position, embed_dim, rngs)
     self.token_type_embedding = _embedding("token_type", num_token_types, embed_dim, rngs) if num_token_types else None
@@ -84,13 +87,14 @@ class BertEncoder(TextEncoder):
 
   def encode(
     self,
-    x: Float[Array, "R T D"],
-    segments: Int[Array, "R T"],
-    positions: Int[Array, "R T"],
+    x: Float[Array, "*chunks R T D"],
+    segments: Int[Array, "*chunks R T"],
+    positions: Int[Array, "*chunks R T"],
     key: Key[Array, ""] | None = None,
-  ) -> Float[Array, "R T D"]:
+    filled: Bool[Array, "*chunks"] | None = None,
+  ) -> Float[Array, "*chunks R T D"]:
     """Encodes rows of word vectors; see `TextEncoder.encode`."""
-    return self._run(x, segments, positions, key, return_layers=False)[1]
+    return self._run(x, segments, positions, key, filled=filled)[1]
 
   def encode_layers(
     self,
@@ -104,20 +108,37 @@ class BertEncoder(TextEncoder):
     return jnp.concatenate([x[None], outputs])
 
   def _run(
-    self, x: Array, segments: Array, positions: Array, key: Array | None, return_layers: bool
+    self,
+    x: Array,
+    segments: Array,
+    positions: Array,
+    key: Array | None,
+    *,
+    return_layers: bool = False,
+    filled: Array | None = None,
   ) -> tuple[Array, Array, Any]:
     """Returns the input of the layers, the output of the last one and, with `return_layers`, those of all."""
     embed_key, layers_key = layers.split_key(key, 2)
     x = self._add_positions(x, positions, embed_key)
     keys = None if layers_key is None else jax.random.split(layers_key, self.num_layers)
 
-    def apply(layer: PostNormLayer, hidden: Array, layer_key: Array | None) -> Array:
+    def apply(layer: PostNormLayer, hidden: Array, segments: Array, layer_key: Array | None) -> Array:
       return layer(hidden, segments, layer_key)
 
-    return x, *scan_layers(self.layers, x, apply, keys, self.remat, return_layers)
+    return x, *scan_layers(
+      self.layers,
+      x,
+      apply,
+      segments,
+      keys,
+      remat=self.remat,
+      saved=self.remat_saved,
+      return_layers=return_layers,
+      filled=filled,
+    )
 
   def _add_positions(self, x: Array, positions: Array, key: Array | None) -> Array:
-    """Adds the vectors of token type 0 and of positions [R, T] to x [R, T, D], then applies norm and dropout."""
+    """Adds the vectors of token type 0 and of positions [..., T] to x [..., T, D], then applies norm and dropout."""
     x = x.astype(self.stream_dtype) + self.position_embedding[...][positions].astype(self.stream_dtype)
     if self.token_type_embedding is not None:
       x = x + self.token_type_embedding[0].astype(self.stream_dtype)

@@ -6,14 +6,15 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
 from vixml_jax.models import layers
-from vixml_jax.models.attention import segment_attention
+from vixml_jax.models.attention import name_projections, segment_attention
 from vixml_jax.models.text_encoder import TextEncoder
-from vixml_jax.models.transformer import scan_layers, stack_layers
-from vixml_jax.typing import Array, Float, Int, Key
+from vixml_jax.models.transformer import check_saved, scan_layers, stack_layers
+from vixml_jax.typing import Array, Bool, Float, Int, Key
 
 
 class Decoder(TextEncoder):
@@ -42,6 +43,7 @@ class Decoder(TextEncoder):
     dtype: Dtype of the computation. Norms, rotations and softmax are float32.
     residual_dtype: Dtype of the residual stream and of what the norms return; "" for `dtype`.
     remat: Whether to recompute the activations of each layer in the backward pass.
+    remat_saved: Names (`transformer.SAVED_NAMES`) of activations that `remat` stores instead.
     rngs: Source of the initial values (normal, standard deviation 0.02).
 
   Raises:
@@ -72,6 +74,7 @@ class Decoder(TextEncoder):
     dtype: str = "float32",
     residual_dtype: str = "",
     remat: bool = False,
+    remat_saved: tuple[str, ...] = (),
     *,
     rngs: nnx.Rngs,
   ):
@@ -87,6 +90,7 @@ class Decoder(TextEncoder):
     self.dtype = dtype
     self.residual_dtype = residual_dtype
     self.remat = remat
+    self.remat_saved = check_saved(remat_saved)
     table = layers.normal_init(rngs.params(), (vocab_size, embed_dim), jnp.dtype(param_dtype))
     self.word_embedding = nnx.Param(table, axes=("vocab", "embed"))
     norm = functools.partial(layers.RMSNorm, epsilon=norm_eps, param_dtype=param_dtype)
@@ -118,14 +122,15 @@ class Decoder(TextEncoder):
 
   def encode(
     self,
-    x: Float[Array, "R T D"],
-    segments: Int[Array, "R T"],
-    positions: Int[Array, "R T"],
+    x: Float[Array, "*chunks R T D"],
+    segments: Int[Array, "*chunks R T"],
+    positions: Int[Array, "*chunks R T"],
     key: Key[Array, ""] | None = None,
-  ) -> Float[Array, "R T D"]:
+    filled: Bool[Array, "*chunks"] | None = None,
+  ) -> Float[Array, "*chunks R T D"]:
     """Encodes rows of word vectors, including the final norm; see `TextEncoder.encode`."""
     del key
-    return self.final_norm(self._run(x, segments, positions, return_layers=False)[0])
+    return self.final_norm(self._run(x, segments, positions, filled=filled)[0])
 
   def encode_layers(
     self,
@@ -139,14 +144,25 @@ class Decoder(TextEncoder):
     _, outputs = self._run(x, segments, positions, return_layers=True)
     return jnp.concatenate([x.astype(self.stream_dtype)[None], outputs])
 
-  def _run(self, x: Array, segments: Array, positions: Array, return_layers: bool) -> tuple[Array, Any]:
+  def _run(
+    self, x: Array, segments: Array, positions: Array, *, return_layers: bool = False, filled: Array | None = None
+  ) -> tuple[Array, Any]:
     angles = positions[..., None] * rotary_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
     cos, sin = jnp.cos(angles), jnp.sin(angles)  # Computed once, for all layers.
 
-    def apply(layer: DecoderLayer, hidden: Array, _: Array | None) -> Array:
-      return layer(hidden, segments, cos, sin)
+    def apply(layer: DecoderLayer, hidden: Array, context: tuple[Array, Array, Array], _: Array | None) -> Array:
+      return layer(hidden, *context)
 
-    return scan_layers(self.layers, x.astype(self.stream_dtype), apply, remat=self.remat, return_layers=return_layers)
+    return scan_layers(
+      self.layers,
+      x.astype(self.stream_dtype),
+      apply,
+      (segments, cos, sin),
+      remat=self.remat,
+      saved=self.remat_saved,
+      return_layers=return_layers,
+      filled=filled,
+    )
 
 
 class DecoderLayer(nnx.Module):
@@ -186,7 +202,8 @@ class DecoderLayer(nnx.Module):
     """Applies the layer to [R, T, D]; the other arguments are those of `GroupedAttention`."""
     x = x + self.attention(self.attention_norm(x), segments, cos, sin)
     y = self.mlp_norm(x)
-    return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+    gate, up = checkpoint_name(self.gate(y), "gate"), checkpoint_name(self.up(y), "up")
+    return x + self.down(jax.nn.silu(gate) * up)
 
 
 class GroupedAttention(nnx.Module):
@@ -245,11 +262,12 @@ class GroupedAttention(nnx.Module):
       cos: Cosines of the angles by which the tokens are rotated, float32 [R, T, head_dim / 2].
       sin: Sines of the same angles.
     """
-    query, key, value = self.query(x), self.key(x), self.value(x)
+    query, key, value = name_projections(self.query(x), self.key(x), self.value(x))
     if self.query_norm is not None and self.key_norm is not None:
       query, key = self.query_norm(query), self.key_norm(key)
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    return self.output(segment_attention(query, key, value, segments, causal=self.causal))
+    mixed = segment_attention(query, key, value, segments, causal=self.causal)
+    return self.output(checkpoint_name(mixed, "attention"))
 
 
 def rotary_frequencies(

@@ -1,6 +1,7 @@
 """The whole model: one encoder of texts and images for queries and labels, and the vectors that score labels."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 from flax import nnx
@@ -13,7 +14,7 @@ from vixml_jax.models.fusion import ImageFusion, ImageTokens
 from vixml_jax.models.pooling import last_places, pool_segments
 from vixml_jax.models.prototype import PrototypeNetwork
 from vixml_jax.models.text_encoder import TextEncoder
-from vixml_jax.typing import Array, Float, Int, Key
+from vixml_jax.typing import Array, Bool, Float, Int, Key
 
 # The value of `encoder.architecture` in configs -> the class of the encoder. A new encoder is added here.
 ARCHITECTURES: dict[str, Callable[..., TextEncoder]] = {"bert": BertEncoder, "decoder": Decoder}
@@ -110,18 +111,49 @@ class DualEncoder(nnx.Module):
     Raises:
       ValueError: If a model with `fusion` gets no images, or a model without `fusion` gets some.
     """
+    hidden = self.encoder.encode(self._embed(tokens, images), segments, positions, key)
+    return self._pool_hidden(num_slots, hidden, segments, images, _fusion_key(key))
+
+  def pool_chunks(
+    self,
+    tokens: Int[Array, "chunks R T"],
+    segments: Int[Array, "chunks R T"],
+    positions: Int[Array, "chunks R T"],
+    num_slots: int,
+    filled: Bool[Array, "chunks"],
+    images: ImageTokens | None = None,
+    key: Key[Array, ""] | None = None,
+  ) -> Float[Array, "chunks R S D"]:
+    """Returns what `pool` does for the rows of several chunks; each layer runs over one chunk after another.
+
+    The backward pass recomputes a layer chunk by chunk: see `transformer.scan_layers`. The arguments are those of
+    `pool`, with a dimension of chunks, and `filled`: which chunks have any item.
+    """
+    x = jax.vmap(self._embed)(tokens, images)
+    hidden = self.encoder.encode(x, segments, positions, key, filled)
+    fusion_key = _fusion_key(key)
+    keys = None if fusion_key is None else jax.random.split(fusion_key, len(filled))
+    return jax.vmap(functools.partial(self._pool_hidden, num_slots))(hidden, segments, images, keys)
+
+  def _embed(self, tokens: Array, images: ImageTokens | None) -> Array:
+    """Returns the word vectors of rows [R, T, D], with the images that are tokens in their places."""
     if (self.fusion is None) != (images is None):
       raise ValueError("images must be given if and only if the model was made with `fusion`")
     x = self.encoder.embed_tokens(tokens)
     if self.fusion is not None and images is not None and self.fusion.method == "early":
       x = self.fusion.place(x, images)
-    hidden = self.encoder.encode(x, segments, positions, key)
+    return x
+
+  def _pool_hidden(
+    self, num_slots: int, hidden: Array, segments: Array, images: ImageTokens | None, key: Array | None
+  ) -> Array:
+    """Returns the pooled output of every item [R, S, D] from the hidden states of rows, and from their images."""
     counted = last_places(segments) if self.pooling == "last" else segments
     pooled = pool_segments(hidden, counted, num_slots)
     if self.fusion is None or images is None:
       return pooled
     if self.fusion.method == "late":
-      return self.fusion.mix(pooled, images, None if key is None else jax.random.fold_in(key, 2))
+      return self.fusion.mix(pooled, images, key)
     return self.fusion.add_residual(pooled, images)
 
   def prototypes(
@@ -152,6 +184,11 @@ class DualEncoder(nnx.Module):
     if self.prototype is None:
       return l2_normalize(pooled + free_vectors)
     return l2_normalize(self.prototype(pooled, free_vectors, centroids, key))
+
+
+def _fusion_key(key: Array | None) -> Array | None:
+  """Returns the random key of late fusion, given that of the whole model."""
+  return None if key is None else jax.random.fold_in(key, 2)
 
 
 def _free_vectors(number: int, embed_dim: int, rngs: nnx.Rngs) -> nnx.Param[Array]:

@@ -19,7 +19,7 @@ ADAPTERS = ("linear", "mlp", "gated")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ImageTokens:
-  """Images of packed rows, with J places per row.
+  """Images of packed rows, with J places per row; `DualEncoder.pool_chunks` takes those of several chunks.
 
   Attributes:
     features: One feature vector per image, not normalized, [R, J, F].
@@ -27,9 +27,9 @@ class ImageTokens:
     positions: Index in the row where early fusion puts each image, 0..T-1; T for an empty place. int32 [R, J].
   """
 
-  features: Float[Array, "R J F"]
-  segments: Int[Array, "R J"]
-  positions: Int[Array, "R J"]
+  features: Float[Array, "*chunks R J F"]
+  segments: Int[Array, "*chunks R J"]
+  positions: Int[Array, "*chunks R J"]
 
 
 class ImageFusion(nnx.Module):

@@ -5,7 +5,7 @@ import abc
 from flax import nnx
 import jax
 
-from vixml_jax.typing import Array, Float, Int, Key
+from vixml_jax.typing import Array, Bool, Float, Int, Key
 
 
 class TextEncoder(nnx.Module):
@@ -62,12 +62,23 @@ class TextEncoder(nnx.Module):
   @abc.abstractmethod
   def encode(
     self,
-    x: Float[Array, "R T D"],
-    segments: Int[Array, "R T"],
-    positions: Int[Array, "R T"],
+    x: Float[Array, "*chunks R T D"],
+    segments: Int[Array, "*chunks R T"],
+    positions: Int[Array, "*chunks R T"],
     key: Key[Array, ""] | None = None,
-  ) -> Float[Array, "R T D"]:
-    """Encodes rows of word vectors [R, T, D]; the other arguments and the result are those of `__call__`."""
+    filled: Bool[Array, "*chunks"] | None = None,
+  ) -> Float[Array, "*chunks R T D"]:
+    """Encodes rows of word vectors.
+
+    Args:
+      x: Word vectors [R, T, D]; with `filled` those of several chunks, [chunks, R, T, D]. The other arguments and the
+        result then have a dimension of chunks as well.
+      segments: As in `__call__`.
+      positions: As in `__call__`.
+      key: As in `__call__`.
+      filled: Which chunks have any text. Each layer then runs over one chunk after another, so that the backward pass
+        needs the activations of one chunk only; see `transformer.scan_layers`. None for rows without chunks.
+    """
 
   @abc.abstractmethod
   def encode_layers(

@@ -1,17 +1,23 @@
 """The post-norm transformer layer, and stacks of equal layers that run under `lax.scan`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from vixml_jax import sharding
 from vixml_jax.models import layers
 from vixml_jax.models.attention import Attention
+from vixml_jax.models.chunks import map_chunks_recomputed
 from vixml_jax.models.parameters import merge_params, split_params
 from vixml_jax.typing import Array, Float, Int, Key, Tree
+
+# Activations of a layer that can be stored although the layer is recomputed: the outputs of its projections, and the
+# attention's output before its projection. Only a gated feed-forward network has a "gate".
+SAVED_NAMES = ("query", "key", "value", "attention", "gate", "up")
 
 
 class PostNormLayer(nnx.Module):
@@ -79,7 +85,7 @@ class PostNormLayer(nnx.Module):
     attention_key, projection_key, activation_key, output_key = layers.split_key(key, 4)
     y = self.attention(x, segments, attention_key)
     x = self.attention_norm(x + layers.dropout(y, self.projection_dropout, projection_key))
-    y = layers.dropout(layers.gelu(self.up(x)), self.activation_dropout, activation_key)
+    y = layers.dropout(layers.gelu(checkpoint_name(self.up(x), "up")), self.activation_dropout, activation_key)
     y = layers.dropout(self.down(y), self.dropout, output_key)
     return self.mlp_norm(x + y)
 
@@ -98,39 +104,75 @@ def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, 
   return stack
 
 
+def check_saved(names: Sequence[str]) -> tuple[str, ...]:
+  """Returns the names of activations that are stored although layers are recomputed, as `saved` of `scan_layers`.
+
+  Raises:
+    ValueError: If a name is not in `SAVED_NAMES`.
+  """
+  for name in names:
+    if name not in SAVED_NAMES:
+      raise ValueError(f"remat_saved {name!r}: must be one of {', '.join(SAVED_NAMES)}")
+  return tuple(names)
+
+
 def scan_layers(
   stack: nnx.Module,
   x: Array,
-  apply: Callable[[Any, Array, Array | None], Array],
+  apply: Callable[[Any, Array, Any, Array | None], Array],
+  context: Any = None,
   keys: Array | None = None,
+  *,
   remat: bool = False,
+  saved: tuple[str, ...] = (),
   return_layers: bool = False,
+  filled: Array | None = None,
 ) -> tuple[Array, Any]:
   """Applies stacked layers one after another under `lax.scan`.
 
+  With `filled`, the rows are in chunks. Each layer then runs over one chunk after another. The backward pass keeps the
+  input of each layer, and recomputes a layer chunk by chunk, so that only the activations of one layer and one chunk
+  are in memory. Every forward product is computed twice, as with `remat`. Empty chunks are skipped.
+
   Args:
     stack: Module that `stack_layers` returned.
-    x: Input of the first layer.
-    apply: Function `apply(layer, x, key) -> x` that applies one layer.
-    keys: One random key per layer; None for a deterministic run.
+    x: Input of the first layer, [R, T, D], or [chunks, R, T, D] with `filled`.
+    apply: Function `apply(layer, x, context, key) -> x` that applies one layer to rows [R, T, D]. It must not close
+      over traced values.
+    context: Arrays that all layers get. With `filled`, their first dimension counts the chunks.
+    keys: One random key per layer; None for a deterministic run. Each chunk gets a key of its own.
     remat: Whether to recompute each layer's activations in the backward pass instead of storing them.
+    saved: Names (`SAVED_NAMES`) of activations that `remat` stores nevertheless. Ignored with `filled`.
     return_layers: Whether to also return the output of every layer.
+    filled: Which chunks have any text, bool [chunks]; None if `x` has no dimension of chunks.
 
   Returns:
     The output of the last layer, and the outputs of all layers, stacked along a new first dimension (None unless
-    `return_layers`).
+    `return_layers`). An empty chunk is zero.
   """
   graphdef, params, axes = split_params(stack)
 
-  def constrain(rows: Array) -> Array:
-    return sharding.constrain(rows, "row", "position", "vector")
+  @sharding.in_current_mesh  # Chunks are recomputed after the caller has left its mesh.
+  def run(layer_params: Tree, inputs: tuple[Array, Any, Array | None]) -> Array:
+    rows, context, key = inputs
+    return _constrain(apply(merge_params(graphdef, layer_params), _constrain(rows), context, key))
 
   def step(carry: Array, inputs: tuple[Tree, Array | None]) -> tuple[Array, Array | None]:
     layer_params, key = inputs
     layer_params = jax.tree.map(lambda param, names: sharding.gather(param, *names[1:]), layer_params, axes)
-    y = constrain(apply(merge_params(graphdef, layer_params), constrain(carry), key))
+    if filled is None:
+      y = run(layer_params, (carry, context, key))
+    else:
+      chunk_keys = None if key is None else jax.random.split(key, len(filled))
+      y = _constrain(map_chunks_recomputed(run, layer_params, (_constrain(carry), context, chunk_keys), filled))
     return y, (y if return_layers else None)
 
-  if remat:
-    step = jax.checkpoint(step, prevent_cse=False)  # Within scan, CSE cannot undo the recomputation.
+  if remat or filled is not None:
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+    step = jax.checkpoint(step, prevent_cse=False, policy=policy)  # Within scan, CSE cannot undo the recomputation.
   return lax.scan(step, x, (params, keys))
+
+
+def _constrain(x: Array) -> Array:
+  """Shards [R, T, D], or [chunks, R, T, D], by rows."""
+  return sharding.constrain(x, *("chunk",) * (x.ndim - 3), "row", "position", "vector")

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from vixml_jax.errors import InputError
 from vixml_jax.files import read_json_object
 from vixml_jax.input.prompt import template_words
+from vixml_jax.models.transformer import SAVED_NAMES
 
 _Check = tuple[Callable[[Any], bool], str]
 _POSITIVE: _Check = (lambda x: x > 0, "must be above 0")
@@ -22,10 +23,16 @@ _POWER_OF_TWO_OR_0: _Check = (
 )
 _COUNTS: _Check = (lambda xs: len(xs) > 0 and all(x > 0 for x in xs), "must be a list of numbers above 0")
 _NAME: _Check = (bool, "must be set")
+# Activations that a layer of each architecture has.
+_BERT_SAVED = tuple(name for name in SAVED_NAMES if name != "gate")
 
 
 def _one_of(*names: str) -> _Check:
   return (lambda x: x in names), "must be one of " + ", ".join(names)
+
+
+def _some_of(*names: str) -> _Check:
+  return (lambda xs: not isinstance(xs, str) and set(xs) <= set(names)), "must be a list of some of " + ", ".join(names)
 
 
 # Rules of values by key. Keys without a rule may have any value of their type.
@@ -88,6 +95,7 @@ _CHECKS: dict[str, _Check] = {
   "train.sampling_b": _NOT_NEGATIVE,
   "train.row_length": _POSITIVE,
   "train.chunk_rows": _POSITIVE,
+  "train.chunks_in": _one_of("encoder", "layer"),
   "train.bank_dtype": _one_of("float32", "bfloat16"),
   "train.rng_impl": _one_of("threefry2x32", "rbg", "unsafe_rbg"),
   "train.log_every_steps": _POSITIVE,
@@ -120,6 +128,7 @@ _ENCODER_CHECKS: dict[str, dict[str, _Check]] = {
     "encoder.attention_dropout": _SHARE,
     "encoder.projection_dropout": _SHARE,
     "encoder.layer_norm_eps": _POSITIVE,
+    "encoder.remat_saved": _some_of(*_BERT_SAVED),
   },
   "decoder": {
     "encoder.num_kv_heads": _POSITIVE,
@@ -131,6 +140,7 @@ _ENCODER_CHECKS: dict[str, dict[str, _Check]] = {
     ),
     "encoder.norm_eps": _POSITIVE,
     "encoder.lora_rank": _NOT_NEGATIVE,
+    "encoder.remat_saved": _some_of(*SAVED_NAMES),
     "encoder.lora_alpha": _POSITIVE,
     "encoder.param_dtype": _one_of("float32", "bfloat16"),
     "encoder.adapter": (lambda x: isinstance(x, str), "must be the path of a folder, or empty"),
@@ -142,6 +152,8 @@ _LATER_KEYS: dict[str, Any] = {
   "dataset.allow_empty_filter": False,
   "method": "prime",
   "encoder.residual_dtype": "",
+  "encoder.remat_saved": (),
+  "train.chunks_in": "encoder",
   "loss.reverse_weight": 1.0,
   "train.decay_layer_norms": False,
   "eval.retrieval_search": "separate",
@@ -185,6 +197,7 @@ def check(config: ConfigDict) -> None:
     if values[small] > values[large]:
       raise InputError(f"config.{small}={values[small]}: must be at most config.{large}={values[large]}")
   _check_heads(values)
+  _check_recomputation(values)
   if values["encoder.architecture"] == "decoder":
     _check_adapters(values)
   phrases = [key.removeprefix("prompt.phrases.") for key in values if key.startswith("prompt.phrases.")]
@@ -235,6 +248,18 @@ def _check_heads(values: dict[str, Any]) -> None:
   for heads, shared in split:
     if values[shared] % values[heads]:
       raise InputError(f"config.{heads}={values[heads]}: must divide config.{shared}={values[shared]}")
+
+
+def _check_recomputation(values: dict[str, Any]) -> None:
+  """Checks that what is recomputed in the backward pass, and what is stored instead, fit together."""
+  saved, layer = values["encoder.remat_saved"], values["train.chunks_in"] == "layer"
+  if len(saved) and (layer or not values["encoder.remat"]):
+    key, needed = ("train.chunks_in", "'encoder'") if layer else ("encoder.remat", "True")
+    raise InputError(
+      f"config.encoder.remat_saved={saved!r}: needs config.{key}={needed}; otherwise nothing is saved by name"
+    )
+  if layer and not values["train.remat"]:
+    raise InputError("config.train.chunks_in='layer': needs config.train.remat=True, since it recomputes layers")
 
 
 def _check_adapters(values: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ def encoder_arguments(config: ConfigDict) -> dict[str, Any]:
   encoder = config.encoder.to_dict()
   for name in ("architecture", "pooling", "pretrained", "random_init"):
     del encoder[name]
+  encoder["remat_saved"] = tuple(encoder["remat_saved"])
   if config.encoder.architecture == "decoder":
     del encoder["adapter"]
     encoder["rope_scaling"] = tuple(encoder["rope_scaling"]) or None

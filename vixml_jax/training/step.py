@@ -11,12 +11,12 @@ import numpy as np
 import optax
 
 from vixml_jax import sharding
-from vixml_jax.encoding.chunks import map_chunks, map_chunks_recomputed
 from vixml_jax.encoding.inputs import EncoderInputs, image_tokens, inputs_on_mesh
 from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.batches import Batch
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.losses import LossConfig, prime_loss, siamese_loss
+from vixml_jax.models.chunks import map_chunks, map_chunks_recomputed
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.models.dual_encoder import l2_normalize
 from vixml_jax.models.parameters import join_params
@@ -65,6 +65,7 @@ class StepConfig:
     seed: seed of the run; a step's randomness depends on it and on the step's number only.
     rng_impl: implementation of JAX's random numbers, such as "threefry2x32".
     remat: recompute chunks in the backward pass, so that memory does not grow with the batch.
+    chunks_in: where the chunks of a batch are run one after another: the whole "encoder", or each "layer" of it.
   """
 
   model: ModelDefinition
@@ -74,6 +75,7 @@ class StepConfig:
   seed: int
   rng_impl: str
   remat: bool
+  chunks_in: str = "encoder"
 
   @property
   def base_key(self) -> Array:
@@ -91,6 +93,7 @@ def step_config(config: ConfigDict, model: ModelDefinition, layout: PackedLayout
     seed=config.seed,
     rng_impl=config.train.rng_impl,
     remat=config.train.remat,
+    chunks_in=config.train.chunks_in,
   )
 
 
@@ -123,26 +126,29 @@ def encode_batch(config: StepConfig, mesh: Mesh, params: Tree, batch: DeviceBatc
   Returns:
     float32 [2 B, D], before normalization.
   """
-  trainable, frozen = config.model.split(params)
-
-  def encode(trainable: Tree, constants: tuple[Tree, Array | None], chunk: tuple[EncoderInputs, Array | None]) -> Array:
-    frozen, features = constants
-    inputs, chunk_key = chunk
-    bound = config.model.bind(join_params(trainable, frozen))
+  slots = config.layout.slots
+  inputs, filled = batch.inputs, batch.filled
+  if config.chunks_in == "layer" and len(filled) > 1:
+    images = image_tokens(inputs.images, batch.image_features)
     with sharding.use_mesh(mesh):
-      return bound.pool(
-        inputs.tokens,
-        inputs.segments,
-        inputs.positions,
-        config.layout.slots,
-        image_tokens(inputs.images, features),
-        chunk_key,
+      pooled = config.model.bind(params).pool_chunks(
+        inputs.tokens, inputs.segments, inputs.positions, slots, filled, images, key
       )
+  else:
 
-  indices = jnp.arange(len(batch.filled))
-  keys = None if key is None else jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
-  over_chunks = map_chunks_recomputed if config.remat else map_chunks
-  pooled = over_chunks(encode, trainable, (frozen, batch.image_features), (batch.inputs, keys), batch.filled)
+    def encode(constants: tuple[Tree, Array | None], chunk: tuple[EncoderInputs, Array | None]) -> Array:
+      params, features = constants
+      inputs, chunk_key = chunk
+      images = image_tokens(inputs.images, features)
+      with sharding.use_mesh(mesh):
+        return config.model.bind(params).pool(
+          inputs.tokens, inputs.segments, inputs.positions, slots, images, chunk_key
+        )
+
+    indices = jnp.arange(len(filled))
+    keys = None if key is None else jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+    over_chunks = map_chunks_recomputed if config.remat else map_chunks
+    pooled = over_chunks(encode, (params, batch.image_features), (inputs, keys), filled)
   return pooled.reshape(-1, config.model.embed_dim)[batch.slots]
 
 

@@ -95,7 +95,7 @@ def encoder_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
       qwen3 or llama (for `models.decoder.Decoder`).
 
   Returns:
-    All arguments that the file determines; not dtypes, `remat`, adapters, `bidirectional` and `rngs`.
+    All arguments that the file determines; not dtypes, `remat`, `remat_saved`, adapters, `bidirectional` and `rngs`.
 
   Raises:
     InputError: If the architecture or one of its variants is not supported, or a key is missing.
@@ -120,7 +120,7 @@ def check_arguments(folder: str | os.PathLike[str], arguments: Mapping[str, Any]
   Args:
     folder: Folder with `config.json`.
     arguments: Any subset of the encoder's arguments. Those that the file does not determine (`dtype`, `remat`,
-      adapters) and dropout rates, which do not affect the weights, are not checked.
+      `remat_saved`, adapters) and dropout rates, which do not affect the weights, are not checked.
 
   Raises:
     InputError: If an argument differs.
@@ -145,8 +145,9 @@ def config_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
   of a tokenizer, have the defaults of transformers.
 
   Args:
-    arguments: Arguments of `models.bert.BertEncoder` or `models.decoder.Decoder`. Dtypes, `remat` and adapters are
-      ignored. For a bidirectional decoder the config has `is_causal` false, which transformers supports since 5.2.
+    arguments: Arguments of `models.bert.BertEncoder` or `models.decoder.Decoder`. Dtypes, `remat`, `remat_saved` and
+      adapters are ignored. For a bidirectional decoder the config has `is_causal` false, which transformers supports
+      since 5.2.
 
   Raises:
     InputError: If no supported architecture of transformers has these arguments.

@@ -5,17 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vixml_jax.encoding.chunks import map_chunks, map_chunks_recomputed
+from vixml_jax.models.chunks import map_chunks, map_chunks_recomputed
 
 WIDTH = 256
 
 
-def encode(params, constants, chunk):
+def encode(constants, chunk):
   """A small network with noise; its inputs are floats, integers, a key and None."""
+  params, table = constants
   x, choice, key, nothing = chunk
   assert nothing is None
   noise = 0.0 if key is None else jax.random.normal(key, x.shape)
-  return jnp.tanh((x + noise) @ params["first"]) @ params["second"] + constants[choice]
+  return jnp.tanh((x + noise) @ params["first"]) @ params["second"] + table[choice]
 
 
 def inputs(count, keys):
@@ -33,16 +34,16 @@ def test_values_and_gradients_are_those_of_a_loop_over_the_filled_chunks(over_ch
   params, constants, chunks, filled = inputs(count, keys)
   weights = np.random.default_rng(1).normal(size=(count, 4, WIDTH)).astype(np.float32)
 
-  def ours(params):
-    out = over_chunks(encode, params, constants, chunks, filled)
+  def ours(params, x):
+    out = over_chunks(encode, (params, constants), (x, *chunks[1:]), filled)
     return (out * weights).sum(), out
 
-  def loop(params):
-    one = lambda i: encode(params, constants, jax.tree.map(lambda x: x[i], chunks))
+  def loop(params, x):
+    one = lambda i: encode((params, constants), jax.tree.map(lambda x: x[i], (x, *chunks[1:])))
     out = jnp.stack([jnp.zeros((4, WIDTH)) if i % 3 == 1 else one(i) for i in range(count)])
     return (out * weights).sum(), out
 
-  found, wanted = (jax.jit(jax.grad(f, has_aux=True))(params) for f in (ours, loop))
+  found, wanted = (jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(params, chunks[0]) for f in (ours, loop))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
   assert (np.asarray(found[1])[~np.asarray(filled)] == 0).all()
 
@@ -50,7 +51,7 @@ def test_values_and_gradients_are_those_of_a_loop_over_the_filled_chunks(over_ch
 def temporaries(over_chunks, count):
   """Returns the bytes of temporaries of a gradient over `count` chunks."""
   arguments = inputs(count, True)
-  loss = lambda params, *rest: (over_chunks(encode, params, *rest) ** 2).sum()
+  loss = lambda params, constants, *rest: (over_chunks(encode, (params, constants), *rest) ** 2).sum()
   return jax.jit(jax.grad(loss)).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -62,3 +63,21 @@ def test_recomputed_chunks_keep_only_their_outputs():
   assert temporaries(map_chunks, 64) - temporaries(map_chunks, 4) > 60 * parameters / 2, (
     "without recomputation, memory grows by more"
   )
+
+
+def test_arrays_that_are_not_differentiated_have_no_product_in_the_backward_pass():
+  params, constants, chunks, filled = inputs(4, False)
+
+  def products(trained):
+    """Returns the number of matrix products of a gradient with respect to some of the parameters."""
+    frozen = {name: param for name, param in params.items() if name not in trained}
+
+    def loss(trained):
+      joined = {name: trained.get(name, frozen.get(name)) for name in params}  # In the same order.
+      return map_chunks_recomputed(encode, (joined, constants), chunks, filled).sum()
+
+    return str(jax.make_jaxpr(jax.grad(loss))({name: params[name] for name in trained})).count("dot_general")
+
+  # Two of the forward pass, two of its repetition; the gradients of both parameters and of what is between them.
+  assert products(("first", "second")) == 7
+  assert products(("second",)) == 5
