@@ -7,6 +7,9 @@ _SHARED = dict(
   # Dtype of the residual stream and of the outputs of norms; "" for `dtype`. With "float32", only matrix products are
   # computed in `dtype`, as in the published code with encoders.
   residual_dtype="",
+  # Implementation of the attention: "reference" on every platform, "splash" on TPUs, "cudnn" on GPUs, or "auto" for the
+  # fastest that can compute it. The implementations differ by rounding.
+  attention="auto",
   remat=False,  # Whether each layer is recomputed in the backward pass, in addition to `train.remat`.
   # What `remat` stores instead of recomputing it: any of query, key, value, attention, gate (decoders) and up.
   remat_saved=(),

@@ -72,7 +72,8 @@ def _compare(workdir: Path, others: Sequence[str]) -> None:
 
 
 def _override(config: ConfigDict) -> None:
-  """Replaces values of the config by those of the given flags."""
+  """Replaces values of the config by those of the given flags, and the attention by what these devices support."""
+  config.encoder.attention = "auto"
   given = {
     "search": _SEARCH.value,
     "split": _SPLIT.value,

@@ -170,6 +170,37 @@ def gather(x: jax.Array, *axes: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*(mesh_axes or None for mesh_axes in kept)))
 
 
+def platform() -> str:
+  """Returns the platform of the devices of `use_mesh`, such as "tpu"; without a mesh, JAX's default platform.
+
+  Programs that are compiled for absent devices have the platform of these devices.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def sharers(axis: str) -> int:
+  """Returns the number of devices that share a dimension with this logical axis within `use_mesh`, else 1."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[mesh_axis] for mesh_axis in RULES[axis])
+
+
+def on_each_device(
+  function: Callable[..., jax.Array], arguments: Sequence[tuple[str, ...]], result: tuple[str, ...]
+) -> Callable[..., jax.Array]:
+  """Returns a function that runs on each device's part of its arguments within `use_mesh`; without a mesh, `function`.
+
+  Args:
+    function: Function of one array per argument. It must not need what other devices have.
+    arguments: Logical axes of each argument.
+    result: Logical axes of the result.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return function
+  # Pallas kernels do not tell over which mesh axes their results vary.
+  return jax.shard_map(function, in_specs=tuple(map(spec, arguments)), out_specs=spec(result), check_vma=False)
+
+
 def _sharers(mesh: Mesh | AbstractMesh, size: int, axis: str) -> tuple[str, ...]:
   """Returns the mesh axes that share a dimension: those of its rule, or none if it is `WHOLE_IF_UNEVEN` and uneven."""
   uneven = size % math.prod(mesh.shape[mesh_axis] for mesh_axis in RULES[axis])

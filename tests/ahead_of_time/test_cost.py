@@ -61,6 +61,28 @@ backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"eleme
 """
   assert program_cost(call).flops == 2 * 2 * (2 * 4) * 128 * 128 * 64
   assert program_cost(call.replace("Softmax", "SoftmaxBackward")).flops == 5 * 2 * (2 * 4) * 128 * 128 * 64
+  spaced = call.replace(":{", ": {").replace(":[", ": [").replace('":"', '": "')
+  assert spaced != call and program_cost(spaced).flops == program_cost(call).flops, "XLA writes both"
+
+
+def test_splash_attention_on_a_tpu_costs_what_is_counted_by_hand():
+  # As libtpu writes the call: 2 rows of 4 heads, each pair of which shares the keys of 128 tokens of width 64.
+  call = """HloModule m
+
+ENTRY %main (i: s8[1,1,1], q: bf16[2,4,128,64], k: bf16[2,2,128,64]) -> (f32[2,128,64], bf16[2,4,128,64]) {
+  %i = s8[1,1,1]{2,1,0} parameter(0)
+  %q = bf16[2,4,128,64]{3,2,1,0} parameter(1)
+  %k = bf16[2,2,128,64]{3,2,1,0:S(1)} parameter(2)
+  ROOT %splash_mha_fwd_segmented_residuals.1 = (f32[2,128,64]{2,1,0}, bf16[2,4,128,64]{3,2,1,0:S(1)}) \
+custom-call(%i, %i, %q, %k, %k), custom_call_target="tpu_custom_call"
+}
+"""
+  forward, backward = program_cost(call), program_cost(call.replace("_fwd_", "_dkv_"))
+  assert forward.flops == 2 * 2 * (2 * 4) * 128 * 128 * 64
+  assert backward.flops == 5 * 2 * (2 * 4) * 128 * 128 * 64
+  # The masks are two bytes. Keys and the mixed values are in VMEM.
+  assert forward.hbm_bytes == 2 + 2 * 4 * 128 * 64 * 2 + 2 * 128 * 64 * 4
+  assert program_cost(call.replace("splash_mha", "other")).flops == 0
 
 
 def test_the_body_of_a_loop_counts_as_often_as_it_runs():

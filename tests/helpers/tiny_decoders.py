@@ -57,6 +57,7 @@ _NOT_DETERMINED_BY_WEIGHTS = (
   "param_dtype",
   "remat",
   "remat_saved",
+  "attention",
   "bidirectional",
   "lora_rank",
   "lora_alpha",

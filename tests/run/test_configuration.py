@@ -39,6 +39,7 @@ from vixml_jax.run import configuration
       {"encoder.remat": True, "encoder.remat_saved": ("up",), "train.chunks_in": "layer"},
       "config.encoder.remat_saved=('up',): needs config.train.chunks_in='encoder'",
     ),
+    ({"encoder.attention": "flash"}, "config.encoder.attention='flash': must be one of auto, reference, splash, cudnn"),
     ({"loss.reverse_weight": -1.0}, "config.loss.reverse_weight=-1.0: must not be negative"),
     ({"eval.split": "validation"}, "config.eval.split=validation: needs held-out queries"),
     ({"eval.retrieval_choose": True}, "config.eval.retrieval_choose=True: needs held-out queries"),
@@ -116,6 +117,7 @@ def test_a_config_of_the_first_release_gets_the_keys_that_were_added_since(tmp_p
     "method": "prime",
     "encoder.residual_dtype": "",
     "encoder.remat_saved": (),
+    "encoder.attention": "auto",
     "loss.reverse_weight": 1.0,
     "train.decay_layer_norms": False,
     "train.chunks_in": "encoder",
@@ -142,7 +144,9 @@ def test_a_config_is_read_as_it_was_written(tmp_path):
   )
 
 
-@pytest.mark.parametrize("key", ["mesh.fsdp", "eval.search", "dataset.data_dir", "encoder.pretrained"])
+@pytest.mark.parametrize(
+  "key", ["mesh.fsdp", "eval.search", "dataset.data_dir", "encoder.pretrained", "encoder.attention"]
+)
 def test_keys_that_do_not_change_parameters_may_change(tmp_path, key):
   config = load_config("custom")
   configuration.write(config, tmp_path / "config.json")
@@ -157,6 +161,14 @@ def test_keys_that_change_parameters_must_not_change(tmp_path):
   configuration.write(config, tmp_path / "config.json")
   config.train.learning_rate = 1.0
   with pytest.raises(InputError, match="this run was started with train.learning_rate=0.0002, not 1.0"):
+    configuration.write(config, tmp_path / "config.json")
+
+
+def test_a_key_that_begins_like_one_that_may_change_must_not_change(tmp_path):
+  config = load_config("custom")
+  configuration.write(config, tmp_path / "config.json")
+  config.encoder.attention_dropout = 0.2  # encoder.attention may change.
+  with pytest.raises(InputError, match="this run was started with encoder.attention_dropout=0.1, not 0.2"):
     configuration.write(config, tmp_path / "config.json")
 
 

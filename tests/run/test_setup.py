@@ -1,15 +1,19 @@
 """The steps that initialize a run: their order, and the errors that each raises before the next one starts."""
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tests.helpers.image_features import write_random_features
-from tests.helpers.miniature_runs import miniature_config
+from tests.helpers.miniature_runs import load_config, miniature_config
 from vixml_jax import datasets
 from vixml_jax.errors import InputError
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.run import configuration
+from vixml_jax.run.from_config import check_attention
 from vixml_jax.run.setup import set_up_run
 
 FEATURES = 6
@@ -100,3 +104,30 @@ def test_missing_adapters_are_refused_before_anything_is_written(tmp_path):
   with pytest.raises(InputError, match="adapter_config.json: cannot be read"):
     train_and_evaluate(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["splash", "cudnn"])
+def test_an_attention_that_these_devices_lack_is_refused_before_anything_is_read(name, tmp_path):
+  config = load_config("custom", "encoder=distilbert")
+  config.encoder.attention = name
+  with pytest.raises(InputError, match=f"config.encoder.attention '{name}': it needs .* the platform is cpu; use auto"):
+    set_up_run(config, tmp_path, extract=False)
+
+
+@pytest.mark.parametrize("dropout,refused", [(0.1, True), (0.0, False)])
+def test_fused_attention_is_refused_if_training_drops_probabilities(dropout, refused):
+  config = load_config("custom", "encoder=distilbert")
+  config.encoder.update(dict(attention="cudnn", attention_dropout=dropout, dtype="bfloat16"))
+  mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), shape=dict(data=1, fsdp=1, tensor=1))
+  with pytest.raises(InputError, match="encoder.attention_dropout") if refused else contextlib.nullcontext():
+    check_attention(config, mesh)
+
+
+def test_fused_attention_of_decoders_is_accepted_on_gpus():
+  config = load_config("lf_amazon_titles_131k", "encoder=qwen2.5-0.5b")
+  config.encoder.attention = "cudnn"
+  mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), shape=dict(data=1, fsdp=2, tensor=2))
+  check_attention(config, mesh)
+  mesh.shape["tensor"] = 4
+  with pytest.raises(InputError, match="14 heads cannot be shared evenly by 4 devices"):
+    check_attention(config, mesh)

@@ -18,7 +18,7 @@ _GPUS_PER_HOST = 8
 # Without a GPU nothing can be tuned by trying it. Matrix products then become calls of cuBLAS instead of Triton kernels
 # whose sizes nobody has chosen.
 _OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
-_PACKAGES = ("jax_cuda12_plugin", "jax_plugins.xla_cuda12", "nvidia.cuda_nvcc")
+_PACKAGES = ("jax_cuda12_plugin", "jax_plugins.xla_cuda12", "nvidia.cuda_nvcc", "nvidia.cudnn")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,8 @@ from vixml_jax.ahead_of_time.hlo import Computation, Instruction
 _CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")
 _CONVOLUTION = "__cudnn$conv"
 _ATTENTION = "__cudnn$fmha"
+# The name of a call of splash attention on TPUs contains that of its kernel: forward, gradients of all, or of queries.
+_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dkv|dq)")
 # Products of scores and values in the forward pass; in the backward pass, the scores again and four gradients.
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
 
@@ -17,8 +19,8 @@ _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
 def matrix_flops(computation: Computation, instruction: Instruction) -> tuple[float, str | None]:
   """Returns the FLOPs of an instruction, and the precision of its operands if they are float32: "default" or higher.
 
-  A multiplication and an addition count as two. On GPUs, products are calls of cuBLAS and cuDNN. Instructions other
-  than products, convolutions and attention count as zero.
+  A multiplication and an addition count as two. On GPUs, products are calls of cuBLAS and cuDNN, and on TPUs attention
+  may be a call of a kernel. Instructions other than products, convolutions and attention count as zero.
   """
   if instruction.opcode == "custom-call":
     return _call_flops(computation, instruction)
@@ -40,7 +42,10 @@ def _precision(left: Instruction, right: Instruction, precision: str | None) -> 
 
 
 def _call_flops(computation: Computation, call: Instruction) -> tuple[float, str | None]:
-  """Counts a call of cuBLAS or cuDNN; other calls count as zero. The result of a call is followed by its workspace."""
+  """Counts a call of cuBLAS, cuDNN or splash attention; other calls count as zero.
+
+  The result of a call of cuBLAS or cuDNN is followed by its workspace.
+  """
   target = call.attribute(r'custom_call_target="([^"]*)"') or ""
   operands = list(computation.operands(call))
   if target.startswith(_CUBLAS):
@@ -53,14 +58,29 @@ def _call_flops(computation: Computation, call: Instruction) -> tuple[float, str
     return _convolution_flops(call, left.arrays[0].dims, right.arrays[0].dims), _precision(left, right, None)
   if target.startswith(_ATTENTION):
     return _attention_flops(call, operands[0].arrays[0].dims, "Backward" in target), None
+  splash = _SPLASH.match(call.name)
+  if splash is not None and target == "tpu_custom_call":
+    return _splash_flops(operands, splash[1] != "fwd")
   return 0.0, None
 
 
 def _attention_flops(call: Instruction, queries: tuple[int, ...], backward: bool) -> float:
   """Counts attention, given the shape of the queries; the call names the shape [B, H, T, S] of the scores."""
-  scores = call.attribute(r'"intermediate_tensor_shape":\{[^}]*?"dimensions":\[([^\]]*)\]') or ""
+  scores = call.attribute(r'"intermediate_tensor_shape":\s*\{[^}]*?"dimensions":\s*\[([^\]]*)\]') or ""
   products = _BACKWARD_PRODUCTS if backward else _FORWARD_PRODUCTS
   return 2.0 * products * math.prod(int(size) for size in re.findall(r"\d+", scores) or [0]) * queries[-1]
+
+
+def _splash_flops(operands: list[Instruction], backward: bool) -> tuple[float, str | None]:
+  """Counts splash attention, whose operands of floating point begin with queries [R, H, T, D] and keys [R, G, S, D].
+
+  All blocks of the scores are counted. With causal attention, the kernel skips the blocks above the diagonal of a row
+  that is longer than one block.
+  """
+  queries, keys = [operand for operand in operands if operand.arrays[0].dtype in ("bf16", "f32")][:2]
+  products = _BACKWARD_PRODUCTS if backward else _FORWARD_PRODUCTS
+  flops = 2.0 * products * math.prod(queries.arrays[0].dims) * keys.arrays[0].dims[-2]
+  return flops, _precision(queries, keys, None)
 
 
 def _dot_flops(dot: Instruction, left: tuple[int, ...], contracted: str) -> float:

@@ -15,7 +15,7 @@ from vixml_jax.ahead_of_time.sizes import DataSize
 from vixml_jax.ahead_of_time.workload import Workload
 from vixml_jax.encoding.inputs import EncoderInputs
 from vixml_jax.images.features import ImageFeatures, fits_devices
-from vixml_jax.run.from_config import check_divides
+from vixml_jax.run.from_config import check_attention, check_divides
 from vixml_jax.run.state import TrainState, abstract_params, abstract_state
 from vixml_jax.training.optimizer import optimizer_from_config
 from vixml_jax.training.step import DeviceBatch, device_batch
@@ -89,6 +89,7 @@ class Plan:
     config, size, model = workload.config, workload.size, workload.model
     mesh = where.mesh(mesh_plan.data, mesh_plan.fsdp, mesh_plan.tensor)
     check_divides(config, mesh)
+    check_attention(config, mesh)
     optimizer = optimizer_from_config(config, model, workload.steps)
     state = abstract_state(model, optimizer, size.train, size.labels, config.train.bank_dtype, mesh)
     frozen = model.split(abstract_params(model, mesh))[1]

@@ -18,6 +18,7 @@ from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, pack
 from vixml_jax.input.tokenizer import Tokenizer
+from vixml_jax.models.attention_call import AUTO
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.ragged import Ragged
 from vixml_jax.rounding import next_power_of_two
@@ -140,6 +141,7 @@ def load_trained_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEnco
   """
   config = configuration.read(workdir / CONFIG)
   configuration.check(config)
+  config.encoder.attention = AUTO  # The platform may differ from that of training.
   step, meta = newest_checkpoint(workdir / CHECKPOINTS)
   info = read_inference_info(workdir, step)
   source.check_hashes(workdir / TOKENIZER, info["tokenizer_sha256"])

@@ -1,16 +1,66 @@
-"""Scaled dot-product attention within the segments of packed rows, and the multi-head attention layer."""
+"""Scaled dot-product attention within the segments of packed rows, and the multi-head attention layer.
 
-import math
-from typing import Any
+Attention has several implementations. Each refuses with a `ValueError` what it cannot do. "auto" takes the fastest
+that does not refuse; the reference never does.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
 
 from flax import nnx
-import jax
 from jax.ad_checkpoint import checkpoint_name
-import jax.numpy as jnp
-import numpy as np
 
-from vixml_jax.models import layers
+from vixml_jax import sharding
+from vixml_jax.models import attention_cudnn, attention_reference, attention_splash, layers
+from vixml_jax.models.attention_call import AUTO, CUDNN, IMPLEMENTATIONS, REFERENCE, SPLASH, AttentionCall
 from vixml_jax.typing import Array, Float, Int, Key
+
+
+class _Fused(NamedTuple):
+  """A fused implementation: `check` raises a ValueError for an `AttentionCall` that `attend` cannot compute."""
+
+  check: Callable[[AttentionCall], None]
+  attend: Callable[..., Array]
+
+
+_FUSED = {
+  SPLASH: _Fused(attention_splash.check, attention_splash.attend),
+  CUDNN: _Fused(attention_cudnn.check, attention_cudnn.attend),
+}
+# Platform -> what "auto" tries before the reference. Splash attention gains nothing on rows of 128 tokens, since it
+# stores a statistic of each token 128 times, which is as much as the scores (docs/performance.md, "Attention").
+_PREFERRED = {"gpu": (CUDNN,)}
+
+
+def choose(name: str, call: AttentionCall) -> str:
+  """Returns the implementation that computes a call: the named one, or for "auto" the first that supports it.
+
+  Args:
+    name: One of `attention_call.IMPLEMENTATIONS`.
+    call: The call.
+
+  Raises:
+    ValueError: If the name is unknown, or the named implementation does not support the call.
+  """
+  if name not in IMPLEMENTATIONS:
+    raise ValueError(f"attention {name!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
+  if name == AUTO:
+    return next((fused for fused in _PREFERRED.get(call.platform, ()) if refusal(fused, call) is None), REFERENCE)
+  reason = refusal(name, call)
+  if reason is not None:
+    raise ValueError(f"attention {name!r}: {reason}")
+  return name
+
+
+def refusal(name: str, call: AttentionCall) -> str | None:
+  """Returns why an implementation cannot compute a call; None if it can."""
+  if name != REFERENCE:
+    try:
+      _FUSED[name].check(call)
+    except ValueError as error:
+      return str(error)
+  return None
 
 
 def segment_attention(
@@ -21,6 +71,7 @@ def segment_attention(
   dropout_rate: float = 0.0,
   dropout_key: Key[Array, ""] | None = None,
   causal: bool = False,
+  implementation: str = REFERENCE,
 ) -> Float[Array, "R Q H head_dim"]:
   """Computes scaled dot-product attention in which each token attends to the tokens of its own segment only.
 
@@ -34,28 +85,24 @@ def segment_attention(
     dropout_rate: Dropout rate of the attention probabilities.
     dropout_key: Random key of the dropout; None for no dropout.
     causal: Whether a token attends only to itself and to earlier tokens of its row. Requires Q = T.
+    implementation: One of `attention_call.IMPLEMENTATIONS`; see `choose`. They differ by rounding.
 
   Returns:
     [R, Q, H, head_dim] in the dtype of `value`. The softmax is computed in float32.
+
+  Raises:
+    ValueError: As in `choose`.
   """
-  rows, length, num_heads, head_dim = query.shape
-  groups = key.shape[2]
-  # The ellipsis in the einsums is the heads of a group. It is empty if every head has its own key, because a dimension
-  # of size one would only cost copies.
-  group = (num_heads // groups,) if num_heads > groups else ()
-  grouped = (query * (1.0 / math.sqrt(head_dim))).reshape(rows, length, groups, *group, head_dim)
-  logits = jnp.einsum("rqg...d,rkgd->rg...qk", grouped, key, preferred_element_type=jnp.float32)
-  logits = logits.reshape(rows, num_heads, length, -1)
-  if segments is not None:
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    logits = jnp.where(same, logits, np.finfo(np.float32).min)
-  if causal:
-    earlier = np.tri(length, dtype=bool)
-    logits = jnp.where(earlier, logits, np.finfo(np.float32).min)
-  weights = jax.nn.softmax(logits, axis=-1)
-  weights = layers.dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
-  weights = weights.reshape(rows, groups, *group, length, -1)
-  return jnp.einsum("rg...qk,rkgd->rqg...d", weights, value).reshape(query.shape)
+  dropout = dropout_rate > 0 and dropout_key is not None
+  chosen = choose(implementation, AttentionCall.of(query, key, segments is not None, dropout))
+  if chosen == REFERENCE:
+    return attention_reference.attend(query, key, value, segments, dropout_rate, dropout_key, causal)
+  heads, kv_heads = (("row", "position", name, "head_dim") for name in ("heads", "kv_heads"))
+  # The kernels are custom calls, which XLA cannot divide among devices. Rows and heads do not depend on each other.
+  attend = functools.partial(_FUSED[chosen].attend, causal=causal)
+  return sharding.on_each_device(attend, (heads, kv_heads, kv_heads, ("row", "position")), heads)(
+    query, key, value, segments
+  )
 
 
 def name_projections(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
@@ -73,6 +120,7 @@ class Attention(nnx.Module):
     dtype: Dtype of the computation.
     kernel_init: Initializer of the four kernels, which it sees as D x D matrices.
     output_init: Initializer of the kernel of the output, where it differs from that of queries, keys and values.
+    implementation: As in `segment_attention`, for attention within a row.
     rngs: Source of the initial values.
   """
 
@@ -85,11 +133,13 @@ class Attention(nnx.Module):
     dtype: str = "float32",
     kernel_init: layers.Initializer = layers.normal_init,
     output_init: layers.Initializer | None = None,
+    implementation: str = REFERENCE,
     rngs: nnx.Rngs,
   ):
     if embed_dim % num_heads:
       raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
     self.dropout = dropout
+    self.implementation = implementation
     embed = {"embed": embed_dim}
     heads = {"heads": num_heads, "head_dim": embed_dim // num_heads}
     options: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init, "rngs": rngs}
@@ -109,7 +159,7 @@ class Attention(nnx.Module):
       key: Random key of the dropout; None for no dropout.
     """
     query, keys, value = name_projections(self.query(x), self.key(x), self.value(x))
-    mixed = segment_attention(query, keys, value, segments, self.dropout, key)
+    mixed = segment_attention(query, keys, value, segments, self.dropout, key, implementation=self.implementation)
     return self.output(checkpoint_name(mixed, "attention"))
 
   def cross(self, x: Float[Array, "R Q D"], context: Float[Array, "R T D"]) -> Float[Array, "R Q D"]:

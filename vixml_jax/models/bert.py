@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vixml_jax.models import layers
+from vixml_jax.models.attention_call import AUTO
 from vixml_jax.models.text_encoder import TextEncoder
 from vixml_jax.models.transformer import PostNormLayer, check_saved, scan_layers, stack_layers
 from vixml_jax.typing import Array, Bool, Float, Int, Key
@@ -33,6 +34,7 @@ class BertEncoder(TextEncoder):
       `dtype` of 16 bits computes what torch.autocast does: matrix products in 16 bits, everything else in 32.
     remat: Whether to recompute the activations of each layer in the backward pass.
     remat_saved: Names (`transformer.SAVED_NAMES`) of activations that `remat` stores instead; a layer has no "gate".
+    attention: Implementation of the attention; see `attention.segment_attention`.
     rngs: Source of the initial values (normal, standard deviation 0.02).
 
   Reference: BERT (arXiv 1810.04805); DistilBERT (arXiv 1910.01108); MiniLM (arXiv 2002.10957).
@@ -55,6 +57,7 @@ class BertEncoder(TextEncoder):
     residual_dtype: str = "",
     remat: bool = False,
     remat_saved: tuple[str, ...] = (),
+    attention: str = AUTO,
     *,
     rngs: nnx.Rngs,
   ):
@@ -80,6 +83,7 @@ class BertEncoder(TextEncoder):
         projection_dropout=projection_dropout,
         layer_norm_eps=layer_norm_eps,
         dtype=dtype,
+        attention=attention,
         rngs=layer_rngs,
       )
 

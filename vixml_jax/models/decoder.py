@@ -12,6 +12,7 @@ import numpy as np
 
 from vixml_jax.models import layers
 from vixml_jax.models.attention import name_projections, segment_attention
+from vixml_jax.models.attention_call import AUTO
 from vixml_jax.models.text_encoder import TextEncoder
 from vixml_jax.models.transformer import check_saved, scan_layers, stack_layers
 from vixml_jax.typing import Array, Bool, Float, Int, Key
@@ -44,6 +45,7 @@ class Decoder(TextEncoder):
     residual_dtype: Dtype of the residual stream and of what the norms return; "" for `dtype`.
     remat: Whether to recompute the activations of each layer in the backward pass.
     remat_saved: Names (`transformer.SAVED_NAMES`) of activations that `remat` stores instead.
+    attention: Implementation of the attention; see `attention.segment_attention`.
     rngs: Source of the initial values (normal, standard deviation 0.02).
 
   Raises:
@@ -75,6 +77,7 @@ class Decoder(TextEncoder):
     residual_dtype: str = "",
     remat: bool = False,
     remat_saved: tuple[str, ...] = (),
+    attention: str = AUTO,
     *,
     rngs: nnx.Rngs,
   ):
@@ -108,6 +111,7 @@ class Decoder(TextEncoder):
           qkv_bias=qkv_bias,
           qk_norm=qk_norm,
           causal=not bidirectional,
+          implementation=attention,
           linear=linear,
           norm=norm,
         ),
@@ -217,6 +221,7 @@ class GroupedAttention(nnx.Module):
     qkv_bias: Whether queries, keys and values have biases.
     qk_norm: Whether each head of the queries and keys is normalized.
     causal: Whether a token attends only to itself and to earlier tokens.
+    implementation: Implementation of the attention; see `attention.segment_attention`.
     linear: Function that makes a `layers.Linear` from inputs, outputs and `bias`.
     norm: Function that makes a `layers.RMSNorm` from the size and `axis`.
 
@@ -233,10 +238,12 @@ class GroupedAttention(nnx.Module):
     qkv_bias: bool,
     qk_norm: bool,
     causal: bool,
+    implementation: str,
     linear: Callable[..., layers.Linear],
     norm: Callable[..., layers.RMSNorm],
   ):
     self.causal = causal
+    self.implementation = implementation
     embed = {"embed": embed_dim}
     heads = {"heads": num_heads, "head_dim": head_dim}
     kv_heads = {"kv_heads": num_kv_heads, "head_dim": head_dim}
@@ -266,7 +273,7 @@ class GroupedAttention(nnx.Module):
     if self.query_norm is not None and self.key_norm is not None:
       query, key = self.query_norm(query), self.key_norm(key)
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    mixed = segment_attention(query, key, value, segments, causal=self.causal)
+    mixed = segment_attention(query, key, value, segments, causal=self.causal, implementation=self.implementation)
     return self.output(checkpoint_name(mixed, "attention"))
 
 

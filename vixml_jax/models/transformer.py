@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from vixml_jax import sharding
 from vixml_jax.models import layers
 from vixml_jax.models.attention import Attention
+from vixml_jax.models.attention_call import REFERENCE
 from vixml_jax.models.chunks import map_chunks_recomputed
 from vixml_jax.models.parameters import merge_params, split_params
 from vixml_jax.typing import Array, Float, Int, Key, Tree
@@ -35,6 +36,7 @@ class PostNormLayer(nnx.Module):
     dtype: Dtype of the computation. Norms and softmax are always computed in float32.
     torch_init: Whether initial values are distributed as in torch.nn.TransformerEncoderLayer. Otherwise kernels are
       normal with a standard deviation of 0.02 and biases are zero, as in BERT.
+    attention: Implementation of the attention; see `attention.segment_attention`.
     rngs: Source of the initial values.
   """
 
@@ -51,6 +53,7 @@ class PostNormLayer(nnx.Module):
     layer_norm_eps: float = 1e-12,
     dtype: str = "float32",
     torch_init: bool = False,
+    attention: str = REFERENCE,
     rngs: nnx.Rngs,
   ):
     self.dropout = dropout
@@ -63,6 +66,7 @@ class PostNormLayer(nnx.Module):
       dtype=dtype,
       kernel_init=layers.stacked_xavier_uniform if torch_init else layers.normal_init,
       output_init=layers.fan_in_uniform if torch_init else None,
+      implementation=attention,
       rngs=rngs,
     )
     self.attention_norm = layers.LayerNorm(embed_dim, layer_norm_eps)

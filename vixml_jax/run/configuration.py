@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from vixml_jax.errors import InputError
 from vixml_jax.files import read_json_object
 from vixml_jax.input.prompt import template_words
+from vixml_jax.models.attention_call import IMPLEMENTATIONS
 from vixml_jax.models.transformer import SAVED_NAMES
 
 _Check = tuple[Callable[[Any], bool], str]
@@ -67,6 +68,7 @@ _CHECKS: dict[str, _Check] = {
   "encoder.embed_dim": _POSITIVE,
   "encoder.num_heads": _POSITIVE,
   "encoder.mlp_dim": _POSITIVE,
+  "encoder.attention": _one_of(*IMPLEMENTATIONS),
   "encoder.dtype": _one_of("float32", "bfloat16", "float16"),
   "encoder.residual_dtype": _one_of("", "float32", "bfloat16", "float16"),
   "prototype.num_heads": _POSITIVE,
@@ -154,13 +156,15 @@ _LATER_KEYS: dict[str, Any] = {
   "encoder.residual_dtype": "",
   "encoder.remat_saved": (),
   "train.chunks_in": "encoder",
+  "encoder.attention": "auto",
   "loss.reverse_weight": 1.0,
   "train.decay_layer_norms": False,
   "eval.retrieval_search": "separate",
   "eval.retrieval_query_hits": 0,
 }
 
-# Prefixes of keys that may differ when a run is continued, since they do not change the trained parameters.
+# Keys, and sections with a dot at the end, that may differ when a run is continued, since they do not change what it
+# computes, or by rounding only.
 _FREE_KEYS = (
   "mesh.",
   "eval.",
@@ -170,6 +174,7 @@ _FREE_KEYS = (
   "dataset.allow_empty_filter",
   "features.checkpoint",
   "fusion.bank",
+  "encoder.attention",
   "encoder.pretrained",  # The folder may move: weights and tokens are compared by their hashes.
   "train.log_every_steps",
 )
@@ -286,12 +291,17 @@ def write(config: ConfigDict, path: Path) -> None:
   if path.exists():
     old, new = flatten_config(read(path)), flatten_config(ConfigDict(json.loads(text)))
     for key in sorted(old.keys() | new.keys()):
-      if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS):
+      if old.get(key) != new.get(key) and not _is_free(key):
         raise InputError(
           f"{path}: this run was started with {key}={old.get(key)!r}, not {new.get(key)!r}; "
           "use the old value, or another --workdir"
         )
   path.write_text(text + "\n", encoding="utf-8")
+
+
+def _is_free(key: str) -> bool:
+  """Returns whether a key may differ when a run is continued."""
+  return key in _FREE_KEYS or any(key.startswith(section) for section in _FREE_KEYS if section.endswith("."))
 
 
 def read(path: Path) -> ConfigDict:

@@ -12,6 +12,8 @@ from vixml_jax.errors import InputError
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.input.prompt import parse_template
 from vixml_jax.input.tokenizer import Tokenizer
+from vixml_jax.models.attention import choose
+from vixml_jax.models.attention_call import AttentionCall
 from vixml_jax.models.definition import ModelDefinition, define_model
 
 _MAX_FREE_VECTORS = 65536  # The papers' number.
@@ -50,6 +52,32 @@ def model_from_config(config: ConfigDict) -> ModelDefinition:
     config.encoder.pooling,
     config.method,
   )
+
+
+def check_attention(config: ConfigDict, mesh: Mesh) -> None:
+  """Checks that the devices can compute the attention that a config asks for, in training and without dropout.
+
+  Raises:
+    InputError: `encoder.attention` names an implementation that cannot.
+  """
+  encoder, is_decoder = config.encoder, config.encoder.architecture == "decoder"
+  call = AttentionCall(
+    platform=mesh.devices.flat[0].platform,
+    rows=config.train.chunk_rows,
+    length=config.train.row_length,
+    num_heads=encoder.num_heads,
+    num_kv_heads=encoder.num_kv_heads if is_decoder else encoder.num_heads,
+    head_dim=encoder.head_dim if is_decoder else encoder.embed_dim // encoder.num_heads,
+    dtype=encoder.dtype,
+    segmented=True,
+    dropout=not is_decoder and encoder.attention_dropout > 0,
+    row_devices=sharding.row_devices(mesh),
+    head_devices=mesh.shape["tensor"],
+  )
+  try:
+    choose(encoder.attention, call)
+  except ValueError as error:
+    raise InputError(f"config.encoder.{error}; use auto, or change the key that the message names") from error
 
 
 def chooses_retrieval(config: ConfigDict) -> bool:

@@ -16,6 +16,7 @@ from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.run import configuration
 from vixml_jax.run.data import RunData, load_data
 from vixml_jax.run.from_config import (
+  check_attention,
   check_sizes,
   chooses_retrieval,
   encoder_arguments,
@@ -71,6 +72,7 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
     InputError: something is wrong with the config, the data, the weights' folder or the workdir.
   """
   mesh = sharding.make_mesh(**config.mesh.to_dict())
+  check_attention(config, mesh)
   pretrained = source.resolve(config.encoder.pretrained, weights=not config.encoder.random_init)
   if not config.encoder.random_init:
     hf_config.check_arguments(pretrained, encoder_arguments(config))
