@@ -289,7 +289,8 @@ def write(config: ConfigDict, path: Path) -> None:
   """
   text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
   if path.exists():
-    old, new = flatten_config(read(path)), flatten_config(ConfigDict(json.loads(text)))
+    # Both as JSON, in which a tuple is a list.
+    old, new = (flatten_config(ConfigDict(json.loads(each))) for each in (json.dumps(read(path).to_dict()), text))
     for key in sorted(old.keys() | new.keys()):
       if old.get(key) != new.get(key) and not _is_free(key):
         raise InputError(
