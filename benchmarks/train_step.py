@@ -147,9 +147,8 @@ class JaxSide:
 
 def packed_places(batch: Batch) -> int:
   """Returns the number of token places that are computed, which are those of chunks that are not empty."""
-  segments = batch.items.segments
-  filled = (segments > 0).any(axis=(1, 2)).sum()
-  return int(filled) * segments.shape[1] * segments.shape[2]
+  _, rows, length = batch.items.segments.shape
+  return int(batch.items.filled.sum()) * rows * length
 
 
 # --- PyTorch ------------------------------------------------------------------------------------------------------

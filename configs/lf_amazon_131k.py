@@ -42,5 +42,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
   # A row holds two items of the maximum length, each with its images.
   config.train.row_length = -(-2 * (config.dataset.max_length + config.images) // 8) * 8
   if common.is_decoder(config):
-    config.train.update(dict(row_length=288, chunk_rows=512))  # A row holds two items of the maximum length.
+    config.train.update(dict(row_length=288, chunk_rows=512))  # Also with the phrases of the prompt.
   return config

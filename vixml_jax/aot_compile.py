@@ -8,8 +8,7 @@ Topologies: slices of TPUs (v5e:4x4, v5p:2x2x4, v6e:16x16) and GPUs of a host (h
 compiler for these (pip install -c constraints.txt -e '.[tpu]' or '.[aot-gpu]'), but no TPU or GPU, no data and no
 weights. If the config does not fit, prints the nearest mesh and chunk size that do, and exits with status 1. With
 `--search=N`, compiles the training step only, with other meshes, chunk sizes and choices of what is recomputed, and
-prints the fastest that fits.
-docs/scaling.md explains the table.
+prints the fastest that fits. docs/scaling.md explains the tables.
 """
 
 from pathlib import Path
@@ -23,7 +22,6 @@ from vixml_jax import cli
 from vixml_jax.ahead_of_time.report import check_fit, find_fastest
 from vixml_jax.ahead_of_time.sizes import data_size
 from vixml_jax.ahead_of_time.topology import machine_of
-from vixml_jax.errors import InputError
 from vixml_jax.run import configuration
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
@@ -38,7 +36,10 @@ _TOKENS = flags.DEFINE_float("tokens_per_item", None, "Mean number of tokens of 
 _IMAGES = flags.DEFINE_float("images_per_item", None, "Mean number of images of an item; by default config.images.")
 _JSON = flags.DEFINE_string("json", None, "File to write the same numbers to, as JSON.")
 _SEARCH = flags.DEFINE_integer(
-  "search", 0, "Maximum number of training steps to compile in search of the fastest that fits; 0 for no search."
+  "search",
+  0,
+  "Maximum number of training steps to compile in search of the fastest that fits; 0 for no search.",
+  lower_bound=0,
 )
 
 
@@ -48,8 +49,6 @@ def main() -> None:
   configuration.check(config)
   size = data_size(config, _QUERIES.value, _LABELS.value, _TOKENS.value, _IMAGES.value)
   machine, json_path = machine_of(topology), Path(_JSON.value) if _JSON.value else None
-  if _SEARCH.value < 0:
-    raise InputError(f"--search={_SEARCH.value}: must be at least 1, or 0 for no search")
   if _SEARCH.value:
     fits = find_fastest(config, machine, size, _SEARCH.value, json_path)
   else:

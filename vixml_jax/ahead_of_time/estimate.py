@@ -6,7 +6,7 @@ import logging
 
 from vixml_jax.ahead_of_time.compiling import Program
 from vixml_jax.ahead_of_time.host_memory import host_memory
-from vixml_jax.ahead_of_time.machine import GIB
+from vixml_jax.ahead_of_time.machine import GIB, Machine
 from vixml_jax.ahead_of_time.plan import Plan
 from vixml_jax.ahead_of_time.program_parts import RunProgram
 from vixml_jax.ahead_of_time.programs import ENCODE_STEP, TRAIN_STEP, run_programs
@@ -37,6 +37,12 @@ class Estimate:
   model_flops: float = 0.0
   items: float = 0.0
   tokens: float = 0.0
+
+  def utilization(self, where: Machine) -> float | None:
+    """Returns the model's FLOPs as a share of what the chips can do in the roofline's time; None without a roofline."""
+    if self.roofline is None:
+      return None
+    return self.model_flops / len(where.devices) / where.chip.flops / self.roofline.seconds
 
   @property
   def hours(self) -> float | None:
@@ -142,7 +148,16 @@ def _in_place_of(compiled: Program, source: RunProgram, program: RunProgram) -> 
 
 def compile_train_step(plan: Plan, compiler: Compiler) -> Program:
   """Compiles the training step of a plan only."""
-  return next(compiler(plan, program, ()) for program in run_programs(plan) if program.name == TRAIN_STEP)
+  return compiler(plan, _train_step(plan), ())
+
+
+def estimate_train_step(plan: Plan, compiled: Program) -> Estimate:
+  """Returns the cost and time of a plan's compiled training step."""
+  return _estimate(plan, _train_step(plan), compiled)
+
+
+def _train_step(plan: Plan) -> RunProgram:
+  return next(program for program in run_programs(plan) if program.name == TRAIN_STEP)
 
 
 def _estimate(plan: Plan, program: RunProgram, compiled: Program) -> Estimate:

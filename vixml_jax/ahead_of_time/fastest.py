@@ -11,13 +11,14 @@ import itertools
 import logging
 from typing import Any
 
-import jax
+from ml_collections import ConfigDict
 
-from vixml_jax.ahead_of_time.compiling import Program
+from vixml_jax.ahead_of_time.compiling import Program, ProgramMemory
+from vixml_jax.ahead_of_time.estimate import Estimate, estimate_train_step
 from vixml_jax.ahead_of_time.machine import GIB, Machine
-from vixml_jax.ahead_of_time.plan import MeshPlan, Plan, all_mesh_plans, bytes_a_chip, mesh_plan_of
+from vixml_jax.ahead_of_time.plan import Plan, all_mesh_plans, bytes_a_chip, halvings
 from vixml_jax.ahead_of_time.programs import run_programs
-from vixml_jax.ahead_of_time.roofline import Roofline, model_flops
+from vixml_jax.ahead_of_time.roofline import model_flops
 from vixml_jax.ahead_of_time.workload import Workload, item_lengths
 from vixml_jax.errors import InputError
 from vixml_jax.text_columns import aligned
@@ -52,18 +53,26 @@ class Tried:
 
   Attributes:
     candidate: The candidate.
-    program: Its training step.
-    seconds: Lower bound of a step's time from the compiled program; None if it was too large to compile.
+    estimate: Its training step.
   """
 
   candidate: Candidate
-  program: Program
-  seconds: float | None
+  estimate: Estimate
+
+  @property
+  def seconds(self) -> float | None:
+    """Lower bound of a step's time from the compiled program; None if it was too large to compile."""
+    return None if self.estimate.roofline is None else self.estimate.roofline.seconds
+
+  @property
+  def memory(self) -> ProgramMemory:
+    """Memory of each chip."""
+    return self.estimate.program.memory
 
   @property
   def fits(self) -> bool:
     """Whether the step fits a chip."""
-    return self.seconds is not None and self.program.memory.total <= self.candidate.plan.where.chip.hbm_bytes
+    return self.seconds is not None and self.memory.total <= self.candidate.plan.where.chip.hbm_bytes
 
 
 def fastest_fit(
@@ -91,32 +100,28 @@ def fastest_fit(
       _log.info("%d candidates are left out: --search=%d are compiled", len(candidates) - number, most)
       break
     _log.info("candidate %d of %d: %s, at least %.3f s", number + 1, len(candidates), candidate.flags, candidate.bound)
-    program = compile_program(candidate.plan)
-    seconds = None if program.cost is None else Roofline.of(program.cost, where).seconds
-    tried.append(Tried(candidate, program, seconds))
+    tried.append(Tried(candidate, estimate_train_step(candidate.plan, compile_program(candidate.plan))))
   return sorted(tried, key=lambda each: (not each.fits, each.seconds or 0.0))
 
 
 def search_text(tried: list[Tried]) -> str:
   """Returns the compiled candidates as a table, and the flags of the fastest that fits."""
-  where = tried[0].candidate.plan.where if tried else None
-  if where is None:
+  if not tried:
     return "no candidate's arrays fit the chips. Use more chips, or chips with more memory."
   rows = [["mesh", "rows", "keys", "GiB", "fits", "at least, s", "compiled, s", "MFU, %"]]
   for each in tried:
     plan = each.candidate.plan
-    mesh = plan.mesh_plan
-    mfu = None if each.seconds is None else 100 * _needed(plan.workload) / len(where.devices) / where.chip.flops
+    mesh, utilization = plan.mesh_plan, each.estimate.utilization(plan.where)
     rows.append(
       [
         f"{mesh.data} x {mesh.fsdp} x {mesh.tensor}",
         f"{mesh.chunk_rows}",
         " ".join(f"{key}={value}" for key, value in each.candidate.keys.items()),
-        f"{each.program.memory.total / GIB:.2f}",
+        f"{each.memory.total / GIB:.2f}",
         "yes" if each.fits else "NO",
         f"{each.candidate.bound:.4f}",
         "-" if each.seconds is None else f"{each.seconds:.4f}",
-        "-" if mfu is None or each.seconds is None else f"{mfu / each.seconds:.1f}",
+        "-" if utilization is None else f"{100 * utilization:.1f}",
       ]
     )
   end = f"fastest that fits: {tried[0].candidate.flags}" if tried[0].fits else "none of them fits."
@@ -132,7 +137,7 @@ def search_json(tried: list[Tried]) -> list[dict[str, Any]]:
       "bound": each.candidate.bound,
       "seconds": each.seconds,
       "fits": each.fits,
-      "memory": dataclasses.asdict(each.program.memory),
+      "memory": dataclasses.asdict(each.memory),
     }
     for each in tried
   ]
@@ -140,16 +145,18 @@ def search_json(tried: list[Tried]) -> list[dict[str, Any]]:
 
 def _candidates(workload: Workload, where: Machine) -> Iterator[Candidate]:
   """Yields the candidates whose arrays fit the chips."""
-  asked = mesh_plan_of(workload.config, where).chunk_rows
+  asked = workload.config.train.chunk_rows
   # Chunks that are halved, and doubled until they hold the batch.
-  sizes = [asked >> i for i in range(asked.bit_length()) if asked % (1 << i) == 0]
-  rows = workload.batch.items.segments.shape[0] * asked
-  sizes += list(itertools.takewhile(lambda size: size <= rows, (asked << i for i in itertools.count(1))))
-  options = list(_recomputations(workload))
-  packed = {size: workload.with_chunk_rows(size) for size in sizes}  # Each of them packs its batch once.
+  rows = len(workload.batch.items.segments) * asked
+  sizes = halvings(asked)
+  sizes += itertools.takewhile(lambda size: size <= rows, (asked << i for i in itertools.count(1)))
+  options = list(_recomputations(workload.config))
+  # Each of them packs its batch once, for all meshes.
+  workloads = {
+    size: [(keys, workload.with_keys({"train.chunk_rows": size} | keys)) for keys in options] for size in sizes
+  }
   for mesh_plan in all_mesh_plans(len(where.devices), sizes):
-    for keys in options:
-      changed = packed[mesh_plan.chunk_rows].with_keys(keys)
+    for keys, changed in workloads[mesh_plan.chunk_rows]:
       try:
         plan = Plan.of(changed, where, mesh_plan)
       except InputError:  # A size of the model or the batch is not divisible by this mesh.
@@ -158,49 +165,49 @@ def _candidates(workload: Workload, where: Machine) -> Iterator[Candidate]:
         yield Candidate(plan, keys, _bound(plan))
 
 
-def _recomputations(workload: Workload) -> Iterator[dict[str, Any]]:
+def _recomputations(config: ConfigDict) -> Iterator[dict[str, Any]]:
   """Yields the values of the keys that say what the backward pass recomputes; the config's own first."""
-  own = bool(workload.config.encoder.remat)
   yield {}
-  yield {"encoder.remat": not own}
-
-
-def _needed(workload: Workload) -> float:
-  """Returns the FLOPs that the items of a batch need on all chips together."""
-  return model_flops(workload.model, item_lengths(workload.batch.items.segments), train=True)
+  if not config.encoder.remat:
+    yield {"encoder.remat": True}
+  elif config.encoder.remat_saved:  # Without recomputation, nothing is saved by name.
+    yield {"encoder.remat": False, "encoder.remat_saved": ()}
+  else:
+    yield {"encoder.remat": False}
 
 
 def _bound(plan: Plan) -> float:
   """Returns the seconds that a step takes at least: products at the peak, or what a chip must send."""
   workload, mesh = plan.workload, plan.mesh_plan
-  forward = model_flops(workload.model, item_lengths(workload.batch.items.segments), train=False)
-  products = _needed(workload)
-  if workload.config.encoder.remat:
-    # Nobody reads the result of a layer's last product again, so it is not computed again.
-    products += forward * (1 - _share_of_last_product(workload))
-  if workload.config.train.remat and _num_chunks(workload) > 1:
-    products += forward
+  config, items = workload.config, workload.batch.items
+  lengths = item_lengths(items.segments)
+  num_chunks = int(items.filled.sum())
+  in_layers = num_chunks > 1 and config.train.chunks_in == "layer"
+  products = model_flops(workload.model, lengths, train=True)
+  if config.encoder.remat or in_layers:
+    products += 2 * int(lengths.sum()) * _recomputed_weights(workload)
+  if num_chunks > 1 and config.train.remat and not in_layers:
+    products += model_flops(workload.model, lengths, train=False)
   compute = products / len(plan.where.devices) / plan.where.chip.flops
-  return max(compute, _sent(plan, mesh) / plan.where.interconnect.ring_bandwidth(mesh.fsdp * mesh.tensor))
+  # Shards of the layers, forward and backward: those of the other chips come in, and its own is passed on as often.
+  sent = 2 * num_chunks * (mesh.fsdp - 1) * _layer_bytes(plan)
+  return max(compute, sent / plan.where.interconnect.ring_bandwidth(mesh.fsdp * mesh.tensor))
 
 
-def _share_of_last_product(workload: Workload) -> float:
-  """Returns the share of the product `down` in the weights of a layer's products."""
+def _recomputed_weights(workload: Workload) -> int:
+  """Returns the number of weights whose products are computed again where layers are recomputed.
+
+  Nobody reads the result of a layer's last product again, and products that are saved by name are not computed again.
+  """
   layers = engine.flatten_tree(workload.model.shapes["encoder"]["layers"])
-  sizes = {name: leaf.size for name, leaf in layers.items() if name.endswith(("/kernel", "/lora_a", "/lora_b"))}
-  return sum(size for name, size in sizes.items() if name.startswith("down/")) / sum(sizes.values())
-
-
-def _num_chunks(workload: Workload) -> int:
-  """Returns the number of chunks with items."""
-  return int((workload.batch.items.segments > 0).any(axis=(1, 2)).sum())
-
-
-def _sent(plan: Plan, mesh: MeshPlan) -> float:
-  """Returns the bytes that a chip sends at least: shards of the layers, forward and backward."""
-  layers = jax.tree.leaves(
-    [tree.get("encoder", {}).get("layers", {}) for tree in (plan.state.params, plan.frozen)],
-    is_leaf=lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
+  kept = {"down", *workload.config.encoder.remat_saved}
+  return sum(
+    leaf.size
+    for name, leaf in layers.items()
+    if name.endswith(("/kernel", "/lora_a", "/lora_b")) and name.split("/")[-2] not in kept
   )
-  # The shards of the other chips come in, and its own shard is passed on as often.
-  return 2.0 * _num_chunks(plan.workload) * (mesh.fsdp - 1) * bytes_a_chip(layers)
+
+
+def _layer_bytes(plan: Plan) -> float:
+  """Returns the bytes of the encoder's layers on each chip."""
+  return bytes_a_chip([tree.get("encoder", {}).get("layers", {}) for tree in (plan.state.params, plan.frozen)])

@@ -6,7 +6,7 @@ import math
 
 from vixml_jax.ahead_of_time.compiling import Program
 from vixml_jax.ahead_of_time.machine import Machine
-from vixml_jax.ahead_of_time.plan import MeshPlan, Plan, all_mesh_plans, bytes_a_chip
+from vixml_jax.ahead_of_time.plan import MeshPlan, Plan, all_mesh_plans, bytes_a_chip, halvings
 from vixml_jax.ahead_of_time.programs import run_programs
 from vixml_jax.ahead_of_time.workload import Workload
 from vixml_jax.errors import InputError
@@ -37,11 +37,11 @@ def nearest_fit(
     The plan and its training step; None if no plan fits, or none of the nearest ones.
   """
   asked = refused.mesh_plan
-  halvings = [asked.chunk_rows >> i for i in range(asked.chunk_rows.bit_length()) if asked.chunk_rows % (1 << i) == 0]
+  sizes = halvings(asked.chunk_rows)
   candidates = sorted(
-    all_mesh_plans(len(where.devices), halvings), key=lambda candidate: (_distance(candidate, asked), -candidate.data)
+    all_mesh_plans(len(where.devices), sizes), key=lambda candidate: (_distance(candidate, asked), -candidate.data)
   )
-  workloads = {rows: workload.with_chunk_rows(rows) for rows in halvings}  # Each of them packs its batch once.
+  workloads = {rows: workload.with_chunk_rows(rows) for rows in sizes}  # Each of them packs its batch once.
   needs = _temporaries(refused, program)
   compiled = 0
   for candidate in candidates:

@@ -120,7 +120,7 @@ class Plan:
   @property
   def filled(self) -> float:
     """Share of the batch's chunks that contain items; the empty ones, which fill up a power of two, are skipped."""
-    return float((self.workload.batch.items.segments > 0).any(axis=(1, 2)).mean())
+    return float(self.workload.batch.items.filled.mean())
 
 
 def bytes_a_chip(tree: Any) -> float:
@@ -161,6 +161,15 @@ def _first_chunk(tree: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=where)
 
   return jax.tree.map(first, tree)
+
+
+def halvings(chunk_rows: int) -> list[int]:
+  """Returns a chunk size, its half, the half of that, and so on.
+
+  >>> halvings(12)
+  [12, 6, 3]
+  """
+  return [chunk_rows >> i for i in range(chunk_rows.bit_length()) if chunk_rows % (1 << i) == 0]
 
 
 def all_mesh_plans(chips: int, chunk_rows: Sequence[int]) -> list[MeshPlan]:

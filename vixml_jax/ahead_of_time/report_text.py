@@ -103,12 +103,7 @@ def _detail_rows(report: Report) -> list[list[str]]:
     *kernels,
     time("time of the interconnect", "ms", lambda _, roofline: 1e3 * roofline.interconnect),
     ["bound by", "", *map(bound, estimates)],
-    time(
-      "model FLOPs utilization",
-      "%",
-      lambda e, roofline: 100 * e.model_flops / chips / where.chip.flops / roofline.seconds,
-      1,
-    ),
+    time("model FLOPs utilization", "%", lambda e, _: 100 * (e.utilization(where) or 0), 1),
     time("tokens/s of all chips", "", lambda e, roofline: e.tokens / roofline.seconds, 0),
     time("items/s of all chips", "", lambda e, roofline: e.items / roofline.seconds, 0),
     row("compilation", "s", lambda e: e.program.seconds, 0),

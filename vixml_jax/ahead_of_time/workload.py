@@ -47,25 +47,17 @@ class Workload:
 
   def with_chunk_rows(self, rows: int) -> "Workload":
     """Returns the same workload with another chunk size."""
-    if rows == self.config.train.chunk_rows:
-      return self
-    config = self.config.copy_and_resolve_references()
-    config.train.chunk_rows = rows
-    return dataclasses.replace(self, config=config)
+    return self if rows == self.config.train.chunk_rows else self.with_keys({"train.chunk_rows": rows})
 
   def with_keys(self, values: Mapping[str, Any]) -> "Workload":
-    """Returns the same workload with other values of the config's keys, which must not change its batch.
+    """Returns the workload with other values of the config's keys.
 
     Args:
       values: Values by dotted key.
     """
-    if not values:
-      return self
     config = self.config.copy_and_resolve_references()
     config.update_from_flattened_dict(dict(values))
-    changed = Workload(config, self.size, model_from_config(config))
-    changed.__dict__["batch"] = self.batch  # Packing takes longer than everything else here.
-    return changed
+    return Workload(config, self.size, model_from_config(config))
 
   @functools.cached_property
   def batch(self) -> Batch:

@@ -142,6 +142,11 @@ class PackedItems:
   images: PackedImages | None
 
   @property
+  def filled(self) -> np.ndarray:
+    """Which chunks have any item, bool [chunks]."""
+    return np.asarray((self.segments > 0).any(axis=(1, 2)))
+
+  @property
   def num_tokens(self) -> int:
     """Number of tokens of all items, image tokens included, padding excluded."""
     return int((self.segments > 0).sum())

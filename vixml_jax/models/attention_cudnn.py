@@ -55,16 +55,9 @@ def attend(
   causal: bool,
   implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "R T H head_dim"]:
-  """Computes attention of the rows of one device.
-
-  The arguments and the result are those of `attention.segment_attention`.
+  """Computes attention of the rows of one device; other arguments and the result are as in `segment_attention`.
 
   Args:
-    query: Queries [R, T, H, head_dim].
-    key: Keys [R, T, G, head_dim].
-    value: Values [R, T, G, head_dim].
-    segments: Slot of each token, int32 [R, T].
-    causal: Whether a token attends only to itself and to earlier tokens.
     implementation: That of `jax.nn.dot_product_attention`. "xla" computes the same without cuDNN, on any platform.
   """
   same = segments[:, None, :, None] == segments[:, None, None, :]

@@ -43,16 +43,9 @@ def attend(
   causal: bool,
   interpret: bool = False,
 ) -> Float[Array, "R T H head_dim"]:
-  """Computes attention of the rows of one device.
-
-  The arguments and the result are those of `attention.segment_attention`.
+  """Computes attention of the rows of one device; other arguments and the result are as in `segment_attention`.
 
   Args:
-    query: Queries [R, T, H, head_dim].
-    key: Keys [R, T, G, head_dim].
-    value: Values [R, T, G, head_dim].
-    segments: Slot of each token, int32 [R, T].
-    causal: Whether a token attends only to itself and to earlier tokens.
     interpret: Whether to run the kernel step by step on any platform, which is slow.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel

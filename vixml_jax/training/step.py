@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-import numpy as np
 import optax
 
 from vixml_jax import sharding
@@ -111,7 +110,7 @@ def device_batch(batch: Batch, features: ImageFeatures | None, mesh: Mesh) -> De
   return DeviceBatch(
     inputs=inputs_on_mesh(items, features, mesh),
     image_features=None if features is None else features.on_devices,
-    filled=sharding.to_global(np.asarray((items.segments > 0).any(axis=(1, 2))), replicated),
+    filled=sharding.to_global(items.filled, replicated),
     slots=sharding.to_global(items.slots, replicated),
     query_ids=sharding.to_global(batch.query_ids, by_batch),
     label_ids=sharding.to_global(batch.label_ids, by_batch),
