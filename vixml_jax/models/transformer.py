@@ -1,4 +1,4 @@
-"""The post-norm transformer layer, and stacks of equal layers that run under `lax.scan`."""
+"""The post-norm transformer layer, and stacks of equal layers, which run as a loop or are unrolled."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +19,9 @@ from vixml_jax.typing import Array, Float, Int, Key, Tree
 # Activations of a layer that can be stored although the layer is recomputed: the outputs of its projections, and the
 # attention's output before its projection. Only a gated feed-forward network has a "gate".
 SAVED_NAMES = ("query", "key", "value", "attention", "gate", "up")
+
+# Stacks of more layers than this always run as a loop, because the time to compile unrolled layers grows with them.
+_MOST_UNROLLED = 12
 
 
 class PostNormLayer(nnx.Module):
@@ -134,6 +137,8 @@ def scan_layers(
 ) -> tuple[Array, Any]:
   """Applies stacked layers one after another under `lax.scan`.
 
+  Up to 12 layers are unrolled if nothing is recomputed. It saves memory traffic and costs time of compilation.
+
   With `filled`, the rows are in chunks. Each layer then runs over one chunk after another. The backward pass keeps the
   input of each layer, and recomputes a layer chunk by chunk, so that only the activations of one layer and one chunk
   are in memory. Every forward product is computed twice, as with `remat`. Empty chunks are skipped.
@@ -174,7 +179,9 @@ def scan_layers(
   if remat or filled is not None:
     policy = jax.checkpoint_policies.save_only_these_names(*saved)
     step = jax.checkpoint(step, prevent_cse=False, policy=policy)  # Within scan, CSE cannot undo the recomputation.
-  return lax.scan(step, x, (params, keys))
+    return lax.scan(step, x, (params, keys))
+  # Activations that a loop stores for the backward pass are copied into an array of all layers and out again.
+  return lax.scan(step, x, (params, keys), unroll=len(jax.tree.leaves(params)[0]) <= _MOST_UNROLLED)
 
 
 def _constrain(x: Array) -> Array:
