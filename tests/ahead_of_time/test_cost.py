@@ -136,6 +136,22 @@ def test_each_kernel_is_counted_with_its_own_flops_and_traffic():
   assert 7 in cost.kernels.values(), "the product of a layer runs seven times"
 
 
+def test_asynchronous_operations_are_traffic_but_no_kernels():
+  text = """HloModule m
+
+ENTRY %main (x: f32[8,64]) -> f32[8,64] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %start = (f32[8,64]{1,0:S(1)}, f32[8,64]{1,0}, u32[]) copy-start(%x)
+  %here = f32[8,64]{1,0:S(1)} copy-done(%start)
+  ROOT %double = f32[8,64]{1,0} add(%here, %here)
+}
+"""
+  cost = program_cost(text)
+  size = 8 * 64 * 4
+  assert cost.hbm_bytes == 2 * size, "one copy of HBM to VMEM, and the result"
+  assert cost.kernels == {(0.0, size): 1}
+
+
 def test_the_traffic_of_a_kernel_is_its_operands_and_results():
   text, _ = optimized(lambda x: x * 2 + 1, jnp.ones((256, 1024)))
   assert program_cost(text).hbm_bytes == 2 * 256 * 1024 * 4

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 
 import jax
 import pytest
@@ -105,8 +106,13 @@ def test_a_report_says_whether_a_config_fits_and_what_would(tmp_path, capsys):
   # 20,000 queries in batches of 2,048 for 300 epochs; a step moves 1e8 bytes at 1e10 per second, its slowest part.
   train = written["asked"]["train_step"]
   assert train["seconds"]["roofline"] == train["seconds"]["hbm"] == 1e8 / ROOMY_CHIP.hbm_bandwidth == 0.01
+  assert train["seconds"]["expected"] == 0.01 / ROOMY_CHIP.efficiency
   assert train["hours"] == pytest.approx(math.ceil(20_000 / 2048) * 300 * 0.01 / 3600)
+  assert train["expected_hours"] == pytest.approx(train["hours"] / ROOMY_CHIP.efficiency)
+  for row, digits in (("lower bound of the time", "10.00"), ("expected time", "20.00")):
+    assert re.search(rf"^{row} +ms +{digits}", printed, re.MULTILINE)
   assert written["asked"]["hours"] > train["hours"]
+  assert written["asked"]["expected_hours"] == pytest.approx(written["asked"]["hours"] / ROOMY_CHIP.efficiency)
 
 
 def test_a_chunk_that_does_not_help_is_not_called_a_fit(workload, capsys):

@@ -22,7 +22,8 @@ class Cost:
     flops: FLOPs of matrix products and convolutions. A multiplication and an addition count as two.
     unit_flops: The same FLOPs, each multiplied by the number of bfloat16 products that take the same time.
     hbm_bytes: Bytes read from and written to HBM: operands and results of each kernel; for a slice, only the slice.
-    kernels: Number of executions of each kernel, by its `unit_flops` and `hbm_bytes`.
+    kernels: Number of executions of each kernel, by its `unit_flops` and `hbm_bytes`, without asynchronous operations,
+      which run beside the kernels.
     collectives: Number of executions of each collective.
     endless: Number of loops whose trip count is unknown. Their bodies are counted once.
   """
@@ -94,8 +95,10 @@ class _Counter:
         self._add_loop(cost, computation, instruction)
       elif instruction.opcode == "conditional":
         self._add_branches(cost, instruction)
-      elif instruction.opcode in ("call", "async-start"):
-        cost.add(self._of_computation(instruction.called("to_apply") or instruction.called("calls")))
+      elif instruction.opcode == "call":
+        cost.add(self._of_computation(instruction.called("to_apply")))
+      elif instruction.opcode == "async-start":
+        cost.add(dataclasses.replace(self._of_computation(instruction.called("calls")), kernels={}))
       else:
         unit_flops = 0.0
         for inner_computation, inner in self._inner(computation, instruction):
@@ -110,7 +113,7 @@ class _Counter:
         kernel = (unit_flops, hbm_traffic(self._module, computation, instruction))
         cost.unit_flops += kernel[0]
         cost.hbm_bytes += kernel[1]
-        if any(kernel):
+        if any(kernel) and not instruction.opcode.endswith("-start"):
           cost.kernels[kernel] = cost.kernels.get(kernel, 0.0) + 1
     cost.add(Cost(collectives=dict(Counter(exchanges.values()))))
     return cost

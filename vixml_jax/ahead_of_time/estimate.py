@@ -23,7 +23,7 @@ class Estimate:
 
   Attributes:
     program: The compiled program.
-    roofline: Lower bounds of its time; None if it was too large to compile.
+    roofline: Lower bounds of its time, and the expected time; None if it was too large to compile.
     runs: Number of runs.
     model_flops: FLOPs that the items of one run need on all chips together, without any recomputation; 0 for a program
       without encoder.
@@ -38,16 +38,19 @@ class Estimate:
   items: float = 0.0
   tokens: float = 0.0
 
-  def utilization(self, where: Machine) -> float | None:
-    """Returns the model's FLOPs as a share of what the chips can do in the roofline's time; None without a roofline."""
-    if self.roofline is None:
-      return None
-    return self.model_flops / len(where.devices) / where.chip.flops / self.roofline.seconds
+  def utilization(self, where: Machine, seconds: float) -> float:
+    """Returns the model's FLOPs as a share of what the chips can do in the time of a run."""
+    return self.model_flops / len(where.devices) / where.chip.flops / seconds
 
   @property
   def hours(self) -> float | None:
-    """Hours of all runs at the roofline."""
-    return None if self.roofline is None else self.runs * self.roofline.seconds / 3600
+    """Hours of all runs at the lower bound; None if the program was too large to compile."""
+    return None if self.roofline is None else self.runs * self.roofline.lower_bound / 3600
+
+  @property
+  def expected_hours(self) -> float | None:
+    """Expected hours of all runs; None if the program was too large to compile."""
+    return None if self.roofline is None else self.runs * self.roofline.expected / 3600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +93,23 @@ class Report:
 
   @property
   def hours(self) -> float | None:
-    """Hours of the whole run at the rooflines; None if a program was too large to compile."""
-    hours = [estimate.hours for estimate in self.estimates]
-    return None if None in hours else sum(each or 0.0 for each in hours)
+    """Hours of the whole run at the lower bounds; None if a program was too large to compile."""
+    return _sum(estimate.hours for estimate in self.estimates)
+
+  @property
+  def expected_hours(self) -> float | None:
+    """Expected hours of the whole run; None if a program was too large to compile."""
+    return _sum(estimate.expected_hours for estimate in self.estimates)
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+  """Returns the sum of the values; None if one of them is None."""
+  total = 0.0
+  for value in values:
+    if value is None:
+      return None
+    total += value
+  return total
 
 
 def estimate_run(plan: Plan, compiler: Compiler, compiled: Iterable[Program] = ()) -> Report:

@@ -1,8 +1,9 @@
 """Searches for the mesh, the chunk size and the recomputation with which a machine trains fastest.
 
-Every candidate has a lower bound of its time, which follows from its sizes without compiling: the products that it
-cannot avoid, and what its chips must send. Candidates are compiled in the order of that bound. The search ends when the
-best compiled step takes no longer than the bound of the next candidate, so what it leaves out cannot be faster.
+A compiled candidate has an expected time (`roofline`). Before that, every candidate has a lower bound of its expected
+time, which follows from its sizes: the products that it cannot avoid, and what its chips must send. Candidates are
+compiled in the order of that bound. The search ends when the best compiled step takes no longer than the bound of the
+next candidate, so what it leaves out cannot be faster.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +35,7 @@ class Candidate:
   Attributes:
     plan: The step on the machine.
     keys: Values of the config that differ from the one that was asked for, by dotted key, mesh and chunk size left out.
-    bound: Lower bound of the seconds of a step.
+    bound: Lower bound of the expected seconds of a step.
   """
 
   plan: Plan
@@ -61,8 +62,8 @@ class Tried:
 
   @property
   def seconds(self) -> float | None:
-    """Lower bound of a step's time from the compiled program; None if it was too large to compile."""
-    return None if self.estimate.roofline is None else self.estimate.roofline.seconds
+    """Expected time of a step, from the compiled program; None if it was too large to compile."""
+    return None if self.estimate.roofline is None else self.estimate.roofline.expected
 
   @property
   def memory(self) -> ProgramMemory:
@@ -108,10 +109,10 @@ def search_text(tried: list[Tried]) -> str:
   """Returns the compiled candidates as a table, and the flags of the fastest that fits."""
   if not tried:
     return "no candidate's arrays fit the chips. Use more chips, or chips with more memory."
-  rows = [["mesh", "rows", "keys", "GiB", "fits", "at least, s", "compiled, s", "MFU, %"]]
+  rows = [["mesh", "rows", "keys", "GiB", "fits", "before compiling, s", "lower bound, s", "expected, s", "MFU, %"]]
   for each in tried:
-    plan = each.candidate.plan
-    mesh, utilization = plan.mesh_plan, each.estimate.utilization(plan.where)
+    plan, roofline = each.candidate.plan, each.estimate.roofline
+    mesh = plan.mesh_plan
     rows.append(
       [
         f"{mesh.data} x {mesh.fsdp} x {mesh.tensor}",
@@ -120,8 +121,15 @@ def search_text(tried: list[Tried]) -> str:
         f"{each.memory.total / GIB:.2f}",
         "yes" if each.fits else "NO",
         f"{each.candidate.bound:.4f}",
-        "-" if each.seconds is None else f"{each.seconds:.4f}",
-        "-" if utilization is None else f"{100 * utilization:.1f}",
+        *(
+          ["-"] * 3
+          if roofline is None
+          else [
+            f"{roofline.lower_bound:.4f}",
+            f"{roofline.expected:.4f}",
+            f"{100 * each.estimate.utilization(plan.where, roofline.expected):.1f}",
+          ]
+        ),
       ]
     )
   end = f"fastest that fits: {tried[0].candidate.flags}" if tried[0].fits else "none of them fits."
@@ -135,7 +143,8 @@ def search_json(tried: list[Tried]) -> list[dict[str, Any]]:
       "mesh_plan": dataclasses.asdict(each.candidate.plan.mesh_plan),
       "keys": dict(each.candidate.keys),
       "bound": each.candidate.bound,
-      "seconds": each.seconds,
+      "seconds": each.estimate.roofline and each.estimate.roofline.lower_bound,
+      "expected": each.seconds,
       "fits": each.fits,
       "memory": dataclasses.asdict(each.memory),
     }
@@ -177,7 +186,7 @@ def _recomputations(config: ConfigDict) -> Iterator[dict[str, Any]]:
 
 
 def _bound(plan: Plan) -> float:
-  """Returns the seconds that a step takes at least: products at the peak, or what a chip must send."""
+  """Returns the seconds that a step takes at least: products at the expected rate, or what a chip must send."""
   workload, mesh = plan.workload, plan.mesh_plan
   config, items = workload.config, workload.batch.items
   lengths = item_lengths(items.segments)
@@ -188,7 +197,7 @@ def _bound(plan: Plan) -> float:
     products += 2 * int(lengths.sum()) * _recomputed_weights(workload)
   if num_chunks > 1 and config.train.remat and not in_layers:
     products += model_flops(workload.model, lengths, train=False)
-  compute = products / len(plan.where.devices) / plan.where.chip.flops
+  compute = products / len(plan.where.devices) / (plan.where.chip.flops * plan.where.chip.efficiency)
   # Shards of the layers, forward and backward: those of the other chips come in, and its own is passed on as often.
   sent = 2 * num_chunks * (mesh.fsdp - 1) * _layer_bytes(plan)
   return max(compute, sent / plan.where.interconnect.ring_bandwidth(mesh.fsdp * mesh.tensor))

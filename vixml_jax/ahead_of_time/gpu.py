@@ -25,13 +25,15 @@ _PACKAGES = ("jax_cuda12_plugin", "jax_plugins.xla_cuda12", "nvidia.cuda_nvcc", 
 class _GpuKind:
   """A kind of GPU.
 
-  The first attributes are published by NVIDIA (data sheets of A100, H100 and H200 SXM). The others are fields of XLA's
-  target configs of these GPUs (openxla/xla, `xla/backends/gpu/target_config/specs`).
+  The rates of products and the bandwidth of NVLink are published by NVIDIA (data sheets of A100, H100 and H200 SXM).
+  The attributes from the description on are fields of XLA's target configs of these GPUs (openxla/xla,
+  `xla/backends/gpu/target_config/specs`).
 
   Attributes:
     flops: Peak rate of dense bfloat16 matrix products, in FLOP/s.
     tf32_flops: The same for float32 operands that are rounded to TF32.
     float32_flops: The same for float32 operands at full precision.
+    efficiency: As in `Chip`; that of the H200 is assumed to be the H100's, which is the same chip.
     nvlink_bandwidth: Bytes/s that a GPU sends over NVLink: half of the published bandwidth, which is that of both
       directions.
     description: Name of the device.
@@ -49,6 +51,7 @@ class _GpuKind:
   flops: float
   tf32_flops: float
   float32_flops: float
+  efficiency: float
   nvlink_bandwidth: float
   description: str
   memory: int
@@ -95,13 +98,16 @@ class _GpuKind:
     """Returns the GPU with the memory that JAX allocates of it."""
     cost = {"default": self.flops / self.tf32_flops, "high": self.flops / self.tf32_flops}
     cost["highest"] = self.flops / self.float32_flops
-    return Chip(fraction * self.memory, self.flops, self.memory_bandwidth, cost, overlaps=False)
+    return Chip(
+      fraction * self.memory, self.flops, self.memory_bandwidth, cost, overlaps=False, efficiency=self.efficiency
+    )
 
 
 _HOPPER: dict[str, Any] = dict(
   flops=989.4e12,
   tf32_flops=494.7e12,
   float32_flops=66.9e12,
+  efficiency=0.54,
   nvlink_bandwidth=450e9,
   cores=132,
   float_units=128,
@@ -116,6 +122,7 @@ GPUS = {
     flops=312e12,
     tf32_flops=156e12,
     float32_flops=19.5e12,
+    efficiency=0.68,
     nvlink_bandwidth=300e9,
     description="NVIDIA A100-SXM4-80GB",
     memory=85_100_068_864,

@@ -25,6 +25,9 @@ class Chip:
     float32_cost: How many bfloat16 products a float32 product costs, by precision: "default", "high" and "highest".
     overlaps: Whether products, memory traffic and collectives of different operations run at the same time, as on a
       TPU. On a GPU, kernels run one after another.
+    efficiency: Share that real runs reach: the time of their kernels, each of which takes the longer of its products at
+      the peak rate and its memory traffic at the full bandwidth, divided by the time that was measured. It follows from
+      published runs (`benchmarks/published_runs.py`).
   """
 
   hbm_bytes: float
@@ -32,6 +35,7 @@ class Chip:
   hbm_bandwidth: float
   float32_cost: Mapping[str, float]
   overlaps: bool
+  efficiency: float
 
 
 class Interconnect(Protocol):

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from vixml_jax.ahead_of_time.estimate import Estimate, Report
+from vixml_jax.ahead_of_time.roofline import Roofline
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -18,6 +19,7 @@ def report_json(report: Report) -> dict[str, Any]:
     "hbm_bytes": plan.where.chip.hbm_bytes,
     "fits": report.fits,
     "hours": report.hours,
+    "expected_hours": report.expected_hours,
     "train_step": _estimate(report.train),
     "encode_step": _estimate(report.encode),
     "programs": {estimate.program.name: _estimate(estimate) for estimate in report.estimates},
@@ -35,11 +37,17 @@ def _estimate(estimate: Estimate) -> dict[str, Any]:
     "tokens": estimate.tokens,
     "runs": estimate.runs,
     "hours": estimate.hours,
+    "expected_hours": estimate.expected_hours,
     "flops": cost and cost.flops,
     "hbm_traffic": cost and cost.hbm_bytes,
     "sent": cost and cost.moved,
     "collectives": [dataclasses.asdict(collective) | {"times": times} for collective, times in cost.collectives.items()]
     if cost
     else None,
-    "seconds": dataclasses.asdict(roofline) | {"roofline": roofline.seconds} if roofline else None,
+    "seconds": _seconds(roofline) if roofline else None,
   }
+
+
+def _seconds(roofline: Roofline) -> dict[str, float]:
+  times = dataclasses.asdict(roofline)
+  return {"roofline": times.pop("lower_bound")} | times  # The key is older than the name of the attribute.

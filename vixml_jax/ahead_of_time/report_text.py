@@ -25,6 +25,7 @@ def report_text(report: Report) -> str:
     "",
     *aligned(_program_rows(report)),
     f"in GiB per chip; a program may use {where.chip.hbm_bytes / GIB:.2f} ({where.budget}). s and h are lower bounds.",
+    f"expected: kernels reach {where.chip.efficiency:.0%} of their lower bounds, as in a published run on such chips.",
     *_notes(report),
     "",
     *aligned(_detail_rows(report)),
@@ -39,10 +40,13 @@ def _program_rows(report: Report) -> list[list[str]]:
   """Returns one row for each program: memory, whether it fits, time of a run, number of runs, hours."""
   limit = report.plan.where.chip.hbm_bytes
   rows = [
-    ["program", "arguments", "temporaries", "results", "rest of the run", "total", "fits", "s a run", "runs", "h"]
+    [
+      *("program", "arguments", "temporaries", "results", "rest of the run", "total", "fits"),
+      *("s a run", "expected", "runs", "h", "expected"),
+    ]
   ]
   for estimate in report.estimates:
-    memory = estimate.program.memory
+    memory, roofline, end = estimate.program.memory, estimate.roofline, "+" if _endless(estimate) else ""
     rows.append(
       [
         estimate.program.name,
@@ -52,15 +56,16 @@ def _program_rows(report: Report) -> list[list[str]]:
         _number(memory.others / GIB, 2),
         _number(memory.total / GIB, 2),
         "yes" if memory.total <= limit else "NO",
-        _number(None if estimate.roofline is None else estimate.roofline.seconds, 4)
-        + ("+" if _endless(estimate) else ""),
+        _number(None if roofline is None else roofline.lower_bound, 4) + end,
+        _number(None if roofline is None else roofline.expected, 4) + end,
         _number(estimate.runs, 0),
-        _number(estimate.hours, 2) + ("+" if _endless(estimate) else ""),
+        _number(estimate.hours, 2) + end,
+        _number(estimate.expected_hours, 2) + end,
       ]
     )
-  largest, hours = report.largest.program, report.hours
+  largest = report.largest.program
   rows.append(["largest, and all hours", "", "", "", "", _number(largest.memory.total / GIB, 2)])
-  rows[-1] += ["yes" if report.fits else "NO", "", "", _number(hours, 2)]
+  rows[-1] += ["yes" if report.fits else "NO", "", "", "", _number(report.hours, 2), _number(report.expected_hours, 2)]
   return rows
 
 
@@ -91,7 +96,12 @@ def _detail_rows(report: Report) -> list[list[str]]:
   def bound(estimate: Estimate) -> str:
     return "-" if estimate.roofline is None else estimate.roofline.bound
 
-  kernels = [] if where.chip.overlaps else [time("time of all kernels", "ms", lambda _, r: 1e3 * (r.kernels or 0))]
+  def both(name: str, unit: str, value: Callable[[Estimate, float], float], digits: int) -> list[list[str]]:
+    return [
+      time(f"{name}, at most", unit, lambda e, roofline: value(e, roofline.lower_bound), digits),
+      time(f"{name}, expected", unit, lambda e, roofline: value(e, roofline.expected), digits),
+    ]
+
   return [
     ["one run, per chip", "", *(estimate.program.name for estimate in estimates)],
     cost("matrix products", "TFLOP", lambda cost: cost.flops / 1e12, 3),
@@ -100,12 +110,14 @@ def _detail_rows(report: Report) -> list[list[str]]:
     cost("sent to other chips", "GB", lambda cost: cost.moved / 1e9),
     time("time of matrix products", "ms", lambda _, roofline: 1e3 * roofline.compute),
     time("time of HBM traffic", "ms", lambda _, roofline: 1e3 * roofline.hbm),
-    *kernels,
+    time("time of all kernels", "ms", lambda _, roofline: 1e3 * roofline.kernels),
     time("time of the interconnect", "ms", lambda _, roofline: 1e3 * roofline.interconnect),
     ["bound by", "", *map(bound, estimates)],
-    time("model FLOPs utilization", "%", lambda e, _: 100 * (e.utilization(where) or 0), 1),
-    time("tokens/s of all chips", "", lambda e, roofline: e.tokens / roofline.seconds, 0),
-    time("items/s of all chips", "", lambda e, roofline: e.items / roofline.seconds, 0),
+    time("lower bound of the time", "ms", lambda _, roofline: 1e3 * roofline.lower_bound),
+    time("expected time", "ms", lambda _, roofline: 1e3 * roofline.expected),
+    *both("model FLOPs utilization", "%", lambda e, seconds: 100 * e.utilization(where, seconds), 1),
+    *both("tokens/s of all chips", "", lambda e, seconds: e.tokens / seconds, 0),
+    *both("items/s of all chips", "", lambda e, seconds: e.items / seconds, 0),
     row("compilation", "s", lambda e: e.program.seconds, 0),
   ]
 

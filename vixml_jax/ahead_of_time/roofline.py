@@ -1,4 +1,4 @@
-"""Computes the least time that a program can take on a chip, and the FLOPs that a model needs."""
+"""Computes the least and the expected time of a program on a chip, and the FLOPs that a model needs."""
 
 import dataclasses
 import re
@@ -13,20 +13,25 @@ from vixml_jax.weights import engine
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-  """Lower bounds of a program's time, in seconds.
+  """Times of a program, in seconds: a lower bound with its parts, and what to expect of a real run.
 
   Attributes:
     compute: Matrix products at the chip's bfloat16 peak; those in float32 as many times slower as the chip is at them.
     hbm: HBM traffic at the published bandwidth.
     interconnect: Collectives as rings, one after another.
-    kernels: Sum over all kernels of the longer of its compute and HBM times, for chips that run one kernel after
-      another; None for chips on which different operations overlap.
+    kernels: Sum over all kernels of the longer of its compute and HBM times.
+    lower_bound: The largest of the times, as if the others overlapped with it completely; `kernels` is one of them for
+      chips that run one kernel after another.
+    expected: Time of the kernels divided by the share that real runs on this chip reach (`Chip.efficiency`), or the
+      time of the interconnect if that is longer.
   """
 
   compute: float
   hbm: float
   interconnect: float
-  kernels: float | None = None
+  kernels: float
+  lower_bound: float
+  expected: float
 
   @classmethod
   def of(cls, cost: Cost, where: Machine) -> "Roofline":
@@ -36,22 +41,19 @@ class Roofline:
       times * collective.moved / where.interconnect.ring_bandwidth(collective.group)
       for collective, times in cost.collectives.items()
     )
-    kernels = None
-    if not chip.overlaps:
-      kernels = sum(
-        times * max(flops / chip.flops, size / chip.hbm_bandwidth) for (flops, size), times in cost.kernels.items()
-      )
-    return cls(cost.unit_flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, sent, kernels)
-
-  @property
-  def seconds(self) -> float:
-    """The largest of the times, which assumes that the others overlap with it completely."""
-    return max(self.compute, self.hbm, self.interconnect, self.kernels or 0.0)
+    kernels = sum(
+      times * max(flops / chip.flops, size / chip.hbm_bandwidth) for (flops, size), times in cost.kernels.items()
+    )
+    compute, hbm = cost.unit_flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth
+    lower_bound = max(compute, hbm, sent, 0.0 if chip.overlaps else kernels)
+    # Operations that run beside the kernels are not in their sum, but their products and traffic take time as well.
+    expected = max(max(compute, hbm, kernels) / chip.efficiency, sent)
+    return cls(compute, hbm, sent, kernels, lower_bound, expected)
 
   @property
   def bound(self) -> str:
-    """What takes that time: "compute", "hbm" or "interconnect"; on a GPU, the larger part of the kernels' time."""
-    if self.interconnect >= max(self.compute, self.hbm, self.kernels or 0.0):
+    """What takes the lower bound: "compute", "hbm" or "interconnect"; on a GPU, the larger part of the kernels."""
+    if self.interconnect >= self.lower_bound:
       return "interconnect"
     return "compute" if self.compute >= self.hbm else "hbm"
 

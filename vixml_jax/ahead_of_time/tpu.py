@@ -17,9 +17,9 @@ from vixml_jax.errors import InputError
 _FLOAT32_COST = {"default": 1.0, "high": 3.0, "highest": 6.0}
 
 
-def _chip(granted_gib: float, flops: float, hbm_bandwidth: float) -> Chip:
+def _chip(granted_gib: float, flops: float, hbm_bandwidth: float, efficiency: float) -> Chip:
   """Returns a chip, given the memory that its compiler grants a program, slightly less than the published one."""
-  return Chip(granted_gib * GIB, flops, hbm_bandwidth, _FLOAT32_COST, overlaps=True)
+  return Chip(granted_gib * GIB, flops, hbm_bandwidth, _FLOAT32_COST, overlaps=True, efficiency=efficiency)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,10 @@ class _TpuKind:
 
 TPUS = {
   # "megacore": both cores are one device.
-  "v4": _TpuKind(_chip(30.75, 275e12, 1228e9), 50e9, 3, 4, options={"chip_config_name": "megacore"}),
-  "v5e": _TpuKind(_chip(15.75, 197e12, 819e9), 50e9, 2, 16),
-  "v5p": _TpuKind(_chip(95.74, 459e12, 2765e9), 100e9, 3, 4),
-  "v6e": _TpuKind(_chip(31.25, 918e12, 1640e9), 100e9, 2, 16),
+  "v4": _TpuKind(_chip(30.75, 275e12, 1228e9, 0.71), 50e9, 3, 4, options={"chip_config_name": "megacore"}),
+  "v5e": _TpuKind(_chip(15.75, 197e12, 819e9, 0.79), 50e9, 2, 16),
+  "v5p": _TpuKind(_chip(95.74, 459e12, 2765e9, 0.76), 100e9, 3, 4),
+  "v6e": _TpuKind(_chip(31.25, 918e12, 1640e9, 0.58), 100e9, 2, 16),
 }
 # Environment variables that libtpu reads when it is loaded: other processes may load it at the same time, and it must
 # not ask the network which machine it runs on. The accelerator type replaces that of a machine without TPU; the name of
