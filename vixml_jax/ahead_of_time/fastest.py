@@ -1,51 +1,25 @@
 """Searches for the mesh, the chunk size and the recomputation with which a machine trains fastest.
 
 A compiled candidate has an expected time (`roofline`). Before that, every candidate has a lower bound of its expected
-time, which follows from its sizes: the products that it cannot avoid, and what its chips must send. Candidates are
-compiled in the order of that bound. The search ends when the best compiled step takes no longer than the bound of the
-next candidate, so what it leaves out cannot be faster.
+time (`candidates`), which follows from its sizes: the products that it cannot avoid, and what its chips must send.
+Candidates are compiled in the order of that bound. The search ends when the best compiled step takes no longer than the
+bound of the next candidate, so what it leaves out cannot be faster.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 import dataclasses
-import itertools
 import logging
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from vixml_jax.ahead_of_time.candidates import Candidate, candidates
 from vixml_jax.ahead_of_time.compiling import Program, ProgramMemory
 from vixml_jax.ahead_of_time.estimate import Estimate, estimate_train_step
 from vixml_jax.ahead_of_time.machine import GIB, Machine
-from vixml_jax.ahead_of_time.plan import Plan, all_mesh_plans, bytes_a_chip, halvings
-from vixml_jax.ahead_of_time.programs import run_programs
-from vixml_jax.ahead_of_time.roofline import model_flops
-from vixml_jax.ahead_of_time.workload import Workload, item_lengths
-from vixml_jax.errors import InputError
+from vixml_jax.ahead_of_time.plan import Plan
+from vixml_jax.ahead_of_time.workload import Workload
 from vixml_jax.text_columns import aligned
-from vixml_jax.weights import engine
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-  """A way to run the training step.
-
-  Attributes:
-    plan: The step on the machine.
-    keys: Values of the config that differ from the one that was asked for, by dotted key, mesh and chunk size left out.
-    bound: Lower bound of the expected seconds of a step.
-  """
-
-  plan: Plan
-  keys: Mapping[str, Any]
-  bound: float
-
-  @property
-  def flags(self) -> str:
-    """The flags that select this candidate."""
-    return " ".join([self.plan.mesh_plan.flags, *(f"--config.{key}={value}" for key, value in self.keys.items())])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +49,12 @@ class Tried:
     """Whether the step fits a chip."""
     return self.seconds is not None and self.memory.total <= self.candidate.plan.where.chip.hbm_bytes
 
+  @property
+  def verdict(self) -> str:
+    """Whether it fits, and what to expect, in words."""
+    needs = f"needs {self.memory.total / GIB:.2f} of {self.candidate.plan.where.chip.hbm_bytes / GIB:.2f} GiB"
+    return f"expected {self.seconds:.3f} s; {needs}" if self.fits else f"does not fit: {needs}"
+
 
 def fastest_fit(
   workload: Workload, where: Machine, compile_program: Callable[[Plan], Program], most: int
@@ -91,17 +71,25 @@ def fastest_fit(
     The compiled candidates, those that fit first, fastest first.
   """
   tried: list[Tried] = []
-  candidates = sorted(_candidates(workload, where), key=lambda candidate: candidate.bound)
-  for number, candidate in enumerate(candidates):
+  listed = candidates(workload, where)
+  for number, candidate in enumerate(listed):
     best = min((each.seconds for each in tried if each.fits and each.seconds is not None), default=None)
     if best is not None and candidate.bound >= best:
-      _log.info("%d candidates are left out: none can be faster than %.3f s", len(candidates) - number, best)
+      _log.info("%d candidates are left out: none can be faster than %.3f s", len(listed) - number, best)
       break
     if len(tried) == most:
-      _log.info("%d candidates are left out: --search=%d are compiled", len(candidates) - number, most)
+      _log.info("%d candidates are left out: --search=%d are compiled", len(listed) - number, most)
       break
-    _log.info("candidate %d of %d: %s, at least %.3f s", number + 1, len(candidates), candidate.flags, candidate.bound)
+    _log.info(
+      "candidate %d of %d: %s; at least %.3f s and %.2f GiB",
+      number + 1,
+      len(listed),
+      candidate.flags,
+      candidate.bound,
+      candidate.memory / GIB,
+    )
     tried.append(Tried(candidate, estimate_train_step(candidate.plan, compile_program(candidate.plan))))
+    _log.info("%s", tried[-1].verdict)
   return sorted(tried, key=lambda each: (not each.fits, each.seconds or 0.0))
 
 
@@ -117,7 +105,7 @@ def search_text(tried: list[Tried]) -> str:
       [
         f"{mesh.data} x {mesh.fsdp} x {mesh.tensor}",
         f"{mesh.chunk_rows}",
-        " ".join(f"{key}={value}" for key, value in each.candidate.keys.items()),
+        " ".join(f"{key}={_short(value)}" for key, value in each.candidate.keys.items()),
         f"{each.memory.total / GIB:.2f}",
         "yes" if each.fits else "NO",
         f"{each.candidate.bound:.4f}",
@@ -136,6 +124,11 @@ def search_text(tried: list[Tried]) -> str:
   return "\n".join([*aligned(rows), end])
 
 
+def _short(value: Any) -> str:
+  """Returns the value of a key for the table."""
+  return ",".join(value) or "()" if isinstance(value, tuple) else f"{value}"
+
+
 def search_json(tried: list[Tried]) -> list[dict[str, Any]]:
   """Returns the compiled candidates, those that fit first, fastest first."""
   return [
@@ -150,73 +143,3 @@ def search_json(tried: list[Tried]) -> list[dict[str, Any]]:
     }
     for each in tried
   ]
-
-
-def _candidates(workload: Workload, where: Machine) -> Iterator[Candidate]:
-  """Yields the candidates whose arrays fit the chips."""
-  asked = workload.config.train.chunk_rows
-  # Chunks that are halved, and doubled until they hold the batch.
-  rows = len(workload.batch.items.segments) * asked
-  sizes = halvings(asked)
-  sizes += itertools.takewhile(lambda size: size <= rows, (asked << i for i in itertools.count(1)))
-  options = list(_recomputations(workload.config))
-  # Each of them packs its batch once, for all meshes.
-  workloads = {
-    size: [(keys, workload.with_keys({"train.chunk_rows": size} | keys)) for keys in options] for size in sizes
-  }
-  for mesh_plan in all_mesh_plans(len(where.devices), sizes):
-    for keys, changed in workloads[mesh_plan.chunk_rows]:
-      try:
-        plan = Plan.of(changed, where, mesh_plan)
-      except InputError:  # A size of the model or the batch is not divisible by this mesh.
-        break
-      if max(each.held for each in run_programs(plan)) <= where.chip.hbm_bytes:
-        yield Candidate(plan, keys, _bound(plan))
-
-
-def _recomputations(config: ConfigDict) -> Iterator[dict[str, Any]]:
-  """Yields the values of the keys that say what the backward pass recomputes; the config's own first."""
-  yield {}
-  if not config.encoder.remat:
-    yield {"encoder.remat": True}
-  elif config.encoder.remat_saved:  # Without recomputation, nothing is saved by name.
-    yield {"encoder.remat": False, "encoder.remat_saved": ()}
-  else:
-    yield {"encoder.remat": False}
-
-
-def _bound(plan: Plan) -> float:
-  """Returns the seconds that a step takes at least: products at the expected rate, or what a chip must send."""
-  workload, mesh = plan.workload, plan.mesh_plan
-  config, items = workload.config, workload.batch.items
-  lengths = item_lengths(items.segments)
-  num_chunks = int(items.filled.sum())
-  in_layers = num_chunks > 1 and config.train.chunks_in == "layer"
-  products = model_flops(workload.model, lengths, train=True)
-  if config.encoder.remat or in_layers:
-    products += 2 * int(lengths.sum()) * _recomputed_weights(workload)
-  if num_chunks > 1 and config.train.remat and not in_layers:
-    products += model_flops(workload.model, lengths, train=False)
-  compute = products / len(plan.where.devices) / (plan.where.chip.flops * plan.where.chip.efficiency)
-  # Shards of the layers, forward and backward: those of the other chips come in, and its own is passed on as often.
-  sent = 2 * num_chunks * (mesh.fsdp - 1) * _layer_bytes(plan)
-  return max(compute, sent / plan.where.interconnect.ring_bandwidth(mesh.fsdp * mesh.tensor))
-
-
-def _recomputed_weights(workload: Workload) -> int:
-  """Returns the number of weights whose products are computed again where layers are recomputed.
-
-  Nobody reads the result of a layer's last product again, and products that are saved by name are not computed again.
-  """
-  layers = engine.flatten_tree(workload.model.shapes["encoder"]["layers"])
-  kept = {"down", *workload.config.encoder.remat_saved}
-  return sum(
-    leaf.size
-    for name, leaf in layers.items()
-    if name.endswith(("/kernel", "/lora_a", "/lora_b")) and name.split("/")[-2] not in kept
-  )
-
-
-def _layer_bytes(plan: Plan) -> float:
-  """Returns the bytes of the encoder's layers on each chip."""
-  return bytes_a_chip([tree.get("encoder", {}).get("layers", {}) for tree in (plan.state.params, plan.frozen)])
