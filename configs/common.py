@@ -108,7 +108,15 @@ def base_config() -> ConfigDict:
   config.mining = ConfigDict(
     dict(cluster_size=16, start_epoch=10, update_epochs=5, doubling_epochs=(20, 40, 60, 80, 100, 120))
   )
-  config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+  config.mesh = ConfigDict(
+    dict(
+      data=-1,  # Devices that share the batch only; -1 for the remaining devices.
+      # Devices that share the parameters and the batch. 0 for as few as leave three quarters of a device's memory to
+      # the rest, and all others along data.
+      fsdp=1,
+      tensor=1,  # Devices that share each product.
+    )
+  )
   config.eval = ConfigDict(
     dict(
       search="exact",  # Or "scann".
@@ -245,14 +253,14 @@ def published_config(
     name: Name of the config.
     dataset: Name of the data set's builder.
     variant: Text after the colon of `--config`: `encoder=` (a name in `ENCODERS`), `images=` (0 to 5), `method=`
-      (prime, ngame or dexa) and the word `robust` (see `make_robust`).
+      (prime, ngame or dexa), `mesh=auto` (see `mesh.fsdp`) and the word `robust` (see `make_robust`).
     recipes: Batch size and learning rate by encoder, where they are not those of titles; "decoder" stands for all
       decoders.
 
   Raises:
     ValueError: If a part of the variant is unknown.
   """
-  chosen = parse_variant(variant, encoder="distilbert", images="0", method="prime", variant="")
+  chosen = parse_variant(variant, encoder="distilbert", images="0", method="prime", mesh="", variant="")
   encoder = chosen["encoder"]
   config = base_config()
   config.name = f"{name}-{encoder}"
@@ -265,7 +273,8 @@ def published_config(
     config.seed = 42
     config.train.update(dict(epochs=30, batch_size=1024 if encoder == "qwen2.5-7b" else 2048))
     # Every device holds a shard of the weights and gathers each layer when it is needed, once per chunk. So a batch of
-    # titles is one chunk, whose layers are recomputed in the backward pass. On 256 chips, also set mesh.data=16.
+    # titles is one chunk, whose layers are recomputed in the backward pass. On
+    # many chips, mesh=auto gathers from fewer of them.
     config.mesh.update(dict(data=1, fsdp=-1))
     config.encoder.remat = True
     config.train.chunk_rows = config.train.batch_size * (28 if config.images else 20) // 64
@@ -276,6 +285,10 @@ def published_config(
   if recipe is not None:
     config.train.batch_size, config.train.learning_rate = recipe
   use_method(config, chosen["method"])
+  if chosen["mesh"] not in ("", "auto"):
+    raise ValueError(f"mesh={chosen['mesh']}: must be auto; set config.mesh.data, fsdp and tensor for a certain mesh")
+  if chosen["mesh"]:
+    config.mesh.fsdp = 0
   if chosen["variant"] == "robust":
     make_robust(config)
   elif chosen["variant"]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import functools
 import math
+import os
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -265,6 +266,13 @@ def bytes_a_device(array: jax.Array | jax.ShapeDtypeStruct) -> int:
   """Returns the bytes that an array, or a shape with a sharding, takes on each device."""
   assert array.sharding is not None
   return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def device_memory(devices: Sequence[jax.Device]) -> int:
+  """Returns the bytes that each of a process's devices grants; for CPU devices, a share of the machine's memory."""
+  stats = devices[0].memory_stats() or {}
+  whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return stats.get("bytes_limit", whole // len(devices))
 
 
 def padded_rows(rows: int) -> int:

@@ -16,6 +16,7 @@ from vixml_jax.ahead_of_time.workload import Workload
 from vixml_jax.encoding.inputs import EncoderInputs
 from vixml_jax.images.features import ImageFeatures, fits_devices
 from vixml_jax.run.from_config import check_attention, check_divides
+from vixml_jax.run.mesh_choice import choose_mesh
 from vixml_jax.run.state import TrainState, abstract_params, abstract_state
 from vixml_jax.training.optimizer import optimizer_from_config
 from vixml_jax.training.step import DeviceBatch, device_batch
@@ -51,8 +52,11 @@ class MeshPlan:
 
 
 def mesh_plan_of(config: ConfigDict, where: Machine) -> MeshPlan:
-  """Returns the mesh and chunk size of a config; a size of -1 is replaced by what the machine leaves."""
-  mesh = where.mesh(**config.mesh.to_dict())
+  """Returns the mesh and chunk size of a config; -1 stands for what the machine leaves, and 0 is chosen."""
+  sizes = tuple(config.mesh[axis] for axis in sharding.MESH_AXES)
+  if not config.mesh.fsdp:
+    sizes = choose_mesh(config, len(where.devices), where.mesh, where.chip.hbm_bytes)
+  mesh = where.mesh(*sizes)
   return MeshPlan(mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"], config.train.chunk_rows)
 
 

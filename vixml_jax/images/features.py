@@ -62,7 +62,7 @@ class ImageFeatures:
       mesh: the devices.
       where: "device", "host", or "auto" for the devices if they fit (see `fits_devices`).
     """
-    memory = _device_memory(mesh)
+    memory = sharding.device_memory(mesh.local_devices)
     if where == "host" or (where == "auto" and not fits_devices(len(self.values), self.values.shape[1], mesh, memory)):
       return self
     rows = _ZeroPadded(self.values, sharding.padded_rows(len(self.values)))
@@ -169,14 +169,6 @@ def _first_images(features: FeatureSet, split: str, images: int) -> Iterator[tup
 def _row_ids(offsets: np.ndarray) -> Ragged:
   """Returns the rows of each item's features, which are stored item after item."""
   return Ragged(np.arange(offsets[0], offsets[-1], dtype=np.int32), offsets - offsets[0])
-
-
-def _device_memory(mesh: Mesh) -> int:
-  """Returns the bytes of a device's memory; for a CPU device its share of the machine's."""
-  device = mesh.local_devices[0]
-  stats = device.memory_stats() or {}
-  whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  return stats.get("bytes_limit", whole // len(mesh.local_devices))
 
 
 @dataclasses.dataclass(frozen=True)

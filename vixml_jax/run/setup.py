@@ -24,6 +24,7 @@ from vixml_jax.run.from_config import (
   model_from_config,
   with_free_vectors,
 )
+from vixml_jax.run.mesh_choice import with_mesh
 from vixml_jax.run.pretrained import frozen_params
 from vixml_jax.run.workdir import CONFIG
 from vixml_jax.weights import hf_config, source
@@ -71,6 +72,7 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   Raises:
     InputError: something is wrong with the config, the data, the weights' folder or the workdir.
   """
+  config = with_mesh(config, workdir)
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   check_attention(config, mesh)
   pretrained = source.resolve(config.encoder.pretrained, weights=not config.encoder.random_init)
