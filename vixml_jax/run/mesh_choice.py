@@ -43,7 +43,8 @@ def with_mesh(config: ConfigDict, workdir: Path) -> ConfigDict:
   if sizes is None:
     sizes = choose_mesh(config, count, sharding.make_mesh, sharding.device_memory(jax.local_devices()))
   if jax.process_count() > 1:  # Devices of other processes may have a little more or less memory.
-    sizes = tuple(int(size) for size in multihost_utils.broadcast_one_to_all(np.array(sizes)))
+    data, fsdp, tensor = multihost_utils.broadcast_one_to_all(np.array(sizes))
+    sizes = (int(data), int(fsdp), int(tensor))
   config = config.copy_and_resolve_references()
   config.mesh.update(dict(zip(sharding.MESH_AXES, sizes, strict=True)))
   return config
