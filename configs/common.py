@@ -78,6 +78,8 @@ def base_config() -> ConfigDict:
       batch_size=2048,  # Queries per step over the whole mesh.
       learning_rate=2e-4,
       new_learning_rate=5e-4,  # Prototype network and image fusion.
+      # Initial biases of the prototype network and of the maps of images: "uniform" as in torch, or "zero".
+      new_biases="uniform",
       free_vector_learning_rate=5e-4,
       warmup_steps=100,
       weight_decay=0.01,
@@ -91,8 +93,11 @@ def base_config() -> ConfigDict:
       positive_sampling="propensity",  # How the label of a query in a step is drawn; or "uniform".
       sampling_a=0.6,  # Constants of the propensity for sampling.
       sampling_b=2.6,
-      row_length=128,  # Number of tokens of a packed row; at least max_length.
-      chunk_rows=128,  # Number of packed rows that are encoded at a time, over the whole mesh.
+      # Number of tokens of a packed row, at least max_length; or 0 for a length that suits the platform.
+      row_length=128,
+      # Number of packed rows that are encoded at a time, over the whole mesh; or 0 for a whole batch, or the part of it
+      # that fits the memory.
+      chunk_rows=128,
       # Whether chunks are recomputed in the backward pass, if there are several. Memory then does not grow with the
       # batch.
       remat=True,

@@ -25,7 +25,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
   common.use_images(config, chosen["images"])
   if config.images:
     config.fusion.modality_dropout = 0.2  # So that the model also answers queries without images. The paper has 0.
-  config.train.update(dict(epochs=20, batch_size=512, free_vectors=0, row_length=64, chunk_rows=16, warmup_steps=10))
+  config.encoder.dtype = "auto"
+  config.train.update(dict(epochs=20, batch_size=512, free_vectors=0, row_length=0, chunk_rows=0, warmup_steps=10))
   config.mining.update(dict(start_epoch=2, update_epochs=2, doubling_epochs=(8, 12)))
   config.dataset.propensity_a, config.dataset.propensity_b = 0.55, 1.5
   config.train.sampling_a, config.train.sampling_b = 0.55, 1.5

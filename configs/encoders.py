@@ -3,7 +3,7 @@
 _SHARED = dict(
   random_init=False,  # Whether the weights are random; `pretrained` then provides only the tokenizer.
   pooling="mean",  # Or "last": only the last token of an item.
-  dtype="bfloat16",
+  dtype="bfloat16",  # Or "float32", "float16", or "auto" for float32 on CPUs and bfloat16 on accelerators.
   # Dtype of the residual stream and of the outputs of norms; "" for `dtype`. With "float32", only matrix products are
   # computed in `dtype`, as in the published code with encoders.
   residual_dtype="",

@@ -16,7 +16,8 @@ from vixml_jax.input.batches import steps_per_epoch
 from vixml_jax.models.lora import split_lora
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import Checkpointer
-from vixml_jax.run.from_config import model_from_config, with_free_vectors
+from vixml_jax.run.chosen import with_free_vectors
+from vixml_jax.run.from_config import model_from_config
 from vixml_jax.run.setup import set_up_run
 from vixml_jax.run.state import abstract_state
 from vixml_jax.training.loop import train

@@ -20,7 +20,10 @@ from vixml_jax.run import configuration
       "config.train.positive_sampling='random': must be one of propensity, uniform",
     ),
     ({"dataset.max_length": 2}, "config.dataset.max_length=2: must be at least 3"),
-    ({"dataset.max_length": 4096}, "config.dataset.max_length=4096: must be at most config.train.row_length=64"),
+    (
+      {"dataset.max_length": 4096, "train.row_length": 64},
+      "config.dataset.max_length=4096: must be at most config.train.row_length=64",
+    ),
     ({"dataset.validation_fraction": 1.0}, "config.dataset.validation_fraction=1.0: must be at least 0 and below 1"),
     ({"dataset.text_fields": ()}, "config.dataset.text_fields=(): must be title, content or both"),
     ({"encoder.dtype": "float8"}, "config.encoder.dtype='float8': must be one of"),

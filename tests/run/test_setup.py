@@ -9,12 +9,13 @@ import pytest
 
 from tests.helpers.image_features import write_random_features
 from tests.helpers.miniature_runs import load_config, miniature_config
-from vixml_jax import datasets
+from vixml_jax import datasets, sharding
 from vixml_jax.errors import InputError
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.run import configuration
-from vixml_jax.run.from_config import check_attention
+from vixml_jax.run.from_config import check_attention, model_from_config
 from vixml_jax.run.setup import set_up_run
+from vixml_jax.run.state import init_params
 
 FEATURES = 6
 
@@ -131,3 +132,16 @@ def test_fused_attention_of_decoders_is_accepted_on_gpus():
   mesh.shape["tensor"] = 4
   with pytest.raises(InputError, match="14 heads cannot be shared evenly by 4 devices"):
     check_attention(config, mesh)
+
+
+def test_biases_of_new_layers_are_zero_or_as_in_torch(config):
+  config.images, config.fusion.residual = 3, 0.4
+  for kind in ("zero", "uniform"):
+    config.train.new_biases = kind
+    model = model_from_config(config)
+    params = init_params(model, sharding.make_mesh(), 0)
+    maps = [params["prototype"]["layer"][name] for name in ("up", "down")] + [params["fusion"]["project"]]
+    for linear in maps:
+      bound = len(linear["kernel"]) ** -0.5
+      largest = abs(np.asarray(linear["bias"])).max()
+      assert (largest == 0) if kind == "zero" else (0.5 * bound < largest <= bound), kind

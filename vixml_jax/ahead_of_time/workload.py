@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,8 +16,11 @@ from vixml_jax.input.packing import PackedLayout
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.ragged import Ragged
-from vixml_jax.run.from_config import layout_from_config, model_from_config, with_free_vectors
+from vixml_jax.run import chosen
+from vixml_jax.run.from_config import layout_from_config, model_from_config
 
+_PLATFORM = "tpu"  # Open keys are chosen alike for all accelerators.
+_CHUNK_MULTIPLE = 64  # So that the chunk can be halved often enough where a whole batch does not fit.
 _SHORTEST = 3  # Tokens of the shortest synthetic text: two special tokens and one of its own.
 
 
@@ -36,8 +40,14 @@ class Workload:
 
   @classmethod
   def of(cls, config: ConfigDict, size: DataSize) -> "Workload":
-    """Returns the workload of a config, with the choices that depend on the size."""
-    config = with_free_vectors(config, size.labels)
+    """Returns the workload of a config. Open keys are chosen as on an accelerator that holds a whole batch."""
+    config = chosen.with_free_vectors(chosen.with_dtype(config, _PLATFORM), size.labels)
+    layout = _layout(config)
+    config = chosen.with_row_length(config, layout.longest(config.dataset.max_length), _PLATFORM)
+    queries, labels = (_synthetic_items(config.train.batch_size, size, config, seed) for seed in range(2))
+    own = _one_each(config.train.batch_size)
+    layout = dataclasses.replace(layout, row_length=config.train.row_length)
+    config = chosen.with_chunk_rows(config, queries, own, labels, layout, unit=_CHUNK_MULTIPLE, budget=math.inf)
     return cls(config, size, model_from_config(config))
 
   @property
@@ -64,7 +74,7 @@ class Workload:
     """A batch of synthetic items with the lengths of the data set, packed as in training."""
     size, train = self.size, self.config.train
     queries, labels = (_synthetic_items(train.batch_size, size, self.config, seed) for seed in range(2))
-    own = Ragged.of_lengths(np.arange(train.batch_size, dtype=np.int32), np.ones(train.batch_size, np.int64))
+    own = _one_each(train.batch_size)
     dropout = self.config.fusion.modality_dropout if self.config.images else 0.0
     data = TrainingQueries(queries, own, labels, np.ones(train.batch_size), dropout)
     return make_batch(data, np.arange(train.batch_size), train.batch_size, self.layout, seed=0, epoch=0, step=0)
@@ -72,7 +82,7 @@ class Workload:
   @property
   def layout(self) -> PackedLayout:
     """Shape of the packed rows."""
-    return layout_from_config(self.config, _SyntheticTokenizer(self.config.encoder.architecture))
+    return _layout(self.config)
 
 
 class _SyntheticTokenizer(Tokenizer):
@@ -88,6 +98,15 @@ class _SyntheticTokenizer(Tokenizer):
   def token_id(self, token: str) -> int:
     """Returns 0: every token is known."""
     return 0
+
+
+def _layout(config: ConfigDict) -> PackedLayout:
+  return layout_from_config(config, _SyntheticTokenizer(config.encoder.architecture))
+
+
+def _one_each(count: int) -> Ragged:
+  """Returns rows 0 to `count` - 1 of which each has its own number."""
+  return Ragged.of_lengths(np.arange(count, dtype=np.int32), np.ones(count, np.int64))
 
 
 def _synthetic_items(count: int, size: DataSize, config: ConfigDict, seed: int) -> Items:

@@ -49,7 +49,9 @@ class ImageFusion(nnx.Module):
     dropout: Dropout rate in the layer of late fusion.
     layer_norm_eps: Added to the variance in the norms of late fusion.
     dtype: Dtype of the computation.
-    rngs: Source of the initial values. Those of the maps are distributed as in torch.nn.Linear.
+    uniform_bias: Whether biases of the maps start as in torch.nn.Linear instead of at zero. Kernels are distributed as
+      there.
+    rngs: Source of the initial values.
 
   Raises:
     ValueError: If the method or the adapter is unknown, or a residual is combined with late fusion.
@@ -68,6 +70,7 @@ class ImageFusion(nnx.Module):
     dropout: float = 0.1,
     layer_norm_eps: float = 1e-12,
     dtype: str = "float32",
+    uniform_bias: bool = True,
     rngs: nnx.Rngs,
   ):
     if method not in METHODS:
@@ -82,7 +85,12 @@ class ImageFusion(nnx.Module):
 
     def linear(inputs: dict[str, int]) -> layers.Linear:
       return layers.Linear(
-        inputs, {"embed": embed_dim}, uniform_bias=True, dtype=dtype, kernel_init=layers.fan_in_uniform, rngs=rngs
+        inputs,
+        {"embed": embed_dim},
+        uniform_bias=uniform_bias,
+        dtype=dtype,
+        kernel_init=layers.fan_in_uniform,
+        rngs=rngs,
       )
 
     self.project = linear({"feature": feature_dim})

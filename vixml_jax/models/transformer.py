@@ -37,8 +37,9 @@ class PostNormLayer(nnx.Module):
     activation_dropout: Dropout rate inside the feed-forward network; 0 in BERT and DistilBERT.
     layer_norm_eps: Added to the variance in both norms.
     dtype: Dtype of the computation. Norms and softmax are always computed in float32.
-    torch_init: Whether initial values are distributed as in torch.nn.TransformerEncoderLayer. Otherwise kernels are
-      normal with a standard deviation of 0.02 and biases are zero, as in BERT.
+    torch_init: Whether initial kernels are distributed as in torch.nn.TransformerEncoderLayer. Otherwise they are
+      normal with a standard deviation of 0.02, as in BERT.
+    uniform_bias: Whether initial biases of the feed-forward network are those of torch.nn.Linear instead of zero.
     attention: Implementation of the attention; see `attention.segment_attention`.
     rngs: Source of the initial values.
   """
@@ -56,6 +57,7 @@ class PostNormLayer(nnx.Module):
     layer_norm_eps: float = 1e-12,
     dtype: str = "float32",
     torch_init: bool = False,
+    uniform_bias: bool = False,
     attention: str = REFERENCE,
     rngs: nnx.Rngs,
   ):
@@ -74,7 +76,7 @@ class PostNormLayer(nnx.Module):
     )
     self.attention_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
     kernel_init = layers.fan_in_uniform if torch_init else layers.normal_init
-    options: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init, "uniform_bias": torch_init, "rngs": rngs}
+    options: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init, "uniform_bias": uniform_bias, "rngs": rngs}
     self.up = layers.Linear({"embed": embed_dim}, {"mlp": mlp_dim}, **options)
     self.down = layers.Linear({"mlp": mlp_dim}, {"embed": embed_dim}, **options)
     self.mlp_norm = layers.LayerNorm(embed_dim, layer_norm_eps)

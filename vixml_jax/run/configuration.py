@@ -69,7 +69,7 @@ _CHECKS: dict[str, _Check] = {
   "encoder.num_heads": _POSITIVE,
   "encoder.mlp_dim": _POSITIVE,
   "encoder.attention": _one_of(*IMPLEMENTATIONS),
-  "encoder.dtype": _one_of("float32", "bfloat16", "float16"),
+  "encoder.dtype": _one_of("auto", "float32", "bfloat16", "float16"),
   "encoder.residual_dtype": _one_of("", "float32", "bfloat16", "float16"),
   "prototype.num_heads": _POSITIVE,
   "prototype.mlp_dim": _POSITIVE,
@@ -85,6 +85,7 @@ _CHECKS: dict[str, _Check] = {
   "train.batch_size": _POSITIVE,
   "train.learning_rate": _POSITIVE,
   "train.new_learning_rate": _POSITIVE,
+  "train.new_biases": _one_of("uniform", "zero"),
   "train.free_vector_learning_rate": _POSITIVE,
   "train.warmup_steps": _NOT_NEGATIVE,
   "train.weight_decay": _NOT_NEGATIVE,
@@ -95,8 +96,8 @@ _CHECKS: dict[str, _Check] = {
   "train.positive_sampling": _one_of("propensity", "uniform"),
   "train.sampling_a": _POSITIVE,
   "train.sampling_b": _NOT_NEGATIVE,
-  "train.row_length": _POSITIVE,
-  "train.chunk_rows": _POSITIVE,
+  "train.row_length": _NOT_NEGATIVE,
+  "train.chunk_rows": _NOT_NEGATIVE,
   "train.chunks_in": _one_of("encoder", "layer"),
   "train.bank_dtype": _one_of("float32", "bfloat16"),
   "train.rng_impl": _one_of("threefry2x32", "rbg", "unsafe_rbg"),
@@ -156,6 +157,7 @@ _LATER_KEYS: dict[str, Any] = {
   "encoder.residual_dtype": "",
   "encoder.remat_saved": (),
   "train.chunks_in": "encoder",
+  "train.new_biases": "zero",
   "encoder.attention": "auto",
   "loss.reverse_weight": 1.0,
   "train.decay_layer_norms": False,
@@ -199,7 +201,7 @@ def check(config: ConfigDict) -> None:
   _check_values(values, _CHECKS)
   _check_values(values, _ENCODER_CHECKS[values["encoder.architecture"]])
   for small, large in (("loss.margin_min", "loss.margin_max"), ("dataset.max_length", "train.row_length")):
-    if values[small] > values[large]:
+    if values[small] > values[large] and (large, values[large]) != ("train.row_length", 0):
       raise InputError(f"config.{small}={values[small]}: must be at most config.{large}={values[large]}")
   _check_heads(values)
   _check_recomputation(values)

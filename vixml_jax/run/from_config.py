@@ -1,6 +1,5 @@
 """Turns a config into the parts of a run that need no data: model definition, row layout, sizes, adapters."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,6 @@ from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.models.attention import choose
 from vixml_jax.models.attention_call import AttentionCall
 from vixml_jax.models.definition import ModelDefinition, define_model
-
-_MAX_FREE_VECTORS = 65536  # The papers' number.
-
-_log = logging.getLogger(__name__)
 
 
 def encoder_arguments(config: ConfigDict) -> dict[str, Any]:
@@ -35,6 +30,7 @@ def encoder_arguments(config: ConfigDict) -> dict[str, Any]:
 
 def model_from_config(config: ConfigDict) -> ModelDefinition:
   """Returns the model that a config describes, without values."""
+  uniform_bias = config.train.new_biases == "uniform"
   fusion = None
   if config.images:
     fusion = dict(
@@ -42,10 +38,11 @@ def model_from_config(config: ConfigDict) -> ModelDefinition:
       method=config.fusion.method,
       adapter=config.fusion.adapter,
       residual=config.fusion.residual > 0,
+      uniform_bias=uniform_bias,
     )
   return define_model(
     encoder_arguments(config),
-    config.prototype.to_dict(),
+    config.prototype.to_dict() | {"uniform_bias": uniform_bias},
     config.train.free_vectors,
     fusion,
     config.encoder.architecture,
@@ -95,7 +92,7 @@ def layout_from_config(config: ConfigDict, tokenizer: Tokenizer) -> PackedLayout
   """Returns the shape of the packed rows that a config describes.
 
   Args:
-    config: the whole config.
+    config: the whole config. A `train.row_length` of 0 is not checked.
     tokenizer: tokenizer of the texts, for the phrases of the prompt.
 
   Raises:
@@ -105,7 +102,7 @@ def layout_from_config(config: ConfigDict, tokenizer: Tokenizer) -> PackedLayout
   images_are_tokens = config.images > 0 and config.fusion.method == "early"
   template = parse_template(prompt.template, prompt.phrases.to_dict(), prompt.eos, tokenizer, images_are_tokens)
   layout = PackedLayout(train.row_length, train.chunk_rows, config.images, template, tokenizer.special_tokens)
-  limits = {"train.row_length": train.row_length}
+  limits = {"train.row_length": train.row_length} if train.row_length else {}
   if config.encoder.architecture == "bert":
     limits["encoder.max_position"] = config.encoder.max_position
   longest = layout.longest(length)
@@ -116,19 +113,6 @@ def layout_from_config(config: ConfigDict, tokenizer: Tokenizer) -> PackedLayout
         f"images={config.images} and the phrases of prompt.template); raise config.{key}"
       )
   return layout
-
-
-def with_free_vectors(config: ConfigDict, num_labels: int) -> ConfigDict:
-  """Returns the config with `train.free_vectors` chosen where it is 0.
-
-  The choice is the power of two at or below a quarter of the labels, at most 65,536.
-  """
-  if config.train.free_vectors:
-    return config
-  config = config.copy_and_resolve_references()
-  config.train.free_vectors = min(2 ** (max(num_labels // 4, 1).bit_length() - 1), _MAX_FREE_VECTORS)
-  _log.info("train.free_vectors=%d for %d labels", config.train.free_vectors, num_labels)
-  return config
 
 
 def check_sizes(config: ConfigDict, num_labels: int, tokenizer_size: int, mesh: Mesh) -> None:

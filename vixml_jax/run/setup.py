@@ -13,7 +13,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.models.definition import ModelDefinition
-from vixml_jax.run import configuration
+from vixml_jax.run import chosen, configuration
 from vixml_jax.run.data import RunData, load_data
 from vixml_jax.run.from_config import (
   check_attention,
@@ -22,7 +22,6 @@ from vixml_jax.run.from_config import (
   encoder_arguments,
   layout_from_config,
   model_from_config,
-  with_free_vectors,
 )
 from vixml_jax.run.mesh_choice import with_mesh
 from vixml_jax.run.pretrained import frozen_params
@@ -74,14 +73,29 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   """
   config = with_mesh(config, workdir)
   mesh = sharding.make_mesh(**config.mesh.to_dict())
+  platform = chosen.platform_of(mesh)
+  config = chosen.with_dtype(chosen.with_started_values(config, workdir / CONFIG), platform)
   check_attention(config, mesh)
   pretrained = source.resolve(config.encoder.pretrained, weights=not config.encoder.random_init)
   if not config.encoder.random_init:
     hf_config.check_arguments(pretrained, encoder_arguments(config))
   tokenizer = Tokenizer(pretrained, config.dataset.max_length)
   layout = layout_from_config(config, tokenizer)
+  config = chosen.with_row_length(config, layout.longest(config.dataset.max_length), platform)
+  check_attention(config, mesh)  # Again, since it also depends on the length of the rows.
   data = load_data(config, tokenizer, mesh, extract=extract)
-  config = with_free_vectors(config, data.num_labels)
+  config = chosen.with_free_vectors(config, data.num_labels)
+  layout = dataclasses.replace(layout, row_length=config.train.row_length)
+  config = chosen.with_chunk_rows(
+    config,
+    data.train_items,
+    data.train_labels,
+    data.items["labels"],
+    layout,
+    unit=sharding.row_devices(mesh),
+    budget=chosen.activation_budget(mesh),
+  )
+  layout = dataclasses.replace(layout, chunk_rows=config.train.chunk_rows)
   check_sizes(config, data.num_labels, tokenizer.vocab_size, mesh)
   _check_held_out(config, data)
   model = model_from_config(config)

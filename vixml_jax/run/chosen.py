@@ -1,0 +1,168 @@
+"""Chooses the values of the keys that a config leaves to the devices or to the data."""
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from vixml_jax import sharding
+from vixml_jax.input.items import Items
+from vixml_jax.input.packing import PackedLayout, pack
+from vixml_jax.ragged import Ragged
+from vixml_jax.run import configuration
+
+OPEN = {"encoder.dtype": "auto", "train.row_length": 0, "train.chunk_rows": 0, "train.free_vectors": 0}
+"""The value with which a config leaves a key open."""
+
+_MAX_FREE_VECTORS = 65536  # The papers' number.
+_ROW_MULTIPLE = {"cpu": 16}  # Rows have a multiple of this number of tokens.
+_OTHER_ROW_MULTIPLE = 128  # The width of a matrix unit of TPUs, and of a tile of GPUs.
+_SAMPLED_BATCHES = 8
+_SPARE = 1.05  # Batches of similar items, which training makes, differ more in length than random ones.
+_CPU_SHARE, _ACCELERATOR_SHARE = 0.25, 0.5  # Share of the memory for activations. Other processes use a CPU's as well.
+
+_log = logging.getLogger(__name__)
+
+
+def with_started_values(config: ConfigDict, path: Path) -> ConfigDict:
+  """Returns the config with the open keys as the run was started with.
+
+  Args:
+    config: The whole config.
+    path: config.json of the run; if it does not exist, the config is returned unchanged.
+  """
+  if not path.is_file():
+    return config
+  started, values = configuration.flatten_config(configuration.read(path)), configuration.flatten_config(config)
+  return _updated(config, {key: started[key] for key, left in OPEN.items() if values[key] == left and key in started})
+
+
+def with_dtype(config: ConfigDict, platform: str) -> ConfigDict:
+  """Returns the config with `encoder.dtype` chosen where it is "auto".
+
+  It is float32 on CPUs, which compute bfloat16 more slowly, and bfloat16 on accelerators.
+  """
+  if config.encoder.dtype != OPEN["encoder.dtype"]:
+    return config
+  return _chosen(config, "encoder.dtype", "float32" if platform == "cpu" else "bfloat16", f"on {platform}")
+
+
+def with_row_length(config: ConfigDict, longest: int, platform: str) -> ConfigDict:
+  """Returns the config with `train.row_length` chosen where it is 0: twice the longest item, rounded up.
+
+  Longer rows are filled better, but a token costs more in them, because its scores with the whole row are computed.
+
+  Args:
+    config: The whole config.
+    longest: Number of tokens of the longest possible item, images and phrases included.
+    platform: Platform of the devices. Accelerators need multiples of 128 tokens; on CPUs it is a multiple of 16.
+  """
+  if config.train.row_length:
+    return config
+  multiple = _ROW_MULTIPLE.get(platform, _OTHER_ROW_MULTIPLE)
+  wanted = 2 * longest if platform == "cpu" else longest
+  return _chosen(config, "train.row_length", -(-wanted // multiple) * multiple, f"for items of up to {longest} tokens")
+
+
+def with_free_vectors(config: ConfigDict, num_labels: int) -> ConfigDict:
+  """Returns the config with `train.free_vectors` chosen where it is 0.
+
+  The choice is the power of two at or below a quarter of the labels, at most 65,536.
+  """
+  if config.train.free_vectors:
+    return config
+  number = min(2 ** (max(num_labels // 4, 1).bit_length() - 1), _MAX_FREE_VECTORS)
+  return _chosen(config, "train.free_vectors", number, f"for {num_labels} labels")
+
+
+def with_chunk_rows(
+  config: ConfigDict,
+  queries: Items,
+  positives: Ragged,
+  labels: Items,
+  layout: PackedLayout,
+  *,
+  unit: int,
+  budget: float,
+) -> ConfigDict:
+  """Returns the config with `train.chunk_rows` chosen where it is 0.
+
+  The choice holds a whole batch, if the activations of so many rows fit the budget. Otherwise it is the largest part of
+  a batch that does, where the number of parts is a power of two.
+
+  Args:
+    config: The whole config, whose other open keys are chosen.
+    queries: The training queries.
+    positives: Label ids of each query.
+    labels: All labels.
+    layout: Shape of packed rows. Its `chunk_rows` is not used.
+    unit: The choice is a multiple of this number, which is that of the devices that share the rows of a chunk.
+    budget: Bytes of all these devices together that activations may have; see `activation_budget`.
+  """
+  if config.train.chunk_rows:
+    return config
+  rows, length = _batch_rows(queries, positives, labels, layout, config), layout.row_length
+  most = max(budget / (activation_bytes(config) * length), unit)
+  chunks = 1
+  while rows / chunks > most:
+    chunks *= 2
+  chunk_rows = math.ceil(rows / (chunks * unit)) * unit
+  return _chosen(config, "train.chunk_rows", chunk_rows, f"for {rows} rows of {length} tokens a batch")
+
+
+def activation_budget(mesh: Mesh) -> float:
+  """Returns the bytes that activations may have on all devices that share the rows of a chunk.
+
+  It is half of the memory of accelerators, and a quarter of that of a machine whose CPU is the device. All processes
+  get the number of the first one, because their devices may report a little more or less.
+  """
+  share = _CPU_SHARE if platform_of(mesh) == "cpu" else _ACCELERATOR_SHARE
+  budget = share * sharding.device_memory(mesh.local_devices) * sharding.row_devices(mesh)
+  return float(multihost_utils.broadcast_one_to_all(budget)) if jax.process_count() > 1 else budget
+
+
+def activation_bytes(config: ConfigDict) -> int:
+  """Returns an estimate of the bytes of activations that a token needs from the forward to the backward pass.
+
+  A layer stores about ten vectors of the model's width and three of the feed-forward network's in `encoder.dtype`, and
+  three float32 values for each pair of a head and a token of the row. Layers that are recomputed store their input.
+  """
+  encoder = config.encoder
+  size = np.dtype("float32" if encoder.dtype == "float32" else "float16").itemsize
+  layer = size * (10 * encoder.embed_dim + 3 * encoder.mlp_dim) + 12 * encoder.num_heads * config.train.row_length
+  if encoder.remat:
+    return layer + encoder.num_layers * size * encoder.embed_dim
+  return encoder.num_layers * layer
+
+
+def platform_of(mesh: Mesh) -> str:
+  """Returns the platform of the devices: "cpu", "gpu" or "tpu"."""
+  return str(mesh.devices.flat[0].platform)
+
+
+def _batch_rows(queries: Items, positives: Ragged, labels: Items, layout: PackedLayout, config: ConfigDict) -> int:
+  """Returns the number of rows that hold a batch, from sampled batches."""
+  rng, batch_size = np.random.default_rng(config.seed), config.train.batch_size
+  one_by_one, rows = dataclasses.replace(layout, chunk_rows=1), 0
+  for _ in range(_SAMPLED_BATCHES):
+    drawn = queries.take(rng.integers(0, len(queries), batch_size))
+    drawn_labels = labels.take(positives.values[rng.integers(0, len(positives.values), batch_size)])
+    rows = max(rows, len(pack(drawn.followed_by(drawn_labels), one_by_one, round_up=False).tokens))
+  return math.ceil(_SPARE * rows)
+
+
+def _chosen(config: ConfigDict, key: str, value: int | str, why: str) -> ConfigDict:
+  _log.info("%s=%s %s", key, value, why)
+  return _updated(config, {key: value})
+
+
+def _updated(config: ConfigDict, values: dict[str, int | str]) -> ConfigDict:
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(values)
+  return config
