@@ -28,7 +28,9 @@ _RELOAD = flags.DEFINE_float(
   "reload_index", 0, "Seconds between checks for a new snapshot of the label index; 0 to check on SIGHUP only.", 0
 )
 _MAX_BATCH = flags.DEFINE_integer("max_batch", 64, "Maximum number of queries that share a batch.", 1)
-_MAX_WAIT = flags.DEFINE_float("max_wait_ms", 5, "Milliseconds that a query waits for others to share its batch.", 0)
+_MAX_BATCH_TOKENS = flags.DEFINE_integer(
+  "max_batch_tokens", 2_048, "Maximum number of tokens of the queries that share a batch, images included.", 1
+)
 _MAX_QUEUE = flags.DEFINE_integer("max_queue", 1_024, "Maximum number of waiting queries; more get status 503.", 1)
 _MAX_BODY = flags.DEFINE_float("max_body_mb", 16, "Maximum size of a request in megabytes.", 0.001)
 _MAX_K = flags.DEFINE_integer("max_k", 100, "Maximum number of labels for each query.", 1)
@@ -69,7 +71,7 @@ def main() -> None:
     images=_MAX_IMAGES.value,
     names=_MAX_NAMES.value,
     batch=_MAX_BATCH.value,
-    wait_seconds=_MAX_WAIT.value / 1000,
+    batch_tokens=_MAX_BATCH_TOKENS.value,
     queue=_MAX_QUEUE.value,
   )
 

@@ -293,6 +293,15 @@ def to_global(host: np.ndarray, sharding: Sharding) -> jax.Array:
   return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
+def as_argument(host: np.ndarray, sharding: Sharding) -> jax.Array | np.ndarray:
+  """Returns host data as an argument of a jitted program.
+
+  It is a global array, or with one device the host array itself, which jit copies in a tenth of the time that
+  `to_global` takes for a small array. A transfer guard does not permit the latter.
+  """
+  return host if len(sharding.device_set) == 1 else to_global(host, sharding)
+
+
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
   """Returns the whole array on the host of every process. All processes must call this together."""
   if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:

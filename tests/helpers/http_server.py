@@ -15,9 +15,7 @@ from PIL import Image
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.server import Server
 
-LIMITS = Limits(
-  body_bytes=200_000, body_values=2_000, queries=5, k=20, text_chars=200, images=3, names=6, batch=16, wait_seconds=0.02
-)
+LIMITS = Limits(body_bytes=200_000, body_values=2_000, queries=5, k=20, text_chars=200, images=3, names=6, batch=16)
 
 
 @contextlib.contextmanager

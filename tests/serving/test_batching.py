@@ -1,7 +1,6 @@
 """The batcher gathers requests, and tries the requests of a failed batch one by one."""
 
 import threading
-import time
 
 import pytest
 
@@ -21,7 +20,7 @@ def test_waiting_requests_share_a_batch_and_a_failed_batch_is_split():
       raise ValueError("7 alone")
     return [KeyError(number) if number == 3 else 10 * number for number in asked]
 
-  batcher = Batcher(answer, max_batch=4, max_wait=0, max_queue=6)
+  batcher = Batcher(answer, lambda number: 1, max_batch=4, max_size=100, max_queue=6)
   first = batcher.submit([0])
   wait_for(lambda: batches)
   rest = batcher.submit([1, 2, 3, 5]) + batcher.submit([6, 7])
@@ -37,16 +36,21 @@ def test_waiting_requests_share_a_batch_and_a_failed_batch_is_split():
     batcher.submit([9])
 
 
-def test_a_batch_waits_for_others_but_not_for_long():
-  batches = []
-  batcher = Batcher(lambda asked: batches.append(asked) or asked, max_batch=3, max_wait=0.3, max_queue=9)
-  started = time.monotonic()
-  futures = batcher.submit([1])
-  time.sleep(0.05)
-  futures += batcher.submit([2])
-  assert [future.result() for future in futures] == [1, 2] and 0.25 < time.monotonic() - started < 5
-  started = time.monotonic()
-  assert [future.result() for future in batcher.submit([3, 4, 5])] == [3, 4, 5]
-  assert time.monotonic() - started < 0.25
+def test_a_lone_request_is_answered_at_once_and_those_that_come_meanwhile_form_batches_by_size():
+  batches, go = [], threading.Semaphore(0)
+
+  def answer(asked):
+    batches.append(list(asked))
+    go.acquire()
+    return asked
+
+  batcher = Batcher(answer, lambda number: number, max_batch=3, max_size=10, max_queue=9)
+  futures = batcher.submit([4])
+  wait_for(lambda: batches == [[4]])  # No other request has arrived, and none will until it is answered.
+  futures += batcher.submit([5, 5, 1, 30, 2, 2, 2, 2])
+  for _ in range(9):
+    go.release()
+  assert [future.result() for future in futures] == [4, 5, 5, 1, 30, 2, 2, 2, 2]
   batcher.close()
-  assert [len(batch) for batch in batches] == [2, 3]
+  # Sizes of 10 are reached exactly, 30 is alone although it is too large, and four requests are too many.
+  assert batches == [[4], [5, 5], [1], [30], [2, 2, 2], [2]]

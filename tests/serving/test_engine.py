@@ -11,7 +11,7 @@ import vixml_jax
 from vixml_jax.files import sha256_of_file
 from vixml_jax.inference.queries import Query
 from vixml_jax.search import snapshots
-from vixml_jax.serving.engine import Engine, QueryRequest, encoder_programs
+from vixml_jax.serving.engine import Engine, QueryRequest
 from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.request_error import RequestError
 from vixml_jax.serving.request_filters import join_filters, resolve_filters
@@ -21,7 +21,9 @@ def test_an_image_that_breaks_late_fails_its_own_query_only(predictor):
   engine = Engine(lambda: predictor, LIMITS, Metrics())
   engine.start()
   broken = Query("sun", (png(8, 8), b"broken"), where="queries[4]")
-  asked = [QueryRequest(Query("sun"), 3), QueryRequest(broken, 3), QueryRequest(Query("rain"), 5)]
+  queries = [Query("sun"), broken, Query("rain")]
+  tokens = predictor.encoder.tokenizer([query.text for query in queries])
+  asked = [QueryRequest(query, tokens[i], (3, 3, 5)[i]) for i, query in enumerate(queries)]
   first, second, third = engine.answer(asked)
   assert [tuple(x[:3]) for x in first] == expected(predictor, ["sun"], 3)[0] and len(third) == 5
   assert isinstance(second, RequestError) and (second.status, second.field) == (422, "queries[4].images[1]")
@@ -29,11 +31,10 @@ def test_an_image_that_breaks_late_fails_its_own_query_only(predictor):
 
 def test_warming_up_reaches_every_program_of_the_encoder(predictor, monkeypatch):
   encoder = dataclasses.replace(predictor.encoder, layout=dataclasses.replace(predictor.encoder.layout, chunk_rows=32))
-  larger = dataclasses.replace(predictor, encoder=encoder)
   with counted_compilations() as warm:
-    for program in encoder_programs(larger, 28):
+    for program in encoder.warm_up(28):
       program()
-  assert len(warm) >= 3  # Chunks of 8, 16 and 32 rows.
+  assert len(warm) >= 4  # Chunks of 8, 16, 24 and 32 rows.
   rng = np.random.default_rng(0)
   with counted_compilations() as compiled:
     for count in range(1, 29, 3):

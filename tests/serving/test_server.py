@@ -78,12 +78,14 @@ def test_an_address_in_use_is_refused():
       Server(lambda: None, port=port)
 
 
-def test_requests_in_flight_are_answered_before_it_stops(predictor):
-  limits = Limits(wait_seconds=1.0)
-  with running(lambda: predictor, limits) as server, ThreadPoolExecutor(1) as pool:
+def test_requests_in_flight_are_answered_before_it_stops(predictor, monkeypatch):
+  arrived, go, encode = threading.Event(), threading.Event(), Predictor.encode
+  with running(lambda: predictor) as server, ThreadPoolExecutor(1) as pool:
+    monkeypatch.setattr(Predictor, "encode", lambda *args, **kw: arrived.set() or (go.wait() and encode(*args, **kw)))
     asked = pool.submit(predict, server, {"title": "sun"})
-    wait_for(lambda: metric(server, "vixml_queue_queries") == 1)
+    arrived.wait()
     server.stop()
+    go.set()
     assert labels_of(asked.result()) == expected(predictor, ["sun"], 10)
   with pytest.raises(ConnectionRefusedError):
     call(server, "/healthz")

@@ -42,14 +42,14 @@ def inputs_on_mesh(packed: PackedItems, features: ImageFeatures | None, mesh: Me
 
 
 def chunk_on_mesh(packed: PackedItems, chunk: int, features: ImageFeatures | None, mesh: Mesh) -> EncoderInputs:
-  """Returns one chunk of packed items on the mesh, sharded by row."""
+  """Returns one chunk of packed items, sharded by row, as the argument of a program on the mesh."""
   images = None
   if features is not None and packed.images is not None:
     of_chunk = (array[chunk] for array in (packed.images.rows, packed.images.segments, packed.images.positions))
-    images = features.on_mesh(PackedImages(*of_chunk), mesh)
+    images = features.on_mesh(PackedImages(*of_chunk), mesh, sharding.as_argument)
   where = sharding.named_sharding(mesh, "row", "vector")
   tokens, segments, positions = (
-    sharding.to_global(array[chunk], where) for array in (packed.tokens, packed.segments, packed.positions)
+    sharding.as_argument(array[chunk], where) for array in (packed.tokens, packed.segments, packed.positions)
   )
   return EncoderInputs(tokens, segments, positions, images)
 

@@ -21,7 +21,7 @@ from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedItems, PackedLayout, pack
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.models.dual_encoder import l2_normalize
-from vixml_jax.models.parameters import join_params
+from vixml_jax.models.parameters import join_params, restack_layers
 from vixml_jax.rounding import largest_divisor
 from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import LONG, stage
@@ -55,7 +55,7 @@ class ItemEncoder:
   def _pool(self, params: Tree, frozen: Tree, inputs: EncoderInputs, features: Array | None) -> Array:
     """Returns the pooled outputs [R, S, D] of one chunk."""
     images = image_tokens(inputs.images, features)
-    model = self.model.bind(join_params(params, frozen))
+    model = self.model.bind(restack_layers(join_params(params, frozen)))
     with sharding.use_mesh(self.mesh):
       return model.pool(inputs.tokens, inputs.segments, inputs.positions, self.layout.slots, images)
 

@@ -1,13 +1,13 @@
 """Image feature vectors of a data set as one array, sharded over the devices or memory-mapped on the host."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 import numpy as np
 from tqdm import tqdm
 
@@ -69,14 +69,22 @@ class ImageFeatures:
     on_devices = jax.make_array_from_callback(rows.shape, sharding.named_sharding(mesh, "image", "vector"), rows.read)
     return dataclasses.replace(self, on_devices=on_devices)
 
-  def on_mesh(self, images: PackedImages, mesh: Mesh) -> DeviceImages:
-    """Returns packed images on the mesh, sharded by row: with row numbers, or with features gathered here."""
+  def on_mesh(
+    self, images: PackedImages, mesh: Mesh, place: Callable[[np.ndarray, Sharding], Any] = sharding.to_global
+  ) -> DeviceImages:
+    """Returns packed images on the mesh, sharded by row: with row numbers, or with features gathered here.
+
+    Args:
+      images: The packed images.
+      mesh: The devices.
+      place: Function that places an array: `sharding.to_global` or `sharding.as_argument`.
+    """
     leading = ("chunk",) * (images.rows.ndim - 2)
     by_row = sharding.named_sharding(mesh, *leading, "row", "vector")
-    segments, positions = (sharding.to_global(array, by_row) for array in (images.segments, images.positions))
+    segments, positions = (place(array, by_row) for array in (images.segments, images.positions))
     if self.on_devices is not None:
-      return DeviceImages(segments, positions, rows=sharding.to_global(images.rows, by_row))
-    features = sharding.to_global(np.asarray(self.values[images.rows]), by_row)
+      return DeviceImages(segments, positions, rows=place(images.rows, by_row))
+    features = place(np.asarray(self.values[images.rows]), by_row)
     return DeviceImages(segments, positions, features=features)
 
 

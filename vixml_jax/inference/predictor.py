@@ -15,6 +15,7 @@ from vixml_jax.files import fingerprint_of
 from vixml_jax.inference.queries import Query, query_format
 from vixml_jax.inference.query_images import QueryImageEncoder
 from vixml_jax.inference.trained_encoder import TrainedEncoder, load_trained_encoder
+from vixml_jax.ragged import Ragged
 from vixml_jax.run.workdir import INDEX
 from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.filters import Filters
@@ -137,12 +138,18 @@ class Predictor:
       raise InputError(f"k={k}: must be 1 to {self.index.num_live}, the number of labels")
 
   def encode(
-    self, queries: Sequence[GivenQuery], *, unreadable: list[UnreadableImage] | None = None, whole_chunks: bool = False
+    self,
+    queries: Sequence[GivenQuery],
+    *,
+    tokens: Ragged | None = None,
+    unreadable: list[UnreadableImage] | None = None,
+    whole_chunks: bool = False,
   ) -> np.ndarray:
     """Returns embeddings of unit norm, float32 [Q, D].
 
     Args:
       queries: Queries as for `predict`.
+      tokens: What `encoder.tokenizer` returned for the texts of the queries; None to tokenize them here.
       unreadable: List that images without pixels are appended to; their queries are encoded without them. None to
         raise an error for such an image.
       whole_chunks: See `TrainedEncoder.embed`.
@@ -152,7 +159,8 @@ class Predictor:
     """
     checked = self.checked(queries)
     vectors = self.image_vectors(checked, unreadable) if self.encoder.images else None
-    return self.encoder.embed([query.text for query in checked], vectors, whole_chunks=whole_chunks)
+    texts = [query.text for query in checked] if tokens is None else tokens
+    return self.encoder.embed(texts, vectors, whole_chunks=whole_chunks)
 
   def filters(self, queries: Sequence[Query]) -> Filters | None:
     """Returns the labels that each query allows and denies, as ids; None if no query has a filter.

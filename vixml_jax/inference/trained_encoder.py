@@ -1,6 +1,6 @@
 """A trained encoder without its data: the newest checkpoint of a workdir, restored onto any mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 from pathlib import Path
@@ -16,12 +16,13 @@ from vixml_jax.encoding.item_encoder import ItemEncoder, normalize
 from vixml_jax.errors import InputError
 from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.items import Items
-from vixml_jax.input.packing import PackedLayout, pack
+from vixml_jax.input.packing import PackedItems, PackedLayout, pack
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.models.attention_call import AUTO
 from vixml_jax.models.definition import ModelDefinition
+from vixml_jax.models.parameters import unstack_layers
+from vixml_jax.models.transformer import is_unrolled
 from vixml_jax.ragged import Ragged
-from vixml_jax.rounding import next_power_of_two
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import checkpoint_id, newest_checkpoint, restore_params
 from vixml_jax.run.from_config import layout_from_config, model_from_config
@@ -31,6 +32,8 @@ from vixml_jax.run.state import abstract_params
 from vixml_jax.run.workdir import CHECKPOINTS, CONFIG, TOKENIZER
 from vixml_jax.typing import Tree
 from vixml_jax.weights import source
+
+_SHORT_ROWS = (16, 32)  # Numbers of tokens.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +77,16 @@ class TrainedEncoder:
     return self.config.features.dim
 
   def embed(
-    self, texts: Sequence[str], vectors: Sequence[Sequence[np.ndarray]] | None = None, *, whole_chunks: bool = False
+    self,
+    texts: Sequence[str] | Ragged,
+    vectors: Sequence[Sequence[np.ndarray]] | None = None,
+    *,
+    whole_chunks: bool = False,
   ) -> np.ndarray:
     """Returns plain embeddings of unit norm, float32 [items, D].
 
     Args:
-      texts: Texts of the items.
+      texts: Texts of the items, or what `tokenizer` returned for them.
       vectors: Feature vectors [F] of each item's images; the first I of each item are used.
       whole_chunks: Whether to always run the program for chunks of `layout.chunk_rows` rows, so that the last few
         items of a file compile nothing. Otherwise few items are put into a chunk that is as small as possible.
@@ -87,46 +94,92 @@ class TrainedEncoder:
     return normalize(self.pooled(texts, vectors, whole_chunks=whole_chunks))
 
   def pooled(
-    self, texts: Sequence[str], vectors: Sequence[Sequence[np.ndarray]] | None = None, *, whole_chunks: bool = False
+    self,
+    texts: Sequence[str] | Ragged,
+    vectors: Sequence[Sequence[np.ndarray]] | None = None,
+    *,
+    whole_chunks: bool = False,
   ) -> np.ndarray:
     """Returns encoder outputs before normalization, float32 [items, D]; arguments as for `embed`."""
     items, features = self._items(texts, vectors)
-    most = self.layout.chunk_rows
-    if whole_chunks or items.tokens.lengths.sum() > most * self.layout.row_length:
-      return self._encoder(most).pooled(self.params, items, features=features)
-    packed = pack(items, dataclasses.replace(self.layout, chunk_rows=1), round_up=False)
-    # Every size of a chunk compiles a program, so there are few sizes.
-    unit = sharding.row_devices(self.mesh)
-    rows = min(unit * next_power_of_two(-(-len(packed.tokens) // unit)), most)
-    return self._encoder(rows).pooled_packed(self.params, packed.with_chunk_rows(rows), features)
+    lengths, layout = self.layout.item_lengths(items), self.layout
+    if whole_chunks or lengths.sum() > layout.chunk_rows * layout.row_length:
+      return self._whole_chunks.pooled(self.params, items, features=features)
+    layout = next(
+      (row for row in self._short_rows if lengths.sum() <= row.row_length and len(items) <= row.slots), layout
+    )
+    packed = pack(items, dataclasses.replace(layout, chunk_rows=1), round_up=False)
+    rows = next((rows for rows in self._chunk_sizes if rows >= len(packed.tokens)), layout.chunk_rows)
+    return self._pooled_packed(packed, dataclasses.replace(layout, chunk_rows=rows), features)
+
+  def warm_up(self, items: int) -> Iterator[Callable[[], object]]:
+    """Yields functions to call one after the other; after that, up to `items` items compile no program.
+
+    A row has at least one item, so that no more rows than items are needed.
+    """
+    one, features = self._items([""], None)
+    shortest = [dataclasses.replace(row, chunk_rows=self._chunk_sizes[0]) for row in self._short_rows]
+    enough = next((rows for rows in self._chunk_sizes if rows >= items), self.layout.chunk_rows)
+    others = [dataclasses.replace(self.layout, chunk_rows=rows) for rows in self._chunk_sizes if rows <= enough]
+    for layout in (*shortest, *others):
+      packed = pack(one, dataclasses.replace(layout, chunk_rows=1), round_up=False)
+      yield functools.partial(self._pooled_packed, packed, layout, features)
 
   def prototypes(self, pooled: np.ndarray, clusters: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Returns prototypes of labels, float32 [L, D] of unit norm; see `ItemEncoder.prototypes`."""
-    return self._encoder(self.layout.chunk_rows).prototypes(self.params, pooled, clusters, centroids)
+    return self._whole_chunks.prototypes(self.params, pooled, clusters, centroids)
+
+  def _pooled_packed(self, packed: PackedItems, layout: PackedLayout, features: ImageFeatures | None) -> np.ndarray:
+    """Returns encoder outputs of items that were packed into chunks of one row."""
+    if layout not in self._encoders:
+      self._encoders[layout] = ItemEncoder(self.definition, layout, self.mesh, frozen=self.frozen)
+    encoder = self._encoders[layout]
+    return encoder.pooled_packed(self._params_by_layer, packed.with_chunk_rows(layout.chunk_rows), features)
 
   def _items(
-    self, texts: Sequence[str], vectors: Sequence[Sequence[np.ndarray]] | None
+    self, texts: Sequence[str] | Ragged, vectors: Sequence[Sequence[np.ndarray]] | None
   ) -> tuple[Items, ImageFeatures | None]:
-    tokens = self.tokenizer(texts)
+    tokens = texts if isinstance(texts, Ragged) else self.tokenizer(texts)
     if not self.images:
       return Items.of_texts(tokens), None
-    kept = [given[: self.images] for given in vectors] if vectors is not None else [()] * len(texts)
+    kept = [given[: self.images] for given in vectors] if vectors is not None else [()] * len(tokens)
     lengths = [len(given) for given in kept]
     rows = Ragged.of_lengths(np.arange(sum(lengths), dtype=np.int32), lengths)
     # Empty places of packed rows refer to row 0, so there must be one.
     values = [vector for given in kept for vector in given] or [np.zeros(self.feature_dim)]
     return Items(tokens, rows), ImageFeatures(np.stack(values).astype(np.float16))
 
-  def _encoder(self, rows: int) -> ItemEncoder:
-    if rows not in self._encoders:
-      layout = dataclasses.replace(self.layout, chunk_rows=rows)
-      self._encoders[rows] = ItemEncoder(self.definition, layout, self.mesh, frozen=self.frozen)
-    return self._encoders[rows]
+  @functools.cached_property
+  def _whole_chunks(self) -> ItemEncoder:
+    """Encoder of many items."""
+    return ItemEncoder(self.definition, self.layout, self.mesh, frozen=self.frozen)
 
   @functools.cached_property
-  def _encoders(self) -> dict[int, ItemEncoder]:
-    """Encoders by rows of a chunk; each keeps its compiled programs."""
+  def _encoders(self) -> dict[PackedLayout, ItemEncoder]:
+    """Encoders of few items; each keeps its compiled program."""
     return {}
+
+  @functools.cached_property
+  def _short_rows(self) -> list[PackedLayout]:
+    """Layouts with shorter rows, for items that fit one row together."""
+    return [
+      dataclasses.replace(self.layout, row_length=length) for length in _SHORT_ROWS if length < self.layout.row_length
+    ]
+
+  @functools.cached_property
+  def _chunk_sizes(self) -> list[int]:
+    """Numbers of rows of a chunk of few items. Each compiles a program, so there are few: 1, 2, 3, 4, 6, 8, 12, ..."""
+    unit, most = sharding.row_devices(self.mesh), self.layout.chunk_rows
+    sizes = {size for power in range(most.bit_length()) for size in (unit << power, 3 * unit << power)}
+    return sorted({*(size for size in sizes if size < most), most})
+
+  @functools.cached_property
+  def _params_by_layer(self) -> Tree:
+    """Parameters for programs of few items. On a CPU these read the array of each layer instead of copying it."""
+    is_cpu, encoder = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu", self.config.encoder
+    if not is_cpu or encoder.architecture != "bert" or not is_unrolled(encoder.num_layers, encoder.remat):
+      return self.params
+    return unstack_layers(self.params, self.definition.axes)
 
 
 def load_trained_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEncoder:

@@ -90,6 +90,10 @@ class PackedLayout:
     full, left = divmod(self.row_length, self.images + shared)
     return min(full * self.images + max(left - shared, 0), apart)
 
+  def item_lengths(self, items: Items) -> np.ndarray:
+    """Returns the number of tokens of each item, images and phrases included, int64 [items]."""
+    return sum((_sizes(part, items) for part in self.template), np.zeros(len(items), np.int64))
+
   def longest(self, max_length: int) -> int:
     """Returns the maximum number of tokens of an item.
 

@@ -1,8 +1,13 @@
-"""Parameters of a module as nested dicts of arrays: takes modules apart, puts them together, joins two trees."""
+"""Parameters of a module as nested dicts of arrays: takes modules apart, puts them together, joins two trees.
+
+`unstack_layers` is for programs without a loop over layers.
+"""
 
 from typing import Any
 
 from flax import nnx
+import jax
+import jax.numpy as jnp
 
 from vixml_jax.typing import Tree
 
@@ -52,6 +57,35 @@ def join_params(left: Tree, right: Tree) -> Tree:
   for name in left.keys() & right.keys():
     joined[name] = join_params(left[name], right[name])
   return joined
+
+
+def unstack_layers(params: Tree, axes: Tree) -> Tree:
+  """Returns the parameters with those of stacked layers as tuples, an array for each layer.
+
+  Args:
+    params: Nested dict of arrays.
+    axes: Nested dict with the same keys and a tuple of logical axes for each array.
+  """
+  return {
+    name: unstack_layers(value, axes[name])
+    if isinstance(value, dict)
+    else tuple(value)
+    if axes[name][:1] == ("layers",)
+    else value
+    for name, value in params.items()
+  }
+
+
+def restack_layers(params: Tree) -> Tree:
+  """Returns what `unstack_layers` was called with; can be called under jit.
+
+  A program that is not a loop over layers then reads the arrays of each layer, since XLA removes the stack.
+  """
+  return jax.tree.map(
+    lambda leaf: jnp.stack(leaf) if isinstance(leaf, tuple) else leaf,
+    params,
+    is_leaf=lambda leaf: isinstance(leaf, tuple),
+  )
 
 
 def _set_nested(tree: Tree, path: tuple[Any, ...], value: Any) -> None:

@@ -125,6 +125,11 @@ def check_saved(names: Sequence[str]) -> tuple[str, ...]:
   return tuple(names)
 
 
+def is_unrolled(num_layers: int, remat: bool) -> bool:
+  """Returns whether `scan_layers` puts that many layers into a program one after another instead of in a loop."""
+  return num_layers <= _MOST_UNROLLED and not remat
+
+
 def scan_layers(
   stack: nnx.Module,
   x: Array,
@@ -183,7 +188,7 @@ def scan_layers(
     step = jax.checkpoint(step, prevent_cse=False, policy=policy)  # Within scan, CSE cannot undo the recomputation.
     return lax.scan(step, x, (params, keys))
   # Activations that a loop stores for the backward pass are copied into an array of all layers and out again.
-  return lax.scan(step, x, (params, keys), unroll=len(jax.tree.leaves(params)[0]) <= _MOST_UNROLLED)
+  return lax.scan(step, x, (params, keys), unroll=is_unrolled(len(jax.tree.leaves(params)[0]), remat))
 
 
 def _constrain(x: Array) -> Array:

@@ -8,7 +8,8 @@ from pathlib import Path
 import time
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic.json_schema import models_json_schema
 from pydantic_core import to_json
@@ -24,7 +25,7 @@ from vixml_jax.serving.engine import Engine, QueryRequest, ServedModel
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.request_error import RequestError
-from vixml_jax.serving.request_parser import RequestParser
+from vixml_jax.serving.request_parser import RequestParser, is_quick
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {
@@ -81,6 +82,13 @@ def make_app(
   return app
 
 
+class _PlainRoute(APIRoute):
+  """A route whose function takes the request and returns the response, without the parameters that FastAPI resolves."""
+
+  def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+    return self.endpoint
+
+
 def _ready(engine: Engine) -> ServedModel:
   if engine.model is None:
     raise RequestError(503, "the model is being loaded; try again")
@@ -91,7 +99,9 @@ def _add_api(app: FastAPI, engine: Engine, batcher: Batcher[QueryRequest, list[P
   parser = RequestParser(limits)
   pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="parser")  # Bounds the images decoded at a time.
 
-  @app.post(
+  router = APIRouter(route_class=_PlainRoute)
+
+  @router.post(
     "/v1/predict",
     response_model=schema.Answers,
     responses=_FAILURES,
@@ -103,18 +113,23 @@ def _add_api(app: FastAPI, engine: Engine, batcher: Batcher[QueryRequest, list[P
     """Returns the labels of highest score for each query."""
     model = _ready(engine)
     async with parser.body(request) as body:
-      queries = await asyncio.get_running_loop().run_in_executor(pool, parser.parse, body, model)
+      if is_quick(body):
+        queries = parser.parse(body, model)
+      else:
+        queries = await asyncio.get_running_loop().run_in_executor(pool, parser.parse, body, model)
       del body
       try:
         waiting = batcher.submit(queries)
       except QueueFull as error:
         raise RequestError(503, "too many queries are waiting; send this request again later") from error
-      answers = await asyncio.gather(*map(asyncio.wrap_future, waiting))
+      answers = [await asyncio.wrap_future(answer) for answer in waiting]
     found = [
       {"uid": each.query.uid, "predictions": [label._asdict() for label in labels]}
       for each, labels in zip(queries, answers, strict=True)
     ]
     return Response(to_json({"answers": found}), media_type="application/json")
+
+  app.include_router(router)
 
   @app.get("/v1/labels/{uid:path}", responses={404: {"model": schema.Failure, "description": "No such label."}})
   def label(uid: str) -> schema.Label:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 import dataclasses
 import threading
-import time
 from typing import Generic, TypeVar
 
 Request = TypeVar("Request")
@@ -18,38 +17,39 @@ class QueueFull(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Waiting(Generic[Request, Result]):
-  """A request in the queue, with the time of its arrival."""
+  """A request in the queue."""
 
   request: Request
   result: "Future[Result]"
-  arrived: float
 
 
 class Batcher(Generic[Request, Result]):
   """A bounded queue of requests, and the thread that answers them.
 
-  All requests that wait when the thread is free are answered together. If a batch fails, its requests are tried again
-  one by one, so that only the faulty ones fail.
+  A request that finds the thread free is answered at once. Those that arrive meanwhile form the next batch, in their
+  order. If a batch fails, its requests are tried again one by one, so that only the faulty ones fail.
   """
 
   def __init__(
     self,
     answer: Callable[[Sequence[Request]], Sequence[Result | Exception]],
+    size: Callable[[Request], int],
     *,
     max_batch: int,
-    max_wait: float,
+    max_size: int,
     max_queue: int,
   ):
     """Starts the thread.
 
     Args:
       answer: Function that returns a result, or an exception, for each request of a batch.
+      size: Function that returns the size of a request, such as its number of tokens.
       max_batch: Maximum number of requests in a batch.
-      max_wait: Seconds that the first request of a batch waits for others.
+      max_size: Maximum sum of the sizes of a batch of more than one request.
       max_queue: Maximum number of waiting requests.
     """
-    self._answer = answer
-    self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait, max_queue
+    self._answer, self._size = answer, size
+    self._max_batch, self._max_size, self._max_queue = max_batch, max_size, max_queue
     self._queue: deque[_Waiting[Request, Result]] = deque()
     self._changed = threading.Condition()
     self._closing = False
@@ -65,8 +65,7 @@ class Batcher(Generic[Request, Result]):
     Raises:
       QueueFull: There is no room for all of them.
     """
-    arrived = time.monotonic()
-    added: list[_Waiting[Request, Result]] = [_Waiting(request, Future(), arrived) for request in requests]
+    added: list[_Waiting[Request, Result]] = [_Waiting(request, Future()) for request in requests]
     with self._changed:
       if self._closing or len(self._queue) + len(added) > self._max_queue:
         raise QueueFull
@@ -87,12 +86,16 @@ class Batcher(Generic[Request, Result]):
 
   def _next(self) -> list[_Waiting[Request, Result]]:
     """Returns the next batch; an empty one if the queue is closed and empty."""
+    batch: list[_Waiting[Request, Result]] = []
     with self._changed:
       self._changed.wait_for(lambda: self._queue or self._closing)
-      if self._queue:
-        left = self._queue[0].arrived + self._max_wait - time.monotonic()
-        self._changed.wait_for(lambda: len(self._queue) >= self._max_batch or self._closing, max(left, 0))
-      return [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
+      left = self._max_size
+      while self._queue and len(batch) < self._max_batch:
+        left -= self._size(self._queue[0].request)
+        if batch and left < 0:
+          break
+        batch.append(self._queue.popleft())
+    return batch
 
   def _run(self, batch: list[_Waiting[Request, Result]]) -> None:
     if not batch:

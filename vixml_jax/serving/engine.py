@@ -1,9 +1,8 @@
 """A loaded and compiled model with its label index: answers batches of queries, and switches to new snapshots."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
-import functools
 import io
 import logging
 import threading
@@ -15,7 +14,8 @@ from PIL import Image
 
 from vixml_jax.errors import InputError
 from vixml_jax.inference.predictor import Prediction, Predictor, UnreadableImage
-from vixml_jax.inference.queries import Query
+from vixml_jax.inference.queries import Query, QueryFormat, query_format
+from vixml_jax.ragged import Ragged
 from vixml_jax.search import snapshots
 from vixml_jax.search.filters import Filters
 from vixml_jax.search.label_index import LabelIndex
@@ -34,15 +34,22 @@ class QueryRequest:
 
   Attributes:
     query: The query, without filters.
+    tokens: Token ids of its text.
     k: Number of labels to find.
     filters: Filters of all queries of the request; None if it has none.
     row: Position of the query in the request.
   """
 
   query: Query
+  tokens: np.ndarray
   k: int
   filters: Filters | None = None
   row: int = 0
+
+  @property
+  def size(self) -> int:
+    """Number of tokens, of which each image is one."""
+    return len(self.tokens) + len(self.query.images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +58,14 @@ class ServedModel:
 
   Attributes:
     predictor: Predictor that searches with `index`.
+    form: Form of queries that the model takes.
     index: Search of the label index.
     pointer: Content of the index's CURRENT when its last snapshot was opened, or could not be opened.
     reads_images: Whether the model has a tower for image files.
   """
 
   predictor: Predictor
+  form: QueryFormat
   index: ServedIndex
   pointer: str
   reads_images: bool
@@ -98,7 +107,7 @@ class Engine:
     if predictor.mesh.size > 1:
       self._devices = threading.Lock()
     reads_images = self._warm_up_tower(predictor)
-    for program in encoder_programs(predictor, self._limits.batch):
+    for program in predictor.encoder.warm_up(self._limits.batch):
       program()
     self.model = self._serve(predictor, predictor.index, reads_images)
     _log.info(
@@ -114,11 +123,13 @@ class Engine:
     assert model is not None  # Requests are refused until the model is there.
     predictor, bad = model.predictor, list[UnreadableImage]()
     queries = [request.query for request in requests]
+    lengths = [len(request.tokens) for request in requests]
+    tokens = Ragged.of_lengths(np.concatenate([request.tokens for request in requests]), lengths)
     filters = join_filters([(request.filters, request.row) for request in requests])
     self._metrics.batch_queries.observe(len(queries))
     with self._devices:
       with self._metrics.encode_seconds.time():
-        embeddings = predictor.encode(queries, unreadable=bad)
+        embeddings = predictor.encode(queries, tokens=tokens, unreadable=bad)
       with self._metrics.search_seconds.time():
         found = predictor.named(*predictor.search(embeddings, max(request.k for request in requests), filters))
     answers: list[list[Prediction] | Exception] = [
@@ -170,7 +181,7 @@ class Engine:
         program()
     self._metrics.labels.set(labels.num_live)
     predictor = dataclasses.replace(predictor, index=labels, label_search=index.search)
-    return ServedModel(predictor, index, labels.current, reads_images)
+    return ServedModel(predictor, query_format(predictor.encoder.config), index, labels.current, reads_images)
 
   def _warm_up_tower(self, predictor: Predictor) -> bool:
     if predictor.image_encoder is None:
@@ -181,22 +192,6 @@ class Engine:
       _log.warning("image files are refused, feature vectors are accepted: %s", error)
       return False
     return True
-
-
-def encoder_programs(predictor: Predictor, most: int) -> Iterator[Callable[[], Any]]:
-  """Yields functions that compile every program that encodes up to `most` queries.
-
-  The programs differ in the number of packed rows, a power of two. The longest queries need the most rows, and twice as
-  many queries need at most twice the rows, so no program is left out.
-  """
-  encoder = predictor.encoder
-  vector = np.zeros(encoder.feature_dim, np.float16)
-  longest = Query("a " * encoder.config.dataset.max_length, (vector,) * encoder.images)
-  counts = [1]
-  while counts[-1] < most:
-    counts.append(min(2 * counts[-1], most))
-  for count in counts:
-    yield functools.partial(predictor.encode, [longest] * count)
 
 
 def _black() -> bytes:

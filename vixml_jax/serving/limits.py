@@ -19,7 +19,7 @@ class Limits:
     images: Maximum number of images of a query.
     names: Maximum number of names in each list of a filter.
     batch: Maximum number of queries that are encoded and searched together.
-    wait_seconds: Time that a query waits for others to share its batch.
+    batch_tokens: Maximum number of tokens of such queries, images included; a single query may have more.
     queue: Maximum number of queries that wait for the devices.
   """
 
@@ -33,5 +33,5 @@ class Limits:
   images: int = 8
   names: int = 1_000
   batch: int = 64
-  wait_seconds: float = 0.005
+  batch_tokens: int = 2_048
   queue: int = 1_024

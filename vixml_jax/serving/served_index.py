@@ -28,6 +28,7 @@ class ServedIndex:
 
   def __init__(self, labels: LabelIndex):
     self.labels = labels
+    self._num_live = labels.num_live
     self._widths: tuple[int, ...] = ()
 
   def warm_up(self, k: int, queries: int, hits: int | None) -> Iterator[Callable[[], object]]:
@@ -63,6 +64,9 @@ class ServedIndex:
     """Returns what `LabelIndex.search` returns."""
     if self.labels.search_kind != "exact":
       return self.labels.search(queries, k, filters)
+    if filters is None and self._width(k) >= k:
+      scores, ids = self.labels.search(queries, self._width(k))
+      return scores[:, :k], ids[:, :k]
     queries, filters = np.asarray(queries, np.float32), filters or Filters()
     allow = IdSets.from_rows([None] * len(queries)) if filters.allow is None else filters.allow
     few = allow.has_set & (allow.sizes <= GATHER_AT_MOST)
@@ -81,10 +85,14 @@ class ServedIndex:
     At least k of the k + e best labels are not denied, where e is the largest number of labels that a query denies.
     """
     denied = 0 if filters.deny is None else int(filters.deny.sizes.max())
-    needed = min(k + denied, self.labels.num_live)
-    width = next((width for width in self._widths if width >= needed), needed)
+    width = self._width(k + denied)
     scores, ids = self.labels.search(queries, width, Filters(allow=filters.allow))
     return keep_permitted(scores, ids, filters.permits(ids), min(k, width))
+
+  def _width(self, needed: int) -> int:
+    """Returns the number of labels to search for, so that at least `needed` are found, or all."""
+    needed = min(needed, self._num_live)
+    return next((width for width in self._widths if width >= needed), needed)
 
 
 def _widths(most: int) -> tuple[int, ...]:

@@ -53,7 +53,11 @@ class Server:
     limits, metrics = limits or Limits(), Metrics()
     self._engine = Engine(load, limits, metrics)
     self._batcher: Batcher[QueryRequest, list[Prediction]] = Batcher(
-      self._engine.answer, max_batch=limits.batch, max_wait=limits.wait_seconds, max_queue=limits.queue
+      self._engine.answer,
+      lambda request: request.size,
+      max_batch=limits.batch,
+      max_size=limits.batch_tokens,
+      max_queue=limits.queue,
     )
     app = make_app(self._engine, self._batcher, limits, metrics)
     # Requests are counted in /metrics; a log line for each would cost more than its answer.
