@@ -3,7 +3,9 @@
 The file may be larger than memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
 import dataclasses
 import json
 import logging
@@ -11,7 +13,7 @@ import os
 from pathlib import Path
 import shutil
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +25,7 @@ from vixml_jax.inference.predictor import Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query
 from vixml_jax.inference.query_files import QueryFile
 from vixml_jax.inference.result_files import ResultFormat, result_format
+from vixml_jax.ragged import Ragged
 
 _FORMAT = 1
 _JOB = "job.json"
@@ -83,10 +86,18 @@ def predict_file(
       | predictor.settings()
     )
     numbers = range(-(-count // batch_size))
-    with tqdm(total=count, desc="predict", unit="query", disable=None) as progress:
-      for number, block in zip(numbers, queries.blocks(batch_size), strict=True):
-        job.run(number, block)
-        progress.update(len(block))
+    with (
+      tqdm(total=count, initial=job.resumed(count), desc="predict", unit="query", disable=None) as progress,
+      ThreadPoolExecutor(1, "write") as writer,
+      contextlib.closing(_ahead(job.prepared(zip(numbers, queries.blocks(batch_size), strict=True)))) as blocks,
+    ):
+      written = _done()
+      for block in blocks:
+        found = job.answer(block)
+        written.result()  # One block at a time is written while the next one is encoded.
+        written = writer.submit(job.write, block, found)
+        progress.update(len(block.queries))
+      written.result()
     statistics = job.statistics(count)
     job.publish(numbers, output, statistics)
   return statistics
@@ -138,6 +149,37 @@ class _Timings:
     }
 
 
+class _Block(NamedTuple):
+  """Consecutive queries, with the number of their block and the token ids of their texts."""
+
+  number: int
+  queries: Sequence[Query]
+  tokens: Ragged
+
+
+class _Found(NamedTuple):
+  """Results of a block: scores and ids [Q, K], and images that could not be read."""
+
+  scores: np.ndarray
+  ids: np.ndarray
+  bad: list[UnreadableImage]
+
+
+def _ahead(blocks: Iterator[_Block]) -> Iterator[_Block]:
+  """Yields the blocks; a thread makes the next one while the caller works with the last one."""
+  with ThreadPoolExecutor(1, "read") as reader:
+    future = reader.submit(next, blocks, None)
+    while (block := future.result()) is not None:
+      future = reader.submit(next, blocks, None)
+      yield block
+
+
+def _done() -> Future[None]:
+  future: Future[None] = Future()
+  future.set_result(None)
+  return future
+
+
 class _Job:
   """The blocks of one file of queries; a folder holds the finished ones."""
 
@@ -145,7 +187,6 @@ class _Job:
     self._predictor, self._folder, self._form = predictor, folder, form
     self._k, self._batch_size = k, batch_size
     self._encoding, self._searching = _Timings(), _Timings()
-    self._resumed = 0
 
   def start_or_resume(self, settings: dict[str, Any]) -> None:
     """Starts the folder, or resumes it if the file of queries and the settings are the same."""
@@ -162,25 +203,39 @@ class _Job:
         "start again"
       )
 
-  def run(self, number: int, block: Sequence[Query]) -> None:
-    """Writes the predictions for a block unless they exist; their file is written after all others of the block."""
-    target = self._part(number)
-    if target.exists():
-      self._resumed += len(block)
-      return
-    first_row = number * self._batch_size
+  def resumed(self, count: int) -> int:
+    """Returns how many of `count` queries have been answered by earlier runs, and stores it for the statistics."""
+    starts = range(0, count, self._batch_size)
+    finished = (start for number, start in enumerate(starts) if self._part(number).exists())
+    self._resumed = sum(min(self._batch_size, count - start) for start in finished)
+    return self._resumed
+
+  def prepared(self, blocks: Iterable[tuple[int, Sequence[Query]]]) -> Iterator[_Block]:
+    """Yields blocks that have no file yet, tokenized."""
+    for number, queries in blocks:
+      if not self._part(number).exists():
+        yield _Block(number, queries, self._predictor.encoder.tokenizer([query.text for query in queries]))
+
+  def answer(self, block: _Block) -> _Found:
+    """Encodes and searches a block."""
     bad: list[UnreadableImage] = []
     started = time.perf_counter()
-    embeddings = self._predictor.encode(block, unreadable=bad, whole_chunks=True)
-    self._encoding.add(started, len(block))
+    embeddings = self._predictor.encode(block.queries, tokens=block.tokens, unreadable=bad, whole_chunks=True)
+    self._encoding.add(started, len(block.queries))
     started = time.perf_counter()
-    found = self._predictor.search(embeddings, self._k, self._predictor.filters(block))
-    self._searching.add(started, len(block))
-    if bad:
-      _write_bad(self._bad(number), first_row, bad)
+    scores, ids = self._predictor.search(embeddings, self._k, self._predictor.filters(block.queries))
+    self._searching.add(started, len(block.queries))
+    return _Found(scores, ids, bad)
+
+  def write(self, block: _Block, found: _Found) -> None:
+    """Writes the predictions for a block; their file is written after all others of the block."""
+    first_row = block.number * self._batch_size
+    if found.bad:
+      _write_bad(self._bad(block.number), first_row, found.bad)
     work = self._folder / "incomplete"
-    self._form.write(work, first_row, block, self._predictor.named(*found))
-    work.replace(target)
+    columns = self._predictor.columns(found.scores, found.ids)
+    self._form.write(work, first_row, [query.uid for query in block.queries], columns)
+    work.replace(self._part(block.number))
 
   def statistics(self, count: int) -> dict[str, Any]:
     """Returns the statistics that `predict_file` describes."""

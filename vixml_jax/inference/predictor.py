@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import itertools
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +16,7 @@ from vixml_jax.files import fingerprint_of
 from vixml_jax.inference.queries import Query, query_format
 from vixml_jax.inference.query_images import QueryImageEncoder
 from vixml_jax.inference.trained_encoder import TrainedEncoder, load_trained_encoder
-from vixml_jax.ragged import Ragged
+from vixml_jax.ragged import Ragged, offsets_of
 from vixml_jax.run.workdir import INDEX
 from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.filters import Filters
@@ -39,6 +40,32 @@ class Prediction(NamedTuple):
   id: int
   text: str
   score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionColumns:
+  """Predictions for Q queries as columns, in which every label is named once.
+
+  Attributes:
+    labels: Uid, id and text of the M distinct labels.
+    places: int64 [P], for each prediction the position of its label in `labels`; those of a query are adjacent.
+    scores: float32 [P], see `Prediction`.
+    lengths: int64 [Q], the number of predictions of each query.
+  """
+
+  labels: list[tuple[str, int, str]]
+  places: np.ndarray
+  scores: np.ndarray
+  lengths: np.ndarray
+
+  def rows(self) -> list[list[Prediction]]:
+    """Returns the predictions of each query."""
+    found = [
+      Prediction(*self.labels[place], score)
+      for place, score in zip(self.places.tolist(), self.scores.tolist(), strict=True)
+    ]
+    bounds = offsets_of(self.lengths).tolist()
+    return [found[first:stop] for first, stop in itertools.pairwise(bounds)]
 
 
 class UnreadableImage(NamedTuple):
@@ -212,21 +239,14 @@ class Predictor:
 
   def named(self, scores: np.ndarray, ids: np.ndarray) -> list[list[Prediction]]:
     """Returns results of `search` with uids and texts, without empty places."""
-    distinct, positions = np.unique(ids, return_inverse=True)
-    real = distinct >= 0
-    labels = zip(
-      self.index.uids(distinct[real]), distinct[real].tolist(), self.index.texts(distinct[real]), strict=True
-    )
-    names = dict(enumerate(labels, int(np.sum(~real))))
-    rows = zip(positions.reshape(ids.shape), scores.tolist(), strict=True)
-    return [
-      [
-        Prediction(*names[position], score)
-        for position, score in zip(row.tolist(), of_row, strict=True)
-        if position in names
-      ]
-      for row, of_row in rows
-    ]
+    return self.columns(scores, ids).rows()
+
+  def columns(self, scores: np.ndarray, ids: np.ndarray) -> PredictionColumns:
+    """Returns what `named` returns as columns."""
+    filled = ids >= 0
+    distinct, places = np.unique(ids[filled], return_inverse=True)
+    labels = zip(self.index.uids(distinct), distinct.tolist(), self.index.texts(distinct), strict=True)
+    return PredictionColumns(list(labels), places, scores[filled], filled.sum(axis=1))
 
   def settings(self) -> dict[str, Any]:
     """Returns all that determines an answer besides the query, as JSON."""
