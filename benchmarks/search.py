@@ -2,8 +2,9 @@
 
   .venv/bin/python -m benchmarks.search --part=exact                        # 1,305,265 x 768, with faiss's IndexFlatIP
   .venv/bin/python -m benchmarks.search --part=approximate --labels=131073  # ScaNN with faiss's HNSW
+  .venv/bin/python -m benchmarks.search --part=recall --labels=131073       # ScaNN at the recalls that are asked for
 
-faiss is not a dependency of this package and must be installed first: pip install faiss-cpu. Embeddings are synthetic
+The first two need faiss, which is not a dependency of this package: pip install faiss-cpu. Embeddings are synthetic
 unit vectors around `--groups` centers; queries are drawn like labels. Both sides use all CPUs of the process.
 """
 
@@ -17,13 +18,18 @@ import statistics
 import time
 from typing import Any
 
-import faiss
 import jax
 import numpy as np
 
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.membership import overlap
 from vixml_jax.search.scann_index import ScannIndex
+from vixml_jax.search.scann_recall import QuerySample, RecallGoal, measure_recall, reach_recall
+
+try:
+  import faiss
+except ImportError:
+  faiss = None
 
 _TARGETS = (0.90, 0.95, 0.98, 0.99)
 _EF_SEARCH = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -57,10 +63,11 @@ def seconds_of(call: Callable[[], object], repeats: int) -> float:
 
 def _built(name: str, build: Callable[[], Any]) -> Any:
   """Builds an index, prints seconds and memory, and returns it."""
-  start = time.perf_counter()
+  start, cpu = time.perf_counter(), time.process_time()
   index = build()
+  seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-  print(f"{name}: built in {time.perf_counter() - start:.1f} s, peak RSS so far {peak:.1f} GiB", flush=True)
+  print(f"{name}: built in {seconds:.1f} s, {cpu:.1f} s of CPU time, peak RSS so far {peak:.1f} GiB", flush=True)
   return index
 
 
@@ -117,10 +124,34 @@ def approximate(labels: np.ndarray, queries: np.ndarray, k: int, repeats: int, l
     print(f"  {target:.2f}: " + ", ".join(rates) + (f", ratio {ours / theirs:.2f}" if ours and theirs else ""))
 
 
+def recall(labels: np.ndarray, queries: np.ndarray) -> None:
+  """Prints recall and speed of ScaNN, chosen for each target on half of the queries and measured on the others."""
+  exact_index = ExactIndex(labels)
+  scann = _built("ScaNN", lambda: ScannIndex(labels))
+  print(f"  {scann.parameters}")
+  chosen_on, measured_on = QuerySample(queries, "queries").halves()
+  for target in (None, *_TARGETS):
+    start = time.process_time()
+    if target is not None:
+      reach_recall(scann, exact_index, RecallGoal(target, chosen_on))
+    seconds = time.process_time() - start
+    result = measure_recall(scann, exact_index, measured_on)
+    start = time.process_time()
+    scann.search(measured_on.queries, 100)
+    milliseconds = 1e3 * (time.process_time() - start) / len(measured_on.queries)
+    print(
+      f"{'rules of thumb' if target is None else f'recall {target:.2f}':<15} recall@10 {result['recall@10']:6.2f} % "
+      f"recall@100 {result['recall@100']:6.2f} % {result['queries_per_second']:9.1f} queries/s {milliseconds:7.2f} ms "
+      f"of CPU time a query, leaves {scann.parameters.leaves_to_search}, reorder {scann.parameters.reorder}, "
+      f"chosen in {seconds:.0f} s of CPU time",
+      flush=True,
+    )
+
+
 def main() -> None:
   """Runs one part of the comparison."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--part", choices=("exact", "approximate"), required=True)
+  parser.add_argument("--part", choices=("exact", "approximate", "recall"), required=True)
   parser.add_argument("--labels", type=int, default=1_305_265)
   parser.add_argument("--dim", type=int, default=768)
   parser.add_argument("--queries", type=int, default=1_024)
@@ -133,15 +164,20 @@ def main() -> None:
   parser.add_argument("--effort", type=int, default=200, help="efConstruction of HNSW")
   flags = parser.parse_args()
   cpus = len(os.sched_getaffinity(0))
-  faiss.omp_set_num_threads(cpus)
+  if flags.part != "recall":
+    if faiss is None:
+      parser.error(f"--part={flags.part} needs faiss: pip install faiss-cpu")
+    faiss.omp_set_num_threads(cpus)
   print(
-    f"{flags.labels:,} labels x {flags.dim}, {flags.queries:,} queries, {cpus} CPUs, jax {jax.__version__} on "
-    f"{jax.devices()[0].device_kind}, faiss {faiss.__version__}"
+    f"{flags.labels:,} labels x {flags.dim} around {flags.groups:,} centers, {flags.queries:,} queries, {cpus} CPUs, "
+    f"jax {jax.__version__} on {jax.devices()[0].device_kind}, faiss {faiss.__version__ if faiss else 'not installed'}"
   )
   labels = embeddings(flags.labels, flags.dim, flags.groups, seed=1)
   queries = embeddings(flags.queries, flags.dim, flags.groups, seed=2)
   if flags.part == "exact":
     exact(labels, queries, flags.k or 100, flags.repeats)
+  elif flags.part == "recall":
+    recall(labels, queries)
   else:
     approximate(labels, queries, flags.k or 10, flags.repeats, flags.links, flags.effort)
 

@@ -125,6 +125,7 @@ def base_config() -> ConfigDict:
   config.eval = ConfigDict(
     dict(
       search="exact",  # Or "scann".
+      scann_recall=0.0,  # Share of the 100 best labels that ScaNN must find; 0 for settings by rules of thumb.
       split="test",  # Or "validation": the held-out training queries.
       every_epochs=0,  # Interval of evaluations before the end; 0 for none.
       ks=(1, 3, 5),

@@ -228,6 +228,7 @@ def _write_for_inference(
       else np.zeros((1, setup.model.embed_dim), np.float32),
       queries=RowFiles(folder, "train_queries") if retrieval else None,
       query_labels=data.corpus.train_labels if retrieval else None,
+      held_out=RowFiles(folder, f"{config.eval.split}_queries"),
     )
     origin = image_origin(builder, config.dataset.data_dir, config.features.name) if config.images else None
     with stage("write the label index"):
@@ -238,6 +239,7 @@ def _write_for_inference(
         tokenizer_folder=setup.pretrained,
         image_features=origin,
         search=config.eval.search,
+        scann_recall=config.eval.scann_recall,
         retrieval=None if retrieval is None else retrieval.as_json(),
       )
   sharding.wait_for_all_processes("inference files written")

@@ -22,6 +22,7 @@ from vixml_jax.run.data import RunData
 from vixml_jax.run.from_config import chooses_retrieval
 from vixml_jax.run.state import TrainedModel
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
+from vixml_jax.search.scann_recall import QuerySample, RecallGoal, sample_rows
 from vixml_jax.sharded_rows import ShardedRows
 
 _log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
     queries = EvaluationQueries(
       train_embeddings.select(rows), data.corpus.train_labels.take(rows), data.corpus.train_filter.take(rows)
     )
+    index = dataclasses.replace(index, goal=_goal(wanted, queries))
     if chooses_retrieval(config):
       assert evaluation.retrieval is not None
       settings, tried = choose_retrieval(index, queries, evaluation.retrieval)
@@ -113,9 +115,24 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
       data.corpus.test_labels,
       data.corpus.test_filter,
     )
+    index = dataclasses.replace(index, goal=_goal(wanted, queries))
   result = evaluate(index, queries, evaluation)
   left = None if wanted.split == "test" else pooled
   return ModelEvaluation(result, evaluation, tried, index, queries, train_embeddings, left, means)
+
+
+def _goal(wanted: ConfigDict, queries: EvaluationQueries) -> RecallGoal | None:
+  """Returns the recall that ScaNN must reach, on queries that were not trained on; their labels are not used.
+
+  Args:
+    wanted: the section `eval` of a config.
+    queries: the held-out or test queries.
+  """
+  if not wanted.scann_recall:
+    return None
+  assert isinstance(queries.embeddings, ShardedRows)
+  rows = sample_rows(len(queries))
+  return RecallGoal(wanted.scann_recall, QuerySample(np.asarray(queries.embeddings.take(rows)), "held-out queries"))
 
 
 def _held_out_prototypes(

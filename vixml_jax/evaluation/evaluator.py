@@ -22,6 +22,7 @@ from vixml_jax.search.index import Index, make_index, search_excluding, search_w
 from vixml_jax.search.membership import drop_members, overlap_counts
 from vixml_jax.search.retrieval_augmented import Neighbors, RetrievalSettings, combine
 from vixml_jax.search.scann_index import scann_available
+from vixml_jax.search.scann_recall import RecallGoal
 from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import stage
 
@@ -97,6 +98,7 @@ class EvaluationIndex:
     search: "exact" or "scann".
     mesh: devices of exact search.
     known: bool [N], the training queries that may be found; None for all.
+    goal: recall that ScaNN must reach; None takes its settings of search by rules of thumb.
   """
 
   prototypes: ShardedRows | np.ndarray
@@ -106,6 +108,7 @@ class EvaluationIndex:
   search: str
   mesh: Mesh
   known: np.ndarray | None = None
+  goal: RecallGoal | None = None
 
   @functools.cached_property
   def label_index(self) -> Index:
@@ -114,12 +117,12 @@ class EvaluationIndex:
     Raises:
       InputError: the search cannot run here; so does `query_index`.
     """
-    return make_index(self.search, self.prototypes, self.mesh)
+    return make_index(self.search, self.prototypes, self.mesh, goal=self.goal)
 
   @functools.cached_property
   def query_index(self) -> Index:
     """Index of the training queries."""
-    return make_index(self.search, self.train_embeddings, self.mesh, allowed=self.known)
+    return make_index(self.search, self.train_embeddings, self.mesh, allowed=self.known, goal=self.goal)
 
   @functools.cached_property
   def scann_index(self) -> Index | None:
@@ -137,7 +140,7 @@ class EvaluationIndex:
         size / 2**30,
       )
       return None
-    return make_index("scann", self.prototypes)
+    return make_index("scann", self.prototypes, self.mesh, goal=self.goal)
 
   def neighbors(self, embeddings: np.ndarray, settings: RetrievalSettings) -> Neighbors:
     """Returns the results of the two searches of retrieval-augmented inference, of queries [Q, D]."""

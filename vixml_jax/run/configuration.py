@@ -107,6 +107,7 @@ _CHECKS: dict[str, _Check] = {
   "mining.update_epochs": _POSITIVE,
   "mining.doubling_epochs": (lambda xs: all(x >= 0 for x in xs), "must not be negative"),
   "eval.search": _one_of("exact", "scann"),
+  "eval.scann_recall": _SHARE,
   "eval.split": _one_of("test", "validation"),
   "eval.every_epochs": _NOT_NEGATIVE,
   "eval.ks": _COUNTS,
@@ -161,6 +162,7 @@ _LATER_KEYS: dict[str, Any] = {
   "encoder.attention": "auto",
   "loss.reverse_weight": 1.0,
   "train.decay_layer_norms": False,
+  "eval.scann_recall": 0.0,
   "eval.retrieval_search": "separate",
   "eval.retrieval_query_hits": 0,
 }

@@ -43,6 +43,7 @@ def write_inference_files(
   tokenizer_folder: Path,
   image_features: dict[str, Any] | None,
   search: str,
+  scann_recall: float,
   retrieval: dict[str, Any] | None,
 ) -> None:
   """Writes `tokenizer/`, `inference.json` and `index/`.
@@ -56,6 +57,7 @@ def write_inference_files(
     tokenizer_folder: folder of the pretrained encoder.
     image_features: origin of the image features (`image_origin`); None for a model of texts only.
     search: "exact" or "scann".
+    scann_recall: share of the 100 best labels that ScaNN must find; 0 takes its settings of search by rules of thumb.
     retrieval: lambda, temperature and hits of retrieval-augmented inference; None where it is not used.
   """
   checkpoint = checkpoint_id(workdir / CHECKPOINTS, step)
@@ -69,7 +71,15 @@ def write_inference_files(
     return
   # One process runs this, so recall is measured on its own devices.
   mesh = sharding.make_mesh(devices=jax.local_devices())
-  write_index(workdir / INDEX, contents, checkpoint=checkpoint, search=search, retrieval=retrieval, mesh=mesh)
+  write_index(
+    workdir / INDEX,
+    contents,
+    checkpoint=checkpoint,
+    search=search,
+    scann_recall=scann_recall,
+    retrieval=retrieval,
+    mesh=mesh,
+  )
 
 
 def read_inference_info(workdir: Path, step: int) -> dict[str, Any]:

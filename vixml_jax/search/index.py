@@ -13,6 +13,7 @@ from vixml_jax.rounding import next_power_of_two
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.membership import drop_members
 from vixml_jax.search.scann_index import ScannIndex
+from vixml_jax.search.scann_recall import RecallGoal, reach_recall
 from vixml_jax.sharded_rows import ShardedRows
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def make_index(
   mesh: Mesh | None = None,
   rows: np.ndarray | None = None,
   allowed: np.ndarray | None = None,
+  goal: RecallGoal | None = None,
 ) -> Index:
   """Returns an index of the label embeddings.
 
@@ -49,6 +51,8 @@ def make_index(
     mesh: Devices of the exact index; None uses all devices. Sharded rows are searched on their own mesh.
     rows: Ids of the labels to search, ascending; the embeddings must then be a NumPy array. None searches all labels.
     allowed: bool [L], the labels that may be found; None for all. Give either `rows` or `allowed`.
+    goal: Recall that ScaNN must reach, for which its settings of search are chosen; None takes those of
+      `choose_parameters`.
 
   Raises:
     InputError: There is no such kind, or ScaNN cannot run here.
@@ -56,8 +60,11 @@ def make_index(
   if kind == "exact":
     return ExactIndex(embeddings, mesh, rows=rows, allowed=allowed)
   if kind == "scann":
-    rows = rows if allowed is None else np.flatnonzero(allowed)
-    return ScannIndex(_on_host(embeddings) if isinstance(embeddings, ShardedRows) else embeddings, rows=rows)
+    on_host = _on_host(embeddings) if isinstance(embeddings, ShardedRows) else embeddings
+    scann = ScannIndex(on_host, rows=rows if allowed is None else np.flatnonzero(allowed))
+    if goal is not None and scann.parameters.reorder:  # Without reordering it is brute force, which finds everything.
+      reach_recall(scann, ExactIndex(embeddings, mesh, rows=rows, allowed=allowed), goal)
+    return scann
   raise InputError(f"search={kind!r} is not known: use one of {', '.join(KINDS)}")
 
 

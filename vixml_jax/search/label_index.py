@@ -115,7 +115,7 @@ class LabelIndex:
     if self.search_kind == "scann" and self._files.has_scann:
       return ScannIndex.load(self._files.snapshot.path / "scann")
     live = np.flatnonzero(~self.deleted) if self.deleted.any() else None
-    return make_index(self.search_kind, self.embeddings, self._mesh, live)
+    return make_index(self.search_kind, self.embeddings, self._mesh, live, goal=self._files.recall_goal)
 
   @functools.cached_property
   def query_index(self) -> Index:
@@ -127,7 +127,7 @@ class LabelIndex:
     queries, _ = self._training_queries()
     if self.search_kind == "scann" and self._files.has_scann:
       return ScannIndex.load(self._files.snapshot.path / "scann_queries")
-    return make_index(self.search_kind, queries, self._mesh)
+    return make_index(self.search_kind, queries, self._mesh, goal=self._files.recall_goal)
 
   @functools.cached_property
   def query_labels(self) -> Ragged:

@@ -20,17 +20,21 @@ from vixml_jax.search.label_index_files import (
   IndexContents,
   IndexFiles,
   as_table,
+  build_scann,
   category_rows,
   describe_search,
   load_rows,
   open_current,
+  recall_goal,
+  recall_sample,
   save_scann,
 )
 from vixml_jax.search.scann_index import ScannIndex
 
 _ROWS_PER_BLOCK = 65_536
 _QUERY_FILES = ("queries.npy", "query_labels.values.npy", "query_labels.offsets.npy", "scann_queries")
-_KEPT_FILES = ("clusters.npy", *_QUERY_FILES)  # Adding without queries and deleting leave these as they are.
+# Adding without queries and deleting leave these as they are.
+_KEPT_FILES = ("clusters.npy", "held_out.npy", *_QUERY_FILES)
 
 _log = logging.getLogger(__name__)
 
@@ -128,7 +132,7 @@ def _write_added(
   deleted = np.concatenate([deleted, np.zeros(len(new.uids), bool)])
   _check_any_left(files.folder, deleted)
   if new.queries is not None and new.query_labels is not None:
-    _write_added_queries(files, work, load_rows(new.queries), new.query_labels)
+    _write_added_queries(files, work, load_rows(new.queries), new.query_labels, mesh)
 
   def edit_scann(scann: ScannIndex) -> None:
     scann.delete(delete)
@@ -138,7 +142,7 @@ def _write_added(
   return info | {"categories": names if names or files.categories is not None else None}
 
 
-def _write_added_queries(files: IndexFiles, work: Path, queries: np.ndarray, labels: Ragged) -> None:
+def _write_added_queries(files: IndexFiles, work: Path, queries: np.ndarray, labels: Ragged, mesh: Mesh | None) -> None:
   """Appends training queries, whose labels are counted from the first new one, if the index has training queries."""
   if files.queries is None or files.query_labels is None:
     return
@@ -151,7 +155,8 @@ def _write_added_queries(files: IndexFiles, work: Path, queries: np.ndarray, lab
   scann = ScannIndex.load(stored)
   scann.add(queries, np.arange(len(files.queries), len(files.queries) + len(queries)))
   if scann.needs_rebuild:
-    scann = ScannIndex(np.load(work / "queries.npy", mmap_mode="r", allow_pickle=False))
+    joined = np.load(work / "queries.npy", mmap_mode="r", allow_pickle=False)
+    scann = build_scann(joined, None, files.recall_goal, mesh)
   save_scann(scann, work / "scann_queries")
 
 
@@ -184,15 +189,16 @@ def _finish(
     if (files.snapshot.path / name).exists() and not (work / name).exists():
       snapshots.link_or_copy(files.snapshot.path / name, work / name)
   embeddings = np.load(work / "labels.npy", mmap_mode="r", allow_pickle=False)
+  sample = recall_sample(embeddings, deleted, files.queries, files.held_out)
   scann = None
   if files.has_scann:
     scann = ScannIndex.load(files.snapshot.path / "scann")
     edit_scann(scann)
     if scann.needs_rebuild:
       _log.info("%s: over a tenth of the labels changed since ScaNN was built; rebuilding it", files.folder)
-      scann = ScannIndex(embeddings, rows=np.flatnonzero(~deleted))
+      scann = build_scann(embeddings, np.flatnonzero(~deleted), recall_goal(files.scann_recall, sample), mesh)
     save_scann(scann, work / "scann")
-  described = describe_search(embeddings, deleted, files.queries, scann, mesh)
+  described = describe_search(embeddings, deleted, scann, files.scann_recall, sample, mesh)
   return files.info | {"edits": files.info["edits"] + 1} | described
 
 

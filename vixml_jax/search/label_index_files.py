@@ -12,6 +12,7 @@ A workdir's `index/` holds snapshots (see `snapshots`). Each is a folder of thes
   categories            ragged int32, the categories of each label as positions in the list of index.json; optional
   queries.npy           float32 [N, D], embeddings of the training queries; optional
   query_labels          ragged int32, labels of each training query; present together with queries.npy
+  held_out.npy          float32 [S, D], queries that were not trained on, to measure the recall of ScaNN; optional
   scann, scann_queries  ScaNN over the labels and over the training queries; only if the index was written for ScaNN
 
 Ragged arrays are two files, NAME.values.npy and NAME.offsets.npy. Arrays are memory-mapped, so that opening an index of
@@ -23,6 +24,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 from jax.sharding import Mesh
 import numpy as np
 
@@ -32,9 +34,10 @@ from vixml_jax.files import locked
 from vixml_jax.ragged import Ragged
 from vixml_jax.row_files import RowFiles
 from vixml_jax.search import snapshots
-from vixml_jax.search.index import KINDS
+from vixml_jax.search.exact import ExactIndex
+from vixml_jax.search.index import KINDS, make_index
 from vixml_jax.search.scann_index import ScannIndex
-from vixml_jax.search.scann_recall import measure_recall
+from vixml_jax.search.scann_recall import QuerySample, RecallGoal, measure_recall, sample_rows
 from vixml_jax.search.text_table import TextTable
 
 FORMAT = 1
@@ -56,6 +59,8 @@ class IndexContents:
     queries: float32 [N, D], embeddings of the training queries, for retrieval augmentation; in memory or in files.
     query_labels: Labels of the training queries, N rows.
     categories: Names of the categories of each label, L rows.
+    held_out: float32 [H, D], queries that were not trained on; in memory or in files. A sample of them is written, on
+      which the recall of ScaNN is measured.
   """
 
   embeddings: np.ndarray | RowFiles
@@ -67,6 +72,7 @@ class IndexContents:
   queries: np.ndarray | RowFiles | None = None
   query_labels: Ragged | None = None
   categories: Sequence[Sequence[str]] | None = None
+  held_out: np.ndarray | RowFiles | None = None
 
   def __post_init__(self) -> None:
     counts = {
@@ -97,6 +103,7 @@ class IndexFiles:
     categories: Categories of each label, as positions in `category_names`; None if no label has any.
     queries: float32 [N, D], embeddings of the training queries; None if the index has none.
     query_labels: Labels of the training queries, deleted ones included, N rows; None if the index has none.
+    held_out: float32 [S, D], sample of queries that were not trained on; None if the index has none.
   """
 
   folder: Path
@@ -110,6 +117,7 @@ class IndexFiles:
   categories: Ragged | None
   queries: np.ndarray | None
   query_labels: Ragged | None
+  held_out: np.ndarray | None
 
   @property
   def info(self) -> dict[str, Any]:
@@ -131,6 +139,16 @@ class IndexFiles:
     """Whether ScaNN is stored in the snapshot."""
     return bool(self.info["search"]["kind"] == "scann")
 
+  @property
+  def scann_recall(self) -> float:
+    """Share of the 100 best labels that ScaNN must find; 0 takes its settings of search by rules of thumb."""
+    return float(self.info["search"].get("scann_recall", 0.0))  # Older files lack it.
+
+  @property
+  def recall_goal(self) -> RecallGoal | None:
+    """Recall that ScaNN must reach; None if nothing was asked for."""
+    return recall_goal(self.scann_recall, recall_sample(self.embeddings, self.deleted, self.queries, self.held_out))
+
 
 def write_index(
   folder: str | Path,
@@ -138,19 +156,22 @@ def write_index(
   *,
   checkpoint: dict[str, Any],
   search: str,
+  scann_recall: float = 0.0,
   retrieval: dict[str, Any] | None = None,
   mesh: Mesh | None = None,
 ) -> None:
   """Writes an index, which replaces any index in the folder in one step.
 
   With search="scann", ScaNN is built over the labels and over the training queries. Its recall against exact search is
-  measured, logged and stored.
+  measured, logged and stored. It is measured on held-out queries, or else on training queries, or else on labels.
 
   Args:
     folder: `index/` of a workdir. Only one process may write it at a time.
     contents: Contents of the index.
     checkpoint: Step and sha256 of the model that computed the embeddings.
     search: "exact" or "scann".
+    scann_recall: Share of the 100 best labels that ScaNN must find, also if it is built later; 0 takes its settings of
+      search by rules of thumb.
     retrieval: Lambda, temperature and hits of retrieval-augmented inference; None if the index is not meant for it.
     mesh: Devices of the exact search that recall is measured with; None uses all devices of this process.
 
@@ -178,20 +199,26 @@ def write_index(
     if contents.queries is not None and contents.query_labels is not None:
       _save_rows(work / "queries.npy", contents.queries)
       contents.query_labels.save(work / "query_labels")
-    scann, embeddings, queries = None, contents.embeddings, contents.queries
+    held_out = None if contents.held_out is None else load_rows(contents.held_out)
+    if held_out is not None:
+      held_out = held_out[sample_rows(len(held_out))]
+      np.save(work / "held_out.npy", held_out)
+    scann, embeddings, queries, sample = None, contents.embeddings, contents.queries, None
     if search == "scann":  # It needs all vectors in memory.
       embeddings, queries = load_rows(embeddings), None if queries is None else load_rows(queries)
-      scann = ScannIndex(embeddings, rows=np.flatnonzero(~deleted))
+      sample = recall_sample(embeddings, deleted, queries, held_out)
+      goal = recall_goal(scann_recall, sample)
+      scann = build_scann(embeddings, np.flatnonzero(~deleted), goal, mesh)
       save_scann(scann, work / "scann")
       if queries is not None:
-        save_scann(ScannIndex(queries), work / "scann_queries")
+        save_scann(build_scann(queries, None, goal, mesh), work / "scann_queries")
     return {
       "format": FORMAT,
       "checkpoint": checkpoint,
       "edits": 0,
       "retrieval": retrieval,
       "categories": None if contents.categories is None else names,
-      **describe_search(embeddings, deleted, queries, scann, mesh),
+      **describe_search(embeddings, deleted, scann, scann_recall, sample, mesh),
     }
 
   with locked(folder / snapshots.LOCK):
@@ -239,8 +266,9 @@ def open_current(
 def describe_search(
   embeddings: np.ndarray | RowFiles,
   deleted: np.ndarray,
-  queries: np.ndarray | RowFiles | None,
   scann: ScannIndex | None,
+  scann_recall: float,
+  sample: QuerySample | None,
   mesh: Mesh | None,
 ) -> dict[str, Any]:
   """Returns the entries of index.json on the labels and on how they are searched, including the recall of ScaNN.
@@ -248,16 +276,64 @@ def describe_search(
   Args:
     embeddings: float32 [L, D], embeddings of all labels; in memory if there is ScaNN.
     deleted: bool [L], whether each label is deleted.
-    queries: Training queries [N, D] to measure recall on; None measures it on labels. In memory if there is ScaNN.
     scann: ScaNN over the labels that are not deleted; None for an index of exact search.
+    scann_recall: Share of the 100 best labels that ScaNN must find; 0 if nothing was asked for.
+    sample: Queries to measure recall on; not needed without ScaNN.
     mesh: Devices to measure recall with; None uses all devices of this process.
   """
   counts = {"num_labels": len(embeddings), "dim": embeddings.shape[1], "num_deleted": int(deleted.sum())}
   if scann is None:
-    return counts | {"search": {"kind": "exact"}, "recall": None}
-  assert isinstance(embeddings, np.ndarray) and not isinstance(queries, RowFiles)
-  recall = measure_recall(scann, embeddings, np.flatnonzero(~deleted), queries, mesh)
-  return counts | {"search": {"kind": "scann", "parameters": dataclasses.asdict(scann.parameters)}, "recall": recall}
+    return counts | {"search": {"kind": "exact", "scann_recall": scann_recall}, "recall": None}
+  assert isinstance(embeddings, np.ndarray) and sample is not None
+  exact = ExactIndex(embeddings, _local(mesh), rows=np.flatnonzero(~deleted))
+  # The settings were chosen on the first half; the recall that is reported is that of other queries.
+  recall = measure_recall(scann, exact, sample.halves()[1] if scann_recall else sample)
+  search = {"kind": "scann", "scann_recall": scann_recall, "parameters": dataclasses.asdict(scann.parameters)}
+  return counts | {"search": search, "recall": recall}
+
+
+def recall_sample(
+  embeddings: np.ndarray, deleted: np.ndarray, queries: np.ndarray | None, held_out: np.ndarray | None
+) -> QuerySample:
+  """Returns queries to measure the recall of ScaNN on: held-out ones, or else training queries, or else labels.
+
+  Args:
+    embeddings: float32 [L, D], embeddings of all labels.
+    deleted: bool [L], whether each label is deleted.
+    queries: float32 [N, D], embeddings of the training queries; None if there are none.
+    held_out: float32 [S, D], a sample of queries that were not trained on; None if there is none.
+  """
+  if held_out is not None:
+    return QuerySample(held_out, "held-out queries")
+  if queries is not None:
+    return QuerySample(queries[sample_rows(len(queries))], "training queries")
+  live = np.flatnonzero(~deleted)
+  return QuerySample(embeddings[live[sample_rows(len(live))]], "labels")
+
+
+def recall_goal(recall: float, sample: QuerySample) -> RecallGoal | None:
+  """Returns the recall that ScaNN must reach, on the half of the sample that settings are chosen on; None for 0."""
+  return RecallGoal(recall, sample.halves()[0]) if recall else None
+
+
+def build_scann(
+  embeddings: np.ndarray, rows: np.ndarray | None, goal: RecallGoal | None, mesh: Mesh | None
+) -> ScannIndex:
+  """Returns ScaNN over labels or training queries.
+
+  Args:
+    embeddings: float32 [L, D].
+    rows: Ids to search; None searches all.
+    goal: Recall to reach; None takes the settings of search by rules of thumb.
+    mesh: Devices to measure recall with; None uses all devices of this process.
+  """
+  scann = make_index("scann", embeddings, _local(mesh), rows, goal=goal)
+  assert isinstance(scann, ScannIndex)
+  return scann
+
+
+def _local(mesh: Mesh | None) -> Mesh:
+  return Mesh(np.asarray(jax.local_devices()), ("data",)) if mesh is None else mesh
 
 
 def category_rows(rows: Sequence[Sequence[str]], names: Sequence[str]) -> Ragged:
@@ -308,6 +384,7 @@ def _map_files(folder: Path, snapshot: snapshots.Snapshot) -> IndexFiles:
     categories=None if info["categories"] is None else Ragged.load(path / "categories"),
     queries=mapped("queries.npy") if has_queries else None,
     query_labels=Ragged.load(path / "query_labels") if has_queries else None,
+    held_out=mapped("held_out.npy") if "held_out.npy" in info["files"] else None,
   )
 
 

@@ -1,10 +1,13 @@
-"""Recall of ScaNN against exact search, measured on a sample of queries."""
+"""Recall of ScaNN against exact search: measured on a sample of queries, and reached by choosing how ScaNN searches."""
 
+from collections.abc import Callable
+import dataclasses
+import functools
 import logging
-from typing import Any
+import math
+import time
+from typing import Any, NamedTuple
 
-import jax
-from jax.sharding import Mesh
 import numpy as np
 
 from vixml_jax.search.exact import ExactIndex
@@ -12,37 +15,174 @@ from vixml_jax.search.membership import overlap
 from vixml_jax.search.scann_index import ScannIndex
 
 RECALL_AT = (10, 100)
-_SAMPLE_SIZE = 1_000
+SAMPLE_SIZE = 1_000
+"""Maximum number of queries in a sample; settings are chosen on one half, and recall is measured on the other."""
+_REORDER = (20, 10, 5, 2, 1)  # Number of candidates whose exact scores are computed, in multiples of k.
+_FIRST_SHARE = 1 / 64  # Share of the leaves that is tried first.
+_PRECISION = 1 / 16  # The fewest leaves that suffice are found within this share.
+_SLOWER = 1.5  # A number of candidates is given up once it takes this many times as long as the fastest setting.
 
 _log = logging.getLogger(__name__)
 
 
-def measure_recall(
-  scann: ScannIndex, embeddings: np.ndarray, live: np.ndarray, queries: np.ndarray | None, mesh: Mesh | None
-) -> dict[str, Any]:
+class QuerySample(NamedTuple):
+  """Queries that stand for those that will be searched.
+
+  Attributes:
+    queries: float32 [S, D].
+    of: What they are, such as "held-out queries".
+  """
+
+  queries: np.ndarray
+  of: str
+
+  def halves(self) -> tuple["QuerySample", "QuerySample"]:
+    """Returns every second query, and the others; a single query is in both."""
+    others = self.queries[1::2] if len(self.queries) > 1 else self.queries
+    return QuerySample(self.queries[::2], self.of), QuerySample(others, self.of)
+
+
+class RecallGoal(NamedTuple):
+  """A recall that ScaNN must reach.
+
+  Attributes:
+    recall: Share of the 100 best labels to find, above 0 and below 1.
+    sample: Queries to choose the settings of search on.
+  """
+
+  recall: float
+  sample: QuerySample
+
+
+def sample_rows(number: int) -> np.ndarray:
+  """Returns the rows of a sample of `number` queries, int64 [S], at equal distances."""
+  return np.linspace(0, number - 1, min(SAMPLE_SIZE, number)).astype(np.int64)
+
+
+def measure_recall(scann: ScannIndex, exact: ExactIndex, sample: QuerySample) -> dict[str, Any]:
   """Returns the share of the labels of exact search that ScaNN finds, and logs it.
 
   Args:
-    scann: ScaNN over the live labels.
-    embeddings: Label embeddings float32 [L, D].
-    live: Ids of the live labels, ascending.
-    queries: Training queries [N, D] to draw the sample from; None draws it from the live labels.
-    mesh: Devices of the exact search; None uses all devices of this process.
+    scann: ScaNN over the labels.
+    exact: Exact search of the same labels.
+    sample: Queries to measure it on.
 
   Returns:
-    `recall@10` and `recall@100` in percent, `queries`, the size of the sample, and `of`, what it was drawn from.
+    `recall@10` and `recall@100` in percent; `queries_per_second`; `queries`, the size of the sample; and `of`, what it
+    consists of.
   """
-  pool, name = (embeddings[live], "labels") if queries is None else (queries, "training queries")
-  sample = np.asarray(pool[np.linspace(0, len(pool) - 1, min(_SAMPLE_SIZE, len(pool))).astype(int)], np.float32)
-  mesh = Mesh(np.asarray(jax.local_devices()), ("data",)) if mesh is None else mesh
-  k = min(max(RECALL_AT), len(live))
-  _, exact_ids = ExactIndex(embeddings, mesh, rows=live).search(sample, k)
-  _, scann_ids = scann.search(sample, k)
-  recall = {f"recall@{at}": 100 * overlap(scann_ids[:, :at], exact_ids[:, :at]) for at in RECALL_AT}
+  k = min(max(RECALL_AT), scann.num_labels)
+  _, exact_ids = exact.search(sample.queries, k)
+  start = time.perf_counter()
+  _, ids = scann.search(sample.queries, k)
+  rate = len(ids) / (time.perf_counter() - start)
+  recall = {f"recall@{at}": 100 * overlap(ids[:, :at], exact_ids[:, :at]) for at in RECALL_AT}
   _log.info(
-    "recall of ScaNN against exact search: %s, on %s %s",
+    "recall of ScaNN against exact search: %s, on %s %s, at %.0f queries/s",
     ", ".join(f"{value:.2f} % ({metric})" for metric, value in recall.items()),
-    f"{len(sample):,}",
-    name,
+    f"{len(ids):,}",
+    sample.of,
+    rate,
   )
-  return recall | {"queries": len(sample), "of": name}
+  return recall | {"queries_per_second": round(rate, 1), "queries": len(ids), "of": sample.of}
+
+
+class _Trial(NamedTuple):
+  """A setting that was tried.
+
+  Attributes:
+    leaves: Number of leaves that a query visits; 0 without a tree.
+    reorder: Number of candidates whose exact scores are computed.
+    recall: Mean recall of the queries.
+    sure: Mean recall less its standard error.
+    seconds: CPU time of all queries.
+  """
+
+  leaves: int
+  reorder: int
+  recall: float
+  sure: float
+  seconds: float
+
+
+def reach_recall(scann: ScannIndex, exact: ExactIndex, goal: RecallGoal) -> None:
+  """Sets how many leaves ScaNN visits and how many candidates it reorders, so that it reaches a recall in least time.
+
+  Recall and time rise with both numbers. For each of a few numbers of candidates, the fewest leaves that suffice are
+  found by doubling and bisection, and the fastest of these settings is chosen. A setting suffices if the mean recall of
+  the sample exceeds the one asked for by its standard error, so that other queries probably reach it too. Time is CPU
+  time, which other processes disturb little. If no setting suffices, the one of highest recall is set, with a warning.
+
+  Args:
+    scann: ScaNN over the labels, with reordering; its parameters are replaced.
+    exact: Exact search of the same labels.
+    goal: The recall and the queries to measure it on.
+  """
+  built, k = scann.parameters, min(max(RECALL_AT), scann.num_labels)
+  recall, sample = goal
+  _, exact_ids = exact.search(sample.queries, k)
+
+  def attempt(leaves: int, reorder: int) -> _Trial:
+    scann.parameters = dataclasses.replace(built, leaves_to_search=leaves, reorder=reorder)
+    start = time.process_time()
+    _, ids = scann.search(sample.queries, k)
+    seconds = time.process_time() - start
+    shares = [np.isin(wanted, found).mean() for wanted, found in zip(exact_ids, ids, strict=True)]
+    mean = float(np.mean(shares))
+    return _Trial(leaves, reorder, mean, mean - float(np.std(shares)) / math.sqrt(len(shares)), seconds)
+
+  sufficient: list[_Trial] = []
+  highest: _Trial | None = None
+  for multiple in _REORDER:
+    tried = _fewest_leaves(
+      functools.partial(attempt, reorder=multiple * k),
+      recall,
+      # Fewer candidates need no fewer leaves.
+      fewest=sufficient[-1].leaves if sufficient else math.ceil(built.leaves * _FIRST_SHARE),
+      most=built.leaves,
+      seconds=_SLOWER * min((trial.seconds for trial in sufficient), default=math.inf),
+    )
+    highest = highest or tried
+    if tried.sure < recall:
+      break  # Fewer candidates find even less.
+    sufficient.append(tried)
+  assert highest is not None
+  chosen = min(sufficient, key=lambda trial: trial.seconds, default=highest)
+  scann.parameters = dataclasses.replace(built, leaves_to_search=chosen.leaves, reorder=chosen.reorder)
+  of_leaves = f"{chosen.leaves} of {built.leaves} leaves and " if built.leaves else ""
+  _log.log(
+    logging.INFO if sufficient else logging.WARNING,
+    "ScaNN with %s%d candidates finds %.2f %% of the top %d of %d %s, %s",
+    of_leaves,
+    chosen.reorder,
+    100 * chosen.recall,
+    k,
+    len(exact_ids),
+    sample.of,
+    f"for a recall of {100 * recall:g} %"
+    if sufficient
+    else f"the most of all settings; {100 * recall:g} % cannot be reached: use exact search or a lower recall",
+  )
+
+
+def _fewest_leaves(attempt: Callable[[int], _Trial], recall: float, fewest: int, most: int, seconds: float) -> _Trial:
+  """Returns the trial of the fewest leaves that suffice, up to a sixteenth; else the last one, which does not.
+
+  Args:
+    attempt: Function that tries a number of leaves.
+    recall: Recall to reach.
+    fewest: Number of leaves to begin with.
+    most: Number of all leaves.
+    seconds: Time of a trial above which more leaves are not tried.
+  """
+  low, trial = fewest, attempt(fewest)
+  while trial.sure < recall and trial.leaves < most and trial.seconds <= seconds:
+    low = trial.leaves + 1
+    trial = attempt(min(2 * trial.leaves, most))
+  while trial.sure >= recall and trial.leaves - low > trial.leaves * _PRECISION:
+    middle = attempt((low + trial.leaves) // 2)
+    if middle.sure >= recall:
+      trial = middle
+    else:
+      low = middle.leaves + 1
+  return trial
