@@ -94,7 +94,7 @@ class _Trial(NamedTuple):
     leaves: Number of leaves that a query visits; 0 without a tree.
     reorder: Number of candidates whose exact scores are computed.
     recall: Mean recall of the queries.
-    sure: Mean recall less its standard error.
+    sure: Mean recall less two standard errors.
     seconds: CPU time of all queries.
   """
 
@@ -110,7 +110,7 @@ def reach_recall(scann: ScannIndex, exact: ExactIndex, goal: RecallGoal) -> None
 
   Recall and time rise with both numbers. For each of a few numbers of candidates, the fewest leaves that suffice are
   found by doubling and bisection, and the fastest of these settings is chosen. A setting suffices if the mean recall of
-  the sample exceeds the one asked for by its standard error, so that other queries probably reach it too. Time is CPU
+  the sample exceeds the one asked for by two standard errors, so that other queries probably reach it too. Time is CPU
   time, which other processes disturb little. If no setting suffices, the one of highest recall is set, with a warning.
 
   Args:
@@ -129,7 +129,7 @@ def reach_recall(scann: ScannIndex, exact: ExactIndex, goal: RecallGoal) -> None
     seconds = time.process_time() - start
     shares = [np.isin(wanted, found).mean() for wanted, found in zip(exact_ids, ids, strict=True)]
     mean = float(np.mean(shares))
-    return _Trial(leaves, reorder, mean, mean - float(np.std(shares)) / math.sqrt(len(shares)), seconds)
+    return _Trial(leaves, reorder, mean, mean - 2 * float(np.std(shares)) / math.sqrt(len(shares)), seconds)
 
   sufficient: list[_Trial] = []
   highest: _Trial | None = None
