@@ -24,6 +24,7 @@ from tests.helpers.search_cases import (
 )
 import vixml_jax
 from vixml_jax.errors import InputError
+from vixml_jax.files import sha256_of_file
 from vixml_jax.ragged import Ragged
 from vixml_jax.search import snapshots
 from vixml_jax.search.label_index_files import is_edited
@@ -108,11 +109,14 @@ def test_categories_of_labels_are_replaced(tmp_path, search, before):
     edited.categorize([NUM_LABELS], [["new"]])
 
 
-def test_former_snapshots_are_removed_and_unchanged_files_are_linked(tmp_path):
+def test_former_snapshots_are_removed_and_unchanged_files_are_linked_and_not_read(tmp_path, monkeypatch):
   folder = tmp_path / "index"
   index = opened(written(folder))
   before = (folder / "000001" / "queries.npy").stat().st_ino
+  read = []
+  monkeypatch.setattr(snapshots, "sha256_of_file", lambda path: read.append(path.name) or sha256_of_file(path))
   index.delete([1]).delete([2])
+  assert read == ["deleted.npy"] * 2
   assert sorted(path.name for path in folder.iterdir()) == [".lock", "000003", "CURRENT"]
   assert (folder / "000003" / "queries.npy").stat().st_ino == before
   opened(folder, verify=True)

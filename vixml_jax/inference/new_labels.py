@@ -40,8 +40,13 @@ def ids_of_uids(index: LabelIndex, uids: Mapping[str, str]) -> np.ndarray:
   Raises:
     InputError: A uid is unknown, or its label was deleted; the message names the line.
   """
-  ids = [_found(index, uid, where) for uid, where in uids.items()]
-  return np.concatenate(ids) if ids else np.zeros(0, np.int32)
+  for (uid, where), found in zip(uids.items(), index.has(list(uids)), strict=True):
+    if not found:
+      try:
+        index.ids_of([uid])
+      except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+  return index.ids_of(list(uids))
 
 
 def check_new(index: LabelIndex, labels: Sequence[NewLabel], delete: Mapping[str, str]) -> None:
@@ -56,11 +61,11 @@ def check_new(index: LabelIndex, labels: Sequence[NewLabel], delete: Mapping[str
     InputError: A uid belongs to another label; the message names the line.
   """
   seen: dict[str, str] = {}
-  for label in labels:
+  for label, taken in zip(labels, index.has([label.uid for label in labels]), strict=True):
     if label.uid in seen:
       raise InputError(f"{label.where}: uid {label.uid!r} is also that of {seen[label.uid]}; every label needs its own")
     seen[label.uid] = label.where
-    if label.uid not in delete and _is_taken(index, label.uid):
+    if label.uid not in delete and taken:
       raise InputError(
         f"{label.where}: uid {label.uid!r} belongs to a label of {index.folder}; use another uid, or list this one in "
         "--delete as well to replace that label"
@@ -189,18 +194,3 @@ def _centroids(own: np.ndarray, queries: np.ndarray, counts: np.ndarray, mesh: M
     return own
   members = Ragged.of_lengths(np.arange(len(queries), dtype=np.int32), counts)
   return np.where(counts[:, None] > 0, sharding.to_host(mean_of_rows(queries, members, mesh=mesh))[: len(members)], own)
-
-
-def _found(index: LabelIndex, uid: str, where: str) -> np.ndarray:
-  try:
-    return index.ids_of([uid])
-  except InputError as error:
-    raise InputError(f"{where}: {error}") from error
-
-
-def _is_taken(index: LabelIndex, uid: str) -> bool:
-  try:
-    index.ids_of([uid])
-  except InputError:  # Unknown, or of a deleted label.
-    return False
-  return True

@@ -162,6 +162,11 @@ class LabelIndex:
         raise InputError(f"label {uid!r} was deleted from {self.folder}; use the uid of another label")
     return ids
 
+  def has(self, uids: Sequence[str]) -> np.ndarray:
+    """Returns bool, whether each uid belongs to a label that is not deleted."""
+    ids = self._files.uids.find(uids)
+    return (ids >= 0) & ~self.deleted[ids]
+
   def filters(
     self,
     allow: Sequence[Sequence[str] | None] | None = None,

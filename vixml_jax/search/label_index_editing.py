@@ -4,7 +4,7 @@ An edit is applied to the current snapshot, which another process may have writt
 that an edit does not change are hard-linked from the former snapshot.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 import logging
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,15 @@ from vixml_jax.search.label_index_files import (
 from vixml_jax.search.scann_index import ScannIndex
 
 _ROWS_PER_BLOCK = 65_536
-_QUERY_FILES = ("queries.npy", "query_labels.values.npy", "query_labels.offsets.npy", "scann_queries")
 # Adding without queries and deleting leave these as they are.
-_KEPT_FILES = ("clusters.npy", "held_out.npy", *_QUERY_FILES)
+_KEPT_FILES = (
+  "clusters.npy",
+  "held_out.npy",
+  "queries.npy",
+  "query_labels.values.npy",
+  "query_labels.offsets.npy",
+  "scann_queries",
+)
 
 _log = logging.getLogger(__name__)
 
@@ -54,8 +60,7 @@ def add_labels(files: IndexFiles, new: IndexContents, delete: np.ndarray, mesh: 
   dim = files.embeddings.shape[1]
   if new.embeddings.shape[1:] != (dim,):
     raise ValueError(f"embeddings have shape {new.embeddings.shape} instead of [n, {dim}]")
-  changed = () if new.queries is None else _QUERY_FILES
-  _write_next(files, lambda latest, work: _write_added(latest, work, new, delete, mesh), changed)
+  _write_next(files, lambda latest, work: _write_added(latest, work, new, delete, mesh))
 
 
 def delete_labels(files: IndexFiles, ids: np.ndarray, mesh: Mesh | None) -> None:
@@ -86,26 +91,18 @@ def set_categories(files: IndexFiles, ids: np.ndarray, categories: Sequence[Sequ
   _write_next(files, lambda latest, work: _write_categories(latest, work, ids, categories))
 
 
-def _write_next(
-  files: IndexFiles, write: Callable[[IndexFiles, Path], dict[str, Any]], changed: Collection[str] = ()
-) -> None:
+def _write_next(files: IndexFiles, write: Callable[[IndexFiles, Path], dict[str, Any]]) -> None:
   """Writes the next snapshot from the current one.
 
   Args:
     files: A snapshot of the index.
     write: Function of the current snapshot and the new folder that writes the files and returns the new index.json.
-    changed: Those of `_KEPT_FILES` that `write` changes; the hashes of the others are not computed again.
   """
   with locked(files.folder / snapshots.LOCK):
     current = files
     if snapshots.read_current(files.folder).path != files.snapshot.path:
       current = open_current(files.folder, lambda opened: opened, checkpoint=files.info["checkpoint"], verify=False)
-    known = {
-      name: described
-      for name, described in current.info["files"].items()
-      if name.split("/")[0] in _KEPT_FILES and name.split("/")[0] not in changed
-    }
-    snapshots.write_snapshot(files.folder, lambda work: write(current, work), known)
+    snapshots.write_snapshot(files.folder, lambda work: write(current, work), current.snapshot)
 
 
 def _write_added(

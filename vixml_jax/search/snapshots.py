@@ -106,24 +106,21 @@ def check_files(snapshot: Path, files: dict[str, dict[str, Any]], *, contents: b
       raise InputError(f"{path}: is damaged ({wrong}); {remedy(snapshot.parent)}")
 
 
-def write_snapshot(
-  folder: Path, fill: Callable[[Path], dict[str, Any]], known: dict[str, dict[str, Any]] | None = None
-) -> None:
+def write_snapshot(folder: Path, fill: Callable[[Path], dict[str, Any]], former: Snapshot | None = None) -> None:
   """Writes the next snapshot, lets CURRENT name it and removes all others. Call it under the lock `LOCK`.
 
   Args:
     folder: Folder of the snapshots.
     fill: Function that writes the files into the folder it receives and returns the content of index.json without
       `files`, which is added here.
-    known: Size and sha256 of files that need not be read again, by path within the snapshot.
+    former: Snapshot whose files may be linked into the new one by `link_or_copy`; linked files are not read again.
   """
-  known = known or {}
   number = 1 + max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
   target = folder / f"{number:06d}"
   with new_folder(target) as work:
     info = fill(work)
     paths = {path.relative_to(work).as_posix(): path for path in sorted(work.rglob("*")) if path.is_file()}
-    info["files"] = {name: known.get(name) or _describe(path) for name, path in paths.items()}
+    info["files"] = {name: _known(former, name, path) or _describe(path) for name, path in paths.items()}
     content = (json.dumps(info, indent=2) + "\n").encode()
     (work / INDEX).write_bytes(content)
     _sync(work / INDEX)
@@ -146,6 +143,13 @@ def link_or_copy(source: Path, target: Path) -> None:
     os.link(source, target)
   except OSError:
     shutil.copyfile(source, target)
+
+
+def _known(former: Snapshot | None, name: str, path: Path) -> dict[str, Any] | None:
+  """Returns size and sha256 of a file that is a hard link to that of the former snapshot; None for any other file."""
+  if former is None or name not in former.info["files"] or not path.samefile(former.path / name):
+    return None
+  return dict(former.info["files"][name])
 
 
 def _describe(path: Path) -> dict[str, Any]:
