@@ -64,12 +64,13 @@ class TextTable:
     wanted = _hashes(TextTable.from_texts(texts).rows)
     first, last = (np.searchsorted(hashes, wanted, side=side) for side in ("left", "right"))
     found = np.full(len(texts), -1, np.int32)
-    for place, text in enumerate(texts):
-      candidates = order[first[place] : last[place]]
-      for row, candidate in zip(candidates[::-1], reversed(self.take(candidates)), strict=True):
-        if candidate == text:
-          found[place] = row
-          break
+    left = np.flatnonzero(first < last)
+    while len(left):  # The last row of each hash first; others only where different texts have the same hash.
+      last[left] -= 1
+      rows = order[last[left]]
+      equal = np.asarray([texts[place] == text for place, text in zip(left, self.take(rows), strict=True)])
+      found[left[equal]] = rows[equal]
+      left = left[~equal & (first[left] < last[left])]
     return found
 
   def first_duplicate(self) -> str | None:
