@@ -1,5 +1,6 @@
 """Both sides of `benchmarks.parity_torch`: a run before its first step, our training and the transcription's."""
 
+from collections.abc import Iterable, Iterator
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from vixml_jax.losses import draw_positive
 from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.mining.kmeans import balanced_kmeans
 from vixml_jax.mining.order import cluster_size_at, epoch_order, is_cluster_update, num_query_clusters
+from vixml_jax.models.parameters import join_params
 from vixml_jax.ragged import Ragged
 from vixml_jax.run import configuration
 from vixml_jax.run.setup import RunSetup, set_up_run
 from vixml_jax.run.state import TrainState, abstract_state
 from vixml_jax.training.loop import training_queries
 from vixml_jax.training.start import initial_checkpoint
-from vixml_jax.training.step import StepConfig, device_batch, make_train_step, step_config
+from vixml_jax.training.step import DeviceBatch, StepConfig, batch_loss, device_batch, make_train_step, step_config
 from vixml_jax.typing import Tree
 
 DEPTH = 100
@@ -158,6 +160,20 @@ class JaxTraining:
     self.state, values = self.train_step(self.state, self.run.frozen, on_mesh)
     return {name: float(value) for name, value in values.items()}
 
+  def losses(self, batch: Batch, numbers: Iterable[int]) -> Iterator[dict[str, float]]:
+    """Yields the loss of a batch and its terms for the random numbers of each of some steps, without training."""
+    run, mesh = self.run, self.run.setup.mesh
+
+    @jax.jit
+    def loss_of(state: TrainState, frozen: Tree, on_mesh: DeviceBatch, number: jax.Array) -> dict[str, jax.Array]:
+      key = jax.random.fold_in(run.step.base_key, number)
+      return batch_loss(run.step, mesh, join_params(state.params, frozen), state, on_mesh, key)[1][0]
+
+    on_mesh = device_batch(batch, run.setup.data.image_features, mesh)
+    for number in numbers:
+      values = loss_of(self.state, run.frozen, on_mesh, number)
+      yield {name: float(value) for name, value in values.items()}
+
   def refresh_centroids(self) -> None:
     """Makes label centroids from the bank."""
     centroids = self.run.centroids(self.state.bank, self.run.queries.labels)
@@ -198,6 +214,23 @@ class TorchTraining:
 
   def step(self, batch: Batch, number: int) -> dict[str, float]:
     """Trains on the batch of a step and returns the loss and its terms."""
+    parts, queries = self._forward(batch, number)
+    self.optimizer.zero_grad()
+    parts["loss"].backward()
+    self.optimizer.step()
+    self.schedule.step()
+    self.bank[batch.query_ids[: len(queries)]] = queries.detach().numpy()
+    return {name: value.item() for name, value in parts.items()}
+
+  def losses(self, batch: Batch, numbers: Iterable[int]) -> Iterator[dict[str, float]]:
+    """Yields the loss of a batch and its terms for the positives of each of some steps, without training."""
+    for number in numbers:
+      with torch.no_grad():
+        parts, _ = self._forward(batch, number)
+      yield {name: value.item() for name, value in parts.items()}
+
+  def _forward(self, batch: Batch, number: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Returns the loss of the batch of a step with its terms, and the embeddings of its queries."""
     self.model.train()
     filled = int(batch.valid.sum())
     query_ids, label_ids = batch.query_ids[:filled], batch.label_ids[:filled]
@@ -212,12 +245,7 @@ class TorchTraining:
       [torch.tensor(drawn[:filled]).long() for drawn in self.run.drawn_positives(batch, number)],
       self.run.step.loss,
     )
-    self.optimizer.zero_grad()
-    parts["loss"].backward()
-    self.optimizer.step()
-    self.schedule.step()
-    self.bank[query_ids] = queries.detach().numpy()
-    return {name: value.item() for name, value in parts.items()}
+    return parts, queries
 
   def perturb(self) -> None:
     """Changes each parameter at random by about one part in ten million, the size of a rounding error."""

@@ -1,7 +1,8 @@
 r"""Compares training with a plain PyTorch transcription of the paper's model and loss on the same batches.
 
   .venv/bin/python -m benchmarks.parity_torch --config=configs/quickstart.py:images=3 --folder=runs/parity \
-      --config.fusion.residual=0 --config.fusion.modality_dropout=0 [--steps=50] [--control] [--seeds=0,1,2]
+      --config.fusion.residual=0 --config.fusion.modality_dropout=0 [--steps=50] [--control] [--draws=32] \
+      [--seeds=0,1,2]
 
 The transcription is `benchmarks/torch_reference.py`: padded items, the encoder of transformers, the layer of torch,
 AdamW of torch, in float32. It reads the encoder's weights itself; the other parameters start with the values that
@@ -14,6 +15,9 @@ centroids from its own bank; the query clusters are ours. The loss jumps where a
 becomes the hardest, so differences of the size of rounding grow from step to step. `--control` shows how much: it
 trains the transcription a second time, with initial parameters changed by one part in ten million. With
 `--config.encoder.dtype=bfloat16` only our side changes, so the differences are the effect of that dtype.
+
+With `--draws=N` both sides compute the loss of the first batch N times with dropout, at the initial parameters, and the
+script prints the means of its terms with their standard errors. The masks of dropout differ between the sides.
 
 With `--seeds=A,B,...` both sides train by the whole config, dropout included, once for each seed: `vixml_jax` as
 `python -m vixml_jax.main` does, in the workdir FOLDER/seed-SEED, and the transcription in a loop of its own. k-means,
@@ -107,6 +111,32 @@ def largest_difference(losses: dict[str, list[dict[str, float]]], part: str, sid
   return max(abs(ours[part] - theirs[part]) for ours, theirs in zip(losses[side], losses["PyTorch"], strict=True))
 
 
+def compare_draws(config: ConfigDict, workdir: Path, draws: int) -> dict[str, float]:
+  """Computes the loss of the first batch with dropout many times on both sides, and prints the means of its terms.
+
+  Args:
+    config: The whole config.
+    workdir: Folder for the config of the run.
+    draws: Number of draws of each side.
+
+  Returns:
+    For each term the difference of the sides' means, in units of its standard error.
+  """
+  run = Run.start(config, workdir)
+  batch = run.batch(run.order(0, None), 0)
+  sides = {"vixml_jax": JaxTraining(run), "PyTorch": TorchTraining(run)}
+  found = {}
+  for name, side in sides.items():
+    drawn = [[parts[part] for part in _PARTS] for parts in side.losses(batch, range(draws))]
+    means, errors = np.mean(drawn, axis=0), np.std(drawn, axis=0, ddof=1) / np.sqrt(draws)
+    found[name] = means, errors
+    cells = (f"{part} {mean:.5f} ± {error:.5f}" for part, mean, error in zip(_PARTS, means, errors, strict=True))
+    print(f"{name}, {draws} draws: " + ", ".join(cells), flush=True)
+  (ours, our_errors), (theirs, their_errors) = found.values()
+  differences = (ours - theirs) / np.hypot(our_errors, their_errors)
+  return dict(zip(_PARTS, map(float, differences), strict=True))
+
+
 def train_transcription(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   """Trains the transcription by a whole config and returns its metrics, mean loss of each epoch, and seconds.
 
@@ -176,6 +206,7 @@ class Flags(NamedTuple):
   folder: flags.FlagHolder
   steps: flags.FlagHolder
   control: flags.FlagHolder
+  draws: flags.FlagHolder
   seeds: flags.FlagHolder
 
 
@@ -186,6 +217,7 @@ def define_flags() -> Flags:
     flags.DEFINE_string("folder", None, "Folder for workdirs and results."),
     flags.DEFINE_integer("steps", 50, "Steps that both sides train side by side without dropout; 0 for none."),
     flags.DEFINE_bool("control", False, "Also compare the transcription with itself after a change by rounding."),
+    flags.DEFINE_integer("draws", 0, "Draws of dropout on each side for the loss of the first batch; 0 for none."),
     flags.DEFINE_string("seeds", "", "Seeds of whole trainings of both sides; empty for none."),
   )
 
@@ -198,6 +230,8 @@ def main(given: Flags) -> None:
   seeds = cli.numbers(given.seeds) if given.seeds.value else []
   if given.steps.value:
     compare_steps(config, folder / "steps", given.steps.value, given.control.value)
+  if given.draws.value:
+    compare_draws(config, folder / "draws", given.draws.value)
   if seeds:
     results = {}
     for seed in seeds:

@@ -59,6 +59,21 @@ def test_another_schedule_on_one_side_is_found(config, tmp_path, monkeypatch):
   assert parity_torch.largest_difference(losses, "loss") > 1e-3
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+def test_with_dropout_both_sides_have_the_same_loss_on_average(config, tmp_path, rate, capsys, monkeypatch):
+  config.encoder.update(dict(dropout=0.1, attention_dropout=0.1, projection_dropout=0.1))
+  config.prototype.dropout = 0.1
+  if rate != 0.1:  # PyTorch's encoder drops more than ours.
+    load = parity_sides.transformers.BertModel.from_pretrained
+    monkeypatch.setattr(
+      parity_sides.transformers.BertModel,
+      "from_pretrained",
+      lambda folder, **how: load(folder, **how | {"hidden_dropout_prob": rate}),
+    )
+  found = parity_torch.compare_draws(config, tmp_path, 60)
+  assert (max(map(abs, found.values())) < 4) == (rate == 0.1), capsys.readouterr().out
+
+
 def test_without_dropout_both_sides_end_with_the_same_metrics(config, tmp_path, monkeypatch):
   config.train.epochs = 2
   found = parity_torch.train_both(config, tmp_path, seed=1)
