@@ -182,5 +182,7 @@ def test_a_small_encoder_fits_gpus_that_do_not_exist(kind, tmp_path, capsys):
   assert "75% of a GPU" in capsys.readouterr().out
   step = json.loads(written.read_text())["asked"]["train_step"]
   assert step["flops"] > step["model_flops_all_chips"] / 2, "calls of cuBLAS are counted"
-  assert step["seconds"]["kernels"] >= max(step["seconds"]["compute"], step["seconds"]["hbm"])
+  times = step["seconds"]
+  assert times["compute"] < times["kernels"] <= times["roofline"] < times["expected"]
+  assert times["kernels"] > 0.9 * times["hbm"], "asynchronous copies are a small part"
   assert step["sent"] > 0
