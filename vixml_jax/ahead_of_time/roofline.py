@@ -22,8 +22,8 @@ class Roofline:
     kernels: Sum over all kernels of the longer of its compute and HBM times.
     lower_bound: The largest of the times, as if the others overlapped with it completely; `kernels` is one of them for
       chips that run one kernel after another.
-    expected: Time of the kernels divided by the share that real runs on this chip reach (`Chip.efficiency`), or the
-      time of the interconnect if that is longer.
+    expected: `kernels`, or all products or all traffic where asynchronous operations make these longer, divided by the
+      share that real runs on this chip reach (`Chip.efficiency`); or `interconnect` if that is longer.
   """
 
   compute: float
