@@ -279,14 +279,16 @@ def published_config(
     config.seed = 42
     config.train.update(dict(epochs=30, batch_size=1024 if encoder == "qwen2.5-7b" else 2048))
     # Every device holds a shard of the weights and gathers each layer when it is needed, once per chunk. So a batch of
-    # titles is one chunk, whose layers are recomputed in the backward pass. On
-    # many chips, mesh=auto gathers from fewer of them.
+    # titles is one chunk, whose layers are recomputed in the backward pass. On many chips, mesh=auto gathers from fewer
+    # of them.
     config.mesh.update(dict(data=1, fsdp=-1))
     config.encoder.remat = True
     config.train.chunk_rows = config.train.batch_size * (28 if config.images else 20) // 64
     config.mining.update(dict(start_epoch=4, update_epochs=2, doubling_epochs=(8, 12, 16, 20, 24)))
-  elif config.images:
-    config.train.epochs = 150
+  else:
+    config.train.chunk_rows = 0
+    if config.images:
+      config.train.epochs = 150
   recipe = recipes.get("decoder" if is_decoder(config) else encoder)
   if recipe is not None:
     config.train.batch_size, config.train.learning_rate = recipe
