@@ -45,7 +45,7 @@ def check_fit(
       written.
   """
   workload = Workload.of(config, size)
-  asked = estimate_run(Plan.of(workload, where, mesh_plan_of(config, where)), compiler)
+  asked = estimate_run(Plan.of(workload, where, mesh_plan_of(workload.config, where)), compiler)
   print(report_text(asked), flush=True)
   found = None
   if not asked.fits:
