@@ -78,8 +78,9 @@ def base_config() -> ConfigDict:
       batch_size=2048,  # Queries per step over the whole mesh.
       learning_rate=2e-4,
       new_learning_rate=5e-4,  # Prototype network and image fusion.
-      # Initial biases of the prototype network and of the maps of images: "uniform" as in torch, or "zero".
-      new_biases="uniform",
+      # Initial values of the prototype network and of the maps of images: "torch" for those of torch, as in the
+      # published code, or "fan_in" for kernels uniform within 1 / sqrt(fan_in) and zero biases.
+      new_init="torch",
       free_vector_learning_rate=5e-4,
       warmup_steps=100,
       weight_decay=0.01,

@@ -134,14 +134,17 @@ def test_fused_attention_of_decoders_is_accepted_on_gpus():
     check_attention(config, mesh)
 
 
-def test_biases_of_new_layers_are_zero_or_as_in_torch(config):
+def test_initial_values_of_new_layers(config):
   config.images, config.fusion.residual = 3, 0.4
-  for kind in ("zero", "uniform"):
-    config.train.new_biases = kind
+  for kind in ("fan_in", "torch"):
+    config.train.new_init = kind
     model = model_from_config(config)
     params = init_params(model, sharding.make_mesh(), 0)
     maps = [params["prototype"]["layer"][name] for name in ("up", "down")] + [params["fusion"]["project"]]
     for linear in maps:
       bound = len(linear["kernel"]) ** -0.5
       largest = abs(np.asarray(linear["bias"])).max()
-      assert (largest == 0) if kind == "zero" else (0.5 * bound < largest <= bound), kind
+      assert (largest == 0) if kind == "fan_in" else (0.5 * bound < largest <= bound), kind
+    query = np.asarray(params["prototype"]["layer"]["attention"]["query"]["kernel"])
+    bound = {"fan_in": 1.0, "torch": 1.5**0.5}[kind] * len(query) ** -0.5  # Xavier over [3 D, D]: sqrt(6 / (4 D)).
+    assert 0.95 * bound < abs(query).max() <= bound, kind

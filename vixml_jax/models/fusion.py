@@ -49,8 +49,7 @@ class ImageFusion(nnx.Module):
     dropout: Dropout rate in the layer of late fusion.
     layer_norm_eps: Added to the variance in the norms of late fusion.
     dtype: Dtype of the computation.
-    uniform_bias: Whether biases of the maps start as in torch.nn.Linear instead of at zero. Kernels are distributed as
-      there.
+    init: Initial values of the maps: "torch" for those of torch.nn.Linear, or "fan_in" for the same with zero biases.
     rngs: Source of the initial values.
 
   Raises:
@@ -70,7 +69,7 @@ class ImageFusion(nnx.Module):
     dropout: float = 0.1,
     layer_norm_eps: float = 1e-12,
     dtype: str = "float32",
-    uniform_bias: bool = True,
+    init: str = "torch",
     rngs: nnx.Rngs,
   ):
     if method not in METHODS:
@@ -87,7 +86,7 @@ class ImageFusion(nnx.Module):
       return layers.Linear(
         inputs,
         {"embed": embed_dim},
-        uniform_bias=uniform_bias,
+        uniform_bias=init == "torch",
         dtype=dtype,
         kernel_init=layers.fan_in_uniform,
         rngs=rngs,

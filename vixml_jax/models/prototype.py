@@ -19,8 +19,7 @@ class PrototypeNetwork(nnx.Module):
     dropout: Dropout rate of the attention probabilities, of the attention output, and inside and after the
       feed-forward network.
     layer_norm_eps: Added to the variance in both norms.
-    uniform_bias: Whether the feed-forward network's biases start as in torch.nn.TransformerEncoderLayer instead of at
-      zero. Kernels are distributed as there.
+    init: Initial values, "torch" or "fan_in"; see `transformer.PostNormLayer`.
     rngs: Source of the initial values.
 
   Reference: label prototype network of PRIME (arXiv 2410.20401).
@@ -33,7 +32,7 @@ class PrototypeNetwork(nnx.Module):
     mlp_dim: int = 1024,
     dropout: float = 0.1,
     layer_norm_eps: float = 1e-5,
-    uniform_bias: bool = True,
+    init: str = "torch",
     *,
     rngs: nnx.Rngs,
   ):
@@ -46,8 +45,7 @@ class PrototypeNetwork(nnx.Module):
       projection_dropout=dropout,
       activation_dropout=dropout,
       layer_norm_eps=layer_norm_eps,
-      torch_init=True,
-      uniform_bias=uniform_bias,
+      init=init,
       rngs=rngs,
     )
 

@@ -37,9 +37,8 @@ class PostNormLayer(nnx.Module):
     activation_dropout: Dropout rate inside the feed-forward network; 0 in BERT and DistilBERT.
     layer_norm_eps: Added to the variance in both norms.
     dtype: Dtype of the computation. Norms and softmax are always computed in float32.
-    torch_init: Whether initial kernels are distributed as in torch.nn.TransformerEncoderLayer. Otherwise they are
-      normal with a standard deviation of 0.02, as in BERT.
-    uniform_bias: Whether initial biases of the feed-forward network are those of torch.nn.Linear instead of zero.
+    init: Initial values: "bert" for normal kernels with a standard deviation of 0.02 and zero biases; "fan_in" for
+      kernels uniform within 1 / sqrt(fan_in) and zero biases; "torch" for those of torch.nn.TransformerEncoderLayer.
     attention: Implementation of the attention; see `attention.segment_attention`.
     rngs: Source of the initial values.
   """
@@ -56,26 +55,26 @@ class PostNormLayer(nnx.Module):
     activation_dropout: float = 0.0,
     layer_norm_eps: float = 1e-12,
     dtype: str = "float32",
-    torch_init: bool = False,
-    uniform_bias: bool = False,
+    init: str = "bert",
     attention: str = REFERENCE,
     rngs: nnx.Rngs,
   ):
     self.dropout = dropout
     self.projection_dropout = projection_dropout
     self.activation_dropout = activation_dropout
+    kernel_init = layers.normal_init if init == "bert" else layers.fan_in_uniform
     self.attention = Attention(
       embed_dim,
       num_heads,
       dropout=attention_dropout,
       dtype=dtype,
-      kernel_init=layers.stacked_xavier_uniform if torch_init else layers.normal_init,
-      output_init=layers.fan_in_uniform if torch_init else None,
+      kernel_init=layers.stacked_xavier_uniform if init == "torch" else kernel_init,
+      output_init=kernel_init,
       implementation=attention,
       rngs=rngs,
     )
     self.attention_norm = layers.LayerNorm(embed_dim, layer_norm_eps)
-    kernel_init = layers.fan_in_uniform if torch_init else layers.normal_init
+    uniform_bias = init == "torch"
     options: dict[str, Any] = {"dtype": dtype, "kernel_init": kernel_init, "uniform_bias": uniform_bias, "rngs": rngs}
     self.up = layers.Linear({"embed": embed_dim}, {"mlp": mlp_dim}, **options)
     self.down = layers.Linear({"mlp": mlp_dim}, {"embed": embed_dim}, **options)

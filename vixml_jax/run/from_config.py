@@ -30,7 +30,6 @@ def encoder_arguments(config: ConfigDict) -> dict[str, Any]:
 
 def model_from_config(config: ConfigDict) -> ModelDefinition:
   """Returns the model that a config describes, without values."""
-  uniform_bias = config.train.new_biases == "uniform"
   fusion = None
   if config.images:
     fusion = dict(
@@ -38,11 +37,11 @@ def model_from_config(config: ConfigDict) -> ModelDefinition:
       method=config.fusion.method,
       adapter=config.fusion.adapter,
       residual=config.fusion.residual > 0,
-      uniform_bias=uniform_bias,
+      init=config.train.new_init,
     )
   return define_model(
     encoder_arguments(config),
-    config.prototype.to_dict() | {"uniform_bias": uniform_bias},
+    config.prototype.to_dict() | {"init": config.train.new_init},
     config.train.free_vectors,
     fusion,
     config.encoder.architecture,
