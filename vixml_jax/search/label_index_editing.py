@@ -20,16 +20,13 @@ from vixml_jax.search.label_index_files import (
   IndexContents,
   IndexFiles,
   as_table,
-  build_scann,
   category_rows,
-  describe_search,
   load_rows,
   open_current,
-  recall_goal,
-  recall_sample,
-  save_scann,
 )
+from vixml_jax.search.label_index_scann import build_scann, describe_search, save_scann
 from vixml_jax.search.scann_index import ScannIndex
+from vixml_jax.search.scann_recall import recall_goal, recall_sample
 
 _ROWS_PER_BLOCK = 65_536
 # Adding without queries and deleting leave these as they are.

@@ -24,7 +24,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 from jax.sharding import Mesh
 import numpy as np
 
@@ -34,10 +33,9 @@ from vixml_jax.files import locked
 from vixml_jax.ragged import Ragged
 from vixml_jax.row_files import RowFiles
 from vixml_jax.search import snapshots
-from vixml_jax.search.exact import ExactIndex
-from vixml_jax.search.index import KINDS, make_index
-from vixml_jax.search.scann_index import ScannIndex
-from vixml_jax.search.scann_recall import QuerySample, RecallGoal, measure_recall, sample_rows
+from vixml_jax.search.index import KINDS
+from vixml_jax.search.label_index_scann import build_scann, describe_search, save_scann
+from vixml_jax.search.scann_recall import RecallGoal, recall_goal, recall_sample, sample_rows
 from vixml_jax.search.text_table import TextTable
 
 FORMAT = 1
@@ -263,89 +261,10 @@ def open_current(
         raise InputError(f"{snapshot.path}: cannot be read ({error}); {snapshots.remedy(folder)}") from error
 
 
-def describe_search(
-  embeddings: np.ndarray | RowFiles,
-  deleted: np.ndarray,
-  scann: ScannIndex | None,
-  scann_recall: float,
-  sample: QuerySample | None,
-  mesh: Mesh | None,
-) -> dict[str, Any]:
-  """Returns the entries of index.json on the labels and on how they are searched, including the recall of ScaNN.
-
-  Args:
-    embeddings: float32 [L, D], embeddings of all labels; in memory if there is ScaNN.
-    deleted: bool [L], whether each label is deleted.
-    scann: ScaNN over the labels that are not deleted; None for an index of exact search.
-    scann_recall: Share of the 100 best labels that ScaNN must find; 0 if nothing was asked for.
-    sample: Queries to measure recall on; not needed without ScaNN.
-    mesh: Devices to measure recall with; None uses all devices of this process.
-  """
-  counts = {"num_labels": len(embeddings), "dim": embeddings.shape[1], "num_deleted": int(deleted.sum())}
-  if scann is None:
-    return counts | {"search": {"kind": "exact", "scann_recall": scann_recall}, "recall": None}
-  assert isinstance(embeddings, np.ndarray) and sample is not None
-  exact = ExactIndex(embeddings, _local(mesh), rows=np.flatnonzero(~deleted))
-  # The settings were chosen on the first half; the recall that is reported is that of other queries.
-  recall = measure_recall(scann, exact, sample.halves()[1] if scann_recall else sample)
-  search = {"kind": "scann", "scann_recall": scann_recall, "parameters": dataclasses.asdict(scann.parameters)}
-  return counts | {"search": search, "recall": recall}
-
-
-def recall_sample(
-  embeddings: np.ndarray, deleted: np.ndarray, queries: np.ndarray | None, held_out: np.ndarray | None
-) -> QuerySample:
-  """Returns queries to measure the recall of ScaNN on: held-out ones, or else training queries, or else labels.
-
-  Args:
-    embeddings: float32 [L, D], embeddings of all labels.
-    deleted: bool [L], whether each label is deleted.
-    queries: float32 [N, D], embeddings of the training queries; None if there are none.
-    held_out: float32 [S, D], a sample of queries that were not trained on; None if there is none.
-  """
-  if held_out is not None:
-    return QuerySample(held_out, "held-out queries")
-  if queries is not None:
-    return QuerySample(queries[sample_rows(len(queries))], "training queries")
-  live = np.flatnonzero(~deleted)
-  return QuerySample(embeddings[live[sample_rows(len(live))]], "labels")
-
-
-def recall_goal(recall: float, sample: QuerySample) -> RecallGoal | None:
-  """Returns the recall that ScaNN must reach, on the half of the sample that settings are chosen on; None for 0."""
-  return RecallGoal(recall, sample.halves()[0]) if recall else None
-
-
-def build_scann(
-  embeddings: np.ndarray, rows: np.ndarray | None, goal: RecallGoal | None, mesh: Mesh | None
-) -> ScannIndex:
-  """Returns ScaNN over labels or training queries.
-
-  Args:
-    embeddings: float32 [L, D].
-    rows: Ids to search; None searches all.
-    goal: Recall to reach; None takes the settings of search by rules of thumb.
-    mesh: Devices to measure recall with; None uses all devices of this process.
-  """
-  scann = make_index("scann", embeddings, _local(mesh), rows, goal=goal)
-  assert isinstance(scann, ScannIndex)
-  return scann
-
-
-def _local(mesh: Mesh | None) -> Mesh:
-  return Mesh(np.asarray(jax.local_devices()), ("data",)) if mesh is None else mesh
-
-
 def category_rows(rows: Sequence[Sequence[str]], names: Sequence[str]) -> Ragged:
   """Returns, for each row of category names, their positions in `names`, ascending and distinct."""
   positions = {name: position for position, name in enumerate(names)}
   return Ragged.from_rows([sorted({positions[name] for name in row}) for row in rows])
-
-
-def save_scann(scann: ScannIndex, folder: Path) -> None:
-  """Writes ScaNN to a new folder."""
-  folder.mkdir()
-  scann.save(folder)
 
 
 def as_table(texts: Sequence[str] | TextTable) -> TextTable:

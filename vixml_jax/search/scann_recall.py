@@ -59,6 +59,30 @@ def sample_rows(number: int) -> np.ndarray:
   return np.linspace(0, number - 1, min(SAMPLE_SIZE, number)).astype(np.int64)
 
 
+def recall_sample(
+  embeddings: np.ndarray, deleted: np.ndarray, queries: np.ndarray | None, held_out: np.ndarray | None
+) -> QuerySample:
+  """Returns queries to measure the recall of ScaNN on: held-out ones, or else training queries, or else labels.
+
+  Args:
+    embeddings: float32 [L, D], embeddings of all labels.
+    deleted: bool [L], whether each label is deleted.
+    queries: float32 [N, D], embeddings of the training queries; None if there are none.
+    held_out: float32 [S, D], a sample of queries that were not trained on; None if there is none.
+  """
+  if held_out is not None:
+    return QuerySample(held_out, "held-out queries")
+  if queries is not None:
+    return QuerySample(queries[sample_rows(len(queries))], "training queries")
+  live = np.flatnonzero(~deleted)
+  return QuerySample(embeddings[live[sample_rows(len(live))]], "labels")
+
+
+def recall_goal(recall: float, sample: QuerySample) -> RecallGoal | None:
+  """Returns the recall that ScaNN must reach, on the half of the sample that settings are chosen on; None for 0."""
+  return RecallGoal(recall, sample.halves()[0]) if recall else None
+
+
 def measure_recall(scann: ScannIndex, exact: ExactIndex, sample: QuerySample) -> dict[str, Any]:
   """Returns the share of the labels of exact search that ScaNN finds, and logs it.
 
