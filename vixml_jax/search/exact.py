@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,15 @@ from vixml_jax import sharding
 from vixml_jax.array_file import release_pages
 from vixml_jax.errors import InputError
 from vixml_jax.rounding import next_power_of_two
+from vixml_jax.search.first_pass import (
+  LABELS_MULTIPLE,
+  RoundedLabels,
+  first_pass_pays,
+  first_pass_program,
+  num_candidates,
+  rounded_labels,
+)
+from vixml_jax.search.top_k import block_top_k, empty_top_k, merge_top_k, top_k_of_shares
 from vixml_jax.sharded_rows import ShardedRows
 
 LABELS_PER_BLOCK = 65_536
@@ -20,6 +30,8 @@ QUERIES_PER_CHUNK = 512
 """Number of queries that are scored at once."""
 _ROWS_PER_COPY = 65_536  # Number of rows that are copied to a device at once.
 _MIN_QUERIES = 8  # Fewer queries take the same time.
+_FIRST_PASS_FROM = 16_384  # Labels of a device from which a first pass pays.
+_BLOCK_OF_CANDIDATES = 16  # A first pass keeps at most this fraction of a block.
 
 
 class ExactIndex:
@@ -28,6 +40,10 @@ class ExactIndex:
   Each device holds an equal, contiguous range of the labels. A chunk of queries is sent to all devices, each scores its
   labels block by block with a running top k, and the top k of the devices are merged. Besides the labels, device memory
   holds one array of scores, `[query_chunk, block]`.
+
+  On CPUs with AMX, a first pass in bfloat16 finds the labels whose float32 scores are needed, with the same results
+  (`first_pass`). From its first use on, it needs half the memory of the labels in addition. It is left out with masks,
+  for few labels, and for fewer queries than a chunk, for which it was not found to be faster.
 
   Attributes:
     num_labels: Number of labels that are searched.
@@ -112,22 +128,52 @@ class ExactIndex:
     elif self._placed_allowed is not None:
       placed_masks, mask_of_query = (self._placed_allowed,), np.zeros(len(queries), np.int32)
     program = search_program(self._mesh, self._axes, self.num_labels, k, self._block, bool(placed_masks))
-    scores = np.empty((len(queries), k), np.float32)
-    ids = np.empty((len(queries), k), np.int32)
-    width = min(self._query_chunk, max(_MIN_QUERIES, next_power_of_two(len(queries))))
-    pending = None
-    for start in range(0, len(queries), width):
-      part = slice(start, start + width)
-      mask_of_part = () if mask_of_query is None else (self._put(mask_of_query[part].astype(np.int32), width),)
-      result = program(self._labels, self._put(queries[part], width), *placed_masks, *mask_of_part)
-      if pending:
-        _copy_results(*pending, scores, ids)
-      pending = (start, result)  # Copied while the devices work on the next chunk.
-    if pending:
-      _copy_results(*pending, scores, ids)
+    program = search_program(self._mesh, self._axes, self.num_labels, k, self._block, bool(placed_masks))
+    few_candidates = num_candidates(k) <= self._block // _BLOCK_OF_CANDIDATES
+    if placed_masks or not few_candidates or len(queries) < self._query_chunk or not self._has_first_pass:
+      scores, ids = self._run(program, (self._labels,), queries, placed_masks, mask_of_query)
+    else:
+      first = first_pass_program(self._mesh, self._axes, self.num_labels, k, self._block)
+      scores, ids, proven = self._run(first, (self._labels, self._rounded), queries)
+      if not proven.all():
+        scores[~proven], ids[~proven] = self._run(program, (self._labels,), queries[~proven])
     if self._rows is not None:
       ids = np.where(ids < 0, -1, self._rows[ids]).astype(np.int32)
     return scores, ids
+
+  def _run(
+    self,
+    program: jax.stages.Wrapped,
+    labels: tuple[Any, ...],
+    queries: np.ndarray,
+    masks: tuple[jax.Array, ...] = (),
+    mask_of_query: np.ndarray | None = None,
+  ) -> list[np.ndarray]:
+    """Runs a program on chunks of queries and returns its results, of which each has Q rows, on the host."""
+    width = min(self._query_chunk, max(_MIN_QUERIES, next_power_of_two(len(queries))))
+    results: list[list[np.ndarray]] = []
+    pending = None
+    for start in range(0, max(len(queries), 1), width):
+      part = slice(start, start + width)
+      mask_of_part = () if mask_of_query is None else (self._put(mask_of_query[part].astype(np.int32), width),)
+      chunk = program(*labels, self._put(queries[part], width), *masks, *mask_of_part)
+      if pending is not None:
+        results.append([np.asarray(x) for x in pending])
+      pending = chunk  # Copied while the devices work on the next chunk.
+    assert pending is not None
+    results.append([np.asarray(x) for x in pending])
+    return [np.concatenate(parts)[: len(queries)] for parts in zip(*results, strict=True)]
+
+  @functools.cached_property
+  def _rounded(self) -> RoundedLabels:
+    """The labels of the first pass, made when a search first needs them."""
+    return rounded_labels(self._labels)
+
+  @functools.cached_property
+  def _has_first_pass(self) -> bool:
+    whole_blocks = self._block % LABELS_MULTIPLE == 0 and self._query_chunk % _MIN_QUERIES == 0
+    large = self._block >= _FIRST_PASS_FROM and self._labels.dtype == jnp.float32
+    return whole_blocks and large and first_pass_pays(self._mesh)
 
   @property
   def _replicated(self) -> NamedSharding:
@@ -136,7 +182,8 @@ class ExactIndex:
   def _place(self, embeddings: np.ndarray | jax.Array) -> jax.Array:
     """[L, D] -> [L rounded up, D], padded with zeros and split by rows over all devices."""
     where = NamedSharding(self._mesh, PartitionSpec(self._axes))
-    num_rows = math.ceil(self.num_labels / self._mesh.size) * self._mesh.size
+    multiple = LABELS_MULTIPLE if self.num_labels >= _FIRST_PASS_FROM * self._mesh.size else 1
+    num_rows = math.ceil(self.num_labels / (multiple * self._mesh.size)) * multiple * self._mesh.size
     if isinstance(embeddings, jax.Array):
       pad = lambda x: jnp.pad(x, ((0, num_rows - self.num_labels), (0, 0)))
       return jax.jit(pad, out_shardings=where)(embeddings)
@@ -180,40 +227,10 @@ def _write_rows(share: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Arra
   return jax.lax.dynamic_update_slice_in_dim(share, rows, start, axis=0)
 
 
-def block_top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """Returns the result of `jax.lax.top_k` for wide rows in a fraction of its time.
-
-  `top_k` sorts whole rows on GPU and TPU and scans them with a heap on CPU. Here each row is cut into groups of about
-  sqrt(W / k) neighbors and only the k groups of highest maximum are searched: W / group + k * group values in all.
-
-  The top k are in these groups. Suppose that x is not: then k groups precede its group in the order of their maxima,
-  and each holds a value that is greater than x, or equal to x at a lower position; so k values precede x.
-
-  Args:
-    scores: Scores [Q, W].
-    k: Number of values, at most W.
-
-  Returns:
-    Values [Q, k] in descending order and positions int32 [Q, k], the lower position first among equal values.
-  """
-  rows, width = scores.shape
-  group = 2 ** round(math.log2(max(width / k, 1)) / 2)
-  if group < 4:
-    values, positions = jax.lax.top_k(scores, k)
-    return values, positions
-  scores = jnp.pad(scores, ((0, 0), (0, -width % group)), constant_values=-jnp.inf)
-  grouped = scores.reshape(rows, -1, group)
-  _, groups = jax.lax.top_k(grouped.max(-1), k)
-  groups = jnp.sort(groups, axis=-1)  # Candidates are then in the order of their positions.
-  candidates = jnp.take_along_axis(grouped, groups[..., None], axis=1).reshape(rows, k * group)
-  values, places = jax.lax.top_k(candidates, k)
-  positions = jnp.take_along_axis(groups, places // group, axis=1) * group + places % group
-  return values, positions
-
-
 def block_size(labels_per_device: int, most: int = LABELS_PER_BLOCK) -> int:
   """Returns the number of labels that a device scores at once: equal blocks, so that few labels are scored twice."""
-  return math.ceil(labels_per_device / math.ceil(labels_per_device / most))
+  equal = math.ceil(labels_per_device / math.ceil(labels_per_device / most))
+  return min(LABELS_MULTIPLE * math.ceil(equal / LABELS_MULTIPLE), labels_per_device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -268,36 +285,13 @@ def _search_share(
       block_masks = jax.lax.dynamic_slice_in_dim(masks, start, block, axis=1)
       scores = jnp.where(block_masks[mask_of_query], scores, -jnp.inf)
     values, positions = block_top_k(scores, min(k, block))
-    return _merge(best, (values, first + start + positions), k), None
+    return merge_top_k(best, (values, first + start + positions), k), None
 
-  nothing = (jnp.full((len(queries), k), -jnp.inf), jnp.full((len(queries), k), -1, jnp.int32))
-  best, _ = jax.lax.scan(step, nothing, jnp.arange(math.ceil(share / block)))
-  scores, ids = (jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in best)
-  values, ids = _top_k_with_ids(scores, ids, k)
-  return values, jnp.where(values == -jnp.inf, -1, ids)
-
-
-def _merge(
-  left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array], k: int
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the top k of two lists of (values, ids); the left one has the lower ids and wins ties."""
-  values, ids = (jnp.concatenate(pair, axis=1) for pair in zip(left, right, strict=True))
-  return _top_k_with_ids(values, ids, k)
-
-
-def _top_k_with_ids(values: jax.Array, ids: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  values, places = jax.lax.top_k(values, k)
-  return values, jnp.take_along_axis(ids, places, axis=1)
+  best, _ = jax.lax.scan(step, empty_top_k(len(queries), k), jnp.arange(math.ceil(share / block)))
+  return top_k_of_shares(*best, axes, k)
 
 
 def _to_host(queries: np.ndarray | jax.Array, replicated: NamedSharding) -> np.ndarray:
   if isinstance(queries, jax.Array) and not queries.is_fully_addressable:
     queries = jax.jit(lambda x: x, out_shardings=replicated)(queries)
   return np.asarray(queries)
-
-
-def _copy_results(start: int, result: tuple[jax.Array, jax.Array], scores: np.ndarray, ids: np.ndarray) -> None:
-  """Copies the results of the chunk of queries that begins at `start`, without its padding."""
-  stop = min(start + len(result[0]), len(scores))
-  scores[start:stop] = np.asarray(result[0])[: stop - start]
-  ids[start:stop] = np.asarray(result[1])[: stop - start]
