@@ -108,7 +108,7 @@ def first_pass_program(mesh: Mesh, axes: tuple[str, ...], num_labels: int, k: in
   """
   search = functools.partial(_search_share, axes=axes, num_labels=num_labels, k=k, block=block)
   split, whole = PartitionSpec(axes), PartitionSpec()
-  in_specs = (split, RoundedLabels(split, whole, whole), whole)
+  in_specs = (split, RoundedLabels._make((split, whole, whole)), whole)
   return jax.jit(jax.shard_map(search, mesh=mesh, check_vma=False, in_specs=in_specs, out_specs=whole))
 
 

@@ -68,7 +68,7 @@ class TextTable:
     while len(left):  # The last row of each hash first; others only where different texts have the same hash.
       last[left] -= 1
       rows = order[last[left]]
-      equal = np.asarray([texts[place] == text for place, text in zip(left, self.take(rows), strict=True)])
+      equal = np.asarray([texts[int(place)] == text for place, text in zip(left, self.take(rows), strict=True)])
       found[left[equal]] = rows[equal]
       left = left[~equal & (first[left] < last[left])]
     return found
