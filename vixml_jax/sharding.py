@@ -293,7 +293,7 @@ def to_global(host: np.ndarray, sharding: Sharding) -> jax.Array:
   return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def as_argument(host: np.ndarray, sharding: Sharding) -> jax.Array | np.ndarray:
+def as_argument(host: np.ndarray, sharding: Sharding) -> Any:
   """Returns host data as an argument of a jitted program.
 
   It is a global array, or with one device the host array itself, which jit copies in a tenth of the time that

@@ -3,7 +3,7 @@
 The file may be larger than memory.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 import contextlib
 import dataclasses
@@ -165,7 +165,7 @@ class _Found(NamedTuple):
   bad: list[UnreadableImage]
 
 
-def _ahead(blocks: Iterator[_Block]) -> Iterator[_Block]:
+def _ahead(blocks: Iterator[_Block]) -> Generator[_Block]:
   """Yields the blocks; a thread makes the next one while the caller works with the last one."""
   with ThreadPoolExecutor(1, "read") as reader:
     future = reader.submit(next, blocks, None)

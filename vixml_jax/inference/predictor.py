@@ -61,7 +61,7 @@ class PredictionColumns:
   def rows(self) -> list[list[Prediction]]:
     """Returns the predictions of each query."""
     found = [
-      Prediction(*self.labels[place], score)
+      Prediction._make((*self.labels[place], score))
       for place, score in zip(self.places.tolist(), self.scores.tolist(), strict=True)
     ]
     bounds = offsets_of(self.lengths).tolist()
