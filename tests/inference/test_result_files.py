@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vixml_jax.inference import result_files
-from vixml_jax.inference.predictor import Prediction, PredictionColumns
+from vixml_jax.inference.predictions import Prediction, PredictionColumns
 from vixml_jax.inference.result_files import result_format
 
 _LABELS = [("a/1", 3, "plain"), ('b "2", c', 7, "two\nlines \\ \u00e4\U0001f600\x07"), ("", 2**31 - 1, "")]

@@ -98,7 +98,7 @@ def test_a_run_keeps_what_was_chosen_when_it_started(config, tmp_path, monkeypat
   assert found.encoder.dtype == setup.config.encoder.dtype == "float32"
   assert found.train.row_length == setup.layout.row_length == 2 * config.dataset.max_length
   assert found.train.chunk_rows == setup.layout.chunk_rows > 8
-  assert f"train.chunk_rows={found.train.chunk_rows} for " in caplog.text
+  assert f"train.row_length=32, train.chunk_rows={found.train.chunk_rows}" in caplog.text
   monkeypatch.setattr(chosen, "activation_budget", lambda mesh: 1)  # As on a machine with less memory.
   again = set_up_run(config, tmp_path / "run", extract=False)
   assert again.layout == setup.layout

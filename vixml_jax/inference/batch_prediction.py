@@ -149,7 +149,7 @@ class _Timings:
     }
 
 
-class _Block(NamedTuple):
+class _TokenizedBlock(NamedTuple):
   """Consecutive queries, with the number of their block and the token ids of their texts."""
 
   number: int
@@ -165,7 +165,7 @@ class _Found(NamedTuple):
   bad: list[UnreadableImage]
 
 
-def _ahead(blocks: Iterator[_Block]) -> Generator[_Block]:
+def _ahead(blocks: Iterator[_TokenizedBlock]) -> Generator[_TokenizedBlock]:
   """Yields the blocks; a thread makes the next one while the caller works with the last one."""
   with ThreadPoolExecutor(1, "read") as reader:
     future = reader.submit(next, blocks, None)
@@ -210,13 +210,13 @@ class _Job:
     self._resumed = sum(min(self._batch_size, count - start) for start in finished)
     return self._resumed
 
-  def prepared(self, blocks: Iterable[tuple[int, Sequence[Query]]]) -> Iterator[_Block]:
+  def prepared(self, blocks: Iterable[tuple[int, Sequence[Query]]]) -> Iterator[_TokenizedBlock]:
     """Yields blocks that have no file yet, tokenized."""
     for number, queries in blocks:
       if not self._part(number).exists():
-        yield _Block(number, queries, self._predictor.encoder.tokenizer([query.text for query in queries]))
+        yield _TokenizedBlock(number, queries, self._predictor.encoder.tokenizer([query.text for query in queries]))
 
-  def answer(self, block: _Block) -> _Found:
+  def answer(self, block: _TokenizedBlock) -> _Found:
     """Encodes and searches a block."""
     bad: list[UnreadableImage] = []
     started = time.perf_counter()
@@ -227,7 +227,7 @@ class _Job:
     self._searching.add(started, len(block.queries))
     return _Found(scores, ids, bad)
 
-  def write(self, block: _Block, found: _Found) -> None:
+  def write(self, block: _TokenizedBlock, found: _Found) -> None:
     """Writes the predictions for a block; their file is written after all others of the block."""
     first_row = block.number * self._batch_size
     if found.bad:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import itertools
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,10 +12,11 @@ import numpy as np
 
 from vixml_jax.errors import InputError
 from vixml_jax.files import fingerprint_of
+from vixml_jax.inference.predictions import Prediction, PredictionColumns
 from vixml_jax.inference.queries import Query, query_format
 from vixml_jax.inference.query_images import QueryImageEncoder
 from vixml_jax.inference.trained_encoder import TrainedEncoder, load_trained_encoder
-from vixml_jax.ragged import Ragged, offsets_of
+from vixml_jax.ragged import Ragged
 from vixml_jax.run.workdir import INDEX
 from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.filters import Filters
@@ -24,48 +24,6 @@ from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
 
 GivenQuery = str | Mapping[str, Any] | Query
-
-
-class Prediction(NamedTuple):
-  """A label that was found for a query.
-
-  Attributes:
-    label: Uid of the label.
-    id: Row of the label in the index.
-    text: Text of the label.
-    score: Cosine of query and prototype; with retrieval augmentation a share of probability.
-  """
-
-  label: str
-  id: int
-  text: str
-  score: float
-
-
-@dataclasses.dataclass(frozen=True)
-class PredictionColumns:
-  """Predictions for Q queries as columns, in which every label is named once.
-
-  Attributes:
-    labels: Uid, id and text of the M distinct labels.
-    places: int64 [P], for each prediction the position of its label in `labels`; those of a query are adjacent.
-    scores: float32 [P], see `Prediction`.
-    lengths: int64 [Q], the number of predictions of each query.
-  """
-
-  labels: list[tuple[str, int, str]]
-  places: np.ndarray
-  scores: np.ndarray
-  lengths: np.ndarray
-
-  def rows(self) -> list[list[Prediction]]:
-    """Returns the predictions of each query."""
-    found = [
-      Prediction._make((*self.labels[place], score))
-      for place, score in zip(self.places.tolist(), self.scores.tolist(), strict=True)
-    ]
-    bounds = offsets_of(self.lengths).tolist()
-    return [found[first:stop] for first, stop in itertools.pairwise(bounds)]
 
 
 class UnreadableImage(NamedTuple):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vixml_jax.errors import InputError
-from vixml_jax.inference.predictor import PredictionColumns
+from vixml_jax.inference.predictions import PredictionColumns
 from vixml_jax.ragged import offsets_of
 
 _SCHEMA = pa.schema(

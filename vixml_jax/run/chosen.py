@@ -50,7 +50,7 @@ def with_dtype(config: ConfigDict, platform: str) -> ConfigDict:
   """
   if config.encoder.dtype != OPEN["encoder.dtype"]:
     return config
-  return _chosen(config, "encoder.dtype", "float32" if platform == "cpu" else "bfloat16", f"on {platform}")
+  return _updated(config, {"encoder.dtype": "float32" if platform == "cpu" else "bfloat16"})
 
 
 def with_row_length(config: ConfigDict, longest: int, platform: str) -> ConfigDict:
@@ -67,7 +67,7 @@ def with_row_length(config: ConfigDict, longest: int, platform: str) -> ConfigDi
     return config
   multiple = _ROW_MULTIPLE.get(platform, _OTHER_ROW_MULTIPLE)
   wanted = 2 * longest if platform == "cpu" else longest
-  return _chosen(config, "train.row_length", -(-wanted // multiple) * multiple, f"for items of up to {longest} tokens")
+  return _updated(config, {"train.row_length": -(-wanted // multiple) * multiple})
 
 
 def with_free_vectors(config: ConfigDict, num_labels: int) -> ConfigDict:
@@ -78,7 +78,7 @@ def with_free_vectors(config: ConfigDict, num_labels: int) -> ConfigDict:
   if config.train.free_vectors:
     return config
   number = min(2 ** (max(num_labels // 4, 1).bit_length() - 1), _MAX_FREE_VECTORS)
-  return _chosen(config, "train.free_vectors", number, f"for {num_labels} labels")
+  return _updated(config, {"train.free_vectors": number})
 
 
 def with_chunk_rows(
@@ -112,8 +112,7 @@ def with_chunk_rows(
   chunks = 1
   while rows / chunks > most:
     chunks *= 2
-  chunk_rows = math.ceil(rows / (chunks * unit)) * unit
-  return _chosen(config, "train.chunk_rows", chunk_rows, f"for {rows} rows of {length} tokens a batch")
+  return _updated(config, {"train.chunk_rows": math.ceil(rows / (chunks * unit)) * unit})
 
 
 def activation_budget(mesh: Mesh) -> float:
@@ -157,9 +156,12 @@ def _batch_rows(queries: Items, positives: Ragged, labels: Items, layout: Packed
   return math.ceil(_SPARE * rows)
 
 
-def _chosen(config: ConfigDict, key: str, value: int | str, why: str) -> ConfigDict:
-  _log.info("%s=%s %s", key, value, why)
-  return _updated(config, {key: value})
+def log_choices(config: ConfigDict, chosen: ConfigDict) -> None:
+  """Logs the values of the keys that `config` left open, which `chosen` has."""
+  left, values = configuration.flatten_config(config), configuration.flatten_config(chosen)
+  found = [f"{key}={values[key]}" for key, is_open in OPEN.items() if left[key] == is_open]
+  if found:
+    _log.info("chosen for these data and devices: %s", ", ".join(found))
 
 
 def _updated(config: ConfigDict, values: dict[str, int | str]) -> ConfigDict:

@@ -71,6 +71,7 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   Raises:
     InputError: something is wrong with the config, the data, the weights' folder or the workdir.
   """
+  given = config
   config = with_mesh(config, workdir)
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   platform = chosen.platform_of(mesh)
@@ -96,6 +97,7 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
     budget=chosen.activation_budget(mesh),
   )
   layout = dataclasses.replace(layout, chunk_rows=config.train.chunk_rows)
+  chosen.log_choices(given, config)
   check_sizes(config, data.num_labels, tokenizer.vocab_size, mesh)
   _check_held_out(config, data)
   model = model_from_config(config)

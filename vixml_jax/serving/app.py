@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 import vixml_jax
 from vixml_jax.errors import InputError
-from vixml_jax.inference.predictor import Prediction
+from vixml_jax.inference.predictions import Prediction
 from vixml_jax.serving import schema
 from vixml_jax.serving.batching import Batcher, QueueFull
 from vixml_jax.serving.engine import Engine, QueryRequest, ServedModel

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from vixml_jax.errors import InputError
-from vixml_jax.inference.predictor import Prediction, Predictor, UnreadableImage
+from vixml_jax.inference.predictions import Prediction
+from vixml_jax.inference.predictor import Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query, QueryFormat, query_format
 from vixml_jax.ragged import Ragged
 from vixml_jax.search import snapshots

@@ -10,7 +10,8 @@ import threading
 import uvicorn
 
 from vixml_jax.errors import InputError
-from vixml_jax.inference.predictor import Prediction, Predictor
+from vixml_jax.inference.predictions import Prediction
+from vixml_jax.inference.predictor import Predictor
 from vixml_jax.serving.app import make_app
 from vixml_jax.serving.batching import Batcher
 from vixml_jax.serving.engine import Engine, QueryRequest
