@@ -3,7 +3,7 @@
 The file may be larger than memory.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 import contextlib
 import dataclasses
@@ -25,6 +25,7 @@ from vixml_jax.inference.predictor import Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query
 from vixml_jax.inference.query_files import QueryFile
 from vixml_jax.inference.result_files import ResultFormat, result_format
+from vixml_jax.prefetch import prefetched
 from vixml_jax.ragged import Ragged
 
 _FORMAT = 1
@@ -86,10 +87,11 @@ def predict_file(
       | predictor.settings()
     )
     numbers = range(-(-count // batch_size))
+    numbered = zip(numbers, queries.blocks(batch_size), strict=True)
     with (
       tqdm(total=count, initial=job.resumed(count), desc="predict", unit="query", disable=None) as progress,
       ThreadPoolExecutor(1, "write") as writer,
-      contextlib.closing(_ahead(job.prepared(zip(numbers, queries.blocks(batch_size), strict=True)))) as blocks,
+      contextlib.closing(prefetched(job.prepared(numbered), "read")) as blocks,
     ):
       written = _done()
       for block in blocks:
@@ -163,15 +165,6 @@ class _Found(NamedTuple):
   scores: np.ndarray
   ids: np.ndarray
   bad: list[UnreadableImage]
-
-
-def _ahead(blocks: Iterator[_TokenizedBlock]) -> Generator[_TokenizedBlock]:
-  """Yields the blocks; a thread makes the next one while the caller works with the last one."""
-  with ThreadPoolExecutor(1, "read") as reader:
-    future = reader.submit(next, blocks, None)
-    while (block := future.result()) is not None:
-      future = reader.submit(next, blocks, None)
-      yield block
 
 
 def _done() -> Future[None]:

@@ -1,7 +1,6 @@
 """The training loop: epochs of steps, with query clusters and label centroids refreshed between epochs."""
 
-from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
@@ -17,10 +16,11 @@ from tqdm import tqdm
 from vixml_jax.datasets.propensity import inverse_propensity
 from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.errors import Preempted
-from vixml_jax.input.batches import Batch, TrainingQueries, make_batch, steps_per_epoch
+from vixml_jax.input.batches import TrainingQueries, make_batch, steps_per_epoch
 from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.mining.kmeans import balanced_kmeans
 from vixml_jax.mining.order import cluster_size_at, epoch_order, is_cluster_update, num_query_clusters
+from vixml_jax.prefetch import prefetched
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer
 from vixml_jax.run.data import RunData
 from vixml_jax.run.state import TrainedModel, TrainState, abstract_state, model_part, trained_model
@@ -110,7 +110,8 @@ def train(
         make_batch, queries, order, config.train.batch_size, encoder.layout, seed=config.seed, epoch=epoch
       )
       started = time.monotonic()
-      with contextlib.closing(_prefetched(make, first, num_steps)) as batches:
+      made = (make(step=number) for number in range(first, num_steps))
+      with contextlib.closing(prefetched(made, "batches")) as batches:
         for batch in batches:
           on_mesh = device_batch(batch, encoder.features, mesh)
           with jax.transfer_guard("disallow"):
@@ -170,17 +171,6 @@ def training_queries(config: ConfigDict, data: RunData) -> TrainingQueries:
     weights = inverse_propensity(frequencies, len(labels), train.sampling_a, train.sampling_b)
   dropout = config.fusion.modality_dropout if config.images else 0.0
   return TrainingQueries(data.train_items, labels, data.items["labels"], weights, dropout)
-
-
-def _prefetched(make: Callable[..., Batch], first: int, stop: int) -> Generator[Batch]:
-  """Yields the batches `make(step=...)` of steps `first` to `stop` - 1; a thread makes the next batch meanwhile."""
-  with ThreadPoolExecutor(1, "batches") as pool:
-    future = pool.submit(make, step=first)
-    for step in range(first, stop):
-      batch = future.result()
-      if step + 1 < stop:
-        future = pool.submit(make, step=step + 1)
-      yield batch
 
 
 def _refreshed_clusters(
