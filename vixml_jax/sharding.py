@@ -180,6 +180,11 @@ def platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def platform_of(mesh: Mesh) -> str:
+  """Returns the platform of the devices of a mesh: "cpu", "gpu" or "tpu"."""
+  return str(mesh.devices.flat[0].platform)
+
+
 def sharers(axis: str) -> int:
   """Returns the number of devices that share a dimension with this logical axis within `use_mesh`, else 1."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -52,6 +52,7 @@ def test_a_chunk_holds_every_batch_of_an_epoch(config):
   queries, labels = random_items(rng, 2000), random_items(rng, 300)
   positives = Ragged.of_lengths(rng.integers(0, 300, 4000).astype(np.int32), np.full(2000, 2))
   config.train.update(dict(batch_size=200, row_length=32))
+  config.encoder.dtype = "float32"
   layout = PackedLayout(row_length=32, chunk_rows=1)
   rows = with_chunk_rows(config, queries, labels, positives, layout)
   assert rows % 4 == 0

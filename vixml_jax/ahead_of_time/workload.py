@@ -44,10 +44,11 @@ class Workload:
     config = chosen.with_free_vectors(chosen.with_dtype(config, _PLATFORM), size.labels)
     layout = _layout(config)
     config = chosen.with_row_length(config, layout.longest(config.dataset.max_length), _PLATFORM)
-    queries, labels = (_synthetic_items(config.train.batch_size, size, config, seed) for seed in range(2))
-    own = _one_each(config.train.batch_size)
-    layout = dataclasses.replace(layout, row_length=config.train.row_length)
-    config = chosen.with_chunk_rows(config, queries, own, labels, layout, unit=_CHUNK_MULTIPLE, budget=math.inf)
+    if not config.train.chunk_rows:
+      queries, labels = (_synthetic_items(config.train.batch_size, size, config, seed) for seed in range(2))
+      own = _one_each(config.train.batch_size)
+      layout = dataclasses.replace(layout, row_length=config.train.row_length)
+      config = chosen.with_chunk_rows(config, queries, own, labels, layout, unit=_CHUNK_MULTIPLE, budget=math.inf)
     return cls(config, size, model_from_config(config))
 
   @property

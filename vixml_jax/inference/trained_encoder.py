@@ -176,7 +176,7 @@ class TrainedEncoder:
   @functools.cached_property
   def _params_by_layer(self) -> Tree:
     """Parameters for programs of few items. On a CPU these read the array of each layer instead of copying it."""
-    is_cpu, encoder = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu", self.config.encoder
+    is_cpu, encoder = self.mesh.size == 1 and sharding.platform_of(self.mesh) == "cpu", self.config.encoder
     if not is_cpu or encoder.architecture != "bert" or not is_unrolled(encoder.num_layers, encoder.remat):
       return self.params
     return unstack_layers(self.params, self.definition.axes)

@@ -21,8 +21,8 @@ OPEN = {"encoder.dtype": "auto", "train.row_length": 0, "train.chunk_rows": 0, "
 """The value with which a config leaves a key open."""
 
 _MAX_FREE_VECTORS = 65536  # The papers' number.
-_ROW_MULTIPLE = {"cpu": 16}  # Rows have a multiple of this number of tokens.
-_OTHER_ROW_MULTIPLE = 128  # The width of a matrix unit of TPUs, and of a tile of GPUs.
+# Rows have a multiple of this number of tokens; 128 is the width of a matrix unit of TPUs, and of a tile of GPUs.
+_CPU_ROW_MULTIPLE, _ACCELERATOR_ROW_MULTIPLE = 16, 128
 _SAMPLED_BATCHES = 8
 _SPARE = 1.05  # Batches of similar items, which training makes, differ more in length than random ones.
 _CPU_SHARE, _ACCELERATOR_SHARE = 0.25, 0.5  # Share of the memory for activations. Other processes use a CPU's as well.
@@ -54,9 +54,10 @@ def with_dtype(config: ConfigDict, platform: str) -> ConfigDict:
 
 
 def with_row_length(config: ConfigDict, longest: int, platform: str) -> ConfigDict:
-  """Returns the config with `train.row_length` chosen where it is 0: twice the longest item, rounded up.
+  """Returns the config with `train.row_length` chosen where it is 0.
 
-  Longer rows are filled better, but a token costs more in them, because its scores with the whole row are computed.
+  It is the longest item, and on CPUs twice the longest item, rounded up. Longer rows are filled better, but a token
+  costs more in them, because its scores with the whole row are computed.
 
   Args:
     config: The whole config.
@@ -65,8 +66,7 @@ def with_row_length(config: ConfigDict, longest: int, platform: str) -> ConfigDi
   """
   if config.train.row_length:
     return config
-  multiple = _ROW_MULTIPLE.get(platform, _OTHER_ROW_MULTIPLE)
-  wanted = 2 * longest if platform == "cpu" else longest
+  wanted, multiple = (2 * longest, _CPU_ROW_MULTIPLE) if platform == "cpu" else (longest, _ACCELERATOR_ROW_MULTIPLE)
   return _updated(config, {"train.row_length": -(-wanted // multiple) * multiple})
 
 
@@ -91,7 +91,7 @@ def with_chunk_rows(
   unit: int,
   budget: float,
 ) -> ConfigDict:
-  """Returns the config with `train.chunk_rows` chosen where it is 0.
+  """Returns the config with `train.chunk_rows` chosen, which must be open.
 
   The choice holds a whole batch, if the activations of so many rows fit the budget. Otherwise it is the largest part of
   a batch that does, where the number of parts is a power of two.
@@ -105,8 +105,6 @@ def with_chunk_rows(
     unit: The choice is a multiple of this number, which is that of the devices that share the rows of a chunk.
     budget: Bytes of all these devices together that activations may have; see `activation_budget`.
   """
-  if config.train.chunk_rows:
-    return config
   rows, length = _batch_rows(queries, positives, labels, layout, config), layout.row_length
   most = max(budget / (activation_bytes(config) * length), unit)
   chunks = 1
@@ -121,7 +119,7 @@ def activation_budget(mesh: Mesh) -> float:
   It is half of the memory of accelerators, and a quarter of that of a machine whose CPU is the device. All processes
   get the number of the first one, because their devices may report a little more or less.
   """
-  share = _CPU_SHARE if platform_of(mesh) == "cpu" else _ACCELERATOR_SHARE
+  share = _CPU_SHARE if sharding.platform_of(mesh) == "cpu" else _ACCELERATOR_SHARE
   budget = share * sharding.device_memory(mesh.local_devices) * sharding.row_devices(mesh)
   return float(multihost_utils.broadcast_one_to_all(budget)) if jax.process_count() > 1 else budget
 
@@ -133,16 +131,19 @@ def activation_bytes(config: ConfigDict) -> int:
   three float32 values for each pair of a head and a token of the row. Layers that are recomputed store their input.
   """
   encoder = config.encoder
-  size = np.dtype("float32" if encoder.dtype == "float32" else "float16").itemsize
+  size = np.dtype(encoder.dtype).itemsize
   layer = size * (10 * encoder.embed_dim + 3 * encoder.mlp_dim) + 12 * encoder.num_heads * config.train.row_length
   if encoder.remat:
     return layer + encoder.num_layers * size * encoder.embed_dim
   return encoder.num_layers * layer
 
 
-def platform_of(mesh: Mesh) -> str:
-  """Returns the platform of the devices: "cpu", "gpu" or "tpu"."""
-  return str(mesh.devices.flat[0].platform)
+def log_choices(config: ConfigDict, result: ConfigDict) -> None:
+  """Logs the values of the keys that `config` left open, which `result` has."""
+  left, values = configuration.flatten_config(config), configuration.flatten_config(result)
+  found = [f"{key}={values[key]}" for key, is_open in OPEN.items() if left[key] == is_open]
+  if found:
+    _log.info("chosen for these data and devices: %s", ", ".join(found))
 
 
 def _batch_rows(queries: Items, positives: Ragged, labels: Items, layout: PackedLayout, config: ConfigDict) -> int:
@@ -154,14 +155,6 @@ def _batch_rows(queries: Items, positives: Ragged, labels: Items, layout: Packed
     drawn_labels = labels.take(positives.values[rng.integers(0, len(positives.values), batch_size)])
     rows = max(rows, len(pack(drawn.followed_by(drawn_labels), one_by_one, round_up=False).tokens))
   return math.ceil(_SPARE * rows)
-
-
-def log_choices(config: ConfigDict, chosen: ConfigDict) -> None:
-  """Logs the values of the keys that `config` left open, which `chosen` has."""
-  left, values = configuration.flatten_config(config), configuration.flatten_config(chosen)
-  found = [f"{key}={values[key]}" for key, is_open in OPEN.items() if left[key] == is_open]
-  if found:
-    _log.info("chosen for these data and devices: %s", ", ".join(found))
 
 
 def _updated(config: ConfigDict, values: dict[str, int | str]) -> ConfigDict:

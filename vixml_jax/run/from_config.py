@@ -58,7 +58,7 @@ def check_attention(config: ConfigDict, mesh: Mesh) -> None:
   """
   encoder, is_decoder = config.encoder, config.encoder.architecture == "decoder"
   call = AttentionCall(
-    platform=mesh.devices.flat[0].platform,
+    platform=sharding.platform_of(mesh),
     rows=config.train.chunk_rows,
     length=config.train.row_length,
     num_heads=encoder.num_heads,

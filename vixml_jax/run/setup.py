@@ -74,7 +74,7 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   given = config
   config = with_mesh(config, workdir)
   mesh = sharding.make_mesh(**config.mesh.to_dict())
-  platform = chosen.platform_of(mesh)
+  platform = sharding.platform_of(mesh)
   config = chosen.with_dtype(chosen.with_started_values(config, workdir / CONFIG), platform)
   check_attention(config, mesh)
   pretrained = source.resolve(config.encoder.pretrained, weights=not config.encoder.random_init)
@@ -87,15 +87,16 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   data = load_data(config, tokenizer, mesh, extract=extract)
   config = chosen.with_free_vectors(config, data.num_labels)
   layout = dataclasses.replace(layout, row_length=config.train.row_length)
-  config = chosen.with_chunk_rows(
-    config,
-    data.train_items,
-    data.train_labels,
-    data.items["labels"],
-    layout,
-    unit=sharding.row_devices(mesh),
-    budget=chosen.activation_budget(mesh),
-  )
+  if not config.train.chunk_rows:  # With held-out queries, taking the others copies them.
+    config = chosen.with_chunk_rows(
+      config,
+      data.train_items,
+      data.train_labels,
+      data.items["labels"],
+      layout,
+      unit=sharding.row_devices(mesh),
+      budget=chosen.activation_budget(mesh),
+    )
   layout = dataclasses.replace(layout, chunk_rows=config.train.chunk_rows)
   chosen.log_choices(given, config)
   check_sizes(config, data.num_labels, tokenizer.vocab_size, mesh)

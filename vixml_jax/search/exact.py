@@ -128,7 +128,6 @@ class ExactIndex:
     elif self._placed_allowed is not None:
       placed_masks, mask_of_query = (self._placed_allowed,), np.zeros(len(queries), np.int32)
     program = search_program(self._mesh, self._axes, self.num_labels, k, self._block, bool(placed_masks))
-    program = search_program(self._mesh, self._axes, self.num_labels, k, self._block, bool(placed_masks))
     few_candidates = num_candidates(k) <= self._block // _BLOCK_OF_CANDIDATES
     if placed_masks or not few_candidates or len(queries) < self._query_chunk or not self._has_first_pass:
       scores, ids = self._run(program, (self._labels,), queries, placed_masks, mask_of_query)

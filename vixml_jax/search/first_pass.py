@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from vixml_jax import sharding
 from vixml_jax.search.top_k import block_top_k, empty_top_k, merge_top_k, top_k_of_shares, top_k_with_ids
 
 LABELS_MULTIPLE = 64
@@ -54,7 +55,7 @@ def rounded_labels(labels: jax.Array) -> RoundedLabels:
 
 def first_pass_pays(mesh: Mesh) -> bool:
   """Returns whether the devices are CPUs that multiply bfloat16 in tiles (AMX)."""
-  return next(iter(mesh.devices.flat)).platform == "cpu" and "amx_bf16" in _cpu_flags()
+  return sharding.platform_of(mesh) == "cpu" and "amx_bf16" in _cpu_flags()
 
 
 @functools.cache

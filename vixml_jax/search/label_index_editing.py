@@ -183,9 +183,9 @@ def _finish(
     if (files.snapshot.path / name).exists() and not (work / name).exists():
       snapshots.link_or_copy(files.snapshot.path / name, work / name)
   embeddings = np.load(work / "labels.npy", mmap_mode="r", allow_pickle=False)
-  sample = recall_sample(embeddings, deleted, files.queries, files.held_out)
-  scann = None
+  scann, sample = None, None
   if files.has_scann:
+    sample = recall_sample(embeddings, deleted, files.queries, files.held_out)
     scann = ScannIndex.load(files.snapshot.path / "scann")
     edit_scann(scann)
     if scann.needs_rebuild:
