@@ -1,10 +1,12 @@
 """Checkpoints: saving and restoring, the number that is kept, damaged files."""
 
+import dataclasses
 import gc
 import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from vixml_jax import sharding
@@ -129,3 +131,31 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, abstract, state):
   )
   with Checkpointer(tmp_path, 2) as checkpointer, pytest.raises(InputError, match="does not fit this config"):
     checkpointer.restore_model(3, other)
+
+
+def test_a_checkpoint_with_an_array_that_the_config_lacks_is_refused(tmp_path, abstract, state):
+  save(tmp_path, state, 3)
+  params = {name: value for name, value in abstract.params.items() if name != "free_vectors"}
+  with Checkpointer(tmp_path, 2) as checkpointer, pytest.raises(InputError, match="does not fit this config"):
+    checkpointer.restore(3, dataclasses.replace(abstract, params=params), NUM_QUERIES)
+
+
+def test_the_largest_arrays_are_read_first_and_one_at_a_time(tmp_path, abstract, state, monkeypatch):
+  # Reading needs memory for a second copy, and every array that was read before is in memory as well.
+  save(tmp_path, state, 3)
+  sizes = []
+  restore = ocp.Checkpointer.restore
+
+  def recorded(checkpointer, path, args):
+    restored = restore(checkpointer, path, args=args)
+    sizes.append([leaf.nbytes for leaf in jax.tree.leaves(restored) if isinstance(leaf, jax.Array)])
+    return restored
+
+  monkeypatch.setattr(ocp.Checkpointer, "restore", recorded)
+  with Checkpointer(tmp_path, 2) as checkpointer:
+    checkpointer.restore(3, abstract, NUM_QUERIES)
+  largest = sorted([state.bank.nbytes, state.centroids.nbytes], reverse=True)
+  assert sizes[:2] == [[nbytes] for nbytes in largest]
+  largest_of_parts = [max(part) for part in sizes if part]
+  assert largest_of_parts == sorted(largest_of_parts, reverse=True)
+  assert sum(map(len, sizes)) == len(jax.tree.leaves(state))

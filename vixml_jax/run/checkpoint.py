@@ -130,12 +130,7 @@ class Checkpointer:
       InputError: the checkpoint does not fit the state, or is damaged.
     """
     directory = Path(self._manager.directory)
-    # Reading an array needs memory for a second copy of it, so the item with the largest array is read first, when
-    # nothing else is in memory yet.
-    parts = {"model": model_part(abstract), "training": _training_part(abstract)}
-    arrays: dict[str, Any] = {}
-    for name in sorted(parts, key=lambda name: _largest_shard(parts[name]), reverse=True):
-      arrays |= _restore_item(directory, step, name, parts[name])
+    arrays = _restore_items(directory, step, {"model": model_part(abstract), "training": _training_part(abstract)})
     wanted = ocp.args.Composite(mining=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
     rest = _restoring(directory, lambda: self._manager.restore(step, args=wanted))
     clusters = np.asarray(rest["mining"]["query_clusters"])
@@ -192,6 +187,35 @@ def checkpoint_id(directory: Path, step: int) -> dict[str, Any]:
   return {"step": step, "sha256": digest.hexdigest()}
 
 
+def _restore_items(directory: Path, step: int, items: dict[str, dict[str, Any]]) -> dict[str, Any]:
+  """Restores items in two parts each, of which one is the largest array, and joins their dictionaries.
+
+  Reading an array needs memory for a second copy of it. The largest arrays are therefore read first and one at a time,
+  while little else is in memory.
+
+  Args:
+    directory: folder of all checkpoints.
+    step: the checkpoint's step.
+    items: shapes and shardings to restore into, by item and by name.
+
+  Raises:
+    InputError: an item does not fit the shapes, or is damaged.
+  """
+  parts = []
+  for item, abstract in items.items():
+    sizes = {name: _largest_shard(tree) for name, tree in abstract.items()}
+    largest = max(sizes, key=sizes.__getitem__)
+    rest = [name for name in sizes if name != largest]
+    parts += [(sizes[largest], item, [largest]), (max((sizes[name] for name in rest), default=0), item, rest)]
+  restored = {}
+  for _, item, names in sorted(parts, key=lambda part: part[0], reverse=True):
+    skipped = {name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree) for name, tree in items[item].items()}
+    wanted = skipped | {name: items[item][name] for name in names}
+    found = _restore_item(directory, step, item, wanted)
+    restored |= {name: found[name] for name in names}
+  return restored
+
+
 def _restore_item(directory: Path, step: int, name: str, abstract: Any, partial: bool = False) -> Any:
   """Restores the arrays of an item; the host has memory for the largest shard beside the arrays themselves.
 
@@ -199,7 +223,7 @@ def _restore_item(directory: Path, step: int, name: str, abstract: Any, partial:
     directory: folder of all checkpoints.
     step: the checkpoint's step.
     name: name of the item.
-    abstract: shapes and shardings to restore into.
+    abstract: shapes and shardings to restore into; `ocp.PLACEHOLDER` for an array that is not read.
     partial: whether the checkpoint may have arrays that are not asked for.
 
   Raises:
@@ -215,16 +239,18 @@ def _restore_item(directory: Path, step: int, name: str, abstract: Any, partial:
     with ocp.Checkpointer(handler) as checkpointer:
       restored = checkpointer.restore(directory.absolute() / str(step) / name, args=how)
     for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
-      if not isinstance(leaf, jax.Array):  # Orbax returns what it does not find as it was asked for.
+      # Orbax returns what it does not find as it was asked for.
+      if not isinstance(leaf, jax.Array) and leaf is not ocp.PLACEHOLDER:
         raise KeyError(f"it has no array {jax.tree_util.keystr(path)}")
-    return restored
+    return jax.block_until_ready(restored)  # Until then, the copies on the host stay in memory.
 
   return _restoring(directory, read)
 
 
 def _largest_shard(abstract: Any) -> int:
   """Returns the bytes of the largest array of one device."""
-  return max(map(sharding.bytes_a_device, jax.tree.leaves(abstract)), default=0)
+  leaves = (leaf for leaf in jax.tree.leaves(abstract) if leaf is not ocp.PLACEHOLDER)
+  return max(map(sharding.bytes_a_device, leaves), default=0)
 
 
 def _restoring(directory: Any, read: Callable[[], _Result]) -> _Result:
