@@ -20,7 +20,7 @@ SIZE = DataSize(20_000, 0, 10_000, 15.0, 0.0)
 @pytest.fixture(scope="module")
 def workload():
   config = load_config("lf_amazon_1.3m", "encoder=minilm-l3")
-  config.train.batch_size = 256
+  config.train.update(dict(batch_size=256, chunk_rows=128))
   return Workload.of(config, SIZE)
 
 

@@ -15,6 +15,7 @@ from vixml_jax.ahead_of_time.sizes import DataSize
 from vixml_jax.ahead_of_time.workload import Workload
 from vixml_jax.encoding.inputs import EncoderInputs
 from vixml_jax.images.features import ImageFeatures, fits_devices
+from vixml_jax.run import chosen
 from vixml_jax.run.from_config import check_attention, check_divides
 from vixml_jax.run.mesh_choice import choose_mesh
 from vixml_jax.run.state import TrainState, abstract_params, abstract_state
@@ -58,6 +59,16 @@ def mesh_plan_of(config: ConfigDict, where: Machine) -> MeshPlan:
     sizes = choose_mesh(config, len(where.devices), where.mesh, where.chip.hbm_bytes)
   mesh = where.mesh(*sizes)
   return MeshPlan(mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"], config.train.chunk_rows)
+
+
+def workload_on(config: ConfigDict, size: DataSize, where: Machine) -> Workload:
+  """Returns the workload of a config. A chunk that the config leaves open is chosen as in a run on the machine."""
+  workload = Workload.of(config, size)
+  if config.train.chunk_rows:
+    return workload
+  mesh_plan = mesh_plan_of(workload.config, where)
+  row_devices = mesh_plan.data * mesh_plan.fsdp
+  return Workload.of(config, size, row_devices, chosen.ACCELERATOR_SHARE * where.chip.hbm_bytes * row_devices)
 
 
 @dataclasses.dataclass(frozen=True)

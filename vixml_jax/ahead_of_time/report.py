@@ -10,11 +10,10 @@ from vixml_jax.ahead_of_time.estimate import Compiler, Report, compile_train_ste
 from vixml_jax.ahead_of_time.fastest import fastest_fit, search_json, search_text
 from vixml_jax.ahead_of_time.fitting import nearest_fit
 from vixml_jax.ahead_of_time.machine import GIB, Machine
-from vixml_jax.ahead_of_time.plan import Plan, mesh_plan_of
+from vixml_jax.ahead_of_time.plan import Plan, mesh_plan_of, workload_on
 from vixml_jax.ahead_of_time.report_json import report_json
 from vixml_jax.ahead_of_time.report_text import report_text
 from vixml_jax.ahead_of_time.sizes import DataSize
-from vixml_jax.ahead_of_time.workload import Workload
 from vixml_jax.errors import InputError
 from vixml_jax.files import write_json
 
@@ -44,7 +43,7 @@ def check_fit(
     InputError: If the mesh does not match the machine, a size is not divisible by the mesh, or the file cannot be
       written.
   """
-  workload = Workload.of(config, size)
+  workload = workload_on(config, size, where)
   asked = estimate_run(Plan.of(workload, where, mesh_plan_of(workload.config, where)), compiler)
   print(report_text(asked), flush=True)
   found = None
@@ -83,7 +82,7 @@ def find_fastest(
   Raises:
     InputError: If the file cannot be written.
   """
-  tried = fastest_fit(Workload.of(config, size), where, lambda plan: compile_train_step(plan, compiler), most)
+  tried = fastest_fit(workload_on(config, size, where), where, lambda plan: compile_train_step(plan, compiler), most)
   print(search_text(tried), flush=True)
   _write(json_path, {"search": search_json(tried)})
   return bool(tried) and tried[0].fits

@@ -20,7 +20,7 @@ from vixml_jax.run import chosen
 from vixml_jax.run.from_config import layout_from_config, model_from_config
 
 _PLATFORM = "tpu"  # Open keys are chosen alike for all accelerators.
-_CHUNK_MULTIPLE = 64  # So that the chunk can be halved often enough where a whole batch does not fit.
+_CHUNK_MULTIPLE = 8  # So that the chunk can be halved where it does not fit.
 _SHORTEST = 3  # Tokens of the shortest synthetic text: two special tokens and one of its own.
 
 
@@ -39,8 +39,17 @@ class Workload:
   model: ModelDefinition
 
   @classmethod
-  def of(cls, config: ConfigDict, size: DataSize) -> "Workload":
-    """Returns the workload of a config. Open keys are chosen as on an accelerator that holds a whole batch."""
+  def of(
+    cls, config: ConfigDict, size: DataSize, row_devices: int = 1, activation_budget: float = math.inf
+  ) -> "Workload":
+    """Returns the workload of a config. Open keys are chosen as on accelerators.
+
+    Args:
+      config: The whole config.
+      size: Size of the data set.
+      row_devices: Number of accelerators that share the rows of a chunk.
+      activation_budget: Bytes of activations that all of them can hold.
+    """
     config = chosen.with_free_vectors(chosen.with_dtype(config, _PLATFORM), size.labels)
     layout = _layout(config)
     config = chosen.with_row_length(config, layout.longest(config.dataset.max_length), _PLATFORM)
@@ -48,7 +57,8 @@ class Workload:
       queries, labels = (_synthetic_items(config.train.batch_size, size, config, seed) for seed in range(2))
       own = _one_each(config.train.batch_size)
       layout = dataclasses.replace(layout, row_length=config.train.row_length)
-      config = chosen.with_chunk_rows(config, queries, own, labels, layout, unit=_CHUNK_MULTIPLE, budget=math.inf)
+      unit = math.lcm(row_devices, _CHUNK_MULTIPLE)
+      config = chosen.with_chunk_rows(config, queries, own, labels, layout, unit=unit, budget=activation_budget)
     return cls(config, size, model_from_config(config))
 
   @property

@@ -25,7 +25,9 @@ _MAX_FREE_VECTORS = 65536  # The papers' number.
 _CPU_ROW_MULTIPLE, _ACCELERATOR_ROW_MULTIPLE = 16, 128
 _SAMPLED_BATCHES = 8
 _SPARE = 1.05  # Batches of similar items, which training makes, differ more in length than random ones.
-_CPU_SHARE, _ACCELERATOR_SHARE = 0.25, 0.5  # Share of the memory for activations. Other processes use a CPU's as well.
+# Share of the memory for activations. Other processes use a CPU's as well.
+_CPU_SHARE = 0.25
+ACCELERATOR_SHARE = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -119,7 +121,7 @@ def activation_budget(mesh: Mesh) -> float:
   It is half of the memory of accelerators, and a quarter of that of a machine whose CPU is the device. All processes
   get the number of the first one, because their devices may report a little more or less.
   """
-  share = _CPU_SHARE if sharding.platform_of(mesh) == "cpu" else _ACCELERATOR_SHARE
+  share = _CPU_SHARE if sharding.platform_of(mesh) == "cpu" else ACCELERATOR_SHARE
   budget = share * sharding.device_memory(mesh.local_devices) * sharding.row_devices(mesh)
   return float(multihost_utils.broadcast_one_to_all(budget)) if jax.process_count() > 1 else budget
 
