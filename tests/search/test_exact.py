@@ -91,6 +91,19 @@ def test_block_top_k_equals_top_k_of_the_whole_row(width, k):
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.parametrize(
+  ("start", "stop"), [(0, 4099), (1, 4098), (70, 100), (500, 501), (600, 600), (-5, 9000), (50, -3)]
+)
+@pytest.mark.parametrize(("width", "k"), [(4099, 10), (300, 300), (17, 2)])
+def test_block_top_k_finds_positions_of_a_range_only(width, k, start, stop):
+  scores = np.random.default_rng(width).integers(0, 40, (5, width)).astype(np.float32)
+  inside = (np.arange(width) >= start) & (np.arange(width) < stop)
+  expected, places = jax.lax.top_k(np.where(inside, scores, -np.inf), k)
+  values, positions = jax.jit(block_top_k, static_argnums=1)(scores, k, start, stop)
+  np.testing.assert_array_equal(values, expected)
+  np.testing.assert_array_equal(np.where(values == -np.inf, -1, positions), np.where(expected == -np.inf, -1, places))
+
+
 def test_wrong_shapes_are_named():
   with pytest.raises(InputError, match=r"\(3, 5\).*6 columns"):
     ExactIndex(integers(4, 0), _mesh()).search(np.zeros((3, 5), np.float32), 1)

@@ -30,6 +30,7 @@ QUERIES_PER_CHUNK = 512
 """Number of queries that are scored at once."""
 _ROWS_PER_COPY = 65_536  # Number of rows that are copied to a device at once.
 _MIN_QUERIES = 8  # Fewer queries take the same time.
+_PADDED_FROM = 1024  # Labels of a device from which they are padded so that the groups of `block_top_k` fit.
 _FIRST_PASS_FROM = 16_384  # Labels of a device from which a first pass pays.
 _BLOCK_OF_CANDIDATES = 16  # A first pass keeps at most this fraction of a block.
 
@@ -181,7 +182,7 @@ class ExactIndex:
   def _place(self, embeddings: np.ndarray | jax.Array) -> jax.Array:
     """[L, D] -> [L rounded up, D], padded with zeros and split by rows over all devices."""
     where = NamedSharding(self._mesh, PartitionSpec(self._axes))
-    multiple = LABELS_MULTIPLE if self.num_labels >= _FIRST_PASS_FROM * self._mesh.size else 1
+    multiple = LABELS_MULTIPLE if self.num_labels >= _PADDED_FROM * self._mesh.size else 1
     num_rows = math.ceil(self.num_labels / (multiple * self._mesh.size)) * multiple * self._mesh.size
     if isinstance(embeddings, jax.Array):
       pad = lambda x: jnp.pad(x, ((0, num_rows - self.num_labels), (0, 0)))
@@ -278,12 +279,10 @@ def _search_share(
     start = jnp.minimum(number * block, share - block)  # The last block overlaps the one before.
     block_labels = jax.lax.dynamic_slice_in_dim(labels, start, block)
     scores = jnp.einsum("qd,ld->ql", queries, block_labels.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    local = start + jnp.arange(block)
-    scores = jnp.where((local >= number * block) & (first + local < num_labels), scores, -jnp.inf)
     if masks is not None:
       block_masks = jax.lax.dynamic_slice_in_dim(masks, start, block, axis=1)
       scores = jnp.where(block_masks[mask_of_query], scores, -jnp.inf)
-    values, positions = block_top_k(scores, min(k, block))
+    values, positions = block_top_k(scores, min(k, block), number * block - start, num_labels - first - start)
     return merge_top_k(best, (values, first + start + positions), k), None
 
   best, _ = jax.lax.scan(step, empty_top_k(len(queries), k), jnp.arange(math.ceil(share / block)))

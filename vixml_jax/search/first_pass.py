@@ -132,9 +132,7 @@ def _search_share(
     start = jnp.minimum(number * block, share - block)  # The last block overlaps the one before.
     block_labels = jax.lax.dynamic_slice_in_dim(rounded.values, start, block)
     scores = jnp.einsum("qd,ld->ql", rounded_queries, block_labels, preferred_element_type=jnp.float32)
-    local = start + jnp.arange(block)
-    scores = jnp.where((local >= number * block) & (first + local < num_labels), scores, -jnp.inf)
-    values, positions = block_top_k(scores, min(candidates, block))
+    values, positions = block_top_k(scores, min(candidates, block), number * block - start, num_labels - first - start)
     return merge_top_k(best, (values, start + positions), candidates), None
 
   best, _ = jax.lax.scan(step, empty_top_k(len(queries), candidates), jnp.arange(math.ceil(share / block)))
