@@ -32,6 +32,7 @@ _BLOCK = 16384
 # Chunks in flight: the host packs and copies the next ones while the devices compute.
 _IN_FLIGHT = 2
 _MIN_NORM = 1e-12
+_CPU_TOKENS = 1024  # Their activations stay in a core's caches. MiniLM encodes 1.6 times as fast as 6,656 at a time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +297,19 @@ class ItemEncoder:
   def _table(self, features: ImageFeatures | None) -> Array | None:
     """Returns the image features on the devices, if they are there."""
     return None if features is None else features.on_devices
+
+
+def encoding_layout(layout: PackedLayout, mesh: Mesh) -> PackedLayout:
+  """Returns the layout in which items are encoded without a backward pass: on CPUs, with smaller chunks.
+
+  Args:
+    layout: The layout of training, whose chunks the mesh divides.
+    mesh: The devices.
+  """
+  if sharding.platform_of(mesh) != "cpu":
+    return layout
+  rows = max(_CPU_TOKENS // layout.row_length, 1) * sharding.row_devices(mesh)
+  return dataclasses.replace(layout, chunk_rows=min(layout.chunk_rows, rows))
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vixml_jax import sharding
-from vixml_jax.encoding.item_encoder import ItemEncoder, normalize
+from vixml_jax.encoding.item_encoder import ItemEncoder, encoding_layout, normalize
 from vixml_jax.errors import InputError
 from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.items import Items
@@ -34,6 +34,7 @@ from vixml_jax.typing import Tree
 from vixml_jax.weights import source
 
 _SHORT_ROWS = (16, 32)  # Numbers of tokens.
+_MOST_SMALL_CHUNKS = 8  # Items that need more chunks than this are encoded in chunks of full size.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class TrainedEncoder:
       texts: Texts of the items, or what `tokenizer` returned for them.
       vectors: Feature vectors [F] of each item's images; the first I of each item are used.
       whole_chunks: Whether to always run the program for chunks of `layout.chunk_rows` rows, so that the last few
-        items of a file compile nothing. Otherwise few items are put into a chunk that is as small as possible.
+        items of a file compile nothing. Otherwise few items are put into chunks with as few empty rows as possible.
     """
     return normalize(self.pooled(texts, vectors, whole_chunks=whole_chunks))
 
@@ -103,13 +104,14 @@ class TrainedEncoder:
     """Returns encoder outputs before normalization, float32 [items, D]; arguments as for `embed`."""
     items, features = self._items(texts, vectors)
     lengths, layout = self.layout.item_lengths(items), self.layout
-    if whole_chunks or lengths.sum() > layout.chunk_rows * layout.row_length:
+    if whole_chunks or lengths.sum() > _MOST_SMALL_CHUNKS * layout.chunk_rows * layout.row_length:
       return self._whole_chunks.pooled(self.params, items, features=features)
     layout = next(
       (row for row in self._short_rows if lengths.sum() <= row.row_length and len(items) <= row.slots), layout
     )
     packed = pack(items, dataclasses.replace(layout, chunk_rows=1), round_up=False)
-    rows = next((rows for rows in self._chunk_sizes if rows >= len(packed.tokens)), layout.chunk_rows)
+    # One chunk of just enough rows, or equal chunks with few empty rows; a chunk itself costs as much as a row.
+    rows = min(self._chunk_sizes, key=lambda rows: -(-len(packed.tokens) // rows) * (rows + 1))
     return self._pooled_packed(packed, dataclasses.replace(layout, chunk_rows=rows), features)
 
   def warm_up(self, items: int) -> Iterator[Callable[[], object]]:
@@ -231,6 +233,6 @@ def _mesh(config: ConfigDict) -> Mesh:
 
 
 def _layout(config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh) -> PackedLayout:
-  """Returns the layout of training, with chunks that the mesh divides."""
+  """Returns the layout of training, with chunks that the mesh divides and that suit its platform."""
   layout, unit = layout_from_config(config, tokenizer), sharding.row_devices(mesh)
-  return dataclasses.replace(layout, chunk_rows=-(-layout.chunk_rows // unit) * unit)
+  return encoding_layout(dataclasses.replace(layout, chunk_rows=-(-layout.chunk_rows // unit) * unit), mesh)

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vixml_jax import sharding
-from vixml_jax.encoding.item_encoder import ItemEncoder
+from vixml_jax.encoding.item_encoder import ItemEncoder, encoding_layout
 from vixml_jax.errors import InputError
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.input.tokenizer import Tokenizer
@@ -57,7 +57,8 @@ class RunSetup:
   def load_encoder(self) -> ItemEncoder:
     """Loads the frozen parameters and returns what encodes items, given the trained parameters."""
     frozen = frozen_params(self.model, self.mesh, self.config.seed, self.weights_folder)
-    return ItemEncoder(self.model, self.layout, self.mesh, self.data.image_features, frozen)
+    layout = encoding_layout(self.layout, self.mesh)
+    return ItemEncoder(self.model, layout, self.mesh, self.data.image_features, frozen)
 
 
 def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
