@@ -5,8 +5,10 @@ r"""LF-AmazonTitles-1.3M: 2,248,619 training queries, 1,305,265 labels.
       --config.features.name=published
 
 Hardware: one 80 GB accelerator in the paper; any mesh here. docs/scaling.md lists TPU slices and GPUs that fit.
-Hours on one H100 with 3 images, from the paper: distilbert 4.3, qwen2.5-3b 178. Text only, estimated from these by
-epochs, not measured: distilbert at most 8.6, qwen2.5-3b at most 178. On TPU slices: docs/scaling.md has lower bounds.
+Hours on one H100 with 3 images, from the paper: distilbert 4.3, qwen2.5-3b 178. Computed by aot_compile, not measured:
+distilbert on h100:1 with 3 images at least 2.8 and 5.2 expected; text only at least 4.5 and 8.4 expected, by the
+training step of LF-AmazonTitles-131K; qwen2.5-3b with 3 images on v5e:4x4 at least 8.6 and 13.1 expected.
+docs/scaling.md has other machines.
 Published P@1 / P@5 / PSP@1 / R@100 (ViXML, arXiv 2511.13189, text only; 300 epochs,
 40 for decoders, with rank-stabilized LoRA of rank 256):
   minilm-l3     51.59 / 39.28 / 29.50 / 58.44

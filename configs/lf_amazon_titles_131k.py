@@ -5,8 +5,9 @@ r"""LF-AmazonTitles-131K: 294,805 training queries, 131,073 labels.
       --config.dataset.raw_dir=DIR --config.features.name=published
 
 Hardware: one 80 GB accelerator in the paper; any mesh here.
-Hours on one H100, not measured, estimated from the paper's times on LF-AmazonTitles-1.3M by queries times epochs: with
-3 images distilbert 0.6, qwen2.5-3b 17.5; text only distilbert at most 1.1, qwen2.5-3b at most 17.5.
+Hours of distilbert on one H100, computed by aot_compile --topology=h100:1, not measured: at least 0.6 and 1.1 expected;
+with 3 images at least 0.4 and 0.7 expected. From the paper's times on LF-AmazonTitles-1.3M, by queries times epochs:
+with 3 images distilbert 0.6, qwen2.5-3b 17.5.
 Published P@1 / P@5 / PSP@1 / R@100 (ViXML, arXiv 2511.13189, text only; 300 epochs,
 30 for decoders, with rank-stabilized LoRA of rank 256):
   minilm-l3     41.72 / 20.16 / 36.17 / 64.68

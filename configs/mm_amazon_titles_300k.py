@@ -5,8 +5,9 @@ r"""MM-AmazonTitles-300K: 586,781 training queries, 303,296 labels.
       --config.dataset.raw_dir=DIR --config.features.name=published
 
 Hardware: one 80 GB accelerator in the paper; any mesh here.
-Hours on one H100, not measured, estimated from the paper's times on LF-AmazonTitles-1.3M by queries times epochs: with
-3 images distilbert 1.1, qwen2.5-3b 35; text only distilbert at most 2.2, qwen2.5-3b at most 35.
+Hours of distilbert on one H100, computed by aot_compile --topology=h100:1, not measured: with 3 images at least 0.7 and
+1.3 expected; text only at least 1.2 and 2.2 expected, by the training step of LF-AmazonTitles-131K. From the paper's
+times on LF-AmazonTitles-1.3M, by queries times epochs: with 3 images distilbert 1.1, qwen2.5-3b 35.
 Published P@1 / P@5 / PSP@1 / R@100 (ViXML, arXiv 2511.13189, text only; 300 epochs,
 30 for decoders, with rank-stabilized LoRA of rank 256):
   minilm-l3     49.54 / 31.93 / 33.83 / 69.30
