@@ -126,7 +126,7 @@ def test_table_and_json_are_written_after_each_row(tmp_path, monkeypatch, capsys
   assert ours["share_of_limit"] == pytest.approx(ours["units_per_second"] / written["rows"][0]["limit"])
   assert written["limits"]["float32 FLOP/s"] > 0
   assert written["versions"]["jax"] and written["hardware"]["cpu"] and written["command"]
-  table = (tmp_path / "bench.md").read_text().splitlines()
+  table = (tmp_path / "bench.txt").read_text().splitlines()
   assert len({line.count("|") for line in table[:6]}) == 1
   printed = capsys.readouterr().out
   assert set(table[:6]) <= set(printed.splitlines())

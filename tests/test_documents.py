@@ -84,7 +84,7 @@ MISTAKES = {
   "flag in a pipe": ("flags", "```bash\necho x | python -m vixml_jax.serve --prot=1\n```", "--prot"),
   "flag in prose": ("flags", "Give `--wrokdir`.", "--wrokdir"),
   "flag of a command in prose": ("flags", "Run `python -m vixml_jax.export --k=3`.", "--k"),
-  "flag of a script": ("flags", "```bash\npython benchmarks/train_step.py --stesp=5\n```", "--stesp"),
+  "flag of a script": ("flags", "```bash\npython benchmarks/make_filters.py --sclae=5\n```", "--sclae"),
   "flag of a launcher": ("flags", "```bash\nlaunch/slurm.sh --node=2 -- --config=configs/custom.py\n```", "--node"),
   "flag behind a launcher": (
     "flags",

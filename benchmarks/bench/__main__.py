@@ -24,7 +24,7 @@ _ROUNDS = {"tiny": 1, "cpu": 5, "gpu": 5}
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
   """Returns the flags."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of bench.md and bench.json")
+  parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of bench.txt and bench.json")
   parser.add_argument("--rows", default="", help="rows to run, separated by commas; by default all of the size")
   parser.add_argument("--size", choices=rows.SIZES, help="size of the work; by default that of the machine")
   parser.add_argument("--rounds", type=int, help="timed rounds of each row; by default 5")

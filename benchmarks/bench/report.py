@@ -81,10 +81,10 @@ def descriptions(rows: Iterable[RowResult], limits: Mapping[str, float]) -> list
 def write(
   folder: Path, rows: list[RowResult], limits: Mapping[str, float], machine: Mapping[str, Any], complete: bool
 ) -> None:
-  """Writes `bench.md` and `bench.json`, each as a whole or not at all."""
+  """Writes `bench.txt` and `bench.json`, each as a whole or not at all."""
   folder.mkdir(parents=True, exist_ok=True)
   lines = [heading(), *(line for row in rows for line in table_lines(row)), "", *descriptions(rows, limits)]
-  with new_file(folder / "bench.md") as work:
+  with new_file(folder / "bench.txt") as work:
     work.write_text("\n".join(lines) + "\n", encoding="utf-8")
   write_json(
     folder / "bench.json",

@@ -39,6 +39,8 @@ def entry_points() -> dict[str, Path]:
     for path in sorted((ROOT / folder).glob("*.py")):
       if '__name__ == "__main__"' in path.read_text("utf-8"):
         found[f"{folder}.{path.stem}"] = path
+    for path in sorted((ROOT / folder).glob("*/__main__.py")):
+      found[f"{folder}.{path.parent.name}"] = path
   return found
 
 
