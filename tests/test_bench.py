@@ -153,7 +153,7 @@ def test_rows_are_listed(capsys):
 
 
 @pytest.mark.filterwarnings("ignore")  # Those of the peers.
-@pytest.mark.parametrize("name", rows.NAMES)
+@pytest.mark.parametrize("name", rows.names_of("tiny"))
 def test_row_runs_and_its_sides_agree(name):
   row = harness.run_row(name, rows.maker(name, "tiny"), 1, 600.0, lambda cost: 1e9)
   assert not row.problem

@@ -1,5 +1,6 @@
 """Synthetic work: texts of the lengths of titles, unit vectors around centers, and folders of random encoders."""
 
+import atexit
 import functools
 import importlib.util
 from pathlib import Path
@@ -60,6 +61,13 @@ def random_texts(count: int, seed: int) -> list[str]:
   return [" ".join(words[index] for index in row) for row in chosen]
 
 
+def temporary_folder() -> Path:
+  """Returns an empty folder that is removed when the process ends."""
+  folder = tempfile.TemporaryDirectory(prefix="bench-")
+  atexit.register(folder.cleanup)
+  return Path(folder.name)
+
+
 def write_bert(encoder: dict[str, Any], params: Any) -> Path:
   """Writes a temporary folder that transformers loads: a BERT with these parameters, and MiniLM's tokenizer.
 
@@ -67,7 +75,7 @@ def write_bert(encoder: dict[str, Any], params: Any) -> Path:
     encoder: Arguments of `BertEncoder`.
     params: Its parameters.
   """
-  folder = Path(tempfile.mkdtemp(prefix="bench-"))
+  folder = temporary_folder()
   save_pretrained(jax.device_get(params), folder, config_of(encoder), tables.BERT)
   for name in _TOKENIZER_FILES:
     shutil.copy(tokenizer_folder() / name, folder)

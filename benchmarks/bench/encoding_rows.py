@@ -1,12 +1,11 @@
 """Row of encoding: texts to unit-norm embeddings on the host, tokenizing included."""
 
 from pathlib import Path
-import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.bench.data import LONGEST, TOKENIZER_PACKAGE, random_texts, write_bert
+from benchmarks.bench.data import LONGEST, TOKENIZER_PACKAGE, random_texts, temporary_folder, write_bert
 from benchmarks.bench.harness import OURS, Check, Cost, Side, Started, Work
 from benchmarks.bench.text_models import TextModel
 from vixml_jax.encoding.item_encoder import ItemEncoder
@@ -14,10 +13,21 @@ from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, pack
 from vixml_jax.input.tokenizer import Tokenizer
 
-# Least cosine to our embeddings, by dtype.
-_LEAST_COSINE = {"float32": 0.999, "bfloat16": 0.99}
-_LEAST_COSINE_INT8 = 0.9
+# Least cosine to our embeddings, by the dtype of the computation or of the weights.
+_LEAST_COSINE = {"float32": 0.999, "bfloat16": 0.99, "int8": 0.9}
 _TORCH = ("torch", "transformers", TOKENIZER_PACKAGE)
+
+
+class Embeddings(NamedTuple):
+  """What a side computed.
+
+  Attributes:
+    vectors: float32 [texts, D] of unit norm.
+    weights: Dtype to which the weights were rounded; "" for that of the row.
+  """
+
+  vectors: np.ndarray
+  weights: str = ""
 
 
 def encoding(size: str) -> Work:
@@ -25,7 +35,7 @@ def encoding(size: str) -> Work:
   name, count, batch, row_length, chunk_rows, dtype = {
     "tiny": ("tiny-bert", 24, 8, 64, 4, "float32"),
     "cpu": ("minilm-l6", 2048, 64, 64, 32, "float32"),
-    "gpu": ("minilm-l6", 65_536, 1024, 128, 512, "bfloat16"),
+    "gpu": ("minilm-l6", 16_384, 1024, 128, 256, "bfloat16"),
   }[size]
   model = TextModel.of(name, vocab_size=30522, dtype=dtype)
   texts = random_texts(count, seed=1)
@@ -54,10 +64,9 @@ def encoding(size: str) -> Work:
   )
 
 
-def _by_cosine(ours: tuple[np.ndarray, str], theirs: tuple[np.ndarray, str], dtype: str) -> Check:
-  """Compares embeddings; the second part of an answer is "int8" where weights were rounded on purpose."""
-  cosines = np.sum(ours[0] * theirs[0], axis=1)
-  least = _LEAST_COSINE_INT8 if theirs[1] == "int8" else _LEAST_COSINE[dtype]
+def _by_cosine(ours: Embeddings, theirs: Embeddings, dtype: str) -> Check:
+  cosines = np.sum(ours.vectors * theirs.vectors, axis=1)
+  least = _LEAST_COSINE[theirs.weights or dtype]
   return Check(bool(cosines.min() >= least), f"cosine at least {cosines.min():.5f}, mean {cosines.mean():.5f}")
 
 
@@ -65,10 +74,10 @@ def _ours(model: TextModel, layout: PackedLayout, folder: Path, texts: list[str]
   tokenizer = Tokenizer(folder, LONGEST)
   encoder = ItemEncoder(model.definition(), layout, model.mesh)
 
-  def embed(_: int) -> np.ndarray:
-    return encoder.embed(model.params, Items.of_texts(tokenizer(texts)))
+  def embed(_: int) -> Embeddings:
+    return Embeddings(encoder.embed(model.params, Items.of_texts(tokenizer(texts))))
 
-  return Started(embed, (embed(0), ""))
+  return Started(embed)
 
 
 def sentence_transformer(folder: Path) -> Any:
@@ -87,13 +96,13 @@ def _sentence_transformers(folder: Path, texts: list[str], batch: int, dtype: st
 
   model = sentence_transformer(folder).to(device(), dtype=getattr(torch, dtype)).eval()
 
-  def embed(_: int) -> np.ndarray:
+  def embed(_: int) -> Embeddings:
     vectors = model.encode(
       texts, batch_size=batch, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
     )
-    return vectors.float().cpu().numpy()
+    return Embeddings(vectors.float().cpu().numpy())
 
-  return Started(embed, (embed(0), ""))
+  return Started(embed)
 
 
 def _packed(model: TextModel, layout: PackedLayout, folder: Path, texts: list[str], compiled: bool) -> Started:
@@ -105,13 +114,13 @@ def _packed(model: TextModel, layout: PackedLayout, folder: Path, texts: list[st
   encoder = PackedEncoder(model, compiled).eval()
   encoder.encoder.to(getattr(torch, model.encoder["dtype"]))
 
-  def embed(_: int) -> np.ndarray:
+  def embed(_: int) -> Embeddings:
     packed = pack(Items.of_texts(tokenizer(texts)), layout, round_up=False)
     with torch.inference_mode():
       pooled = encoder.pool_by_chunk(packed, layout.slots)
-      return torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
+      return Embeddings(torch.nn.functional.normalize(pooled, dim=1).cpu().numpy())
 
-  return Started(embed, (embed(0), ""))
+  return Started(embed)
 
 
 def _onnx(folder: Path, texts: list[str], batch: int) -> Started:
@@ -124,7 +133,7 @@ def _onnx(folder: Path, texts: list[str], batch: int) -> Started:
   options.add_session_config_entry("session.intra_op.allow_spinning", "0")
   session = onnxruntime.InferenceSession(_quantized(folder), options, providers=["CPUExecutionProvider"])
 
-  def embed(_: int) -> np.ndarray:
+  def embed(_: int) -> Embeddings:
     tokens = tokenizer(texts)
     order = np.argsort(-tokens.lengths, kind="stable")
     pooled = np.empty((len(texts), session.get_outputs()[0].shape[2]), np.float32)
@@ -136,9 +145,9 @@ def _onnx(folder: Path, texts: list[str], batch: int) -> Started:
       ids[mask] = part.values
       (hidden,) = session.run(None, {"input_ids": ids, "attention_mask": mask.astype(np.int64)})
       pooled[rows] = np.einsum("btd,bt->bd", hidden, mask / part.lengths[:, None].astype(np.float32))
-    return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    return Embeddings(pooled / np.linalg.norm(pooled, axis=1, keepdims=True), "int8")
 
-  return Started(embed, (embed(0), "int8"))
+  return Started(embed)
 
 
 def _quantized(folder: Path) -> str:
@@ -155,7 +164,7 @@ def _quantized(folder: Path) -> str:
     def forward(self, input_ids: Any, attention_mask: Any) -> Any:
       return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
-  path = Path(tempfile.mkdtemp(prefix="bench-onnx-"))
+  path = temporary_folder()
   # Two rows of different lengths, so that the mask is not a constant of the exported program.
   ids, mask = torch.arange(16).reshape(2, 8), torch.ones(2, 8, dtype=torch.long)
   mask[1, 6:] = 0

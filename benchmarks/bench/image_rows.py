@@ -4,13 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 import io
 import os
 from pathlib import Path
-import tempfile
 
 from flax import nnx
 import jax
 import numpy as np
 from PIL import Image
 
+from benchmarks.bench.data import temporary_folder
 from benchmarks.bench.harness import OURS, Check, Cost, Side, Started, Work
 from vixml_jax.images.tower import ImageTower
 from vixml_jax.models.parameters import split_params
@@ -27,10 +27,10 @@ def images(size: str) -> Work:
   variant, count, batch, side, dtype = {
     "tiny": ("siglip2_b32_256", 4, 2, 48, "float32"),
     "cpu": ("siglip2_b32_256", 64, 32, 500, "float32"),
-    "gpu": ("siglip2_so400m14_384", 1024, 128, 500, "bfloat16"),
+    "gpu": ("siglip2_so400m14_384", 512, 128, 500, "bfloat16"),
   }[size]
   arguments = siglip_arguments(variant) | (_TINY if size == "tiny" else {})
-  folder = Path(tempfile.mkdtemp(prefix="bench-siglip-"))
+  folder = temporary_folder()
   save_siglip(jax.device_get(split_params(SiglipVision(**arguments, rngs=nnx.Rngs(0)))[1]), folder, arguments)
   blobs = _jpegs(count, side)
 

@@ -30,7 +30,7 @@ _VOCABULARY = 30_000
 
 def kmeans(size: str) -> Work:
   """Balanced k-means of training queries into clusters of 16."""
-  rows, dim = {"tiny": (256, 8), "cpu": (65_536, 384), "gpu": (1_048_576, 768)}[size]
+  rows, dim = {"tiny": (256, 8), "cpu": (65_536, 384), "gpu": (131_072, 768)}[size]
   vectors = unit_vectors(rows, dim, rows // _ROWS_PER_CENTER + 1, seed=1, noise=_NOISE)
   count, threads = num_query_clusters(rows, _CLUSTER_SIZE), len(os.sched_getaffinity(0))
 
@@ -105,7 +105,7 @@ def _by_label(labels: Ragged, num_labels: int) -> scipy.sparse.csr_matrix:
 
 def centroids(size: str) -> Work:
   """Label centroids: the mean vector of the training queries of each label."""
-  rows, dim, labels = {"tiny": (256, 8, 64), "cpu": (100_000, 384, 50_000), "gpu": (1_048_576, 768, 524_288)}[size]
+  rows, dim, labels = {"tiny": (256, 8, 64), "cpu": (100_000, 384, 50_000), "gpu": (262_144, 768, 131_072)}[size]
   vectors = unit_vectors(rows, dim, rows // _ROWS_PER_CENTER + 1, seed=1, noise=_NOISE)
   # The frequencies of labels have a long tail.
   drawn = (labels * np.random.default_rng(0).random(_LABELS_OF_A_QUERY * rows) ** 3).astype(np.int32)

@@ -34,7 +34,7 @@ _ONLY_ON_GPUS = ("lora_3b",)
 
 def names_of(size: str) -> list[str]:
   """Returns the rows that run by default at a size."""
-  return [name for name in NAMES if size != "cpu" or name not in _ONLY_ON_GPUS]
+  return [name for name in NAMES if size == "gpu" or name not in _ONLY_ON_GPUS]
 
 
 def maker(name: str, size: str) -> Callable[[], Work]:

@@ -34,7 +34,7 @@ def exact_search(size: str) -> Work:
   labels, dim, queries, k, groups = {
     "tiny": (600, 16, 32, 10, 50),
     "cpu": (262_144, 768, 1024, 100, 50_000),
-    "gpu": (1_305_265, 768, 8192, 100, 50_000),
+    "gpu": (1_305_265, 768, 2048, 100, 50_000),
   }[size]
   vectors, asked = unit_vectors(labels, dim, groups, seed=1), unit_vectors(queries, dim, groups, seed=2)
 

@@ -205,7 +205,7 @@ def flat_attention(
     scaling: Factor of the scores; None for that of the width of a head.
   """
   if query.is_cuda:
-    query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
+    query, key, value = (x.transpose(0, 1).to(value.dtype).contiguous() for x in (query, key, value))
     window, grouped = (-1, 0) if causal else (-1, -1), query.shape[1] != key.shape[1]
     return varlen.varlen_attn(
       query, key, value, offsets, offsets, longest, longest, scale=scaling, window_size=window, enable_gqa=grouped
