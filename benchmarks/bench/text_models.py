@@ -59,6 +59,8 @@ class TextModel:
     base, sizes = tiny.get(name, (name, {}))
     found = ENCODERS[base] | sizes | changes
     arguments = {key: value for key, value in found.items() if key not in _NOT_ARGUMENTS}
+    if "rope_scaling" in arguments:  # Configs have an empty tuple for none.
+      arguments["rope_scaling"] = arguments["rope_scaling"] or None
     return cls(arguments, found["architecture"], found["pooling"])
 
   def definition(self, dropout: bool = True) -> ModelDefinition:

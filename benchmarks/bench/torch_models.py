@@ -253,7 +253,7 @@ class TorchTrainingStep:
     )
     self._model.eval()
     with torch.no_grad():
-      drawn = [torch.from_numpy(rows).long().to(device()) for rows in text_models.drawn_positives(data)]
+      drawn = [to_torch(rows).long() for rows in text_models.drawn_positives(data)]
       self.loss = float(self._loss(0, drawn))
     self._model.train()
 
@@ -265,7 +265,7 @@ class TorchTrainingStep:
     self._optimizer.step()
     self._schedule.step()
     synchronize()
-    return float(loss)
+    return float(loss.detach())
 
   def _loss(self, number: int, drawn: list[Tensor] | None) -> Tensor:
     """Returns the loss of a batch; the positives of its terms are drawn at random if they are not given."""

@@ -194,6 +194,6 @@ def _sentence_transformers_gradcache(model: TextModel, data: TrainingData, chunk
     loss.backward()
     optimizer.step()
     synchronize()
-    return float(loss)
+    return float(loss.detach())
 
   return call
