@@ -82,7 +82,12 @@ class TextModel:
     params = init_params(self.definition(), self.mesh, seed=0)
     base, adapters = split_lora(params)
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(adapters)) + 1))
-    adapters = jax.tree.map(lambda leaf: _ADAPTER_DEVIATION * jax.random.normal(next(keys), leaf.shape), adapters)
+
+    def draw(leaf: jax.Array) -> jax.Array:
+      # With the sharding of the step's results: another one would compile the step again in the next round.
+      return jax.device_put(_ADAPTER_DEVIATION * jax.random.normal(next(keys), leaf.shape, leaf.dtype), leaf.sharding)
+
+    adapters = jax.tree.map(draw, adapters)
     return join_params(base, adapters)
 
   def forward_flops(self, lengths: np.ndarray) -> float:
