@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks.bench.data import LONGEST, TOKENIZER_PACKAGE, random_texts, temporary_folder, write_bert
 from benchmarks.bench.harness import OURS, Check, Cost, Side, Started, Work
 from benchmarks.bench.text_models import TextModel
-from vixml_jax.encoding.item_encoder import ItemEncoder
+from vixml_jax.encoding.item_encoder import ItemEncoder, encoding_layout
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, pack
 from vixml_jax.input.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def encoding(size: str) -> Work:
   model = TextModel.of(name, vocab_size=30522, dtype=dtype)
   texts = random_texts(count, seed=1)
   folder = write_bert(model.encoder, model.params["encoder"])
-  layout = PackedLayout(row_length, chunk_rows)
+  layout = encoding_layout(PackedLayout(row_length, chunk_rows), model.mesh)
   tokens = Tokenizer(folder, LONGEST)(texts)
   return Work(
     what=(
