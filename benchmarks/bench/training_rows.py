@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.bench.data import TOKENIZER_PACKAGE, write_bert
+from benchmarks.bench.data import OF_NAMES, TOKENIZER_PACKAGE, write_bert
 from benchmarks.bench.harness import OURS, Check, Cost, Side, Started, UnavailableError, Work
 from benchmarks.bench.text_models import OurTraining, TextModel, TrainingData
 from vixml_jax.losses import LossConfig
@@ -28,6 +28,17 @@ def training(size: str) -> Work:
     "gpu": (TextModel.of("bert", dtype="bfloat16"), 512, 128),
   }[size]
   return _training(model, TrainingData.make(model.encoder["vocab_size"], batch, row_length), size, _TORCH)
+
+
+def training_names(size: str) -> Work:
+  """The same with texts of about four tokens, as names of icons or tags have."""
+  model, batch, row_length = {
+    "tiny": (TextModel.of("tiny-bert", dtype="float32"), 8, 32),
+    "cpu": (TextModel.of("minilm-l6", dtype="float32"), 512, 48),
+    "gpu": (TextModel.of("bert", dtype="bfloat16"), 2048, 128),
+  }[size]
+  data = TrainingData.make(model.encoder["vocab_size"], batch, row_length, mean=OF_NAMES)
+  return _training(model, data, size, _TORCH)
 
 
 def lora(size: str) -> Work:
