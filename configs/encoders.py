@@ -7,6 +7,9 @@ _SHARED = dict(
   # Dtype of the residual stream and of the outputs of norms; "" for `dtype`. With "float32", only matrix products are
   # computed in `dtype`, as in the published code with encoders.
   residual_dtype="",
+  # Dtype of the frozen kernels of a decoder with adapters, and of their products: "int8" or "float8_e4m3fn"; "" for
+  # kernels in `param_dtype` and products in `dtype`. Encoders without adapters have no frozen kernels.
+  base_dtype="",
   # Implementation of the attention: "reference" on every platform, "splash" on TPUs, "cudnn" on GPUs, or "auto" for the
   # fastest that can compute it. The implementations differ by rounding.
   attention="auto",

@@ -8,9 +8,9 @@ K top k, Q searched queries.
 from typing import Any
 
 import jax
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key, Shaped
 
 Array = jax.Array
 Tree = dict[str, Any]  # Nested dict of arrays: parameters, or any tree with the same keys.
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "Tree"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Shaped", "Tree"]

@@ -40,7 +40,7 @@ def test_a_gpu_program_costs_what_is_counted_by_hand():
   # layers [512, 1024] x [1024, 1024] in bfloat16; in float32 [512, 1024] with itself twice, once at full precision; and
   # [512, 1024] with itself in bfloat16.
   text = (Path(__file__).with_name("gpu_program.hlo")).read_text()
-  cost = program_cost(text, float32_cost={"default": 2.0, "highest": 15.0})
+  cost = program_cost(text, product_cost={"default": 2.0, "highest": 15.0})
   layers, product = 7 * 2 * 512 * 1024 * 1024, 2 * 512 * 512 * 1024
   assert cost.flops == layers + 3 * product
   assert cost.unit_flops == layers + (2 + 15 + 1) * product
@@ -63,6 +63,32 @@ backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"eleme
   assert program_cost(call.replace("Softmax", "SoftmaxBackward")).flops == 5 * 2 * (2 * 4) * 128 * 128 * 64
   spaced = call.replace(":{", ": {").replace(":[", ": [").replace('":"', '": "')
   assert spaced != call and program_cost(spaced).flops == program_cost(call).flops, "XLA writes both"
+
+
+@pytest.mark.parametrize(
+  "dtype, result, target, kind",
+  [("f8e4m3fn", "f32", "__cublas$lt$matmul$f8", "float8"), ("s8", "s32", "__cublas$lt$matmul", "int8")],
+)
+def test_products_of_few_bits_cost_what_is_counted_by_hand(dtype, result, target, kind):
+  # As XLA writes a product of quantized activations [64, 128] and a quantized kernel [128, 32] for an H100.
+  call = f"""HloModule m
+
+ENTRY %main (x: {dtype}[64,128], w: {dtype}[32,128], one: f32[]) -> ({result}[64,32], s8[4096]) {{
+  %x = {dtype}[64,128]{{1,0}} parameter(0)
+  %w = {dtype}[32,128]{{1,0}} parameter(1)
+  %one = f32[] parameter(2)
+  ROOT %call = ({result}[64,32]{{1,0}}, s8[4096]{{0}}) custom-call(%x, %w, %one, %one), custom_call_target="{target}", \
+backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{{"lhs_contracting_dimensions":["1"],\
+"rhs_contracting_dimensions":["1"]}},"precision_config":{{"operand_precision":["DEFAULT","DEFAULT"]}}}}}}
+}}
+"""
+  cost = program_cost(call, product_cost={kind: 0.5})
+  assert cost.flops == 2 * 64 * 128 * 32 and cost.unit_flops == cost.flops / 2
+  assert cost.flops_by_kind == {kind: cost.flops}
+  assert cost.hbm_bytes == 64 * 128 + 32 * 128 + 4 * 64 * 32
+  # On a TPU the product is no call. Without a rate of its own, it counts as one in bfloat16.
+  dot = call.replace("custom-call(%x, %w, %one, %one)", "dot(%x, %w), lhs_contracting_dims={1}")
+  assert program_cost(dot).flops_by_kind == {kind: cost.flops} and program_cost(dot).unit_flops == cost.flops
 
 
 def test_splash_attention_on_a_tpu_costs_what_is_counted_by_hand():
@@ -114,7 +140,7 @@ def test_a_branch_counts_by_its_share():
   assert program_cost(text, branch_share=0.5).flops == 2 * 2 * 16 * 32 * 32
 
 
-def test_precise_products_in_float32_cost_what_the_chip_takes_for_them():
+def test_precise_products_in_product_cost_what_the_chip_takes_for_them():
   def product(x, y):
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
@@ -124,8 +150,8 @@ def test_precise_products_in_float32_cost_what_the_chip_takes_for_them():
   text = re.sub(r", operand_precision=\{[^}]*\}", "", text)  # XLA for CPUs may omit the precision.
   precise = text.replace("lhs_contracting_dims", "operand_precision={highest,highest}, lhs_contracting_dims")
   times = {"default": 2.0, "highest": 6.0}
-  assert program_cost(precise, float32_cost=times).unit_flops == 6 * cost.flops
-  assert program_cost(text, float32_cost=times).unit_flops == 2 * cost.flops
+  assert program_cost(precise, product_cost=times).unit_flops == 6 * cost.flops
+  assert program_cost(text, product_cost=times).unit_flops == 2 * cost.flops
 
 
 def test_each_kernel_is_counted_with_its_own_flops_and_traffic():

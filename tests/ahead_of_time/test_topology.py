@@ -42,9 +42,20 @@ def test_an_impossible_share_of_a_gpu_raises_an_error_that_names_the_variable(sh
 
 def test_a_precise_product_in_float32_takes_as_long_as_nvidia_publishes():
   # 989 TFLOP/s in bfloat16, half of that in TF32, 67 in float32 (data sheet of the H100 SXM).
-  cost = gpu.GPUS["h100"].chip(1.0).float32_cost
+  cost = gpu.GPUS["h100"].chip(1.0).product_cost
   assert cost["default"] == pytest.approx(2.0)
   assert cost["highest"] == pytest.approx(989 / 67, rel=0.01)
+
+
+def test_a_product_of_few_bits_takes_as_long_as_the_makers_publish():
+  # H100 SXM: 1,979 TFLOP/s in float8 and TOP/s in int8, 989 TFLOP/s in bfloat16. A100: 624 TOP/s in int8, no float8.
+  hopper, ampere = (gpu.GPUS[name].chip(1.0).product_cost for name in ("h100", "a100"))
+  assert hopper["int8"] == hopper["float8"] == pytest.approx(0.5, rel=0.001)
+  assert (ampere["int8"], ampere["float8"]) == (0.5, 1.0)
+  # TPUs: 393 TOP/s in int8 of v5e, 918 of v5p, 1,836 of v6e; as in bfloat16 on v4. No peak in float8.
+  costs = {name: tpu.TPUS[name].chip.product_cost for name in tpu.TPUS}
+  assert {name: cost.get("int8", 1.0) for name, cost in costs.items()} == dict(v4=1.0, v5e=0.5, v5p=0.5, v6e=0.5)
+  assert all(cost.get("float8", 1.0) == 1.0 for cost in costs.values())
 
 
 def test_rings_use_the_links_of_all_axes_that_they_span():

@@ -1,5 +1,6 @@
 """Exported models compute the same in transformers, PEFT and sentence-transformers as here."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -138,6 +139,33 @@ def test_sentence_transformers_give_the_embeddings_of_packed_texts(kind, encoder
   assert (wanted @ wanted.T)[np.triu_indices(20, 1)].min() < 0.9  # Different texts have different embeddings.
   # Queries and documents have the same embeddings: no prompt is needed.
   np.testing.assert_array_equal(model.encode_query(TEXTS[:3]), model.encode_document(TEXTS[:3]))
+
+
+def test_a_quantized_base_is_exported_as_the_weights_that_it_was_trained_with(tmp_path, caplog):
+  config = tiny_config(tmp_path, ADAPTED)
+  config.encoder.base_dtype = "int8"
+  workdir = write_workdir(tmp_path / "run", config)
+  encoder = load_trained_encoder(workdir, sharding.make_mesh(devices=jax.devices()[:1]))
+  base = engine.flatten_tree(encoder.frozen["encoder"])
+  assert base["layers/up/kernel"].dtype == np.int8 and base["layers/up/kernel_scale"].dtype == np.float32
+  model = transformers.AutoModel.from_pretrained(exported(workdir, "hf", tmp_path / "out"))
+  # The same adapters around the dequantized kernels, whose activations are not quantized.
+  config.encoder.update(dict(base_dtype="", param_dtype="float32"))
+  definition = model_from_config(config)
+  kernels = {
+    path: np.float32(base[path]) * np.expand_dims(scale, tuple(range(1, 1 + base[path].ndim - scale.ndim)))
+    for path, scale in ((name.removesuffix("_scale"), base[name]) for name in base if name.endswith("_scale"))
+  }
+  kept = {name: np.float32(value) for name, value in base.items() if not name.endswith("_scale")}
+  frozen = {"encoder": engine.unflatten_tree(kept | kernels)}
+  exact = dataclasses.replace(encoder, definition=definition, frozen=frozen)
+  assert len(kernels) == 7
+  np.testing.assert_allclose(hidden(model, TOKENS), our_hidden(exact, TOKENS), atol=2e-5)
+  found, wanted = hidden(model, TOKENS).mean(0), np.asarray(our_hidden(encoder, TOKENS)).mean(0)
+  assert found @ wanted > 0.99 * np.linalg.norm(found) * np.linalg.norm(wanted)
+  with caplog.at_level("WARNING"):
+    exported(workdir, "peft", tmp_path / "adapters")
+  assert "trained with a base in int8 (encoder.base_dtype)" in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)

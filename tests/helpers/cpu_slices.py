@@ -7,7 +7,7 @@ import jax
 from vixml_jax.ahead_of_time.machine import GIB, Chip, Machine, Torus
 
 ROOMY_CHIP = Chip(
-  hbm_bytes=8 * GIB, flops=1e12, hbm_bandwidth=1e10, float32_cost={"highest": 6.0}, overlaps=True, efficiency=0.5
+  hbm_bytes=8 * GIB, flops=1e12, hbm_bandwidth=1e10, product_cost={"highest": 6.0}, overlaps=True, efficiency=0.5
 )
 LINK_BANDWIDTH = 1e9
 

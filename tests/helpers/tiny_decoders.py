@@ -54,6 +54,7 @@ _NOT_DETERMINED_BY_WEIGHTS = (
   "pooling",
   "dtype",
   "residual_dtype",
+  "base_dtype",
   "param_dtype",
   "remat",
   "remat_saved",

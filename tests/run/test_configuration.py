@@ -32,6 +32,10 @@ from vixml_jax.run import configuration
     ({"method": "siamese"}, "config.method='siamese': must be one of prime, ngame, dexa"),
     ({"encoder.residual_dtype": "float64"}, "config.encoder.residual_dtype='float64': must be one of"),
     (
+      {"encoder.base_dtype": "int8"},
+      "config.encoder.base_dtype='int8': must be empty, since config.encoder.architecture='bert' has no frozen base",
+    ),
+    (
       {"encoder.remat_saved": ("up", "gate")},
       "config.encoder.remat_saved=('up', 'gate'): must be a list of some of query, key, value, attention, up",
     ),
@@ -88,6 +92,11 @@ def test_a_bad_value_for_images_is_refused(changes, message):
     ({"head_dim": 63}, "config.encoder.head_dim=63: must be even"),
     ({"rope_scaling": (8.0, 1.0)}, "config.encoder.rope_scaling=(8.0, 1.0): must be empty, or factor"),
     ({"rope_scaling": (8.0, 4.0, 1.0, 64)}, "config.encoder.rope_scaling=(8.0, 4.0, 1.0, 64): must be empty"),
+    ({"base_dtype": "int4"}, "config.encoder.base_dtype='int4': must be empty, or one of int8, float8_e4m3fn"),
+    (
+      {"base_dtype": "int8", "lora_rank": 0, "param_dtype": "float32"},
+      "config.encoder.base_dtype='int8': must be empty, since config.encoder.lora_rank=0 trains all parameters",
+    ),
     ({"param_dtype": "float16"}, "config.encoder.param_dtype='float16': must be one of float32, bfloat16"),
     ({"pooling": "first"}, "config.encoder.pooling='first': must be one of mean, last"),
     ({"architecture": "gpt"}, "config.encoder.architecture='gpt': must be one of bert, decoder"),
@@ -119,6 +128,7 @@ def test_a_config_of_the_first_release_gets_the_keys_that_were_added_since(tmp_p
   wanted = {
     "method": "prime",
     "encoder.residual_dtype": "",
+    "encoder.base_dtype": "",
     "encoder.remat_saved": (),
     "encoder.attention": "auto",
     "loss.reverse_weight": 1.0,

@@ -114,6 +114,25 @@ def test_variants_train_with_images_and_evaluation_again_gives_the_same_numbers(
   assert metrics_of(evaluate_workdir(configuration.read(tmp_path / "config.json"), tmp_path)) == trained
 
 
+def test_a_run_with_an_int8_base_learns_continues_to_the_same_bits_and_is_evaluated_with_it(
+  finished, config, tmp_path, monkeypatch
+):
+  config.encoder.base_dtype = "int8"
+  config.train.epochs = 3
+  configuration.check(config)
+  trained = metrics_of(train_and_evaluate(config, tmp_path / "undisturbed"))
+  assert_sigterm_changes_no_bit(config, tmp_path / "undisturbed", tmp_path / "stopped", monkeypatch)
+  assert (
+    metrics_of(evaluate_workdir(configuration.read(tmp_path / "stopped/config.json"), tmp_path / "stopped")) == trained
+  )
+  lines = map(json.loads, (tmp_path / "stopped/metrics.jsonl").read_text().splitlines())
+  losses = [line["values"]["mean_loss"] for line in lines if line["split"] == "epoch"]
+  assert losses[-1] < losses[0]
+  config.encoder.base_dtype = ""
+  with pytest.raises(InputError, match="this run was started with encoder.base_dtype='int8', not ''"):
+    train_and_evaluate(config, tmp_path / "stopped")
+
+
 @pytest.mark.slow
 def test_a_run_with_images_stopped_by_sigterm_continues_to_the_same_bits(config, tmp_path, monkeypatch):
   use_images(config).train.epochs = 2

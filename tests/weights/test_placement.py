@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.helpers import tiny_encoders, weight_files
+from tests.helpers import tiny_decoders, tiny_encoders, weight_files
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
-from vixml_jax.weights import engine, hf_folder, placement, tables
+from vixml_jax.models import quantized
+from vixml_jax.models.lora import split_lora
+from vixml_jax.weights import engine, hf_config, hf_folder, placement, tables
 
 MESHES = [dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4), dict(data=2, fsdp=2, tensor=2)]
 
@@ -58,6 +60,33 @@ def test_sharded_arrays_equal_those_on_the_host(bert, tmp_path, mesh, dtype):
   name = f"encoder.layer.{tiny_encoders.LAYERS - 1}.attention.self.query.weight"
   heads = stored[name].T.reshape(tiny_encoders.DIM, tiny_encoders.HEADS, -1)
   np.testing.assert_array_equal(found["layers"]["attention"]["query"]["kernel"][-1], heads)
+
+
+@pytest.mark.parametrize("dtype", quantized.LARGEST)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_kernels_are_quantized_while_they_are_read(tmp_path, mesh, dtype):
+  tiny_decoders.hf_decoder("qwen2").save_pretrained(tmp_path)
+  arguments = hf_config.encoder_arguments(tmp_path) | dict(lora_rank=8, lora_alpha=8.0)
+  plain = split_lora(tiny_decoders.abstract(**arguments)[1])[0]
+  shapes, axes = (split_lora(tree)[0] for tree in tiny_decoders.abstract(**arguments, base_dtype=dtype)[1:])
+  recorded = Recorded(tmp_path)
+  where = sharding.tree_shardings(sharding.make_mesh(**mesh), shapes, axes)
+  found = placement.place(tables.QWEN2, recorded, shapes, where)
+  assert jax.tree.all(
+    jax.tree.map(lambda x, shape, at: x.sharding == at and x.dtype == shape.dtype, found, shapes, where)
+  )
+  assert len(recorded.windows) == len(set(recorded.windows))
+  found = engine.flatten_tree(jax.tree.map(sharding.to_host, found))
+  exact = engine.flatten_tree(hf_folder.load_pretrained(tmp_path, tables.QWEN2, plain))
+  for name, value in exact.items():
+    if f"{name}_scale" not in found:
+      np.testing.assert_array_equal(found[name], value, err_msg=name)
+      continue
+    inputs = value.ndim - found[f"{name}_scale"].ndim
+    for layer, kernel in enumerate(value):
+      values, scale = quantized.quantize_kernel(kernel, inputs, dtype)
+      np.testing.assert_array_equal(found[name][layer], values, err_msg=name)
+      np.testing.assert_array_equal(found[f"{name}_scale"][layer], scale, err_msg=name)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

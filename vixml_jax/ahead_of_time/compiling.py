@@ -78,7 +78,7 @@ def compile_program(plan: Plan, program: RunProgram, to_come: Sequence[str] = ()
     return Program(program.name, memory, None, time.monotonic() - started)
   seconds = time.monotonic() - started
   share = plan.filled if program.work is not None and program.work.trains else 1.0
-  cost = program_cost(compiled.as_text() or "", share, plan.where.chip.float32_cost)
+  cost = program_cost(compiled.as_text() or "", share, plan.where.chip.product_cost)
   return Program(program.name, _memory(compiled.memory_analysis(), program.held), cost, seconds)
 
 

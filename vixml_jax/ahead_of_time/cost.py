@@ -13,6 +13,8 @@ from vixml_jax.ahead_of_time.hlo import Computation, Instruction, Module, parse
 from vixml_jax.ahead_of_time.loops import trip_count
 from vixml_jax.ahead_of_time.matrix_flops import matrix_flops
 
+_FEW_BITS = ("int8", "float8")
+
 
 @dataclasses.dataclass
 class Cost:
@@ -26,6 +28,7 @@ class Cost:
       which run beside the kernels.
     collectives: Number of executions of each collective.
     endless: Number of loops whose trip count is unknown. Their bodies are counted once.
+    flops_by_kind: FLOPs of the products in int8 and float8, which `flops` includes, by kind.
   """
 
   flops: float = 0.0
@@ -34,6 +37,7 @@ class Cost:
   kernels: dict[tuple[float, float], float] = dataclasses.field(default_factory=dict)
   collectives: dict[Collective, float] = dataclasses.field(default_factory=dict)
   endless: int = 0
+  flops_by_kind: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def add(self, other: "Cost", times: float = 1.0) -> None:
     """Adds another cost, multiplied by `times`."""
@@ -41,6 +45,8 @@ class Cost:
     self.unit_flops += times * other.unit_flops
     self.hbm_bytes += times * other.hbm_bytes
     self.endless += other.endless
+    for kind, flops in other.flops_by_kind.items():
+      self.flops_by_kind[kind] = self.flops_by_kind.get(kind, 0.0) + times * flops
     for kernel, count in other.kernels.items():
       self.kernels[kernel] = self.kernels.get(kernel, 0.0) + times * count
     for collective, count in other.collectives.items():
@@ -53,7 +59,7 @@ class Cost:
 
 
 def program_cost(
-  text: str, branch_share: float = 1.0, float32_cost: Mapping[str, float] = MappingProxyType({})
+  text: str, branch_share: float = 1.0, product_cost: Mapping[str, float] = MappingProxyType({})
 ) -> Cost:
   """Returns the cost of a program, in which the body of a loop counts as often as it runs.
 
@@ -63,9 +69,9 @@ def program_cost(
     text: Optimized HLO, which `jax.stages.Compiled.as_text` returns.
     branch_share: Fraction of the runs of a conditional that take its most expensive branch. The others take the
       cheapest.
-    float32_cost: Time of a product of float32 operands relative to bfloat16, by precision; 1 where it is not given.
+    product_cost: Time of a product of other operands relative to bfloat16; see `machine.Chip`.
   """
-  return _Counter(parse(text), branch_share, float32_cost).cost
+  return _Counter(parse(text), branch_share, product_cost).cost
 
 
 class _Counter:
@@ -73,12 +79,12 @@ class _Counter:
 
   Args:
     module: The program.
-    branch_share: As in `program_cost`; so is `float32_cost`.
+    branch_share: As in `program_cost`; so is `product_cost`.
   """
 
-  def __init__(self, module: Module, branch_share: float, float32_cost: Mapping[str, float]):
+  def __init__(self, module: Module, branch_share: float, product_cost: Mapping[str, float]):
     self._module = module
-    self._float32_cost = float32_cost
+    self._product_cost = product_cost
     self._branch_share = branch_share
     self._of_computation = functools.cache(self._count)
 
@@ -102,9 +108,11 @@ class _Counter:
       else:
         unit_flops = 0.0
         for inner_computation, inner in self._inner(computation, instruction):
-          flops, precision = matrix_flops(inner_computation, inner)
+          flops, kind = matrix_flops(inner_computation, inner)
           cost.flops += flops
-          unit_flops += flops * (self._float32_cost.get(precision, 1.0) if precision else 1.0)
+          unit_flops += flops * (self._product_cost.get(kind, 1.0) if kind else 1.0)
+          if kind in _FEW_BITS and flops:
+            cost.flops_by_kind[kind] = cost.flops_by_kind.get(kind, 0.0) + flops
           exchange = collective_of(inner_computation, inner, self._module.num_partitions)
           if exchange is not None:
             # XLA may divide one collective among several fusions, which then share its channel.

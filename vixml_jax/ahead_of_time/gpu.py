@@ -33,6 +33,8 @@ class _GpuKind:
     flops: Peak rate of dense bfloat16 matrix products, in FLOP/s.
     tf32_flops: The same for float32 operands that are rounded to TF32.
     float32_flops: The same for float32 operands at full precision.
+    int8_flops: The same for int8 operands.
+    float8_flops: The same for float8 operands; that of bfloat16 where XLA converts them.
     efficiency: As in `Chip`; that of the H200 is assumed to be the H100's, which is the same chip.
     nvlink_bandwidth: Bytes/s that a GPU sends over NVLink: half of the published bandwidth, which is that of both
       directions.
@@ -51,6 +53,8 @@ class _GpuKind:
   flops: float
   tf32_flops: float
   float32_flops: float
+  int8_flops: float
+  float8_flops: float
   efficiency: float
   nvlink_bandwidth: float
   description: str
@@ -97,6 +101,7 @@ class _GpuKind:
   def chip(self, fraction: float) -> Chip:
     """Returns the GPU with the memory that JAX allocates of it."""
     cost = {"default": self.flops / self.tf32_flops, "high": self.flops / self.tf32_flops}
+    cost |= {"int8": self.flops / self.int8_flops, "float8": self.flops / self.float8_flops}
     cost["highest"] = self.flops / self.float32_flops
     return Chip(
       fraction * self.memory, self.flops, self.memory_bandwidth, cost, overlaps=False, efficiency=self.efficiency
@@ -107,6 +112,8 @@ _HOPPER: dict[str, Any] = dict(
   flops=989.4e12,
   tf32_flops=494.7e12,
   float32_flops=66.9e12,
+  int8_flops=1978.9e12,
+  float8_flops=1978.9e12,
   efficiency=0.54,
   nvlink_bandwidth=450e9,
   cores=132,
@@ -122,6 +129,8 @@ GPUS = {
     flops=312e12,
     tf32_flops=156e12,
     float32_flops=19.5e12,
+    int8_flops=624e12,
+    float8_flops=312e12,
     efficiency=0.68,
     nvlink_bandwidth=300e9,
     description="NVIDIA A100-SXM4-80GB",

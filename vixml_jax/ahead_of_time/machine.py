@@ -22,7 +22,8 @@ class Chip:
     hbm_bytes: Memory that a program may use.
     flops: Peak rate of bfloat16 matrix products, in FLOP/s.
     hbm_bandwidth: Bandwidth of the memory in bytes/s.
-    float32_cost: How many bfloat16 products a float32 product costs, by precision: "default", "high" and "highest".
+    product_cost: How many bfloat16 products a product of other operands costs: "default", "high" and "highest" for
+      float32 at these precisions, "int8" and "float8". 1 where it is not given.
     overlaps: Whether products, memory traffic and collectives of different operations run at the same time, as on a
       TPU. On a GPU, kernels run one after another.
     efficiency: Share that real runs reach: the time of their kernels, each of which takes the longer of its products at
@@ -33,7 +34,7 @@ class Chip:
   hbm_bytes: float
   flops: float
   hbm_bandwidth: float
-  float32_cost: Mapping[str, float]
+  product_cost: Mapping[str, float]
   overlaps: bool
   efficiency: float
 

@@ -17,10 +17,13 @@ _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
 
 
 def matrix_flops(computation: Computation, instruction: Instruction) -> tuple[float, str | None]:
-  """Returns the FLOPs of an instruction, and the precision of its operands if they are float32: "default" or higher.
+  """Returns the FLOPs of an instruction, and the kind of its operands if they are neither bfloat16 nor float16.
 
   A multiplication and an addition count as two. On GPUs, products are calls of cuBLAS and cuDNN, and on TPUs attention
   may be a call of a kernel. Instructions other than products, convolutions and attention count as zero.
+
+  Returns:
+    FLOPs, and "int8", "float8", or for float32 the precision: "default", "high" or "highest".
   """
   if instruction.opcode == "custom-call":
     return _call_flops(computation, instruction)
@@ -33,12 +36,16 @@ def matrix_flops(computation: Computation, instruction: Instruction) -> tuple[fl
     flops = _dot_flops(instruction, left.arrays[0].dims, contracted)
   else:
     flops = _convolution_flops(instruction, left.arrays[0].dims, right.arrays[0].dims)
-  return flops, _precision(left, right, precision)
+  return flops, _kind(left, right, precision)
 
 
-def _precision(left: Instruction, right: Instruction, precision: str | None) -> str | None:
-  is_float32 = left.arrays[0].dtype == right.arrays[0].dtype == "f32"
-  return (precision or "default").lower() if is_float32 else None
+def _kind(left: Instruction, right: Instruction, precision: str | None) -> str | None:
+  dtypes = {operand.arrays[0].dtype for operand in (left, right)}
+  if dtypes == {"s8"}:
+    return "int8"
+  if all(dtype.startswith("f8") for dtype in dtypes):
+    return "float8"
+  return (precision or "default").lower() if dtypes == {"f32"} else None
 
 
 def _call_flops(computation: Computation, call: Instruction) -> tuple[float, str | None]:
@@ -52,10 +59,10 @@ def _call_flops(computation: Computation, call: Instruction) -> tuple[float, str
     left, right = operands[:2]
     contracted = call.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or ""
     precision = call.attribute(r'"operand_precision":\["(\w+)"')
-    return _dot_flops(call, left.arrays[0].dims, contracted.replace('"', "")), _precision(left, right, precision)
+    return _dot_flops(call, left.arrays[0].dims, contracted.replace('"', "")), _kind(left, right, precision)
   if target.startswith(_CONVOLUTION):
     left, right = operands[:2]
-    return _convolution_flops(call, left.arrays[0].dims, right.arrays[0].dims), _precision(left, right, None)
+    return _convolution_flops(call, left.arrays[0].dims, right.arrays[0].dims), _kind(left, right, None)
   if target.startswith(_ATTENTION):
     return _attention_flops(call, operands[0].arrays[0].dims, "Backward" in target), None
   splash = _SPLASH.match(call.name)
@@ -80,7 +87,7 @@ def _splash_flops(operands: list[Instruction], backward: bool) -> tuple[float, s
   queries, keys = [operand for operand in operands if operand.arrays[0].dtype in ("bf16", "f32")][:2]
   products = _BACKWARD_PRODUCTS if backward else _FORWARD_PRODUCTS
   flops = 2.0 * products * math.prod(queries.arrays[0].dims) * keys.arrays[0].dims[-2]
-  return flops, _precision(queries, keys, None)
+  return flops, _kind(queries, keys, None)
 
 
 def _dot_flops(dot: Instruction, left: tuple[int, ...], contracted: str) -> float:

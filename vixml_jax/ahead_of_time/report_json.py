@@ -39,6 +39,7 @@ def _estimate(estimate: Estimate) -> dict[str, Any]:
     "hours": estimate.hours,
     "expected_hours": estimate.expected_hours,
     "flops": cost and cost.flops,
+    "flops_by_kind": cost and cost.flops_by_kind,
     "hbm_traffic": cost and cost.hbm_bytes,
     "sent": cost and cost.moved,
     "collectives": [dataclasses.asdict(collective) | {"times": times} for collective, times in cost.collectives.items()]

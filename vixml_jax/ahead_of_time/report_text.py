@@ -93,6 +93,11 @@ def _detail_rows(report: Report) -> list[list[str]]:
   def time(name: str, unit: str, value: Callable[[Estimate, Roofline], float | None], digits: int = 2) -> list[str]:
     return row(name, unit, lambda e: None if e.roofline is None else value(e, e.roofline), digits)
 
+  def of_kind(kind: str) -> list[str]:
+    return cost(f"of these in {kind}", "TFLOP", lambda cost: cost.flops_by_kind.get(kind, 0.0) / 1e12, 3)
+
+  kinds = sorted({kind for e in estimates if e.program.cost for kind in e.program.cost.flops_by_kind})
+
   def bound(estimate: Estimate) -> str:
     return "-" if estimate.roofline is None else estimate.roofline.bound
 
@@ -105,6 +110,7 @@ def _detail_rows(report: Report) -> list[list[str]]:
   return [
     ["one run, per chip", "", *(estimate.program.name for estimate in estimates)],
     cost("matrix products", "TFLOP", lambda cost: cost.flops / 1e12, 3),
+    *map(of_kind, kinds),
     row("model FLOPs", "TFLOP", lambda e: e.model_flops / chips / 1e12, 3),
     cost("HBM traffic", "GB", lambda cost: cost.hbm_bytes / 1e9),
     cost("sent to other chips", "GB", lambda cost: cost.moved / 1e9),

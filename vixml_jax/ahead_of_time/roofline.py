@@ -16,7 +16,8 @@ class Roofline:
   """Times of a program, in seconds: a lower bound with its parts, and what to expect of a real run.
 
   Attributes:
-    compute: Matrix products at the chip's bfloat16 peak; those in float32 as many times slower as the chip is at them.
+    compute: Matrix products at the chip's bfloat16 peak; those in float32, int8 or float8 as many times slower or
+      faster as the chip is at them.
     hbm: HBM traffic at the published bandwidth.
     interconnect: Collectives as rings, one after another.
     kernels: Sum over all kernels of the longer of its compute and HBM times.

@@ -104,6 +104,12 @@ def _export_peft(workdir: Path, folder: Path) -> None:
   base, revision = base_name(config.pretrained)
   peft.save_adapter(encoder.params["encoder"], folder, base, config.lora_alpha, revision)
   _copy_tokenizer(workdir, folder)
+  if config.base_dtype:
+    _log.warning(
+      "these adapters were trained with a base in %s (encoder.base_dtype); on the published base, embeddings differ by "
+      "rounding: --format=hf has the rounded base with the adapters merged",
+      config.base_dtype,
+    )
   if config.bidirectional:
     _log.warning(
       "these adapters are for a base with bidirectional attention: load it with "
@@ -252,7 +258,11 @@ def _model_config(encoder: TrainedEncoder, dtype: str) -> dict[str, Any]:
 
 
 def _merged(encoder: TrainedEncoder) -> Tree:
-  """Returns the encoder's parameters. Adapters are added to a kernel when it is read."""
+  """Returns the encoder's parameters. Adapters are added to a kernel when it is read.
+
+  They are added to the kernels that they were trained with: those of a quantized base are dequantized, and not read
+  from the original weights again, from which they differ by rounding.
+  """
   params = join_params(encoder.params, encoder.frozen)["encoder"]
   arguments = encoder.definition.arguments["encoder"]
   if not arguments.get("lora_rank"):
@@ -263,21 +273,21 @@ def _merged(encoder: TrainedEncoder) -> Tree:
 def _merge(params: Mapping[str, Any], scale: float) -> Tree:
   merged = {name: _merge(value, scale) if isinstance(value, dict) else value for name, value in params.items()}
   if "lora_a" in merged:
-    merged["kernel"] = _MergedKernel(merged["kernel"], merged.pop("lora_a"), merged.pop("lora_b"), scale)
+    names = ("kernel", "kernel_scale", "lora_a", "lora_b")
+    matrices = {name: merged.pop(name) for name in names if name in merged}
+    merged["kernel"] = _MergedKernel(matrices, scale)
   return merged
 
 
 class _MergedKernel:
   """A kernel plus its adapter in float32, computed one layer at a time: the host may not hold a large base twice."""
 
-  def __init__(self, kernel: Any, lora_a: Any, lora_b: Any, scale: float):
-    self._kernel, self._lora_a, self._lora_b, self._scale = kernel, lora_a, lora_b, scale
-    self.shape = kernel.shape
+  def __init__(self, matrices: Tree, scale: float):
+    self._matrices, self._scale = matrices, scale
+    self.shape = matrices["kernel"].shape
 
   def __getitem__(self, index: Any) -> np.ndarray:
-    matrices = {
-      "kernel": self._kernel[index].astype(np.float32),
-      "lora_a": self._lora_a[index],
-      "lora_b": self._lora_b[index],
-    }
+    matrices = {name: value[index] for name, value in self._matrices.items()}
+    if "kernel_scale" not in matrices:
+      matrices["kernel"] = matrices["kernel"].astype(np.float32)
     return np.asarray(merge_lora(matrices, self._scale)["kernel"])

@@ -41,6 +41,8 @@ class Decoder(TextEncoder):
     lora_rank: Rank of the adapters of all seven projections; 0 for no adapters.
     lora_alpha: Strength of the adapters; see `lora.lora_scale`.
     param_dtype: Dtype of all parameters except the adapters, which are float32. "bfloat16" suits frozen parameters.
+    base_dtype: Dtype of the frozen kernels of all seven projections, "int8" or "float8_e4m3fn", with a float32 scale
+      for each output channel; see `quantized.quantized_product`. "" for kernels in `param_dtype`. Requires adapters.
     dtype: Dtype of the computation. Norms, rotations and softmax are float32.
     residual_dtype: Dtype of the residual stream and of what the norms return; "" for `dtype`.
     remat: Whether to recompute the activations of each layer in the backward pass.
@@ -49,7 +51,8 @@ class Decoder(TextEncoder):
     rngs: Source of the initial values (normal, standard deviation 0.02).
 
   Raises:
-    ValueError: If `num_heads` is not a multiple of `num_kv_heads`, or `head_dim` is odd.
+    ValueError: If `num_heads` is not a multiple of `num_kv_heads`, `head_dim` is odd, or `base_dtype` is given without
+      adapters.
 
   Reference: Qwen2.5 (arXiv 2412.15115), section 2; Qwen3 (arXiv 2505.09388), section 2; Llama 3 (arXiv 2407.21783),
   section 3.2.
@@ -73,6 +76,7 @@ class Decoder(TextEncoder):
     lora_rank: int = 0,
     lora_alpha: float = 0.0,
     param_dtype: str = "float32",
+    base_dtype: str = "",
     dtype: str = "float32",
     residual_dtype: str = "",
     remat: bool = False,
@@ -85,6 +89,8 @@ class Decoder(TextEncoder):
       raise ValueError(
         f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}, and head_dim {head_dim} must be even"
       )
+    if base_dtype and not lora_rank:
+      raise ValueError(f"base_dtype {base_dtype!r}: needs adapters, since quantized kernels cannot be trained")
     self.embed_dim = embed_dim
     self.head_dim = head_dim
     self.rope_theta = rope_theta
@@ -100,7 +106,13 @@ class Decoder(TextEncoder):
 
     def make_layer(layer_rngs: nnx.Rngs) -> DecoderLayer:
       linear = functools.partial(
-        layers.Linear, dtype=dtype, param_dtype=param_dtype, lora_rank=lora_rank, lora_alpha=lora_alpha, rngs=layer_rngs
+        layers.Linear,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        base_dtype=base_dtype,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        rngs=layer_rngs,
       )
       return DecoderLayer(
         GroupedAttention(

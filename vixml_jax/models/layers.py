@@ -10,6 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from vixml_jax.models.lora import lora_scale
+from vixml_jax.models.quantized import quantize_kernel, quantized_product
 from vixml_jax.typing import Array, Float, Key
 
 Initializer = Callable[..., jax.Array]
@@ -111,6 +112,8 @@ class Linear(nnx.Module):
     uniform_bias: Whether b starts uniform within 1 / sqrt(fan_in), as in torch.nn.Linear, instead of zero.
     dtype: Dtype of the computation.
     param_dtype: Dtype of W and b. A and B are float32.
+    base_dtype: Dtype of a frozen W that is quantized (a key of `quantized.LARGEST`), with a scale for each output in
+      `kernel_scale`; "" for W in `param_dtype`. b, A and B are not quantized.
     kernel_init: Initializer of W. It is called with the kernel's shape as a matrix, so that fan-in and fan-out are
       right.
     lora_rank: r, the rank of the adapter; 0 for no adapter.
@@ -129,6 +132,7 @@ class Linear(nnx.Module):
     uniform_bias: bool = False,
     dtype: str = "float32",
     param_dtype: str = "float32",
+    base_dtype: str = "",
     kernel_init: Initializer = normal_init,
     lora_rank: int = 0,
     lora_alpha: float = 0.0,
@@ -139,7 +143,11 @@ class Linear(nnx.Module):
     input_sizes, output_sizes = tuple(inputs.values()), tuple(outputs.values())
     matrix = (math.prod(input_sizes), math.prod(output_sizes))
     kernel = kernel_init(rngs.params(), matrix, jnp.dtype(param_dtype)).reshape(input_sizes + output_sizes)
+    scale = None
+    if base_dtype:
+      kernel, scale = quantize_kernel(kernel, self.num_inputs, base_dtype)
     self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs))
+    self.kernel_scale = None if scale is None else nnx.Param(scale, axes=tuple(outputs))
     start = jnp.zeros(output_sizes, param_dtype)
     if uniform_bias:
       bound = 1 / math.sqrt(matrix[0])
@@ -157,9 +165,14 @@ class Linear(nnx.Module):
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Maps [..., *inputs] to [..., *outputs]."""
     x = x.astype(self.dtype)
-    y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), axes=self.num_inputs)
+    if self.kernel_scale is None:
+      y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), axes=self.num_inputs)
+    else:
+      y = quantized_product(x, self.kernel[...], self.kernel_scale[...])  # float32, until all terms are added.
     if self.lora_a is not None and self.lora_b is not None:
       # The scale is applied to x A, which is narrower than the result.
       narrow = self.lora_scale * jnp.tensordot(x, self.lora_a[...].astype(self.dtype), axes=self.num_inputs)
       y = y + jnp.tensordot(narrow, self.lora_b[...].astype(self.dtype), axes=1)
-    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+    if self.bias is not None:
+      y = y + self.bias[...].astype(self.dtype)
+    return y.astype(self.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 from jax import lax
 import jax.numpy as jnp
 
+from vixml_jax.models.quantized import dequantize_kernel
 from vixml_jax.typing import Tree
 
 _ADAPTERS = ("lora_a", "lora_b")
@@ -58,29 +59,34 @@ def merge_lora(params: Tree, scale: float) -> Tree:
   """Adds adapters to the kernels that they adapt, which gives the same map without adapters.
 
   Args:
-    params: Nested dict of arrays, in which `lora_a` and `lora_b` are siblings of a `kernel`. Layers may be stacked.
+    params: Nested dict of arrays, in which `lora_a` and `lora_b` are siblings of a `kernel`, and of its `kernel_scale`
+      if it is quantized. Layers may be stacked.
     scale: Factor that `lora_scale` returns.
 
   Returns:
-    The nested dict without adapters. Each kernel keeps its dtype; the sum is computed in float32.
+    The nested dict without adapters and without scales. Each kernel keeps its dtype, but a quantized one becomes
+    float32. The sum is computed in float32.
   """
   merged: Tree = {
     name: merge_lora(value, scale) if isinstance(value, dict) else value for name, value in params.items()
   }
   if "lora_a" in merged:
-    merged["kernel"] = _merge_kernel(merged["kernel"], merged.pop("lora_a"), merged.pop("lora_b"), scale)
+    adapter = merged.pop("lora_a"), merged.pop("lora_b")
+    merged["kernel"] = _merge_kernel(merged["kernel"], merged.pop("kernel_scale", None), *adapter, scale)
   return merged
 
 
-def _merge_kernel(kernel: Any, lora_a: Any, lora_b: Any, scale: float) -> Any:
-  def merge_one(matrices: tuple[Any, Any, Any]) -> Any:
-    kernel, lora_a, lora_b = matrices
+def _merge_kernel(kernel: Any, kernel_scale: Any, lora_a: Any, lora_b: Any, scale: float) -> Any:
+  def merge_one(matrices: tuple[Any, Any, Any, Any]) -> Any:
+    kernel, kernel_scale, lora_a, lora_b = matrices
+    if kernel_scale is not None:
+      kernel = dequantize_kernel(kernel, kernel_scale)
     update = jnp.tensordot(lora_a, lora_b, axes=1, precision=lax.Precision.HIGHEST)
     return (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
 
-  merge: Callable[[tuple[Any, Any, Any]], Any] = merge_one
+  merge: Callable[[tuple[Any, Any, Any, Any]], Any] = merge_one
   # A kernel has the dimensions of its inputs and outputs; A and B together have these and the rank twice. All other
   # dimensions are stacked layers. Layers are merged one at a time: float32 products of all of them would not fit.
   for _ in range(lora_a.ndim + lora_b.ndim - kernel.ndim - 2):
     merge = functools.partial(lax.map, merge)
-  return merge((kernel, lora_a, lora_b))
+  return merge((kernel, kernel_scale, lora_a, lora_b))

@@ -11,6 +11,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.files import read_json_object
 from vixml_jax.input.prompt import template_words
 from vixml_jax.models.attention_call import IMPLEMENTATIONS
+from vixml_jax.models.quantized import LARGEST
 from vixml_jax.models.transformer import SAVED_NAMES
 
 _Check = tuple[Callable[[Any], bool], str]
@@ -71,6 +72,7 @@ _CHECKS: dict[str, _Check] = {
   "encoder.attention": _one_of(*IMPLEMENTATIONS),
   "encoder.dtype": _one_of("auto", "float32", "bfloat16", "float16"),
   "encoder.residual_dtype": _one_of("", "float32", "bfloat16", "float16"),
+  "encoder.base_dtype": (lambda x: x in ("", *LARGEST), "must be empty, or one of " + ", ".join(LARGEST)),
   "prototype.num_heads": _POSITIVE,
   "prototype.mlp_dim": _POSITIVE,
   "prototype.dropout": _SHARE,
@@ -156,6 +158,7 @@ _LATER_KEYS: dict[str, Any] = {
   "dataset.allow_empty_filter": False,
   "method": "prime",
   "encoder.residual_dtype": "",
+  "encoder.base_dtype": "",
   "encoder.remat_saved": (),
   "train.chunks_in": "encoder",
   "train.new_init": "fan_in",
@@ -207,6 +210,7 @@ def check(config: ConfigDict) -> None:
       raise InputError(f"config.{small}={values[small]}: must be at most config.{large}={values[large]}")
   _check_heads(values)
   _check_recomputation(values)
+  _check_base_dtype(values)
   if values["encoder.architecture"] == "decoder":
     _check_adapters(values)
   phrases = [key.removeprefix("prompt.phrases.") for key in values if key.startswith("prompt.phrases.")]
@@ -269,6 +273,17 @@ def _check_recomputation(values: dict[str, Any]) -> None:
     )
   if layer and not values["train.remat"]:
     raise InputError("config.train.chunks_in='layer': needs config.train.remat=True, since it recomputes layers")
+
+
+def _check_base_dtype(values: dict[str, Any]) -> None:
+  """Checks that only the frozen base of a decoder is quantized."""
+  if not values["encoder.base_dtype"]:
+    return
+  start = f"config.encoder.base_dtype={values['encoder.base_dtype']!r}: must be empty, since "
+  if values["encoder.architecture"] != "decoder":
+    raise InputError(f"{start}config.encoder.architecture={values['encoder.architecture']!r} has no frozen base")
+  if not values["encoder.lora_rank"]:
+    raise InputError(f"{start}config.encoder.lora_rank=0 trains all parameters, and quantized ones cannot be trained")
 
 
 def _check_adapters(values: dict[str, Any]) -> None:

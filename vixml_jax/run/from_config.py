@@ -25,6 +25,8 @@ def encoder_arguments(config: ConfigDict) -> dict[str, Any]:
   if config.encoder.architecture == "decoder":
     del encoder["adapter"]
     encoder["rope_scaling"] = tuple(encoder["rope_scaling"]) or None
+  else:
+    del encoder["base_dtype"]  # Only decoders have a frozen base.
   return encoder
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
+from vixml_jax.models.quantized import quantize_kernel
 from vixml_jax.typing import Array
 from vixml_jax.weights import engine
 from vixml_jax.weights.tables import Table
@@ -31,6 +32,9 @@ def place(
   devices of this process need. Tensors are transposed and cast on the devices, where stacked parameters are filled in
   place. So the devices need memory for the parameters and one tensor. All processes of a mesh must call this together.
 
+  A kernel of stacked layers that has a sibling `kernel_scale` is quantized (`quantized.quantize_kernel`): the devices
+  convert the matrix of each layer to values and scales when it is read.
+
   Args:
     table: Table of the checkpoint's architecture.
     source: The checkpoint.
@@ -44,19 +48,25 @@ def place(
     InputError: If the checkpoint does not fit; see `engine.match`. Everything is checked before any tensor is read.
   """
   wanted, where = engine.flatten_tree(abstract), engine.flatten_tree(shardings)
+  scales = {f"{path}_scale" for path in wanted} & wanted.keys()
+  stored = engine.unflatten_tree({path: value for path, value in wanted.items() if path not in scales})
   placed: dict[str, Array] = {}
-  for match in engine.match(table, source, abstract):
+  for match in engine.match(table, source, stored):
     value, sharding = wanted[match.ours], where[match.ours]
     tensor = read_sharded(match, source, sharding)
+    paths = [match.ours, *({f"{match.ours}_scale"} & scales)]
     if match.layer is None:
       filled = _whole(match.layout, value.dtype, sharding)(tensor)
     else:
-      stacked = placed.get(match.ours)
-      if stacked is None:
-        stacked = _zeros(value.shape, value.dtype, sharding)()
-      filled = layer_writer(match.layout, sharding)(stacked, tensor, match.layer)
+      for path in paths:
+        if path not in placed:
+          placed[path] = _zeros(wanted[path].shape, wanted[path].dtype, where[path])()
+      writer = layer_writer if len(paths) == 1 else _quantizing_writer
+      filled = writer(match.layout, *(where[path] for path in paths))(
+        *(placed[path] for path in paths), tensor, match.layer
+      )
     # Without waiting, the host would run ahead of the devices and hold one tensor for every waiting layer.
-    placed[match.ours] = jax.block_until_ready(filled)
+    placed.update(zip(paths, jax.tree.leaves(jax.block_until_ready(filled)), strict=True))
   return engine.unflatten_tree(placed)
 
 
@@ -105,6 +115,23 @@ def layer_writer(layout: engine.Layout, sharding: NamedSharding) -> jax.stages.W
     return lax.dynamic_update_index_in_dim(stacked, layout.to_ours(tensor).astype(stacked.dtype), layer, 0)
 
   return jax.jit(write_layer, out_shardings=sharding, donate_argnums=0)
+
+
+@functools.cache
+def _quantizing_writer(
+  layout: engine.Layout, sharding: NamedSharding, scale_sharding: NamedSharding
+) -> jax.stages.Wrapped:
+  """Returns the jitted `(values, scales, tensor, layer) -> (values, scales)` that quantizes the tensor of one layer."""
+
+  def write_layer(values: Array, scales: Array, tensor: Array, layer: int) -> tuple[Array, Array]:
+    # Both have a dimension of layers and those of the outputs.
+    quantized = quantize_kernel(layout.to_ours(tensor), values.ndim - scales.ndim, values.dtype.name)
+    return tuple(
+      lax.dynamic_update_index_in_dim(stacked, of_layer, layer, 0)
+      for stacked, of_layer in zip((values, scales), quantized, strict=True)
+    )
+
+  return jax.jit(write_layer, out_shardings=(sharding, scale_sharding), donate_argnums=(0, 1))
 
 
 @functools.cache
