@@ -18,7 +18,7 @@ from vixml_jax.errors import InputError
 # The matrix unit multiplies bfloat16. A float32 product takes several passes, by precision.
 _FLOAT32_COST = {"default": 1.0, "high": 3.0, "highest": 6.0}
 # The published peaks in int8 are twice those in bfloat16: 393 TOP/s of v5e, 918 of v5p, 1,836 of v6e. That of v4 is the
-# same as in bfloat16. None of them has a peak in float8: the compiler converts its operands to bfloat16.
+# same as in bfloat16. None of them has a published peak in float8.
 _FAST_INT8 = _FLOAT32_COST | {"int8": 0.5}
 
 
