@@ -58,7 +58,8 @@ class TextModel:
     tiny = {"tiny-bert": ("minilm-l6", _TINY_BERT), "tiny-decoder": ("qwen2.5-tiny", _TINY_DECODER)}
     base, sizes = tiny.get(name, (name, {}))
     found = ENCODERS[base] | sizes | changes
-    arguments = {key: value for key, value in found.items() if key not in _NOT_ARGUMENTS}
+    left_out = (*_NOT_ARGUMENTS, *(("base_dtype",) if found["architecture"] == "bert" else ()))
+    arguments = {key: value for key, value in found.items() if key not in left_out}
     if "rope_scaling" in arguments:  # Configs have an empty tuple for none.
       arguments["rope_scaling"] = arguments["rope_scaling"] or None
     return cls(arguments, found["architecture"], found["pooling"])
