@@ -49,13 +49,15 @@ restore() {
     -exec cp --parents -t "$workdir" {} +
 }
 
-# Copies files that have changed since the last call. `find` does not follow the link to the checkpoints.
+# Copies files that have changed since the last call. `find` does not follow the link to the checkpoints. Commands of a
+# process that was killed during a call may still run, so the next call has a file of its own.
 publish() {
-  touch "$published.next"
+  local next=$published.next.$BASHPID
+  touch "$next"
   (cd "$workdir" && find . -type f -newer "$published" ! -name '*.partial' ! -path '*.incomplete*' \
     ! -name '.published*' \
     -exec cp --parents -t "$store" {} +) || echo "$name: could not copy $workdir to $store; will try again" >&2
-  mv "$published.next" "$published"
+  mv "$next" "$published"
 }
 
 publish_for_ever() {

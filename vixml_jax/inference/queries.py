@@ -159,7 +159,7 @@ def query_format(config: ConfigDict) -> QueryFormat:
 
 def _encodable(text: str) -> str:
   """Replaces each half of a surrogate pair, which JSON can spell, as was done in the training data."""
-  return text.encode(errors="surrogatepass").decode(errors="replace")
+  return text if text.isascii() else text.encode(errors="surrogatepass").decode(errors="replace")
 
 
 def _list(value: Any, key: str, where: str) -> Sequence[Any] | np.ndarray:

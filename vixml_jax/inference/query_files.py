@@ -3,6 +3,7 @@
 Every reader yields the queries in the order of the file. Errors name the file and the line (Parquet: the row).
 """
 
+import codecs
 from collections.abc import Callable, Iterator
 import csv
 import itertools
@@ -83,11 +84,12 @@ class _JsonLinesQueries:
     return _in_blocks(self._queries(), size)
 
   def _queries(self) -> Iterator[Query]:
+    folder = self._path.parent
     with _opened(self._path, lambda: self._path.open("rb")) as file:
       for number, line in enumerate(file, 1):
         if line.strip():
           where = f"{self._path}:{number}"
-          yield self._form.parse(_json(line, where, "is the file truncated?"), where, self._path.parent)
+          yield self._form.parse(_json(line, where, "is the file truncated?"), where, folder)
 
 
 class _CsvQueries:
@@ -113,6 +115,7 @@ class _CsvQueries:
     return _in_blocks(self._queries(), size)
 
   def _queries(self) -> Iterator[Query]:
+    folder = self._path.parent
     with _opened(self._path, lambda: self._path.open(newline="", encoding="utf-8-sig")) as file:
       reader = csv.reader(file, strict=True)
       self._next(reader)
@@ -125,7 +128,7 @@ class _CsvQueries:
             f"{where}: has {len(cells)} cells for {len(self._columns)} columns; is the file truncated, or is a comma "
             "not in quotes?"
           )
-        yield self._form.parse(self._record(cells, where), where, self._path.parent)
+        yield self._form.parse(self._record(cells, where), where, folder)
 
   def _next(self, reader: Any) -> list[str] | None:
     try:
@@ -245,7 +248,7 @@ def _cell_list(cell: str, where: str) -> list[Any]:
 
 def _json(line: bytes, where: str, advice: str) -> Any:
   try:
-    return json.loads(line.decode("utf-8-sig"))
+    return json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
   except (ValueError, RecursionError) as error:
     reason = str(error) if isinstance(error, ValueError) else "nested too deep"
     raise InputError(f"{where}: not valid JSON in UTF-8 ({reason}); {advice}") from error
