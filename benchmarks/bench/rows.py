@@ -18,6 +18,7 @@ _MODULES = {
   "attention_128": "attention_rows",
   "attention_256": "attention_rows",
   "exact_search": "search_rows",
+  "exact_search_10k": "search_rows",
   "kmeans": "mining_rows",
   "encoding": "encoding_rows",
   "lora": "training_rows",

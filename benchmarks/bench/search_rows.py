@@ -31,11 +31,22 @@ Search = Callable[[], np.ndarray]
 
 def exact_search(size: str) -> Work:
   """Exact search of the top 100 in float32, at the number of labels of LF-AmazonTitles-1.3M on a GPU."""
-  labels, dim, queries, k, groups = {
-    "tiny": (600, 16, 32, 10, 50),
-    "cpu": (262_144, 768, 1024, 100, 50_000),
-    "gpu": (1_305_265, 768, 2048, 100, 50_000),
-  }[size]
+  return _exact(
+    *{
+      "tiny": (600, 16, 32, 10, 50),
+      "cpu": (262_144, 768, 1024, 100, 50_000),
+      "gpu": (1_305_265, 768, 2048, 100, 50_000),
+    }[size]
+  )
+
+
+def exact_search_10k(size: str) -> Work:
+  """Exact search of the top 10 of 10,000 labels, as for tags or categories."""
+  labels, dim, queries = {"tiny": (1100, 16, 32), "cpu": (10_000, 384, 8192), "gpu": (10_000, 384, 65_536)}[size]
+  return _exact(labels, dim, queries, k=10, groups=labels // 10)
+
+
+def _exact(labels: int, dim: int, queries: int, k: int, groups: int) -> Work:
   vectors, asked = unit_vectors(labels, dim, groups, seed=1), unit_vectors(queries, dim, groups, seed=2)
 
   def check(ours: np.ndarray, theirs: np.ndarray) -> Check:
