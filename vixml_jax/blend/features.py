@@ -1,0 +1,58 @@
+"""Describes each candidate of the blend by thirteen numbers."""
+
+import numpy as np
+
+from vixml_jax.blend.candidates import Sources, keys_of
+from vixml_jax.ragged import Ragged
+
+FEATURES = (
+  "prototype_score",
+  "prototype_rank",
+  "prototype_gap",
+  "vote_sharp",
+  "vote_smooth",
+  "best_voter",
+  "lexical_score",
+  "lexical_vote",
+  "best_lexical_voter",
+  "log_frequency",
+  "best_prototype_score",
+  "nearest_query",
+  "num_candidates",
+)
+"""Names of the features, in the order of the columns."""
+
+
+def candidate_features(sources: Sources, candidates: Ragged, frequencies: np.ndarray) -> np.ndarray:
+  """Returns the features of each candidate, float32 [P, 13]; NaN where a source has not found the label.
+
+  The first nine describe the label for the query: its score and rank (from 0) by prototype and the gap to the best
+  label; the votes of the nearest training queries that have it at two temperatures, and the similarity of the best of
+  these; the same three by words (score of the label's name, vote, best voter). A vote is 0 where no neighbor has the
+  label. The tenth is ln(1 + number of training queries of the label). The others describe the query.
+
+  Args:
+    sources: What is known about the labels of Q queries.
+    candidates: Candidates, Q rows with P labels in total.
+    frequencies: Number of training queries of each label, [L].
+  """
+  keys, queries = keys_of(candidates, sources.num_labels), candidates.row_ids()
+  prototype = sources.labels.look_up(keys, np.nan)
+  votes = sources.votes.look_up(keys, np.nan)
+  lexical_votes = sources.lexical_votes.look_up(keys, np.nan)
+  columns = [
+    prototype[:, 0],
+    prototype[:, 1],
+    sources.best_label[queries] - prototype[:, 0],
+    np.nan_to_num(votes[:, 0]),
+    np.nan_to_num(votes[:, 1]),
+    votes[:, 2],
+    sources.lexical_labels.look_up(keys, 0)[:, 0],
+    np.nan_to_num(lexical_votes[:, 0]),
+    lexical_votes[:, 1],
+    np.log1p(frequencies[candidates.values]),
+    sources.best_label[queries],
+    sources.best_query[queries],
+    candidates.lengths[queries],
+  ]
+  return np.stack(columns, axis=1).astype(np.float32)
