@@ -91,7 +91,7 @@ INSTALL_INPUTS := setup.cfg pyproject.toml constraints.txt
 
 $(VENV)/.installed: $(INSTALL_INPUTS) | $(BIN)/python
 	@echo "installing vixml_jax into $(VENV) (a minute or two)"
-	@$(call pip,-e .)
+	@$(call pip,-e '.[blend]')
 	@touch $@
 
 $(VENV)/.installed-test: $(INSTALL_INPUTS) | $(BIN)/python

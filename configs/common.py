@@ -141,6 +141,8 @@ def base_config() -> ConfigDict:
       retrieval_lambda=0.9,  # Weight of labels relative to training queries.
       retrieval_temperature=0.05,
       retrieval_choose=False,  # Whether lambda and temperature are chosen on the validation queries.
+      # Whether the blend is fitted on the validation queries and evaluated; needs the extra `blend`.
+      blend=False,
       test_images=(),  # Also evaluates with at most each of these numbers of images per test query.
     )
   )

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vixml_jax import sharding
+from vixml_jax.blend.libraries import check_blend_libraries
 from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation.evaluate_model import (
@@ -68,6 +69,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   Returns:
     The contents of final_metrics.json.
   """
+  if config.eval.blend:
+    check_blend_libraries()
   adapter = adapter_folder(config)
   if adapter is not None and not (workdir / CHECKPOINTS).is_dir():  # A run that is continued has its own adapters.
     check_adapter(model_from_config(config), adapter)
@@ -95,6 +98,8 @@ def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   Returns:
     The contents of final_metrics.json.
   """
+  if config.eval.blend:
+    check_blend_libraries()
   setup = set_up_run(config, workdir, extract=False)
   config, data = setup.config, setup.data
   total_steps = _total_steps(setup)

@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vixml_jax.encoding.item_encoder import ItemEncoder
+from vixml_jax.evaluation.blend_fitting import CorpusWords, fit_blend
+from vixml_jax.evaluation.blend_row import BlendRanker
 from vixml_jax.evaluation.evaluator import (
   Evaluation,
   EvaluationConfig,
@@ -81,16 +83,23 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
     mesh=encoder.mesh,
   )
   tried: list[Setting] = []
-  if chooses_retrieval(config) or wanted.split == "validation":
-    known = np.zeros(len(train_embeddings), bool)
-    known[data.train_rows] = True
+  known = np.zeros(len(train_embeddings), bool)
+  known[data.train_rows] = True
+  blend = wanted.blend and wanted.split == "test"
+  if wanted.blend and not blend:
+    _log.info("no row for the blend: it is fitted on the held-out queries, which are evaluated")
+  words = CorpusWords.read(data.corpus, known) if blend else None
+  if chooses_retrieval(config) or words is not None or wanted.split == "validation":
     prototypes = _held_out_prototypes(data, encoder, model, pooled, train_embeddings, known)
     index = make_index(
       prototypes, train_labels=data.corpus.train_labels.keep(known), known=None if known.all() else known
     )
     rows = data.validation_rows
     queries = EvaluationQueries(
-      train_embeddings.select(rows), data.corpus.train_labels.take(rows), data.corpus.train_filter.take(rows)
+      train_embeddings.select(rows),
+      data.corpus.train_labels.take(rows),
+      data.corpus.train_filter.take(rows),
+      None if words is None else words.train[rows],
     )
     index = dataclasses.replace(index, goal=_goal(wanted, queries))
     if chooses_retrieval(config):
@@ -104,6 +113,8 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
         len(tried),
         len(queries),
       )
+    if words is not None:
+      blend_model = fit_blend(index, words.index(data.corpus.train_labels, known), queries)
     del prototypes
     if wanted.split == "test":
       del index, queries  # Frees what held-out queries needed.
@@ -114,8 +125,12 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
       encoder.embed_rows(model.params, data.items["test"], "test queries"),
       data.corpus.test_labels,
       data.corpus.test_filter,
+      None if words is None else words.test(data.corpus),
     )
     index = dataclasses.replace(index, goal=_goal(wanted, queries))
+    if words is not None:
+      ranker = BlendRanker(blend_model, words.index(data.corpus.train_labels))
+      index = dataclasses.replace(index, blend=ranker)
   result = evaluate(index, queries, evaluation)
   left = None if wanted.split == "test" else pooled
   return ModelEvaluation(result, evaluation, tried, index, queries, train_embeddings, left, means)

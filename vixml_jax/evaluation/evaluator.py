@@ -9,14 +9,16 @@ import dataclasses
 import functools
 import logging
 import math
-from typing import Any
 
 from jax.sharding import Mesh
 import numpy as np
+import scipy.sparse
 import tqdm
 
+from vixml_jax.blend.ranking import ScoredCandidates
 from vixml_jax.evaluation import metrics, tuning
-from vixml_jax.evaluation.bootstrap import bootstrap_intervals
+from vixml_jax.evaluation.blend_row import BlendCounts, BlendRanker
+from vixml_jax.evaluation.results import Evaluation, intervals_of
 from vixml_jax.ragged import Ragged
 from vixml_jax.search.index import Index, make_index, search_excluding, search_width
 from vixml_jax.search.membership import drop_members, overlap_counts
@@ -66,11 +68,13 @@ class EvaluationQueries:
     embeddings: float32 [Q, D], unit norm; on the devices, or on the host.
     labels: positives of each query, Q rows.
     filter: labels of each query that are removed before the cut at k, Q rows.
+    words: TF-IDF vectors of the queries [Q, F], which the blend needs; None without it.
   """
 
   embeddings: ShardedRows | np.ndarray
   labels: Ragged
   filter: Ragged
+  words: scipy.sparse.csr_array | None = None
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -83,7 +87,8 @@ class EvaluationQueries:
         embeddings = np.asarray(self.embeddings.block(start, min(size, len(self))))[: len(rows)]
       else:
         embeddings = self.embeddings[rows]
-      yield rows, EvaluationQueries(embeddings, self.labels.take(rows), self.filter.take(rows))
+      words = None if self.words is None else self.words[rows[0] : rows[-1] + 1]
+      yield rows, EvaluationQueries(embeddings, self.labels.take(rows), self.filter.take(rows), words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +104,7 @@ class EvaluationIndex:
     mesh: devices of exact search.
     known: bool [N], the training queries that may be found; None for all.
     goal: recall that ScaNN must reach; None takes its settings of search by rules of thumb.
+    blend: the trained blend of these labels and training queries; None for no such row.
   """
 
   prototypes: ShardedRows | np.ndarray
@@ -109,6 +115,7 @@ class EvaluationIndex:
   mesh: Mesh
   known: np.ndarray | None = None
   goal: RecallGoal | None = None
+  blend: BlendRanker | None = None
 
   @functools.cached_property
   def label_index(self) -> Index:
@@ -142,28 +149,40 @@ class EvaluationIndex:
       return None
     return make_index("scann", self.prototypes, self.mesh, goal=self.goal)
 
+  def search_both(self, embeddings: np.ndarray, label_hits: int, query_hits: int) -> Neighbors:
+    """Returns the nearest labels and the nearest training queries of queries [Q, D]."""
+    labels = self.label_index.search(embeddings, label_hits)
+    if not query_hits:
+      nothing = np.zeros((len(embeddings), 0), np.float32)
+      return Neighbors(*labels, nothing, nothing.astype(np.int32))
+    return Neighbors(*labels, *self.query_index.search(embeddings, query_hits))
+
   def neighbors(self, embeddings: np.ndarray, settings: RetrievalSettings) -> Neighbors:
     """Returns the results of the two searches of retrieval-augmented inference, of queries [Q, D]."""
-    labels = self.label_index.search(embeddings, settings.hits)
-    return self._with_queries(labels, embeddings, settings)
-
-  def _with_queries(
-    self, labels: tuple[np.ndarray, np.ndarray], embeddings: np.ndarray, settings: RetrievalSettings
-  ) -> Neighbors:
-    found = Neighbors(*labels, *self.query_index.search(embeddings, settings.num_query_hits))
+    found = self.search_both(embeddings, settings.hits, settings.num_query_hits)
     return found.nearest(settings.hits) if settings.joint else found
 
-  def rankings(self, queries: EvaluationQueries, config: EvaluationConfig) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns scores and ids [Q, depth] of a block of queries on the host: "plain", and "augmented" if asked for."""
-    embeddings = np.asarray(queries.embeddings)
-    retrieval, width = config.retrieval, search_width(config.depth, queries.filter, self.label_index.num_labels)
-    # Both rows need the best labels, so one search serves both.
-    scores, ids = self.label_index.search(embeddings, width if retrieval is None else max(width, retrieval.hits))
-    found = {"plain": drop_members(scores[:, :width], ids[:, :width], queries.filter, config.depth)}
+  def rankings(
+    self, queries: EvaluationQueries, config: EvaluationConfig
+  ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], ScoredCandidates | None]:
+    """Returns scores and ids [Q, depth] of a block of queries on the host, by row, and the candidates of the blend.
+
+    The rows are "plain", "augmented" if the config asks for it, and "blend" if there is one. One search serves all.
+    """
+    retrieval, blend = config.retrieval, self.blend
+    width = search_width(config.depth, queries.filter, self.label_index.num_labels)
+    asked = [(width, 0)]
     if retrieval is not None:
-      labels = (scores[:, : retrieval.hits], ids[:, : retrieval.hits])
-      found["augmented"] = combine(
-        self._with_queries(labels, embeddings, retrieval),
+      asked.append((retrieval.hits, retrieval.num_query_hits))
+    if blend is not None:
+      asked.append((blend.index.widths.labels, blend.index.widths.queries))
+    found = self.search_both(np.asarray(queries.embeddings), *(max(hits) for hits in zip(*asked, strict=True)))
+    plain = found.first(width, 0)
+    rows = {"plain": drop_members(plain.label_scores, plain.label_ids, queries.filter, config.depth)}
+    if retrieval is not None:
+      nearest = found.first(retrieval.hits, retrieval.num_query_hits)
+      rows["augmented"] = combine(
+        nearest.nearest(retrieval.hits) if retrieval.joint else nearest,
         self.train_labels,
         num_labels=len(self.inverse_propensity),
         lambda_=retrieval.lambda_,
@@ -171,57 +190,13 @@ class EvaluationIndex:
         k=config.depth,
         exclude=queries.filter,
       )
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """Results on one split; all values in percent.
-
-  Attributes:
-    plain: metrics of plain search over the prototypes.
-    augmented: metrics of retrieval-augmented inference; empty where it was not asked for.
-    intervals: 95% bootstrap intervals of each row, under "plain" and "augmented".
-    deciles: metrics by label frequency, of each row.
-    scann_recall: share of the exact top hits that ScaNN finds, by k; empty where the two were not compared.
-    per_query: metrics of every query, of each row.
-    examples: int64 [E], numbers of the queries whose rankings are kept.
-    ids: int32 [E, K], labels found, of each row.
-    scores: float32 [E, K], of each row.
-  """
-
-  plain: dict[str, float]
-  augmented: dict[str, float]
-  intervals: dict[str, dict[str, tuple[float, float]]]
-  deciles: dict[str, list[dict[str, Any]]]
-  scann_recall: dict[str, float]
-  per_query: dict[str, metrics.QueryMetrics]
-  examples: np.ndarray
-  ids: dict[str, np.ndarray]
-  scores: dict[str, np.ndarray]
-
-  def final_metrics(self) -> dict[str, Any]:
-    """Returns the flat keys of final_metrics.json: the plain row, and the second row under `RA/`."""
-    scann = {f"ScaNN/{name}": value for name, value in self.scann_recall.items()}
-    return _flat_metrics(self.plain, self.augmented) | scann
-
-  def of_queries(self, rows: np.ndarray, bootstrap_samples: int) -> dict[str, Any]:
-    """Returns the results on some of the queries, as evaluation.json contains them.
-
-    Args:
-      rows: int [R], which queries, at least one.
-      bootstrap_samples: resamples behind the intervals; 0 for no intervals.
-
-    Returns:
-      `queries`, their number; `metrics`, flat; `intervals_95` of each row.
-    """
-    some = {name: values.take(rows) for name, values in self.per_query.items()}
-    means = {name: values.mean() for name, values in some.items()}
-    return {
-      "queries": len(rows),
-      "metrics": _flat_metrics(means["plain"], means.get("augmented", {})),
-      "intervals_95": _intervals(some, bootstrap_samples),
-    }
+    if blend is None:
+      return rows, None
+    assert queries.words is not None
+    described = blend.index.described(found, queries.words, exclude=queries.filter)
+    scored = ScoredCandidates.score(blend.model, *described)
+    rows["blend"] = scored.ranked(config.depth, self.inverse_propensity)
+    return rows, scored
 
 
 def choose_retrieval(
@@ -268,7 +243,7 @@ def example_queries(labels: Ragged, number: int = NUM_EXAMPLES) -> np.ndarray:
 def evaluate(
   index: EvaluationIndex, queries: EvaluationQueries, config: EvaluationConfig, examples: np.ndarray | None = None
 ) -> Evaluation:
-  """Evaluates plain search, and retrieval-augmented inference where the config asks for it.
+  """Evaluates plain search, retrieval-augmented inference if the config asks for it, and the blend of the index.
 
   Args:
     index: the labels and training queries to search.
@@ -281,16 +256,18 @@ def evaluate(
   """
   examples = example_queries(queries.labels) if examples is None else examples
   frequencies = np.bincount(index.train_labels.values, minlength=len(index.inverse_propensity))
-  rows = {
-    name: _Row(index, config, frequencies) for name in ("plain", "augmented")[: 1 if config.retrieval is None else 2]
-  }
+  names = ["plain", *(["augmented"] if config.retrieval else []), *(["blend"] if index.blend else [])]
+  rows = {name: _Row(index, config, frequencies) for name in names}
+  blend = BlendCounts(index.inverse_propensity)
   overlaps = {k: np.zeros(2, np.int64) for k in (config.recall_ks if index.scann_index is not None else ())}
   with (
     stage(f"evaluate {len(queries):,} queries"),
     tqdm.tqdm(total=len(queries), desc="evaluate", unit="query", disable=None, leave=False) as progress,
   ):
     for numbers, block in queries.blocks(QUERIES_PER_BLOCK):
-      found = index.rankings(block, config)
+      found, scored = index.rankings(block, config)
+      if scored is not None:
+        blend.add(scored, block.labels)
       kept = examples[(examples >= numbers[0]) & (examples <= numbers[-1])] - numbers[0]
       for name, (scores, ids) in found.items():
         rows[name].add(scores, ids, block.labels, kept)
@@ -300,7 +277,7 @@ def evaluate(
           overlaps[k] += overlap_counts(approximate[:, :k], found["plain"][1][:, :k])
       progress.update(len(block))
     per_query = {name: metrics.QueryMetrics.concatenate(row.per_query) for name, row in rows.items()}
-    intervals = _intervals(per_query, config.bootstrap_samples)
+    intervals = intervals_of(per_query, config.bootstrap_samples)
   return Evaluation(
     plain=per_query["plain"].mean(),
     augmented=per_query["augmented"].mean() if "augmented" in per_query else {},
@@ -311,6 +288,7 @@ def evaluate(
     examples=examples,
     ids={name: np.concatenate(row.ids) for name, row in rows.items()},
     scores={name: np.concatenate(row.scores) for name, row in rows.items()},
+    blend=None if index.blend is None else blend.results(per_query["blend"].mean()),
   )
 
 
@@ -338,13 +316,3 @@ class _Row:
     self.frequencies.add(ids, labels)
     self.ids.append(ids[kept])
     self.scores.append(scores[kept])
-
-
-def _flat_metrics(plain: dict[str, float], augmented: dict[str, float]) -> dict[str, float]:
-  return plain | {f"RA/{name}": value for name, value in augmented.items()}
-
-
-def _intervals(per_query: dict[str, metrics.QueryMetrics], resamples: int) -> dict[str, dict[str, tuple[float, float]]]:
-  return {
-    name: bootstrap_intervals(values, resamples=resamples) if resamples else {} for name, values in per_query.items()
-  }

@@ -55,14 +55,14 @@ def bar_chart(
   Args:
     title: Title of the chart, for screen readers.
     categories: Names of the groups.
-    bars: Values of each category, not negative, by name of the bars (at most two names); None for no bar.
+    bars: Values of each category, not negative, by name of the bars (at most three names); None for no bar.
     x_label: Label of the horizontal axis.
   """
   values = [value for row in bars.values() for value in row if value is not None]
   plane = _Plane((0, len(categories)), (0.0, 1.08 * max([*values, 1e-9])))
   width = 0.8 / max(len(bars), 1)
   parts = [plane.axes(x_label, x_ticks={place + 0.5: name for place, name in enumerate(categories)})]
-  for number, (style, (name, row)) in enumerate(zip(("first", "second"), bars.items(), strict=False)):
+  for number, (style, (name, row)) in enumerate(zip(("first", "second", "other"), bars.items(), strict=False)):
     for place, value in enumerate(row):
       if value is not None:
         left, top = plane.at(place + 0.1 + number * width, value)

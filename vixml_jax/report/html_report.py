@@ -19,7 +19,7 @@ from vixml_jax.report.table import COLUMNS
 from vixml_jax.run.workdir import CONFIG, EVALUATION, FINAL_METRICS, METRICS, REPORT, RETRIEVAL_SETTINGS
 
 RETRIEVAL = "+ retrieval"
-ROWS = {"plain": "plain", "augmented": RETRIEVAL}
+ROWS = {"plain": "plain", "augmented": RETRIEVAL, "blend": "blend"}
 """Names that tables show for the rows of an evaluation."""
 
 
@@ -49,11 +49,13 @@ def write_report(
     evaluation=evaluation,
     examples=examples,
     rankings=ROWS,
+    example_rows=", then ".join(ROWS[name] for name in ROWS if name in evaluation["intervals_95"]),
     metrics=_metrics_table(config, final, evaluation),
     all_metrics=_all_metrics(final, evaluation["intervals_95"]),
     images=_images_table(evaluation),
     deciles=_decile_charts(evaluation["by_label_frequency"]),
     decile_rows={ROWS[name]: rows for name, rows in evaluation["by_label_frequency"].items()},
+    blend=_blend(evaluation.get("blend")),
     settings=_settings(workdir / RETRIEVAL_SETTINGS, final),
     curves=_curves(workdir / METRICS, learning_rates),
   )
@@ -77,12 +79,15 @@ def _images_table(evaluation: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _rows_of(name: str, group: dict[str, Any]) -> list[dict[str, Any]]:
-  """Returns the plain row and, if there is one, the retrieval-augmented row."""
+  """Returns the plain row and, if there are some, the retrieval-augmented row and that of the blend."""
   metrics, intervals = group["metrics"], group["intervals_95"]
   rows = [{"name": name, "cells": _cells(metrics, intervals["plain"])}]
   augmented = {key.removeprefix("RA/"): value for key, value in metrics.items() if key.startswith("RA/")}
   if augmented:
     rows.append({"name": RETRIEVAL, "cells": _cells(augmented, intervals["augmented"])})
+  blend = {key.removeprefix("blend/"): value for key, value in metrics.items() if key.startswith("blend/")}
+  if blend:
+    rows.append({"name": ROWS["blend"], "cells": _cells(blend, intervals["blend"])})
   return rows
 
 
@@ -91,14 +96,14 @@ def _cells(values: Mapping[str, float], intervals: Mapping[str, Sequence[float]]
 
 
 def _all_metrics(final: dict[str, Any], intervals: dict[str, Any]) -> list[dict[str, Any]]:
-  """Returns all metrics with their intervals, plain and retrieval-augmented."""
+  """Returns all metrics with their intervals, for each row."""
   names = [name for name in final if "@" in name and "/" not in name]
   return [
     {
       "name": name,
       "cells": [
         {"value": final[key], "interval": intervals[row].get(name)} if key in final else None
-        for row, key in (("plain", name), ("augmented", f"RA/{name}"))
+        for row, key in (("plain", name), ("augmented", f"RA/{name}"), ("blend", f"blend/{name}"))
       ],
     }
     for name in names
@@ -122,6 +127,25 @@ def _decile_charts(deciles: dict[str, list[dict[str, Any]]]) -> list[Markup]:
     )
     for name, title in zip(shown, ("{} by decile", "contribution of each decile to {}"), strict=True)
   ]
+
+
+def _blend(blend: dict[str, Any] | None) -> dict[str, Any] | None:
+  """Returns charts of the dial and of the calibration, and their values; None without a blend."""
+  if blend is None:
+    return None
+  dial, points = blend["dial"], blend["reliability"]
+  title = "P@1 against PSP@1 for dials from 0 (right) to 1"
+  lines = [_line("dial", [(point["P@1"], point["PSP@1"]) for point in dial], "first", True)]
+  reliability = [
+    _line("calibrated", [(0.0, 0.0), (1.0, 1.0)], "other"),
+    _line("blend", [(point["probability"], point["share"]) for point in points], "first", True),
+  ]
+  name = "reliability: share of positives by probability"
+  charts = [
+    _titled(title, line_chart(title, lines, "P@1", (dial[0]["P@1"], dial[0]["PSP@1"]))),
+    _titled(name, line_chart(name, reliability, "mean probability of the bin")),
+  ]
+  return {"charts": charts, "dial": dial, "points": points, "ece": blend["ECE"]}
 
 
 def _settings(path: Path, final: dict[str, Any]) -> dict[str, Any] | None:
@@ -173,10 +197,9 @@ def _curves(path: Path, learning_rates: Mapping[str, Sequence[tuple[float, float
   between = {key: row for key, row in points.items() if key[0] not in ("train", "epoch")}
   for (split, name), row in between.items():
     if name in COLUMNS:
-      augmented = between.get((split, f"RA/{name}"), [])
-      charts.append(
-        (f"{name} on {split} queries", [_line("plain", row, marks=True), _line(RETRIEVAL, augmented, "second", True)])
-      )
+      augmented, blend = (between.get((split, f"{prefix}/{name}"), []) for prefix in ("RA", "blend"))
+      drawn = [_line("plain", row, marks=True), _line(RETRIEVAL, augmented, "second", True)]
+      charts.append((f"{name} on {split} queries", [*drawn, _line("blend", blend, "other", True)]))
   return [_titled(title, line_chart(title, drawn, "step")) for title, drawn in charts]
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from vixml_jax.evaluation.evaluator import Evaluation, EvaluationConfig
+from vixml_jax.evaluation.blend_row import BlendResults
+from vixml_jax.evaluation.evaluator import EvaluationConfig
 from vixml_jax.evaluation.per_query import PerQuery, describe_queries
+from vixml_jax.evaluation.results import Evaluation
 from vixml_jax.files import write_json
 from vixml_jax.input.corpus import Corpus
 from vixml_jax.ragged import Ragged
@@ -15,6 +17,7 @@ from vixml_jax.report.examples import collect_examples
 from vixml_jax.report.html_report import write_report
 from vixml_jax.report.table import metrics_table
 from vixml_jax.run.workdir import EVALUATION, PER_QUERY
+from vixml_jax.text_columns import aligned
 
 
 def write_evaluation(
@@ -51,6 +54,7 @@ def write_evaluation(
       "intervals_95": result.intervals,
       "by_label_frequency": result.deciles,
       "scann_recall": result.scann_recall,
+      **({} if result.blend is None else {"blend": result.blend.as_json()}),
       "by_test_images": {
         count: {"metrics": other.final_metrics(), "intervals_95": other.intervals}
         for count, other in fewer_images.items()
@@ -118,9 +122,23 @@ def results_table(
     if retrieval:
       below = retrieval if other is result else f"{row} + retrieval"
       rows[below], intervals[below] = other.augmented, other.intervals["augmented"]
+    if other.blend is not None:
+      below = "blend" if other is result else f"{row}, blend"
+      rows[below], intervals[below] = other.blend.metrics, other.intervals["blend"]
   table = metrics_table(rows, baselines=baselines or None, intervals=intervals)
+  parts = [table]
+  if result.blend is not None:
+    parts.append(_dial_text(result.blend))
   found = ", ".join(f"{key} {value:.1f}" for key, value in result.scann_recall.items())
-  return f"{table}\nScaNN against exact search: {found}" if found else table
+  return "\n".join([*parts, *([f"ScaNN against exact search: {found}"] if found else [])])
+
+
+def _dial_text(blend: BlendResults) -> str:
+  """Returns the dial between frequent and rare labels as a table, and the calibration error."""
+  rows = [["tail", *(f"{point['tail']:.1f}" for point in blend.dial)]]
+  rows += [[name, *(f"{point[name]:.2f}" for point in blend.dial)] for name in ("P@1", "PSP@1")]
+  calibration = f"expected calibration error of its probabilities: {blend.ece:.2f} %"
+  return "\n".join(["", "blend by its dial from frequent to rare labels:", *aligned(rows), calibration])
 
 
 def _by_images(result: Evaluation, has_images: np.ndarray, bootstrap_samples: int) -> dict[str, Any]:

@@ -115,6 +115,7 @@ _CHECKS: dict[str, _Check] = {
   "eval.ks": _COUNTS,
   "eval.recall_ks": _COUNTS,
   "eval.bootstrap_samples": _NOT_NEGATIVE,
+  "eval.blend": (lambda x: isinstance(x, bool), "must be True or False"),
   "eval.test_images": (lambda xs: all(x >= 0 for x in xs), "must be a list of numbers of images, 0 or more"),
   "eval.retrieval_search": _one_of("separate", "joint"),
   "eval.retrieval_hits": _POSITIVE,
@@ -168,6 +169,7 @@ _LATER_KEYS: dict[str, Any] = {
   "eval.scann_recall": 0.0,
   "eval.retrieval_search": "separate",
   "eval.retrieval_query_hits": 0,
+  "eval.blend": False,
 }
 
 # Keys, and sections with a dot at the end, that may differ when a run is continued, since they do not change what it
@@ -229,6 +231,7 @@ def check(config: ConfigDict) -> None:
   held_out = values["dataset.validation_fraction"] > 0
   for key, wants in (
     ("eval.retrieval_choose", values["eval.retrieval_choose"]),
+    ("eval.blend", values["eval.blend"]),
     ("eval.split", values["eval.split"] == "validation"),
   ):
     if wants and not held_out:

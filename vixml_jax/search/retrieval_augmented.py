@@ -92,6 +92,15 @@ class Neighbors:
   query_scores: np.ndarray
   query_ids: np.ndarray
 
+  def first(self, label_hits: int, query_hits: int) -> "Neighbors":
+    """Returns the first labels and the first training queries of each query."""
+    return Neighbors(
+      self.label_scores[:, :label_hits],
+      self.label_ids[:, :label_hits],
+      self.query_scores[:, :query_hits],
+      self.query_ids[:, :query_hits],
+    )
+
   def nearest(self, hits: int, rows: np.ndarray | None = None) -> "Neighbors":
     """Returns the neighbors among the `hits` nearest labels and training queries of each query, taken together.
 

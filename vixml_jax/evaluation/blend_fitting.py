@@ -1,0 +1,115 @@
+"""Fits the blend on held-out training queries, which nothing that it sees includes."""
+
+from collections.abc import Iterator
+import dataclasses
+import logging
+
+import numpy as np
+import scipy.sparse
+
+from vixml_jax.blend.lexical import TfIdf, count_ngrams
+from vixml_jax.blend.model import BlendModel
+from vixml_jax.blend.ranking import BlendIndex
+from vixml_jax.evaluation.evaluator import QUERIES_PER_BLOCK, EvaluationIndex, EvaluationQueries
+from vixml_jax.input.corpus import Corpus
+from vixml_jax.ragged import Ragged
+from vixml_jax.search.membership import is_in_row
+from vixml_jax.stages import stage
+
+MOST_FITTED = 8192
+"""Number of held-out queries that the blend is fitted on, at most."""
+_TEXTS_PER_BLOCK = 4096
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusWords:
+  """TF-IDF vectors of a data set, whose weights know no held-out query.
+
+  Attributes:
+    tfidf: Weights of n-grams, fitted on labels and known training queries.
+    labels: Vectors of the labels [L, F].
+    train: Vectors of all training queries [N, F].
+  """
+
+  tfidf: TfIdf
+  labels: scipy.sparse.csr_array
+  train: scipy.sparse.csr_array
+
+  @classmethod
+  def read(cls, corpus: Corpus, known: np.ndarray) -> "CorpusWords":
+    """Reads and counts the texts of labels and training queries.
+
+    Args:
+      corpus: The data set.
+      known: bool [N], the training queries whose words the weights may know.
+    """
+    with stage("count the words of labels and training queries"):
+      labels = count_ngrams(_label_texts(corpus))
+      train = count_ngrams(_query_texts(corpus, "train", len(corpus.train_tokens)))
+    tfidf = TfIdf.fit([labels, train[np.flatnonzero(known)]])
+    return cls(tfidf, tfidf.vectors(labels), tfidf.vectors(train))
+
+  def test(self, corpus: Corpus) -> scipy.sparse.csr_array:
+    """Returns the vectors of the test queries [M, F]."""
+    return self.tfidf.vectors(count_ngrams(_query_texts(corpus, "test", len(corpus.test_tokens))))
+
+  def index(self, train_labels: Ragged, known: np.ndarray | None = None) -> BlendIndex:
+    """Returns the blend's index of the labels and the training queries.
+
+    Args:
+      train_labels: Labels of the training queries, N rows.
+      known: bool [N], the training queries that may be found; None for all.
+    """
+    if known is None or known.all():
+      return BlendIndex.build(self.labels, self.train, train_labels)
+    return BlendIndex.build(self.labels, _only(self.train, known), train_labels.keep(known))
+
+
+def fit_blend(index: EvaluationIndex, blend: BlendIndex, held_out: EvaluationQueries) -> BlendModel:
+  """Returns a model that is trained on at most 8,192 held-out queries, at equal distances.
+
+  Args:
+    index: Labels and training queries; held-out queries are among neither the queries nor the centroids.
+    blend: Words and frequencies of the same labels and training queries.
+    held_out: The held-out queries, with their words.
+
+  Raises:
+    InputError: There are too few held-out queries.
+  """
+  chosen = np.unique(np.linspace(0, len(held_out) - 1, min(MOST_FITTED, len(held_out))).astype(np.int64))
+  features, hits = [], []
+  with stage(f"fit the blend on {len(chosen):,} held-out queries"):
+    for rows, block in held_out.blocks(QUERIES_PER_BLOCK):
+      wanted = chosen[(chosen >= rows[0]) & (chosen <= rows[-1])] - rows[0]
+      if not len(wanted):
+        continue
+      assert block.words is not None
+      found = index.search_both(np.asarray(block.embeddings)[wanted], blend.widths.labels, blend.widths.queries)
+      candidates, part = blend.described(found, block.words[wanted], exclude=block.filter.take(wanted))
+      features.append(part)
+      labels = block.labels.take(wanted)
+      hits.append(is_in_row(candidates.values[:, None], labels, candidates.row_ids())[:, 0])
+    joined, all_hits = np.concatenate(features), np.concatenate(hits)
+    model = BlendModel.fit(joined, all_hits)
+  _log.info("blend: %d candidates of %d held-out queries, %d positives", len(joined), len(chosen), int(all_hits.sum()))
+  return model
+
+
+def _only(vectors: scipy.sparse.csr_array, rows: np.ndarray) -> scipy.sparse.csr_array:
+  """Returns a matrix of the same shape, in which the rows that are not chosen by bool [N] are empty."""
+  lengths = np.diff(vectors.indptr)
+  kept = np.repeat(rows, lengths)
+  indptr = np.concatenate([[0], np.cumsum(np.where(rows, lengths, 0))])
+  return scipy.sparse.csr_array((vectors.data[kept], vectors.indices[kept], indptr), shape=vectors.shape)
+
+
+def _label_texts(corpus: Corpus) -> Iterator[list[str]]:
+  for start in range(0, corpus.num_labels, _TEXTS_PER_BLOCK):
+    yield corpus.label_text(range(start, min(start + _TEXTS_PER_BLOCK, corpus.num_labels)))
+
+
+def _query_texts(corpus: Corpus, split: str, count: int) -> Iterator[list[str]]:
+  for start in range(0, count, _TEXTS_PER_BLOCK):
+    yield corpus.query_text(split, range(start, min(start + _TEXTS_PER_BLOCK, count)))
