@@ -47,7 +47,8 @@ help:
 	@echo "BENCH_ARGS=...       further arguments of the benchmark, such as --rows=training,kmeans"
 
 quickstart: $(VENV)/.installed $(VENV)/.installed-quickstart
-	@$(BIN)/python -m vixml_jax.main --config=configs/quickstart.py:images=3 --workdir=runs/quickstart $(QUICKSTART_ARGS)
+	@$(BIN)/python -m vixml_jax.main --config=configs/quickstart.py:images=3 --workdir=runs/quickstart \
+		--config.eval.blend=True $(QUICKSTART_ARGS)
 	@elapsed=$$(( $$(date +%s) - $(STARTED) )); \
 		echo "quickstart took $$((elapsed / 60)) min $$((elapsed % 60)) s, installing included"
 

@@ -128,7 +128,6 @@ def get_config(variant: str | None = None) -> ConfigDict:
   config.eval.retrieval_choose = True
   config.train.warmup_steps = 50
   if chosen == "":
-    config.eval.blend = True
     # The paper's rates for parameters without pretraining: prototypes must be learned in 160 steps.
     config.train.update(dict(epochs=5, new_learning_rate=5e-4, free_vector_learning_rate=5e-4))
   elif chosen == "full":
