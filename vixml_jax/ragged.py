@@ -169,3 +169,16 @@ class Ragged:
     order = np.argsort(self.values, kind="stable")
     counts = np.bincount(self.values, minlength=num_columns)
     return Ragged.of_lengths(self.row_ids()[order].astype(np.int32), counts)
+
+
+def padded(rows: Ragged, values: np.ndarray, missing: float) -> np.ndarray:
+  """Returns one value for each place of ragged rows as an array [Q, longest row], filled with `missing`.
+
+  >>> padded(Ragged.from_rows([[7, 8], [9]]), np.array([0.5, 0.25, 1.0]), -1)
+  array([[ 0.5 ,  0.25],
+         [ 1.  , -1.  ]])
+  """
+  places = np.arange(int(rows.lengths.max(initial=0))) < rows.lengths[:, None]
+  array = np.full(places.shape, missing, values.dtype)
+  array[places] = values
+  return array

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from vixml_jax.ragged import Ragged, ranges
+from vixml_jax.ragged import Ragged, padded, ranges
 from vixml_jax.search.filters import Filters
 from vixml_jax.search.membership import is_in_row
 from vixml_jax.search.retrieval_augmented import Neighbors
@@ -143,26 +143,18 @@ def candidates_of(
   candidates = Ragged.of_lengths(ids.astype(np.int32), np.bincount(queries, minlength=num_queries))
   if exclude is None and filters is None:
     return candidates
-  padded = padded_rows(candidates, candidates.values, -1)
-  permitted = padded >= 0
+  rows = padded(candidates, candidates.values, -1)
+  permitted = rows >= 0
   if exclude is not None:
-    permitted &= ~is_in_row(padded, exclude)
+    permitted &= ~is_in_row(rows, exclude)
   if filters is not None:
-    permitted &= filters.permits(padded)
-  return Ragged.of_lengths(padded[permitted], permitted.sum(axis=1))
+    permitted &= filters.permits(rows)
+  return Ragged.of_lengths(rows[permitted], permitted.sum(axis=1))
 
 
-def padded_rows(rows: Ragged, values: np.ndarray, missing: float) -> np.ndarray:
-  """Returns one value for each place of ragged rows as an array [Q, longest row], filled with `missing`.
-
-  >>> padded_rows(Ragged.from_rows([[7, 8], [9]]), np.array([0.5, 0.25, 1.0]), -1)
-  array([[ 0.5 ,  0.25],
-         [ 1.  , -1.  ]])
-  """
-  places = np.arange(int(rows.lengths.max(initial=0))) < rows.lengths[:, None]
-  padded = np.full(places.shape, missing, values.dtype)
-  padded[places] = values
-  return padded
+def positives_of(candidates: Ragged, labels: Ragged) -> np.ndarray:
+  """Returns whether each candidate is among the labels of its query, bool [P]; both have Q rows."""
+  return is_in_row(candidates.values[:, None], labels, candidates.row_ids())[:, 0]
 
 
 def keys_of(candidates: Ragged, num_labels: int) -> np.ndarray:

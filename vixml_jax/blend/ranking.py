@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import scipy.sparse
 
-from vixml_jax.blend.candidates import DEFAULT_WIDTHS, BlendWidths, Sources, candidates_of, padded_rows, sources_of
+from vixml_jax.blend.candidates import DEFAULT_WIDTHS, BlendWidths, Sources, candidates_of, sources_of
 from vixml_jax.blend.features import candidate_features
 from vixml_jax.blend.lexical import LexicalIndex
 from vixml_jax.blend.model import BlendModel, dial_scores
-from vixml_jax.ragged import Ragged
+from vixml_jax.ragged import Ragged, padded
 from vixml_jax.search.filters import Filters
 from vixml_jax.search.host_search import top_k_positions
 from vixml_jax.search.retrieval_augmented import Neighbors
@@ -73,6 +73,7 @@ class BlendIndex:
       filters: Labels that each query may have.
     """
     candidates, features = [], []
+    found = found.first(self.widths.labels, self.widths.queries)
     for start in range(0, len(found.label_ids), QUERIES_PER_BLOCK):
       rows = np.arange(start, min(start + QUERIES_PER_BLOCK, len(found.label_ids)))
       sources = self._sources(found, vectors, rows)
@@ -95,13 +96,7 @@ class BlendIndex:
     lexical = Neighbors(
       *self.labels.search(block, widths.lexical_labels), *self.queries.search(block, widths.lexical_queries)
     )
-    nearest = Neighbors(
-      found.label_scores[rows, : widths.labels],
-      found.label_ids[rows, : widths.labels],
-      found.query_scores[rows, : widths.queries],
-      found.query_ids[rows, : widths.queries],
-    )
-    return sources_of(nearest, lexical, self.labels_of_queries, len(self.frequencies))
+    return sources_of(found.take(rows), lexical, self.labels_of_queries, len(self.frequencies))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +134,15 @@ class ScoredCandidates:
     order_by = dial_scores(self.probabilities, inverse_propensity[self.candidates.values], tail)
     order_by[self.probabilities < min_probability] = -np.inf
     width = max(k, int(self.candidates.lengths.max(initial=0)))
-    padded = [
+    rows = [
       np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=missing)
       for part, missing in (
-        (padded_rows(self.candidates, order_by, -np.inf), -np.inf),
-        (padded_rows(self.candidates, self.probabilities, -np.inf), -np.inf),
-        (padded_rows(self.candidates, self.candidates.values, -1), -1),
+        (padded(self.candidates, order_by, -np.inf), -np.inf),
+        (padded(self.candidates, self.probabilities, -np.inf), -np.inf),
+        (padded(self.candidates, self.candidates.values, -1), -1),
       )
     ]
-    best = top_k_positions(padded[0], k)
-    values, probabilities, ids = (np.take_along_axis(part, best, axis=1) for part in padded)
+    best = top_k_positions(rows[0], k)
+    values, probabilities, ids = (np.take_along_axis(part, best, axis=1) for part in rows)
     kept = np.isfinite(values)
     return np.where(kept, probabilities, -np.inf).astype(np.float32), np.where(kept, ids, -1).astype(np.int32)

@@ -1,19 +1,20 @@
 """Fits the blend on held-out training queries, which nothing that it sees includes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import logging
 
 import numpy as np
 import scipy.sparse
 
+from vixml_jax.blend.candidates import positives_of
 from vixml_jax.blend.lexical import TfIdf, count_ngrams
 from vixml_jax.blend.model import BlendModel
 from vixml_jax.blend.ranking import BlendIndex
 from vixml_jax.evaluation.evaluator import QUERIES_PER_BLOCK, EvaluationIndex, EvaluationQueries
 from vixml_jax.input.corpus import Corpus
 from vixml_jax.ragged import Ragged
-from vixml_jax.search.membership import is_in_row
 from vixml_jax.stages import stage
 
 MOST_FITTED = 8192
@@ -46,14 +47,16 @@ class CorpusWords:
       known: bool [N], the training queries whose words the weights may know.
     """
     with stage("count the words of labels and training queries"):
-      labels = count_ngrams(_label_texts(corpus))
-      train = count_ngrams(_query_texts(corpus, "train", len(corpus.train_tokens)))
+      labels = count_ngrams(_blocks(corpus.label_text, corpus.num_labels))
+      train = _count_queries(corpus, "train", len(corpus.train_tokens))
     tfidf = TfIdf.fit([labels, train[np.flatnonzero(known)]])
     return cls(tfidf, tfidf.vectors(labels), tfidf.vectors(train))
 
   def test(self, corpus: Corpus) -> scipy.sparse.csr_array:
     """Returns the vectors of the test queries [M, F]."""
-    return self.tfidf.vectors(count_ngrams(_query_texts(corpus, "test", len(corpus.test_tokens))))
+    return self.tfidf.vectors(
+      count_ngrams(_blocks(functools.partial(corpus.query_text, "test"), len(corpus.test_tokens)))
+    )
 
   def index(self, train_labels: Ragged, known: np.ndarray | None = None) -> BlendIndex:
     """Returns the blend's index of the labels and the training queries.
@@ -89,8 +92,7 @@ def fit_blend(index: EvaluationIndex, blend: BlendIndex, held_out: EvaluationQue
       found = index.search_both(np.asarray(block.embeddings)[wanted], blend.widths.labels, blend.widths.queries)
       candidates, part = blend.described(found, block.words[wanted], exclude=block.filter.take(wanted))
       features.append(part)
-      labels = block.labels.take(wanted)
-      hits.append(is_in_row(candidates.values[:, None], labels, candidates.row_ids())[:, 0])
+      hits.append(positives_of(candidates, block.labels.take(wanted)))
     joined, all_hits = np.concatenate(features), np.concatenate(hits)
     model = BlendModel.fit(joined, all_hits)
   _log.info("blend: %d candidates of %d held-out queries, %d positives", len(joined), len(chosen), int(all_hits.sum()))
@@ -105,11 +107,11 @@ def _only(vectors: scipy.sparse.csr_array, rows: np.ndarray) -> scipy.sparse.csr
   return scipy.sparse.csr_array((vectors.data[kept], vectors.indices[kept], indptr), shape=vectors.shape)
 
 
-def _label_texts(corpus: Corpus) -> Iterator[list[str]]:
-  for start in range(0, corpus.num_labels, _TEXTS_PER_BLOCK):
-    yield corpus.label_text(range(start, min(start + _TEXTS_PER_BLOCK, corpus.num_labels)))
+def _count_queries(corpus: Corpus, split: str, count: int) -> scipy.sparse.csr_array:
+  return count_ngrams(_blocks(functools.partial(corpus.query_text, split), count))
 
 
-def _query_texts(corpus: Corpus, split: str, count: int) -> Iterator[list[str]]:
+def _blocks(texts_of: Callable[[range], list[str]], count: int) -> Iterator[list[str]]:
+  """Yields the texts of rows 0 to `count` - 1 in blocks."""
   for start in range(0, count, _TEXTS_PER_BLOCK):
-    yield corpus.query_text(split, range(start, min(start + _TEXTS_PER_BLOCK, count)))
+    yield texts_of(range(start, min(start + _TEXTS_PER_BLOCK, count)))

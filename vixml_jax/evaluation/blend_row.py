@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from vixml_jax.blend.calibration import Reliability
+from vixml_jax.blend.candidates import positives_of
 from vixml_jax.blend.model import BlendModel
 from vixml_jax.blend.ranking import BlendIndex, ScoredCandidates
 from vixml_jax.evaluation.metrics import QueryMetrics, query_metrics
 from vixml_jax.ragged import Ragged
-from vixml_jax.search.membership import is_in_row
 
 TAILS = tuple(step / 10 for step in range(11))
 """Positions of the dial that are evaluated."""
@@ -82,9 +82,7 @@ class BlendCounts:
       sums.append((self._last.numerators.sum(0, dtype=np.float64), self._last.denominators.sum(0, dtype=np.float64)))
     self._sums = [(a + c, b + d) for (a, b), (c, d) in zip(self._sums, sums, strict=True)] if self._sums else sums
     self._num_queries += len(labels)
-    candidates = scored.candidates
-    hits = is_in_row(candidates.values[:, None], labels, candidates.row_ids())[:, 0]
-    self._reliability += Reliability.of(scored.probabilities, hits)
+    self._reliability += Reliability.of(scored.probabilities, positives_of(scored.candidates, labels))
 
   def results(self, metrics: dict[str, float]) -> BlendResults:
     """Returns the results of all queries so far, with the metrics of the row."""

@@ -19,6 +19,7 @@ _POSITIVE: _Check = (lambda x: x > 0, "must be above 0")
 _NOT_NEGATIVE: _Check = (lambda x: x >= 0, "must not be negative")
 _SHARE: _Check = (lambda x: 0 <= x < 1, "must be at least 0 and below 1")
 _UNIT: _Check = (lambda x: 0 <= x <= 1, "must be between 0 and 1")
+_TRUE_OR_FALSE: _Check = (lambda x: isinstance(x, bool), "must be True or False")
 _POWER_OF_TWO_OR_0: _Check = (
   lambda x: x >= 0 and x & (x - 1) == 0,
   "must be a power of two, or 0 for a size that depends on the number of labels",
@@ -44,7 +45,7 @@ _CHECKS: dict[str, _Check] = {
   "method": _one_of("prime", "ngame", "dexa"),
   "dataset.name": _NAME,
   "dataset.data_dir": _NAME,
-  "dataset.allow_empty_filter": (lambda x: isinstance(x, bool), "must be True or False"),
+  "dataset.allow_empty_filter": _TRUE_OR_FALSE,
   "dataset.text_fields": (lambda xs: len(xs) > 0 and set(xs) <= {"title", "content"}, "must be title, content or both"),
   "dataset.max_length": (lambda x: x >= 3, "must be at least 3: two special tokens and one token of the text"),
   "dataset.validation_fraction": _SHARE,
@@ -115,7 +116,7 @@ _CHECKS: dict[str, _Check] = {
   "eval.ks": _COUNTS,
   "eval.recall_ks": _COUNTS,
   "eval.bootstrap_samples": _NOT_NEGATIVE,
-  "eval.blend": (lambda x: isinstance(x, bool), "must be True or False"),
+  "eval.blend": _TRUE_OR_FALSE,
   "eval.test_images": (lambda xs: all(x >= 0 for x in xs), "must be a list of numbers of images, 0 or more"),
   "eval.retrieval_search": _one_of("separate", "joint"),
   "eval.retrieval_hits": _POSITIVE,

@@ -101,6 +101,10 @@ class Neighbors:
       self.query_ids[:, :query_hits],
     )
 
+  def take(self, rows: np.ndarray) -> "Neighbors":
+    """Returns the neighbors of some of the queries, int [rows]."""
+    return Neighbors(self.label_scores[rows], self.label_ids[rows], self.query_scores[rows], self.query_ids[rows])
+
   def nearest(self, hits: int, rows: np.ndarray | None = None) -> "Neighbors":
     """Returns the neighbors among the `hits` nearest labels and training queries of each query, taken together.
 
