@@ -97,13 +97,14 @@ def _fail(message: str) -> NoReturn:
 
 def _set_up_logging() -> None:
   """Logs plain lines on stderr: messages of this package from INFO on, those of libraries from WARNING on."""
-  logging.getLogger("absl").setLevel(logging.ERROR)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
   root = logging.getLogger()
   root.handlers[:] = [handler]
   root.setLevel(logging.WARNING)
   logging.getLogger("vixml_jax").setLevel(logging.INFO)
+  # Orbax logs errors with a traceback before it raises them, and the exception is what users see.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
   # When a checkpoint is damaged, Orbax abandons its other reads, and asyncio would log each of them.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 

@@ -52,7 +52,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     5. config: sizes that depend on the data are chosen and checked
     6. model definition: shapes and logical axes, no values
     7. workdir: made where it is missing; its `config.json` is compared with the config, and written
-    8. the newest checkpoint: its data and frozen encoder must be those of this run
+    8. the newest checkpoint that is whole: its data and frozen encoder must be those of this run
     9. frozen parameters: loaded into their shardings
     10. training queries: items, labels and sampling weights
     11. optimizer, and the train state as shapes with shardings
@@ -76,7 +76,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     check_adapter(model_from_config(config), adapter)
   setup = set_up_run(config, workdir, extract=True)
   with Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep) as checkpointer:
-    step = checkpointer.latest_step()
+    step = checkpointer.step_to_resume()
     if step is not None:
       _check_same_run(setup, workdir, checkpointer.meta(step))
     encoder = setup.load_encoder()
@@ -84,7 +84,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     def evaluate(model: TrainedModel) -> dict[str, float]:
       return _evaluate(setup, workdir, encoder, model).result.final_metrics()
 
-    model = train(setup.config, workdir, checkpointer, setup.data, encoder, setup.weights_folder, evaluate)
+    model = train(setup.config, workdir, checkpointer, setup.data, encoder, setup.weights_folder, evaluate, step)
   return _evaluate_and_write(setup, workdir, encoder, model)
 
 
@@ -104,7 +104,7 @@ def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   config, data = setup.config, setup.data
   total_steps = _total_steps(setup)
   with Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep) as checkpointer:
-    step = checkpointer.latest_step()
+    step = checkpointer.newest_whole_step()
     if step is None:
       raise InputError(f"{workdir / CHECKPOINTS}: contains no checkpoint; train first")
     if step < total_steps:

@@ -1,18 +1,22 @@
-"""Writes files and folders as a whole or not at all, by one process at a time; hashes and checks files."""
+"""Writes files and folders as a whole or not at all, also across a power cut; locks, hashes and checks files."""
 
 from collections.abc import Callable, Iterator
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 from typing import IO, Any
 
 from vixml_jax.errors import InputError
 
 _CHUNK_BYTES = 1 << 20
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")
 
 
 def fingerprint_of(value: Any) -> str:
@@ -75,33 +79,136 @@ def write_json(target: str | os.PathLike[str], value: Any) -> None:
     work.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def sync_file(path: str | os.PathLike[str]) -> None:
+  """Waits until the contents of a file are on the disk."""
+  _sync(path, os.O_RDONLY)
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+  """Waits until the names in a folder are on the disk: files that were created, renamed or removed."""
+  _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync_folders(path: Path) -> None:
+  """Does the same for a folder and all folders in it."""
+  for folder in (*(inner for inner in path.rglob("*") if inner.is_dir()), path):
+    sync_folder(folder)
+
+
+def make_folder(path: Path) -> None:
+  """Makes a folder and those above it where they are missing; they survive a power cut.
+
+  Raises:
+    OSError: A folder cannot be made.
+  """
+  missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+  path.mkdir(parents=True, exist_ok=True)
+  for folder in missing:
+    sync_folder(folder.parent)
+
+
+def _sync(path: str | os.PathLike[str], flags: int) -> None:
+  descriptor = os.open(path, flags)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
 @contextlib.contextmanager
 def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
-  """Yields the path of a file to write, which replaces `target` if the block ends without an exception."""
+  """Yields the path of a file to write, which replaces `target` if the block ends without an exception.
+
+  After a kill or a power cut, the target is the old file or the new one. After the block, it is the new one.
+
+  Raises:
+    InputError: The disk is full or fails (`writing`).
+  """
   target = Path(target)
   work = target.with_name(f"{target.name}.incomplete")
   try:
-    yield work
-    work.replace(target)
+    with writing(target):
+      yield work
+      sync_file(work)
+      work.replace(target)
+      sync_folder(target.parent)
   finally:
-    work.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      work.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
   """Yields an empty folder, which becomes `target` if the block ends without an exception.
 
-  The caller must hold the lock of `locked`, since leftovers of a killed process are removed.
+  After a kill or a power cut, the target is absent or complete. The caller must hold the lock of `locked`, since
+  leftovers of a killed process are removed.
+
+  Raises:
+    InputError: The disk is full or fails (`writing`).
   """
   target = Path(target)
   work = target.with_name(f"{target.name}.incomplete")
-  shutil.rmtree(work, ignore_errors=True)
-  work.mkdir(parents=True)
   try:
-    yield work
-    work.rename(target)
+    with writing(target):
+      shutil.rmtree(work, ignore_errors=True)
+      make_folder(work)
+      yield work
+      for path in work.rglob("*"):
+        if path.is_file():
+          sync_file(path)
+      sync_folders(work)
+      work.rename(target)
+      sync_folder(target.parent)
   finally:
     shutil.rmtree(work, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+  """Removes a folder if it exists. It first gets another name, so that no process finds a part of it.
+
+  Raises:
+    InputError: The disk fails (`writing`).
+  """
+  leftover = path.with_name(f"{path.name}.removed.incomplete")
+  shutil.rmtree(leftover, ignore_errors=True)
+  with writing(path), contextlib.suppress(FileNotFoundError):
+    path.rename(leftover)
+  shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(target: str | os.PathLike[str]) -> Iterator[None]:
+  """Raises an error that names `target` if the disk is full or fails while the block writes it.
+
+  Raises:
+    InputError: The disk is full, a quota is used up, or the disk fails.
+  """
+  try:
+    yield
+  except InputError:
+    raise
+  except Exception as error:
+    reason = _disk_fault(error)
+    if reason is None:
+      raise
+    raise InputError(
+      f"{target}: cannot be written ({reason}); nothing that was stored before is lost: make room on its disk, and "
+      "start the same command again"
+    ) from error
+
+
+def _disk_fault(error: Exception) -> str | None:
+  """Returns what is wrong with the disk; None if the error has another cause.
+
+  Libraries raise errors of their own whose message ends with that of the operating system. numpy's has neither number
+  nor message.
+  """
+  if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+    return os.strerror(error.errno)
+  if isinstance(error, OSError) and _SHORT_WRITE.search(str(error)):
+    return os.strerror(errno.ENOSPC)
+  return next((name for name in map(os.strerror, _DISK_FAULTS) if name in str(error)), None)
 
 
 @contextlib.contextmanager
@@ -116,7 +223,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
   """
   path = Path(path)
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     file = path.open("w")
   except OSError as error:
     raise InputError(f"{path.parent}: cannot be written to ({error.strerror}); choose another folder") from error

@@ -1,4 +1,4 @@
-"""Checkpoints: saving and restoring, the number that is kept, damaged files."""
+"""Checkpoints: saving and restoring, the number that is kept, files that Orbax refuses."""
 
 import dataclasses
 import gc

@@ -118,7 +118,14 @@ def test_two_steps_run_on_a_miniature(name, variant, tmp_path, monkeypatch):
   setup = set_up_run(config, tmp_path, extract=True)
   with Checkpointer(tmp_path / "checkpoints", 1) as checkpointer:
     model = train(
-      setup.config, tmp_path, checkpointer, setup.data, setup.load_encoder(), setup.weights_folder, lambda model: {}
+      setup.config,
+      tmp_path,
+      checkpointer,
+      setup.data,
+      setup.load_encoder(),
+      setup.weights_folder,
+      lambda model: {},
+      step=None,
     )
   assert model.step == steps_per_epoch(len(setup.data.train_rows), config.train.batch_size)
   assert model.step == 2 or config.dataset.validation_fraction

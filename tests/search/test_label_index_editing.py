@@ -23,6 +23,7 @@ from tests.helpers.search_cases import (
   written,
 )
 import vixml_jax
+from vixml_jax import manifest
 from vixml_jax.errors import InputError
 from vixml_jax.files import sha256_of_file
 from vixml_jax.ragged import Ragged
@@ -114,7 +115,7 @@ def test_former_snapshots_are_removed_and_unchanged_files_are_linked_and_not_rea
   index = opened(written(folder))
   before = (folder / "000001" / "queries.npy").stat().st_ino
   read = []
-  monkeypatch.setattr(snapshots, "sha256_of_file", lambda path: read.append(path.name) or sha256_of_file(path))
+  monkeypatch.setattr(manifest, "sha256_of_file", lambda path: read.append(path.name) or sha256_of_file(path))
   index.delete([1]).delete([2])
   assert read == ["deleted.npy"] * 2
   assert sorted(path.name for path in folder.iterdir()) == [".lock", "000003", "CURRENT"]
@@ -169,7 +170,7 @@ def test_scann_is_rebuilt_when_over_a_tenth_of_the_labels_has_changed(tmp_path, 
 @pytest.mark.parametrize(
   ("owner", "name"),
   [
-    pytest.param(snapshots, "sha256_of_file", id="while files are written"),
+    pytest.param(manifest, "sha256_of_file", id="while files are written"),
     pytest.param(Path, "rename", id="before the snapshot is complete"),
     pytest.param(snapshots, "new_file", id="before CURRENT is written"),
     pytest.param(Path, "replace", id="before CURRENT is replaced"),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.damage import flip_a_bit
 from tests.helpers.miniature_runs import miniature_config
 from tests.helpers.training_checks import (
   assert_same_bits,
@@ -77,6 +78,16 @@ def test_a_batch_on_the_host_is_refused(config, tmp_path, monkeypatch):
   monkeypatch.setattr(loop, "device_batch", lambda *arguments: jax.device_get(device_batch(*arguments)))
   with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
     train_and_evaluate(config, tmp_path)
+
+
+def test_after_a_flipped_bit_in_the_newest_checkpoint_the_run_ends_with_the_same_bits(finished, config, tmp_path):
+  config.checkpoint.every_steps = 3
+  train_and_evaluate(config, tmp_path)
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "8"]
+  newest = tmp_path / "checkpoints" / "8" / "training"
+  flip_a_bit(max(newest.rglob("d/*"), key=lambda path: path.stat().st_size))
+  train_and_evaluate(config, tmp_path)
+  assert_same_bits(final_state(config, finished[1]), final_state(config, tmp_path))
 
 
 def test_two_processes_train_like_one(finished, config, tmp_path):

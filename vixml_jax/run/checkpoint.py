@@ -1,6 +1,12 @@
-"""Checkpoints with Orbax: train state, mining state, config and provenance, saved and restored together."""
+"""Checkpoints with Orbax: train state, mining state, config and provenance, saved and restored together.
+
+When a step is on disk, the sha256 of each of its files is written into it (`checkpoint_damage`). A step is used only if
+its files have these hashes; otherwise the newest one before it is.
+"""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -14,13 +20,16 @@ import orbax.checkpoint as ocp
 import vixml_jax
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
-from vixml_jax.files import sha256_of_file
+from vixml_jax.files import make_folder, remove_folder, sha256_of_file, writing
+from vixml_jax.manifest import MANIFEST, read_manifest, write_manifest
+from vixml_jax.run.checkpoint_damage import HASHED, aside, newest_whole_step, set_aside
 from vixml_jax.run.state import TrainState, model_part
 from vixml_jax.typing import Tree
 
 # Orbax collects this many bytes before it writes them to a file. With its default of 2 GB, several times as much is in
 # memory while a large state is saved.
 _FILE_BYTES = 2**28
+_MODEL_ITEMS = ("model", "meta")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 _Result = TypeVar("_Result")
 
@@ -53,7 +62,8 @@ class Checkpointer:
   """Saves checkpoints (asynchronously, except on CPUs), keeps the newest ones, and restores onto any mesh.
 
   A step has the items `model` (parameters, centroids, label clusters: all that inference needs), `training`
-  (optimizer state, bank, step), `mining` (query clusters) and `meta`.
+  (optimizer state, bank, step), `mining` (query clusters) and `meta`. An older step is removed only when the newest one
+  has its hashes.
 
   Args:
     directory: folder of all checkpoints.
@@ -61,19 +71,57 @@ class Checkpointer:
   """
 
   def __init__(self, directory: Path, keep: int):
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    if jax.process_index() == 0:
+      with writing(directory):
+        make_folder(directory.absolute())
+    options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
     self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+    self._keep = keep
+    self._background = ThreadPoolExecutor(1, "checkpoint hashes")
+    self._completing: Future[None] | None = None
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *exception: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
     """Waits until everything is on disk."""
-    self._manager.close()
+    failed = True
+    try:
+      self.wait()
+      failed = kind is not None
+    finally:
+      self._background.shutdown()
+      # After an error, Orbax raises that of its last save again.
+      with contextlib.suppress(*([Exception] if failed else [])):
+        self._manager.close()
 
   def latest_step(self) -> int | None:
-    """Returns the newest step that was written whole."""
+    """Returns the newest step that was saved."""
     return self._manager.latest_step()
+
+  def newest_whole_step(self) -> int | None:
+    """Returns the newest step whose model is whole; see `checkpoint_damage.newest_whole_step`."""
+    return newest_whole_step(self._folder, self._manager.all_steps(), _MODEL_ITEMS)
+
+  def step_to_resume(self) -> int | None:
+    """Returns the newest step that is whole; newer ones are renamed, since the run will save them again.
+
+    Returns:
+      None if no checkpoint was saved whole.
+
+    Raises:
+      InputError: checkpoints were saved whole, and all are damaged now.
+    """
+    steps = self._manager.all_steps()
+    step = newest_whole_step(self._folder, steps)
+    newer = [each for each in steps if step is None or each > step]
+    if newer:
+      if jax.process_index() == 0:
+        for each in newer:
+          set_aside(self._folder / str(each))
+      sharding.wait_for_all_processes("damaged checkpoints set aside")
+      self._manager.reload()
+    return step
 
   def last_saved(self) -> int | None:
     """Waits until everything is on disk and returns the newest step."""
@@ -89,25 +137,54 @@ class Checkpointer:
 
     On CPUs, it returns when everything is on disk: arrays that are being written could not be donated, so the next step
     would need memory for a second state.
+
+    Raises:
+      InputError: the disk is full or fails.
     """
+    self.wait()
     if step in self._manager.all_steps():
       return
     state, clusters = checkpoint.state, checkpoint.query_clusters
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        model=ocp.args.PyTreeSave(model_part(state), ocdbt_target_data_file_size=_FILE_BYTES),
-        training=ocp.args.PyTreeSave(_training_part(state), ocdbt_target_data_file_size=_FILE_BYTES),
-        mining=ocp.args.StandardSave({"query_clusters": _no_clusters() if clusters is None else clusters}),
-        meta=ocp.args.JsonSave(checkpoint.meta),
-      ),
-    )
+    with writing(self._folder / str(step)):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          model=ocp.args.PyTreeSave(model_part(state), ocdbt_target_data_file_size=_FILE_BYTES),
+          training=ocp.args.PyTreeSave(_training_part(state), ocdbt_target_data_file_size=_FILE_BYTES),
+          mining=ocp.args.StandardSave({"query_clusters": _no_clusters() if clusters is None else clusters}),
+          meta=ocp.args.JsonSave(checkpoint.meta),
+        ),
+        custom_metadata={HASHED: True},
+      )
+    self._completing = self._background.submit(self._complete, step)
     if jax.default_backend() == "cpu":
       self.wait()
 
+  def _complete(self, step: int) -> None:
+    """Waits until Orbax has written a step, stores its hashes, and removes the steps that are not kept."""
+    with writing(self._folder / str(step)):
+      self._manager.wait_until_finished()
+      if jax.process_index() > 0:
+        return
+      write_manifest(self._folder / str(step))
+    remove_folder(aside(self._folder / str(step)))
+    steps = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+    for old in steps[: -self._keep]:
+      remove_folder(self._folder / str(old))
+
   def wait(self) -> None:
-    """Returns when everything is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when everything is on disk.
+
+    Raises:
+      InputError: the disk is full or fails.
+    """
+    completing, self._completing = self._completing, None
+    if completing is not None:
+      completing.result()
+
+  @property
+  def _folder(self) -> Path:
+    return Path(self._manager.directory)
 
   def meta(self, step: int) -> dict[str, Any]:
     """Returns the JSON part of a checkpoint.
@@ -150,14 +227,14 @@ class Checkpointer:
 
 
 def newest_checkpoint(directory: Path) -> tuple[int, dict[str, Any]]:
-  """Returns step and JSON part of the newest checkpoint that was written whole; writes nothing.
+  """Returns step and JSON part of the newest checkpoint whose model is whole; writes nothing.
 
   Raises:
-    InputError: there is no checkpoint, or it is damaged.
+    InputError: there is no checkpoint, or all are damaged.
   """
   options = ocp.CheckpointManagerOptions(read_only=True, create=False)
   with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
-    step = manager.latest_step()
+    step = newest_whole_step(directory, manager.all_steps(), _MODEL_ITEMS)
     if step is None:
       raise InputError(f"{directory}: contains no checkpoint; train first")
     meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -179,11 +256,20 @@ def restore_params(directory: Path, step: int, abstract: Tree) -> Tree:
 
 
 def checkpoint_id(directory: Path, step: int) -> dict[str, Any]:
-  """Returns what identifies a checkpoint's model: its step, and a sha256 of the names and bytes of its files."""
+  """Returns what identifies a checkpoint's model: its step, and a sha256 of the names and bytes of its files.
+
+  Stored hashes are taken where there are any: `newest_checkpoint` has compared them with the files.
+  """
   folder = directory / str(step) / "model"
+  if (folder.parent / MANIFEST).exists():
+    files = read_manifest(folder.parent)
+    hashes = {name.removeprefix("model/"): files[name]["sha256"] for name in files if name.startswith("model/")}
+  else:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in paths}
   digest = hashlib.sha256()
-  for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-    digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of_file(path)}\n".encode())
+  for name in sorted(hashes, key=Path):
+    digest.update(f"{name} {hashes[name]}\n".encode())
   return {"step": step, "sha256": digest.hexdigest()}
 
 
@@ -256,7 +342,10 @@ def _largest_shard(abstract: Any) -> int:
 def _restoring(directory: Any, read: Callable[[], _Result]) -> _Result:
   try:
     return read()
-  except (ValueError, KeyError, FileNotFoundError) as error:
+  except Exception as error:
+    # Orbax raises a plain Exception where the file of an array is missing or cut off.
+    if not isinstance(error, ValueError | KeyError | OSError) and type(error) is not Exception:
+      raise
     first_line = str(error).strip().split("\n")[0]
     raise InputError(
       f"{directory}: its checkpoint does not fit this config or is damaged ({first_line}); use the config that wrote "

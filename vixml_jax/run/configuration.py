@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vixml_jax.errors import InputError
-from vixml_jax.files import read_json_object
+from vixml_jax.files import new_file, read_json_object
 from vixml_jax.input.prompt import template_words
 from vixml_jax.models.attention_call import IMPLEMENTATIONS
 from vixml_jax.models.quantized import LARGEST
@@ -305,10 +305,11 @@ def _check_adapters(values: dict[str, Any]) -> None:
 
 
 def write(config: ConfigDict, path: Path) -> None:
-  """Writes a config as JSON.
+  """Writes a config as JSON; after a kill or a power cut, the file is the old one or the new one.
 
   Raises:
-    InputError: If the file contains a config with another value of a key that changes the trained parameters.
+    InputError: If the file contains a config with another value of a key that changes the trained parameters, or the
+      disk is full.
   """
   text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
   if path.exists():
@@ -320,7 +321,8 @@ def write(config: ConfigDict, path: Path) -> None:
           f"{path}: this run was started with {key}={old.get(key)!r}, not {new.get(key)!r}; "
           "use the old value, or another --workdir"
         )
-  path.write_text(text + "\n", encoding="utf-8")
+  with new_file(path) as work:
+    work.write_text(text + "\n", encoding="utf-8")
 
 
 def _is_free(key: str) -> bool:

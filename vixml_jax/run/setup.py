@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from vixml_jax import sharding
 from vixml_jax.encoding.item_encoder import ItemEncoder, encoding_layout
 from vixml_jax.errors import InputError
+from vixml_jax.files import make_folder
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.models.definition import ModelDefinition
@@ -122,7 +123,7 @@ def _write_config(config: ConfigDict, workdir: Path) -> None:
   if jax.process_index() > 0:
     return
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
   except OSError as error:
     raise InputError(f"{workdir}: cannot be made ({error.strerror}); give another --workdir") from error
   configuration.write(config, workdir / CONFIG)

@@ -1,8 +1,9 @@
 """A folder whose contents are replaced as a whole: it holds numbered snapshots, of which the file CURRENT names one.
 
-CURRENT always names a complete snapshot, even if a process is killed at any time: the next snapshot is written in full,
-then CURRENT is replaced in one step, and only then are the other snapshots removed. CURRENT holds the sha256 of the
-snapshot's index.json, and index.json holds the size and sha256 of every other file.
+CURRENT always names a complete snapshot, even if a process is killed or the power fails at any time: the next snapshot
+is written in full and reaches the disk, then CURRENT is replaced in one step, and only when that has reached the disk
+are the other snapshots removed. CURRENT holds the sha256 of the snapshot's index.json, and index.json holds the size
+and sha256 of every other file.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import shutil
 from typing import Any, NamedTuple
 
 from vixml_jax.errors import InputError
-from vixml_jax.files import new_file, new_folder, sha256_of_file
+from vixml_jax.files import new_file, new_folder
+from vixml_jax.manifest import FileHashes, describe_file, describe_files, find_damage
 
 INDEX = "index.json"
 CURRENT = "CURRENT"
@@ -82,7 +84,7 @@ def read_current(folder: Path) -> Snapshot:
   return Snapshot(folder / name, json.loads(content), pointer)
 
 
-def check_files(snapshot: Path, files: dict[str, dict[str, Any]], *, contents: bool) -> None:
+def check_files(snapshot: Path, files: FileHashes, *, contents: bool) -> None:
   """Compares the files of a snapshot with its index.json.
 
   Args:
@@ -93,17 +95,9 @@ def check_files(snapshot: Path, files: dict[str, dict[str, Any]], *, contents: b
   Raises:
     InputError: A file is missing or differs; the message names the first one.
   """
-  for name, expected in files.items():
-    path = snapshot / name
-    try:
-      size = path.stat().st_size
-      wrong = f"has {size:,} bytes instead of {expected['size']:,}" if size != expected["size"] else None
-      if not wrong and contents and sha256_of_file(path) != expected["sha256"]:
-        wrong = f"its sha256 differs from that in {INDEX}"
-    except OSError as error:
-      wrong = f"cannot be read: {error.strerror}"
-    if wrong:
-      raise InputError(f"{path}: is damaged ({wrong}); {remedy(snapshot.parent)}")
+  damage = find_damage(snapshot, files, contents=contents)
+  if damage:
+    raise InputError(f"{snapshot / damage.name}: is damaged ({damage.reason}); {remedy(snapshot.parent)}")
 
 
 def write_snapshot(folder: Path, fill: Callable[[Path], dict[str, Any]], former: Snapshot | None = None) -> None:
@@ -119,14 +113,11 @@ def write_snapshot(folder: Path, fill: Callable[[Path], dict[str, Any]], former:
   target = folder / f"{number:06d}"
   with new_folder(target) as work:
     info = fill(work)
-    paths = {path.relative_to(work).as_posix(): path for path in sorted(work.rglob("*")) if path.is_file()}
-    info["files"] = {name: _known(former, name, path) or _describe(path) for name, path in paths.items()}
+    info["files"] = describe_files(work, lambda name, path: _known(former, name, path) or describe_file(path))
     content = (json.dumps(info, indent=2) + "\n").encode()
     (work / INDEX).write_bytes(content)
-    _sync(work / INDEX)
   with new_file(folder / CURRENT) as path:
     path.write_text(f"{target.name} {hashlib.sha256(content).hexdigest()}\n", encoding="utf-8")
-    _sync(path)
   for path in folder.iterdir():
     if path.name.partition(".")[0].isdigit() and path != target:
       shutil.rmtree(path, ignore_errors=True)
@@ -150,15 +141,3 @@ def _known(former: Snapshot | None, name: str, path: Path) -> dict[str, Any] | N
   if former is None or name not in former.info["files"] or not path.samefile(former.path / name):
     return None
   return dict(former.info["files"][name])
-
-
-def _describe(path: Path) -> dict[str, Any]:
-  """Returns size and sha256 of a file, after it has reached the disk."""
-  _sync(path)
-  return {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
-
-
-def _sync(path: Path) -> None:
-  """Waits until a file is on the disk, so that CURRENT never names files that a power cut loses."""
-  with path.open("rb") as file:
-    os.fsync(file.fileno())

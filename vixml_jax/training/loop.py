@@ -42,8 +42,9 @@ def train(
   encoder: ItemEncoder,
   weights_folder: Path | None,
   evaluate: Callable[[TrainedModel], dict[str, float]],
+  step: int | None,
 ) -> TrainedModel:
-  """Trains to the end, from the newest checkpoint if there is one.
+  """Trains to the end, from a checkpoint if there is one.
 
   Everything random is a function of the seed and the step, and a checkpoint holds all else. A run that was killed and
   started again therefore ends with the same parameters to the bit on the same topology.
@@ -58,6 +59,7 @@ def train(
     encoder: encodes items, given the trained parameters.
     weights_folder: folder of the pretrained encoder; None for a random encoder.
     evaluate: returns the metrics of a model; called after every `eval.every_epochs` epochs but the last.
+    step: step of the checkpoint to continue from; None to start.
 
   Returns:
     The model of the last step. Its centroids, if the method has any, come from a fresh encoding of all training
@@ -74,7 +76,6 @@ def train(
   how = step_config(config, encoder.model, encoder.layout, total_steps)
   abstract = abstract_state(encoder.model, how.optimizer, len(queries), data.num_labels, config.train.bank_dtype, mesh)
 
-  step = checkpointer.latest_step()
   if step is None:
     checkpoint = initial_checkpoint(config, abstract, how.optimizer, queries, encoder, weights_folder, data.fingerprint)
   else:
@@ -87,6 +88,7 @@ def train(
 
   def save() -> None:
     metrics.flush()  # A state is good only if its loss is finite.
+    writer.sync()
     checkpointer.save(step, Checkpoint(state, clusters, dict(meta)))
 
   def save_or_stop() -> None:
@@ -144,8 +146,8 @@ def train(
         )
       save_or_stop()
 
-  if checkpointer.latest_step() != step:
-    checkpointer.save(step, Checkpoint(state, clusters, dict(meta)))
+    if checkpointer.latest_step() != step:
+      save()
   checkpointer.wait()
   return trained_model(step, meta, model_part(state), data.num_labels, train_embeddings)
 

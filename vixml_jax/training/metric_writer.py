@@ -1,13 +1,19 @@
 """Writes metrics to `metrics.jsonl` and TensorBoard; a resumed run continues both without repeats."""
 
+import contextlib
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Self
 
 import jax
 from tensorboardX import SummaryWriter
 
+from vixml_jax.files import new_file, writing
 from vixml_jax.run.workdir import METRICS, TENSORBOARD
+
+_log = logging.getLogger(__name__)
 
 
 class MetricWriter:
@@ -18,34 +24,57 @@ class MetricWriter:
     self._active = jax.process_index() == 0
     if not self._active:
       return
-    path = workdir / METRICS
-    kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    self._file = path.open("a", encoding="utf-8")
+    self._path = workdir / METRICS
+    kept = [line for line, step in _lines(self._path) if step <= first_step]
+    with new_file(self._path) as work:
+      work.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    with writing(self._path):
+      self._file = self._path.open("a", encoding="utf-8")
     self._tensorboard = SummaryWriter(str(workdir / TENSORBOARD), purge_step=first_step + 1)
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *exception: object) -> None:
-    if self._active:
+    if not self._active:
+      return
+    with contextlib.closing(self._tensorboard), writing(self._path):
       self._file.close()
-      self._tensorboard.close()
 
   def write(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None:
-    """Appends one line and flushes it."""
+    """Appends one line and flushes it.
+
+    Raises:
+      InputError: The disk is full or fails.
+    """
     if not self._active:
       return
     values = {name: float(value) for name, value in values.items()}
-    self._file.write(json.dumps({"step": step, "epoch": epoch, "split": split, "values": values}) + "\n")
-    self._file.flush()
+    with writing(self._path):
+      self._file.write(json.dumps({"step": step, "epoch": epoch, "split": split, "values": values}) + "\n")
+      self._file.flush()
     for name, value in values.items():
       self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
+  def sync(self) -> None:
+    """Waits until all lines are on the disk: a checkpoint that survives a power cut must not lack its metrics.
 
-def _complete_lines(path: Path) -> list[str]:
-  """Returns the lines that were written whole; a kill may have cut the last one."""
+    Raises:
+      InputError: The disk is full or fails.
+    """
+    if self._active:
+      with writing(self._path):
+        os.fsync(self._file.fileno())
+
+
+def _lines(path: Path) -> list[tuple[str, int]]:
+  """Returns the lines that were written whole, with their steps; a kill may have cut the last one."""
   if not path.exists():
     return []
-  lines = path.read_text(encoding="utf-8").split("\n")
-  return [line for line in lines[:-1] if line]
+  found = []
+  for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+    try:
+      found.append((line, int(json.loads(line)["step"])))
+    except (ValueError, KeyError, TypeError):
+      _log.warning("%s:%d: is damaged, so it is dropped", path, number)
+  return found

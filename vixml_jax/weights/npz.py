@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from vixml_jax.errors import InputError
+from vixml_jax.files import new_file
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _RAW = np.dtype("V2")  # numpy has no bfloat16 and saves one as two raw bytes.
@@ -86,7 +87,5 @@ def write_npz(tensors: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
   for name, tensor in tensors.items():
     array = np.asarray(tensor)
     arrays[name] = array.view(_RAW) if array.dtype == _BFLOAT16 else array
-  work = path.with_name(f"{path.name}.incomplete")
-  with work.open("wb") as file:
+  with new_file(path) as work, work.open("wb") as file:
     np.savez(file, **arrays)
-  work.replace(path)
