@@ -1,7 +1,9 @@
 """`predict` reads and writes every format, resumes after a kill, and reports bad input in one line."""
 
 import csv
+import errno
 import json
+import os
 from pathlib import Path
 import shutil
 
@@ -10,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.damage import DAMAGES
 from tests.helpers.miniature_runs import run_commands
 import vixml_jax
 from vixml_jax.errors import InputError
+from vixml_jax.inference import batch_prediction
 from vixml_jax.inference.batch_prediction import predict_file, prepare_output
 from vixml_jax.inference.queries import query_format
 from vixml_jax.inference.query_files import open_queries
@@ -144,6 +148,49 @@ def test_killed_and_started_again_it_writes_the_same_file_to_the_bit(predictor, 
   assert statistics["queries_of_earlier_runs"] == 2 * BATCH
   assert output.read_bytes() == (tmp_path / f"undisturbed{suffix}").read_bytes()
   assert not (tmp_path / f"top{suffix}.partial").exists()
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_part_is_answered_again(predictor, queries, tmp_path, monkeypatch, caplog, kind):
+  path, output = write_queries(tmp_path / "q.jsonl", queries), tmp_path / "top.jsonl"
+  answer(predictor, path, tmp_path / "undisturbed.jsonl")
+  kill_in_block(3, predictor, monkeypatch)
+  with pytest.raises(Killed):
+    answer(predictor, path, output)
+  monkeypatch.undo()
+  finished = sorted((tmp_path / "top.jsonl.partial").glob("done-*"))
+  DAMAGES[kind](tmp_path / "top.jsonl.partial" / "part-00000000")
+  assert answer(predictor, path, output)["queries_of_earlier_runs"] == (len(finished) - 1) * BATCH
+  assert output.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
+  assert "part-00000000: " in caplog.text and "so its queries are answered again" in caplog.text
+
+
+def test_a_part_that_was_not_recorded_is_answered_again(predictor, queries, tmp_path, monkeypatch):
+  path, output = write_queries(tmp_path / "q.jsonl", queries), tmp_path / "top.jsonl"
+  kill_in_block(3, predictor, monkeypatch)
+  with pytest.raises(Killed):
+    answer(predictor, path, output)
+  monkeypatch.undo()
+  finished = sorted((tmp_path / "top.jsonl.partial").glob("done-*"))
+  finished[0].unlink()
+  finished[1].write_text("{")
+  assert answer(predictor, path, output)["queries_of_earlier_runs"] == (len(finished) - 2) * BATCH
+
+
+def test_a_full_disk_is_one_line_and_finished_parts_stay(predictor, queries, tmp_path, monkeypatch):
+  path, output = write_queries(tmp_path / "q.jsonl", queries), tmp_path / "top.jsonl"
+  describe = batch_prediction.describe_file
+
+  def full_at_the_second(part):
+    if part.name == "part-00000001":
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return describe(part)
+
+  with monkeypatch.context() as patched, pytest.raises(InputError) as error:
+    patched.setattr(batch_prediction, "describe_file", full_at_the_second)
+    answer(predictor, path, output)
+  assert "part-00000001: cannot be written (No space left on device); nothing that was stored" in str(error.value)
+  assert answer(predictor, path, output)["queries_of_earlier_runs"] == BATCH
 
 
 def test_a_file_that_was_started_with_another_input_or_settings_is_refused(predictor, queries, tmp_path, monkeypatch):

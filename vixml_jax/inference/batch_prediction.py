@@ -11,7 +11,6 @@ import json
 import logging
 import os
 from pathlib import Path
-import shutil
 import time
 from typing import Any, NamedTuple
 
@@ -20,11 +19,22 @@ import numpy as np
 from tqdm import tqdm
 
 from vixml_jax.errors import InputError
-from vixml_jax.files import locked, read_json_object, sha256_of_file, write_json
+from vixml_jax.files import (
+  locked,
+  new_file,
+  read_json_object,
+  remove_folder,
+  sha256_of_file,
+  sync_file,
+  sync_folder,
+  write_json,
+  writing,
+)
 from vixml_jax.inference.predictor import Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query
 from vixml_jax.inference.query_files import QueryFile
 from vixml_jax.inference.result_files import ResultFormat, result_format
+from vixml_jax.manifest import describe_file, find_damage
 from vixml_jax.prefetch import prefetched
 from vixml_jax.ragged import Ragged
 
@@ -57,9 +67,9 @@ def predict_file(
 ) -> dict[str, Any]:
   """Writes the predictions for a file of queries, statistics, and a list of images that could not be read.
 
-  Finished blocks are kept in `OUTPUT.partial/`. A run that was killed and is started again uses them and writes the
-  same bytes as a run that was not killed: blocks are cut at fixed rows, and each is encoded and searched by itself.
-  The output appears whole or not at all.
+  Finished blocks are kept in `OUTPUT.partial/`, with the size and sha256 of their files. A run that was killed and is
+  started again uses those that are whole and writes the same bytes as a run that was not killed: blocks are cut at
+  fixed rows, and each is encoded and searched by itself. The output appears whole or not at all.
 
   Args:
     predictor: The model and its index.
@@ -75,7 +85,8 @@ def predict_file(
     milliseconds per block, and queries per second. The first block of this process, which compiles, is left out.
 
   Raises:
-    InputError: The file of queries has an error, or the folder was started with another file or other settings.
+    InputError: The file of queries has an error, the folder was started with another file or other settings, or the
+      disk is full.
   """
   predictor.check_k(k)
   count = queries.check(_FilterChecker(predictor))
@@ -180,11 +191,12 @@ class _Job:
     self._predictor, self._folder, self._form = predictor, folder, form
     self._k, self._batch_size = k, batch_size
     self._encoding, self._searching = _Timings(), _Timings()
+    self._finished: set[int] = set()
 
   def start_or_resume(self, settings: dict[str, Any]) -> None:
     """Starts the folder, or resumes it if the file of queries and the settings are the same."""
     path, settings = self._folder / _JOB, {"format": _FORMAT} | settings
-    if not path.exists() or not any(self._folder.glob("part-*")):
+    if not path.exists() or not any(self._folder.glob("done-*")):
       write_json(path, settings)
       return
     again = "delete its folder to start again"
@@ -199,14 +211,28 @@ class _Job:
   def resumed(self, count: int) -> int:
     """Returns how many of `count` queries have been answered by earlier runs, and stores it for the statistics."""
     starts = range(0, count, self._batch_size)
-    finished = (start for number, start in enumerate(starts) if self._part(number).exists())
-    self._resumed = sum(min(self._batch_size, count - start) for start in finished)
+    self._finished = {number for number in range(len(starts)) if self._is_finished(number)}
+    self._resumed = sum(min(self._batch_size, count - starts[number]) for number in self._finished)
     return self._resumed
 
+  def _is_finished(self, number: int) -> bool:
+    """Returns whether the files of a block are those that were recorded when they were on the disk."""
+    try:
+      files = json.loads(self._record(number).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+      return False
+    except (OSError, ValueError) as error:
+      _log.warning("%s: cannot be read (%s), so its queries are answered again", self._record(number), error)
+      return False
+    damage = find_damage(self._folder, files, contents=True)
+    if damage:
+      _log.warning("%s: %s, so its queries are answered again", self._folder / damage.name, damage.reason)
+    return damage is None
+
   def prepared(self, blocks: Iterable[tuple[int, Sequence[Query]]]) -> Iterator[_TokenizedBlock]:
-    """Yields blocks that have no file yet, tokenized."""
+    """Yields blocks that are not finished, tokenized."""
     for number, queries in blocks:
-      if not self._part(number).exists():
+      if number not in self._finished:
         yield _TokenizedBlock(number, queries, self._predictor.encoder.tokenizer([query.text for query in queries]))
 
   def answer(self, block: _TokenizedBlock) -> _Found:
@@ -221,14 +247,16 @@ class _Job:
     return _Found(scores, ids, bad)
 
   def write(self, block: _TokenizedBlock, found: _Found) -> None:
-    """Writes the predictions for a block; their file is written after all others of the block."""
-    first_row = block.number * self._batch_size
-    if found.bad:
-      _write_bad(self._bad(block.number), first_row, found.bad)
-    work = self._folder / "incomplete"
+    """Writes the predictions for a block, and their sizes and hashes after they have reached the disk."""
+    first_row, part, bad = block.number * self._batch_size, self._part(block.number), self._bad(block.number)
     columns = self._predictor.columns(found.scores, found.ids)
-    self._form.write(work, first_row, [query.uid for query in block.queries], columns)
-    work.replace(self._part(block.number))
+    with writing(part):
+      bad.unlink(missing_ok=True)
+      if found.bad:
+        _write_bad(bad, first_row, found.bad)
+      self._form.write(part, first_row, [query.uid for query in block.queries], columns)
+      files = {path.name: describe_file(path) for path in (part, bad) if path.exists()}
+      write_json(self._record(block.number), files)  # The folder is synced with it.
 
   def statistics(self, count: int) -> dict[str, Any]:
     """Returns the statistics that `predict_file` describes."""
@@ -244,22 +272,28 @@ class _Job:
 
   def publish(self, numbers: range, output: Path, statistics: dict[str, Any]) -> None:
     """Joins the parts, moves all files into place, and removes the folder."""
-    whole = self._folder / "whole"
-    self._form.join(map(self._part, numbers), whole)
-    bad = [path for path in map(self._bad, numbers) if path.exists()]
-    listed = output.with_name(f"{output.name}.bad_images.jsonl")
-    listed.unlink(missing_ok=True)
-    if bad:
-      lines = b"".join(path.read_bytes() for path in bad)
-      (self._folder / "bad").write_bytes(lines)
-      (self._folder / "bad").replace(listed)
-      _log.warning("%d images could not be read and were left out; %s lists them", lines.count(b"\n"), listed)
-    write_json(output.with_name(f"{output.name}.stats.json"), statistics)
-    whole.replace(output)
-    shutil.rmtree(self._folder)
+    whole, listed = self._folder / "whole", output.with_name(f"{output.name}.bad_images.jsonl")
+    with writing(output):
+      self._form.join(map(self._part, numbers), whole)
+      sync_file(whole)
+      listed.unlink(missing_ok=True)
+      bad = [path for path in map(self._bad, numbers) if path.exists()]
+      if bad:
+        lines = b"".join(path.read_bytes() for path in bad)
+        with new_file(listed) as work:
+          work.write_bytes(lines)
+        _log.warning("%d images could not be read and were left out; %s lists them", lines.count(b"\n"), listed)
+      write_json(output.with_name(f"{output.name}.stats.json"), statistics)
+      whole.replace(output)
+      sync_folder(output.parent)
+    remove_folder(self._folder)
 
   def _part(self, number: int) -> Path:
     return self._folder / f"part-{number:08d}"
+
+  def _record(self, number: int) -> Path:
+    """Returns the file with size and sha256 of the files of a finished block."""
+    return self._folder / f"done-{number:08d}"
 
   def _bad(self, number: int) -> Path:
     return self._folder / f"bad-{number:08d}"
