@@ -97,7 +97,7 @@ class Ragged:
     """
     try:
       return cls(np.load(f"{path}.values.npy", mmap_mode="r"), np.load(f"{path}.offsets.npy"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
       raise InputError(f"{path}.values.npy: cannot be read ({error}); delete its folder to build it again") from error
 
   def save(self, path: str | os.PathLike[str]) -> None:

@@ -3,6 +3,8 @@
 import io
 import os
 from pathlib import Path
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +16,12 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests.helpers import miniature
+from tests.helpers.damage import DAMAGES, files_of
 from vixml_jax import datasets
 from vixml_jax.datasets import builders, prepared, raw_records
 from vixml_jax.datasets.records import Records
 from vixml_jax.errors import InputError
+from vixml_jax.manifest import MANIFEST
 
 EMBEDDED = Path(prepared.__file__).parent / "mm_icons_9k"
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +123,42 @@ def test_changed_raw_file_is_named_even_with_equal_size_and_time(raw_dir, tmp_pa
   assert path.stat().st_size == stat.st_size
   with pytest.raises(InputError, match=r"other raw files .* \(filter_labels_test.txt differ\)"):
     datasets.prepare("custom", raw_dir, tmp_path / "data")
+
+
+def _read_all(name, data_dir):
+  builder = datasets.open_dataset(name, data_dir)
+  for split in ("train", "test", "labels"):
+    for batch in Records(builder, split).batches():
+      for record in batch:
+        record.text(("title", "content"))
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_file_is_noticed_before_its_rows_are_used(raw_dir, tmp_path, kind):
+  datasets.prepare("custom", raw_dir, tmp_path / "data")
+  whole = tmp_path / "data" / "custom" / "1.0.0"
+  for name in files_of(whole):
+    copy = tmp_path / "copy" / "custom" / "1.0.0"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(whole, copy)
+    DAMAGES[kind](copy / name)
+    if name == MANIFEST and kind == "missing":
+      _read_all("custom", tmp_path / "copy")  # As if an earlier version had written the folder.
+      continue
+    with pytest.raises(InputError, match=f"{copy}.* delete (the folder|{copy}) and start the same command") as error:
+      _read_all("custom", tmp_path / "copy")
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_one_line(raw_dir, tmp_path):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    with pytest.raises(InputError, match=r"custom/1.0.0: cannot be written \(File too large\); nothing that"):
+      datasets.prepare("custom", raw_dir, tmp_path / "data")
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  datasets.prepare("custom", raw_dir, tmp_path / "data")
 
 
 def test_data_that_were_never_prepared_are_requested(tmp_path):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.damage import DAMAGES, files_of
 from tests.helpers.image_features import write_random_features
 from tests.helpers.miniature import write_raw_folder
 from vixml_jax import datasets, sharding
@@ -93,10 +94,15 @@ def test_a_set_without_a_single_image_is_refused(features):
     load_image_features(empty, 3, folder / "banks")
 
 
-def test_a_damaged_cache_says_which_folder_to_delete(features):
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_cache_is_written_again(features, caplog, kind):
   feature_set, folder = features
-  load_image_features(feature_set, 3, folder / "other")
+  whole = load_image_features(feature_set, 3, folder / "other")
   (target,) = (path for path in (folder / "other").iterdir() if path.is_dir())
-  (target / "values.npy").write_bytes(b"\x93NUMPY")
-  with pytest.raises(InputError, match=f"{target.name}: cannot be read .*delete it"):
-    load_image_features(feature_set, 3, folder / "other")
+  for name in files_of(target):
+    caplog.clear()
+    DAMAGES[kind](target / name)
+    again = load_image_features(feature_set, 3, folder / "other")
+    np.testing.assert_array_equal(again.features.values, whole.features.values)
+    (line,) = caplog.messages
+    assert str(target / name) in line and line.endswith("the folder is written again")

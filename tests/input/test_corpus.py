@@ -1,18 +1,21 @@
 """The tokenized corpus: tokens as transformers gives them, cached under what decides them, in bounded memory."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from tests.helpers import miniature
+from tests.helpers.damage import DAMAGES, files_of, flip_a_bit
 from vixml_jax import datasets
 from vixml_jax.datasets import records
 from vixml_jax.errors import InputError
 from vixml_jax.input import corpus as corpus_module
 from vixml_jax.input.corpus import load_corpus
 from vixml_jax.input.tokenizer import Tokenizer
+from vixml_jax.manifest import MANIFEST
 
 SPLITS = {"train": "train_tokens", "test": "test_tokens", "labels": "label_tokens"}
 
@@ -147,9 +150,31 @@ def test_unknown_text_field_is_named(builder, place, tmp_path):
     _load(builder, place, tmp_path, fields=("body",))
 
 
-def test_damaged_cache_is_named(builder, place, tmp_path):
-  corpus = _load(builder, place, tmp_path)
-  path = tmp_path / f"custom-{corpus.fingerprint[:16]}-v2" / "train_tokens.values.npy"
-  path.write_bytes(path.read_bytes()[:100])
-  with pytest.raises(InputError, match="train_tokens.values.npy: cannot be read"):
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_cache_is_written_again(builder, place, tmp_path, caplog, kind):
+  fingerprint = _load(builder, place, tmp_path).fingerprint
+  folder = tmp_path / f"custom-{fingerprint[:16]}-v2"
+  whole = {name: (folder / name).read_bytes() for name in files_of(folder)}
+  for name in whole:
+    caplog.clear()
+    DAMAGES[kind](folder / name)
     _load(builder, place, tmp_path)
+    assert {name: (folder / name).read_bytes() for name in files_of(folder)} == whole
+    (line,) = caplog.messages
+    assert str(folder / name) in line and line.endswith("the folder is written again")
+
+
+def test_a_cache_of_a_version_without_hashes_is_written_again(builder, place, tmp_path, caplog):
+  fingerprint = _load(builder, place, tmp_path).fingerprint
+  manifest = tmp_path / f"custom-{fingerprint[:16]}-v2" / MANIFEST
+  manifest.unlink()
+  _load(builder, place, tmp_path)
+  assert manifest.exists() and "the folder is written again" in caplog.text
+
+
+def test_damaged_data_are_noticed_before_tokens_are_made_from_them(place, tmp_path):
+  builder = datasets.prepare("custom", place / "raw", tmp_path / "data")
+  (path,) = Path(builder.data_path).glob("*test.array_record*")
+  flip_a_bit(path)
+  with pytest.raises(InputError, match=f"{path}: is damaged .*; delete {builder.data_path} and start the same"):
+    _load(builder, place, tmp_path / "cache")

@@ -1,5 +1,6 @@
 """Prepares a data set from its raw files once, opens it again, and refuses it if the raw files have changed."""
 
+from collections.abc import Callable
 import contextlib
 import io
 import logging
@@ -11,7 +12,8 @@ import tensorflow_datasets as tfds
 
 from vixml_jax.datasets import builders, raw
 from vixml_jax.errors import InputError
-from vixml_jax.files import locked
+from vixml_jax.files import locked, new_folder
+from vixml_jax.manifest import MANIFEST, check_folder, write_manifest
 
 _log = logging.getLogger(__name__)
 _EMBEDDED = {"mm_icons_9k": Path(__file__).parent / "mm_icons_9k"}
@@ -34,8 +36,8 @@ def prepare(
     rows by split, `text_fields`, and `filters` (see `filters.RawFilters.metadata`).
 
   Raises:
-    InputError: The name is unknown, raw files are missing or malformed, or the prepared data were built from other
-      raw files than those in `raw_dir`.
+    InputError: The name is unknown, raw files are missing or malformed, the prepared data were built from other raw
+      files than those in `raw_dir` or are damaged, or the disk is full.
   """
   builder_class = _builder_class(name)
   folder = Path(raw_dir) if raw_dir else _EMBEDDED.get(name)
@@ -52,9 +54,13 @@ def prepare(
       )
     raw.find_files(folder)  # Before TFDS creates folders.
     _log.info("preparing %s from %s", name, folder)
-    unprepared = builder_class(data_dir=data_dir)
-    unprepared.raw_dir, unprepared.allow_empty_filter = folder, allow_empty_filter
-    build(unprepared, data_dir)
+
+    def make(data_dir: Path) -> tfds.core.DatasetBuilder:
+      unprepared = builder_class(data_dir=data_dir)
+      unprepared.raw_dir, unprepared.allow_empty_filter = folder, allow_empty_filter
+      return unprepared
+
+    build(make, target)
     builder = open_dataset(name, data_dir)
     counts = builder.info.metadata["counts"]
     _log.info("prepared %s in %s: %s", name, target, ", ".join(f"{count:,} {split}" for split, count in counts.items()))
@@ -65,33 +71,72 @@ def open_dataset(name: str, data_dir: str | os.PathLike[str]) -> tfds.core.Datas
   """Opens a data set that `prepare` has built.
 
   Raises:
-    InputError: The name is unknown, or the data set has not been prepared.
+    InputError: The name is unknown, or the data set has not been prepared or is damaged.
   """
   _builder_class(name)
   target = _folder(name, data_dir)
-  if not (target / "dataset_info.json").is_file():
+  if not target.is_dir():
     raise InputError(f"{target}: no prepared data set; run python -m vixml_jax.prepare_data first")
-  return tfds.builder_from_directory(target)
+  return open_folder(target)
 
 
-def build(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike[str]) -> None:
+def build(make: Callable[[Path], tfds.core.DatasetBuilder], target: Path) -> None:
   """Runs a TFDS builder of this package without its messages and downloads. Only one process may do so at a time.
 
-  The folder of the data set appears when all files are written. Leftovers of a killed build are removed.
+  The folder of the data set appears when all files are on the disk, with their hashes.
 
   Args:
-    builder: Builder of the data set.
-    data_dir: Folder for all prepared data.
+    make: Returns a builder that writes below the folder that it receives.
+    target: Folder of the data set.
   """
-  target = Path(builder.data_path)
-  for leftover in target.parent.glob(f"*incomplete*{target.name}*"):
-    shutil.rmtree(leftover)
   config = tfds.download.DownloadConfig(try_download_gcs=False)
   tfds.disable_progress_bar()  # The builders of this package show bars with known totals.
-  with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads.
-    builder.download_and_prepare(
-      download_dir=Path(data_dir) / "downloads", download_config=config, file_format="array_record"
-    )
+  with new_folder(target) as work:
+    builder = make(work / "build")
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads.
+      builder.download_and_prepare(
+        download_dir=work / "build" / "downloads", download_config=config, file_format="array_record"
+      )
+    for path in Path(builder.data_path).iterdir():
+      path.rename(work / path.name)
+    shutil.rmtree(work / "build")
+    write_manifest(work)
+
+
+def open_folder(folder: Path) -> tfds.core.DatasetBuilder:
+  """Opens a folder that `build` has written.
+
+  The sizes of all files are compared with the manifest, and the sha256 of the small ones that describe the others.
+  array_record compares the hash of each part of the others that is read.
+
+  Raises:
+    InputError: A file is missing or damaged.
+  """
+  if (folder / MANIFEST).exists():
+    check_folder(folder, _remedy(folder), contents=False, and_contents_of=lambda name: name.endswith(".json"))
+  else:
+    _log.info("%s: was written by a version that stored no hashes, so it is not checked", folder)
+  try:
+    builder = tfds.builder_from_directory(folder)
+    builder.info.metadata["sha256" if "sha256" in builder.info.metadata else "dataset_sha256"]
+  except Exception as error:  # TFDS raises whatever its parsers raise.
+    raise InputError(f"{folder}: cannot be read ({error!r}); {_remedy(folder)}") from error
+  return builder
+
+
+def check_contents(builder: tfds.core.DatasetBuilder) -> None:
+  """Compares all files of a prepared data set with their sha256, before something is made from them that is kept.
+
+  Raises:
+    InputError: A file is missing or damaged.
+  """
+  folder = Path(builder.data_path)
+  if (folder / MANIFEST).exists():
+    check_folder(folder, _remedy(folder), contents=True)
+
+
+def _remedy(folder: Path) -> str:
+  return f"delete {folder} and start the same command again, which makes it again"
 
 
 def changed_files(prepared: dict[str, str], found: dict[str, str]) -> list[str]:

@@ -5,10 +5,13 @@ the raw bytes and parses the protocol buffer alone, which is ten times as fast.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
+
+from vixml_jax.errors import InputError
 
 ROWS_PER_READ = 4096
 
@@ -47,8 +50,16 @@ class Records:
   """The rows of one split, in the order of the raw files."""
 
   def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
-    """Opens a split (`train`, `test` or `labels`) of a prepared data set."""
-    self._source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    """Opens a split (`train`, `test` or `labels`) of a prepared data set.
+
+    Raises:
+      InputError: A file is missing or damaged.
+    """
+    self._folder, self._split = Path(builder.data_path), split
+    try:
+      self._source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    except Exception as error:  # TFDS and array_record have no class of errors of their own.
+      raise self._damaged(error) from error
 
   def __len__(self) -> int:
     return len(self._source)
@@ -59,7 +70,21 @@ class Records:
       yield self.take(range(start, min(start + ROWS_PER_READ, len(self))))
 
   def take(self, rows: Sequence[int]) -> list[Record]:
-    """Returns the given rows in the given order."""
+    """Returns the given rows in the given order.
+
+    Raises:
+      InputError: A file is damaged.
+    """
     if not len(rows):
       return []
-    return [Record(raw) for raw in self._source.__getitems__([int(row) for row in rows])]
+    try:
+      return [Record(raw) for raw in self._source.__getitems__([int(row) for row in rows])]
+    except Exception as error:
+      raise self._damaged(error) from error
+
+  def _damaged(self, error: Exception) -> InputError:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return InputError(
+      f"{self._folder}: the split {self._split} cannot be read ({reason}); delete the folder and start the same "
+      "command again, which makes it again"
+    )

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.errors import InputError
-from vixml_jax.files import fingerprint_of, locked
+from vixml_jax.files import fingerprint_of, locked, new_file
 from vixml_jax.images import feature_set, sources
 from vixml_jax.images.feature_parts import FeatureParts, MergedParts
 from vixml_jax.images.feature_set import FeatureSet
@@ -150,7 +150,7 @@ def _finish(
 def _report_bad_images(path: Path, merged: dict[str, MergedParts]) -> None:
   """Writes the list of images without features, and logs how many there are for each reason."""
   reasons: dict[str, int] = {}
-  with path.open("w") as file:
+  with new_file(path) as work, work.open("w", encoding="utf-8") as file:
     for record in _bad_images(merged):
       reasons[record["reason"]] = reasons.get(record["reason"], 0) + 1
       file.write(json.dumps(record) + "\n")

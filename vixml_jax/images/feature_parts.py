@@ -1,17 +1,25 @@
-"""Finished parts of an extraction on disk, which a killed and restarted run keeps, and their merge in row order."""
+"""Finished parts of an extraction on disk, which a killed and restarted run keeps, and their merge in row order.
+
+A part counts as finished if its files have the sizes that were recorded when they were on the disk. Their sha256 are
+compared when the parts are merged.
+"""
 
 from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
 
 from vixml_jax.errors import InputError
+from vixml_jax.files import make_folder, write_json, writing
 from vixml_jax.images.decoding import REASONS
+from vixml_jax.manifest import describe_file, find_damage
 
 _OPEN_FILES = 128
+_KINDS = ("features", "index")
 _INDEX = np.dtype([("row", np.int64), ("slot", np.int32), ("code", np.uint8)])
 # Code 0 is an image with features.
 _CODES = {reason: code for code, reason in enumerate(REASONS, 1)}
@@ -35,7 +43,7 @@ class FeaturePart:
 
 
 class FeatureParts:
-  """A folder of parts. Each part is written as a whole or not at all.
+  """A folder of parts. Each part is written as a whole or not at all, also across a power cut.
 
   Attributes:
     dim: F, the size of a feature vector.
@@ -45,27 +53,39 @@ class FeatureParts:
     """Opens the folder and creates it if it does not exist."""
     self.dim = dim
     self._folder = folder
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+      make_folder(folder)
 
   def finished(self, split: str) -> list[int]:
     """Returns the ascending numbers of the parts of a split that have been written."""
-    return sorted(int(path.name.split("-")[1]) for path in self._folder.glob(f"{split}-*-index.npy"))
+    numbers = sorted(int(path.name.split("-")[1]) for path in self._folder.glob(f"{split}-*-done.json"))
+    return [number for number in numbers if self._damage(split, number, contents=False) is None]
 
   def write(self, split: str, number: int, part: FeaturePart) -> None:
     """Writes a part; an earlier part with this number is replaced."""
     index = np.empty(len(part.rows), _INDEX)
     index["row"], index["slot"] = part.rows, part.slots
     index["code"] = [_CODES[reason] if reason else 0 for reason in part.reasons]
-    self._save(split, number, "features", part.features)
-    self._save(split, number, "index", index)  # Last, since `finished` looks for this file.
+    record, paths = self._record(split, number), [self._path(split, number, kind) for kind in _KINDS]
+    with writing(record):
+      record.unlink(missing_ok=True)
+      for path, array in zip(paths, (part.features, index), strict=True):
+        with path.open("wb") as file:
+          np.save(file, array, allow_pickle=False)
+      write_json(record, {path.name: describe_file(path) for path in paths})
 
   def merge(self, split: str) -> "MergedParts":
     """Returns all parts of a split, sorted by row and slot.
 
     Raises:
-      InputError: An image occurs twice, or a part cannot be read.
+      InputError: An image occurs twice, or a part is damaged.
     """
     numbers = self.finished(split)
+    for number in numbers:
+      damage = self._damage(split, number, contents=True)
+      if damage:
+        self._record(split, number).unlink(missing_ok=True)
+        raise InputError(f"{damage}; start the same command again, which makes this part again")
     parts = [self._load(split, number, "index") for number in numbers]
     index = np.concatenate([np.empty(0, _INDEX), *parts])
     lengths = [len(part) for part in parts]
@@ -84,12 +104,19 @@ class FeatureParts:
   def _path(self, split: str, number: int, kind: str) -> Path:
     return self._folder / f"{split}-{number:07d}-{kind}.npy"
 
-  def _save(self, split: str, number: int, kind: str, array: np.ndarray) -> None:
-    path = self._path(split, number, kind)
-    work = path.with_suffix(".incomplete")
-    with work.open("wb") as file:
-      np.save(file, array, allow_pickle=False)
-    work.rename(path)
+  def _record(self, split: str, number: int) -> Path:
+    """Returns the file with size and sha256 of the files of a finished part."""
+    return self._folder / f"{split}-{number:07d}-done.json"
+
+  def _damage(self, split: str, number: int, *, contents: bool) -> str | None:
+    """Returns what is wrong with the files of a part; None if they are those that were recorded."""
+    record = self._record(split, number)
+    try:
+      files = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+      return f"{record}: cannot be read ({error})"
+    damage = find_damage(self._folder, files, contents=contents)
+    return f"{self._folder / damage.name}: is damaged ({damage.reason})" if damage else None
 
   def _load(self, split: str, number: int, kind: str) -> np.ndarray:
     path = self._path(split, number, kind)

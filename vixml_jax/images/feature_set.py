@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from vixml_jax.datasets.prepared import build, changed_files
+from vixml_jax.datasets.prepared import build, changed_files, open_folder
 from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.datasets.records import Records
 from vixml_jax.errors import InputError
@@ -153,9 +153,9 @@ def open_features(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike
     InputError: No features with this name exist, or they were made from other raw files.
   """
   folder = features_folder(builder, data_dir, name)
-  if not (folder / "dataset_info.json").is_file():
+  if not folder.is_dir():
     raise InputError(f"{folder}: no image features; make them with python -m vixml_jax.extract_features")
-  features = tfds.builder_from_directory(folder)
+  features = open_folder(folder)
   metadata = dict(features.info.metadata)
   changed = changed_files(metadata["dataset_sha256"], builder.info.metadata["sha256"])
   if changed:
@@ -217,7 +217,9 @@ def write_features(
     "dataset_sha256": dict(builder.info.metadata["sha256"]),
     "rows": {split: builder.info.metadata["counts"][split] for split in SPLITS},
   } | metadata
-  build(FeatureSetBuilder(builder.name, name, metadata, rows, data_dir), data_dir)
+  build(
+    lambda work: FeatureSetBuilder(builder.name, name, metadata, rows, work), features_folder(builder, data_dir, name)
+  )
   return open_features(builder, data_dir, name)
 
 

@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from vixml_jax import sharding
 from vixml_jax.array_file import ArrayFile
+from vixml_jax.datasets.prepared import check_contents
 from vixml_jax.errors import InputError
-from vixml_jax.files import fingerprint_of, locked, new_folder
+from vixml_jax.files import fingerprint_of
 from vixml_jax.images.feature_set import FeatureSet
 from vixml_jax.input.packing import PackedImages
+from vixml_jax.manifest import cached_folder
 from vixml_jax.ragged import Ragged, offsets_of
 
 _FORMAT = 1
@@ -121,7 +123,7 @@ def fits_devices(num_images: int, dim: int, mesh: Mesh, memory: float) -> bool:
 
 
 def load_image_features(features: FeatureSet, images: int, cache_dir: str | os.PathLike[str]) -> DatasetFeatures:
-  """Reads a set of features into one array, or opens the array that an earlier call left in `cache_dir`.
+  """Reads a set of features into one array, or opens what an earlier call left in `cache_dir`, if it is whole.
 
   Args:
     features: the set that `extract_features` wrote.
@@ -132,18 +134,20 @@ def load_image_features(features: FeatureSet, images: int, cache_dir: str | os.P
     The features, memory-mapped.
 
   Raises:
-    InputError: no item has an image, or the cache cannot be read.
+    InputError: no item has an image, the set of features is damaged, or the disk is full.
   """
   fingerprint = fingerprint_of({"format": _FORMAT, "images": images} | features.metadata)
   folder = Path(cache_dir) / f"{features.metadata['dataset']}-{fingerprint[:16]}"
-  with locked(f"{folder}.lock"):
-    if not folder.is_dir():
-      with new_folder(folder) as work:
-        _write(features, images, work)
+
+  def write(work: Path) -> None:
+    check_contents(features.builder)
+    _write(features, images, work)
+
+  cached_folder(folder, write)
   try:
     values = np.load(folder / "values.npy", mmap_mode="r", allow_pickle=False)
     offsets = {split: np.load(folder / f"{split}.npy", allow_pickle=False) for split in _SPLITS}
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, EOFError) as error:
     raise InputError(f"{folder}: cannot be read ({error}); delete it to build it again") from error
   if not len(values):
     raise InputError(f"{features.metadata['dataset']}: none of its items has an image; set --config.images=0")

@@ -16,10 +16,12 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from vixml_jax.array_file import ArrayFile
+from vixml_jax.datasets.prepared import check_contents
 from vixml_jax.datasets.records import Record, Records
 from vixml_jax.errors import InputError
-from vixml_jax.files import fingerprint_of, locked, new_folder
+from vixml_jax.files import fingerprint_of
 from vixml_jax.input.tokenizer import Tokenizer
+from vixml_jax.manifest import cached_folder
 from vixml_jax.ragged import Ragged, offsets_of
 
 _FORMAT = 1
@@ -76,7 +78,7 @@ def load_corpus(
   text_fields: Sequence[str] | None,
   cache_dir: str | os.PathLike[str],
 ) -> Corpus:
-  """Tokenizes a prepared data set, or opens the files that an earlier call left in `cache_dir`.
+  """Tokenizes a prepared data set, or opens the files that an earlier call left in `cache_dir`, if they are whole.
 
   Args:
     builder: Prepared data set; see `vixml_jax.datasets.prepare`.
@@ -89,7 +91,7 @@ def load_corpus(
     The corpus. Its values are memory-mapped.
 
   Raises:
-    InputError: A text field is unknown, or the cache cannot be read.
+    InputError: A text field is unknown, the data set is damaged, or the disk is full.
   """
   fields = tuple(text_fields or builder.info.metadata["text_fields"])
   unknown = [field for field in fields if field not in _TEXT_FEATURES]
@@ -97,11 +99,13 @@ def load_corpus(
     raise InputError(f"unknown text field '{unknown[0]}'; choose from {', '.join(_TEXT_FEATURES)}")
   fingerprint = _fingerprint(builder, tokenizer, fields)
   folder = Path(cache_dir) / f"{builder.name}-{fingerprint[:16]}-v{_CACHE_VERSION}"
-  with locked(f"{folder}.lock"):
-    if not folder.is_dir():
-      with new_folder(folder) as work:
-        for split in _TOKENS:
-          _write_split(builder, split, tokenizer, fields, work)
+
+  def write(work: Path) -> None:
+    check_contents(builder)
+    for split in _TOKENS:
+      _write_split(builder, split, tokenizer, fields, work)
+
+  cached_folder(folder, write)
   arrays = {name: Ragged.load(folder / name) for name in _array_names()}
   return Corpus(
     **arrays,
