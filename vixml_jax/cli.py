@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -92,6 +93,9 @@ def _fail(message: str) -> NoReturn:
   """Prints one line on stderr and exits with status 1."""
   print("error: " + " ".join(message.split()), file=sys.stderr)
   sys.stderr.flush()
+  # Threads and coroutines of libraries, abandoned by the error, would print tracebacks while the interpreter ends.
+  sys.unraisablehook = lambda _: None
+  threading.excepthook = lambda _: None
   sys.exit(1)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from vixml_jax.array_file import ArrayFile
 from vixml_jax.errors import InputError
-from vixml_jax.files import new_file
+from vixml_jax.files import new_file, sync_folder, writing
 
 BLOCK_ROWS = 8192
 
@@ -39,9 +39,15 @@ def write_shares(
 
 
 def remove_shares(folder: Path, name: str) -> None:
-  """Removes the shares of an earlier run, so that files of two runs are never mixed. Only one process may call this."""
-  for path in [*_shares(folder, name), folder / f"{name}.npy"]:  # Versions before 0.2 wrote one file.
-    path.unlink(missing_ok=True)
+  """Removes the shares of an earlier run, so that files of two runs are never mixed. Only one process may call this.
+
+  Raises:
+    InputError: The disk fails.
+  """
+  with writing(folder):
+    for path in [*_shares(folder, name), folder / f"{name}.npy"]:  # Versions before 0.2 wrote one file.
+      path.unlink(missing_ok=True)
+    sync_folder(folder)
 
 
 class RowFiles:

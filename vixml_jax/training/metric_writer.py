@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Self
 
 import jax
-from tensorboardX import SummaryWriter
 
 from vixml_jax.files import new_file, writing
 from vixml_jax.run.workdir import METRICS, TENSORBOARD
+from vixml_jax.training.tensorboard import TensorboardFile
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class MetricWriter:
       work.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     with writing(self._path):
       self._file = self._path.open("a", encoding="utf-8")
-    self._tensorboard = SummaryWriter(str(workdir / TENSORBOARD), purge_step=first_step + 1)
+    self._tensorboard = TensorboardFile(workdir / TENSORBOARD, first_step + 1)
 
   def __enter__(self) -> Self:
     return self
@@ -53,8 +53,7 @@ class MetricWriter:
     with writing(self._path):
       self._file.write(json.dumps({"step": step, "epoch": epoch, "split": split, "values": values}) + "\n")
       self._file.flush()
-    for name, value in values.items():
-      self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+    self._tensorboard.add(step, {f"{split}/{name}": value for name, value in values.items()})
 
   def sync(self) -> None:
     """Waits until all lines are on the disk: a checkpoint that survives a power cut must not lack its metrics.
