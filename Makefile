@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow coverage lint types bench bench-gpu clean
+.PHONY: help quickstart test test-slow test-faults coverage lint types bench bench-gpu clean
 
 # The first interpreter that is new enough; `make PYTHON=/path/to/python3.12 ...` overrides it.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -33,6 +33,7 @@ help:
 	@echo "make quickstart   trains on the embedded names and images of icons and prints the scores (runs/quickstart)"
 	@echo "make test         runs all tests except the slow ones"
 	@echo "make test-slow    runs the slow tests"
+	@echo "make test-faults  damages, fails and kills every file operation of what is stored; see docs/reliability.md"
 	@echo "make coverage     runs the tests and prints which share of the lines of each room they run"
 	@echo "make lint         checks style and the direction of imports"
 	@echo "make types        checks static types"
@@ -57,6 +58,9 @@ test: $(VENV)/.installed-test $(VENV)/.installed-quickstart
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-quickstart
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+test-faults: $(VENV)/.installed-test $(VENV)/.installed-quickstart
+	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist load -m faults $(PYTEST_ARGS) tests/faults
 
 coverage: $(VENV)/.installed-coverage $(VENV)/.installed-quickstart
 	@$(PYTEST) --cov --cov-report= $(PYTEST_ARGS)

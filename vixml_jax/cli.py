@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from vixml_jax import sharding
 from vixml_jax.errors import InputError, Preempted
+from vixml_jax.files import disk_fault
 
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
@@ -31,9 +32,9 @@ _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0
 def run(main: Callable[[], None]) -> None:
   """Parses flags and calls `main`.
 
-  Bad input (`InputError`) and errors in flags become one line on stderr and exit status 1. A run that was preempted
-  has saved its state and exits with 0. An interrupt exits with 130. Any other exception is a bug and keeps its
-  traceback.
+  Bad input (`InputError`), errors in flags and a disk that is full or fails become one line on stderr and exit status
+  1. A run that was preempted has saved its state and exits with 0. An interrupt exits with 130. Any other exception is
+  a bug and keeps its traceback.
   """
 
   def call(argv: Sequence[str]) -> None:
@@ -49,6 +50,11 @@ def run(main: Callable[[], None]) -> None:
       print(stop, file=sys.stderr)
     except KeyboardInterrupt:
       sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+      reason = disk_fault(error)
+      if reason is None:
+        raise
+      _fail(f"{error.filename or 'a file'}: cannot be read or written ({reason}); check its disk, and start again")
 
   app.run(call, flags_parser=_parse)
 
@@ -111,6 +117,8 @@ def _set_up_logging() -> None:
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   # When a checkpoint is damaged, Orbax abandons its other reads, and asyncio would log each of them.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  # When the disk is full, Orbax abandons its other writes, and each would be logged when TensorStore ends it.
+  logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)
 
 
 def _join_processes() -> None:

@@ -189,7 +189,7 @@ def writing(target: str | os.PathLike[str]) -> Iterator[None]:
   except InputError:
     raise
   except Exception as error:
-    reason = _disk_fault(error)
+    reason = disk_fault(error)
     if reason is None:
       raise
     raise InputError(
@@ -198,7 +198,7 @@ def writing(target: str | os.PathLike[str]) -> Iterator[None]:
     ) from error
 
 
-def _disk_fault(error: Exception) -> str | None:
+def disk_fault(error: Exception) -> str | None:
   """Returns what is wrong with the disk; None if the error has another cause.
 
   Libraries raise errors of their own whose message ends with that of the operating system. numpy's has neither number

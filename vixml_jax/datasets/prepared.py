@@ -118,7 +118,8 @@ def open_folder(folder: Path) -> tfds.core.DatasetBuilder:
     _log.info("%s: was written by a version that stored no hashes, so it is not checked", folder)
   try:
     builder = tfds.builder_from_directory(folder)
-    builder.info.metadata["sha256" if "sha256" in builder.info.metadata else "dataset_sha256"]
+    if builder.info.metadata is None:
+      raise ValueError("metadata.json is missing")
   except Exception as error:  # TFDS raises whatever its parsers raise.
     raise InputError(f"{folder}: cannot be read ({error!r}); {_remedy(folder)}") from error
   return builder
