@@ -86,7 +86,11 @@ def sync_file(path: str | os.PathLike[str]) -> None:
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
   """Waits until the names in a folder are on the disk: files that were created, renamed or removed."""
-  _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+  except OSError as error:
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Some network file systems cannot.
+      raise
 
 
 def sync_folders(path: Path) -> None:

@@ -70,17 +70,25 @@ def describe_files(folder: Path, describe: Callable[[str, Path], dict[str, Any]]
 
 def write_manifest(folder: Path) -> None:
   """Writes the manifest of a folder, after all other files have reached the disk."""
-  files = describe_files(folder)
-  write_json(folder / MANIFEST, {"files": files, "sha256": fingerprint_of(files)})
+  write_hashes(folder / MANIFEST, describe_files(folder))
+
+
+def write_hashes(path: Path, files: FileHashes) -> None:
+  """Writes sizes and hashes of files to a file that has its own hash."""
+  write_json(path, {"files": files, "sha256": fingerprint_of(files)})
 
 
 def read_manifest(folder: Path) -> FileHashes:
-  """Returns the contents of a manifest.
+  """Returns the contents of a folder's manifest; see `read_hashes`."""
+  return read_hashes(folder / MANIFEST)
+
+
+def read_hashes(path: Path) -> FileHashes:
+  """Returns what `write_hashes` has written.
 
   Raises:
-    InputError: The manifest is missing or damaged. The message has no advice.
+    InputError: The file is missing or damaged. The message has no advice.
   """
-  path = folder / MANIFEST
   cause = "without it, no other file can be checked"
   value = read_json_object(path, absent=cause, damaged=cause)
   if set(value) != {"files", "sha256"} or fingerprint_of(value["files"]) != value["sha256"]:

@@ -1,6 +1,5 @@
 """Every file of every stored folder is damaged in every way; it is noticed before it is used, or made again."""
 
-import logging
 from pathlib import Path
 import shutil
 
@@ -15,12 +14,6 @@ from vixml_jax.run.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.faults
 _CACHES = ("bank of features", "tokens")
-
-
-@pytest.fixture(autouse=True)
-def quiet(caplog):
-  """The log is full of damage that was noticed."""
-  caplog.set_level(logging.CRITICAL)
 
 
 def damaged_copies(whole: Path, work: Path, swapped_with: Path | None = None):
@@ -51,7 +44,7 @@ def test_the_step_before_a_damaged_one_is_used(tmp_path, record_property):
       with Checkpointer(folder / "checkpoints", 2) as checkpointer:
         assert checkpointer.step_to_resume() == 2, (name, kind)
       cases += 1
-  record_property("cases", cases)
+  record_property("damage: checkpoint", cases)
 
 
 def test_a_damaged_index_is_refused(tmp_path, record_property):
@@ -67,7 +60,7 @@ def test_a_damaged_index_is_refused(tmp_path, record_property):
       writer.read(folder)
     assert str(folder / "index") in str(error.value) and "\n" not in str(error.value), (name, kind)
     cases += 1
-  record_property("cases", cases)
+  record_property("damage: label index", cases)
 
 
 @pytest.mark.parametrize("name", _CACHES)
@@ -80,7 +73,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, record_property, name):
   for folder, _, _ in damaged_copies(whole, tmp_path / "work"):
     assert writer.read(folder) == expected
     cases += 1
-  record_property("cases", cases)
+  record_property(f"damage: {name}", cases)
 
 
 def test_a_damaged_prepared_set_is_refused(tmp_path, record_property):
@@ -99,7 +92,7 @@ def test_a_damaged_prepared_set_is_refused(tmp_path, record_property):
       assert found == expected
       assert "train" not in name or name.endswith(".lock"), (name, kind)
       assert "json" not in name or (name.endswith(MANIFEST) and kind == "missing"), (name, kind)
-  record_property("cases", cases)
+  record_property("damage: prepared set", cases)
 
 
 def test_damaged_parts_of_predict_are_answered_again(tmp_path, record_property):
@@ -126,4 +119,4 @@ def test_damaged_parts_of_predict_are_answered_again(tmp_path, record_property):
       assert writer.read(folder) == expected, (name, kind)
     except InputError as error:
       assert "job.json" in name and "delete" in str(error), (name, kind)
-  record_property("cases", cases)
+  record_property("damage: parts of predict", cases)

@@ -3,7 +3,6 @@
 `make test` disturbs some operations of the quick writers; `make test-faults` disturbs all of all writers.
 """
 
-import logging
 from pathlib import Path
 import shutil
 
@@ -76,12 +75,6 @@ def disturb(name: str, fault: str, tmp_path: Path, every: int = 1) -> int:
   return len(cases)
 
 
-@pytest.fixture(autouse=True)
-def quiet(caplog):
-  """The log is full of damage that was noticed."""
-  caplog.set_level(logging.CRITICAL)
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_after_a_fault_the_next_start_finds_the_old_state_or_the_new_one(tmp_path, fault):
   for name in _QUICK:
@@ -95,4 +88,4 @@ def test_after_a_fault_the_next_start_finds_the_old_state_or_the_new_one(tmp_pat
 def test_after_a_fault_at_any_operation_the_next_start_finds_the_old_state_or_the_new_one(
   tmp_path, name, fault, record_property
 ):
-  record_property("cases", disturb(name, fault, tmp_path))
+  record_property(f"faults: {name}", disturb(name, fault, tmp_path))

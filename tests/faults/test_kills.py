@@ -78,4 +78,4 @@ def test_killed_at_any_moment_of_saving_the_newest_whole_checkpoint_is_as_it_was
     assert newest <= (0 if start == "None" else int(start)) <= newest + 1, done.stdout
     newest = int(end[2]) if end[2].isdigit() else (0 if start == "None" else int(start))
   assert newest > _KILLS // 4, "the process was killed while it saved"
-  record_property("cases", _KILLS)
+  record_property("kills: checkpoint", _KILLS)

@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
 
 from vixml_jax.errors import InputError
-from vixml_jax.files import make_folder, write_json, writing
+from vixml_jax.files import make_folder, writing
 from vixml_jax.images.decoding import REASONS
-from vixml_jax.manifest import describe_file, find_damage
+from vixml_jax.manifest import describe_file, find_damage, read_hashes, write_hashes
 
 _OPEN_FILES = 128
 _KINDS = ("features", "index")
@@ -72,7 +71,7 @@ class FeatureParts:
       for path, array in zip(paths, (part.features, index), strict=True):
         with path.open("wb") as file:
           np.save(file, array, allow_pickle=False)
-      write_json(record, {path.name: describe_file(path) for path in paths})
+      write_hashes(record, {path.name: describe_file(path) for path in paths})
 
   def merge(self, split: str) -> "MergedParts":
     """Returns all parts of a split, sorted by row and slot.
@@ -112,9 +111,9 @@ class FeatureParts:
     """Returns what is wrong with the files of a part; None if they are those that were recorded."""
     record = self._record(split, number)
     try:
-      files = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-      return f"{record}: cannot be read ({error})"
+      files = read_hashes(record)
+    except InputError as error:
+      return str(error)
     damage = find_damage(self._folder, files, contents=contents)
     return f"{self._folder / damage.name}: is damaged ({damage.reason})" if damage else None
 

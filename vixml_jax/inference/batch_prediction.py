@@ -34,7 +34,7 @@ from vixml_jax.inference.predictor import Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query
 from vixml_jax.inference.query_files import QueryFile
 from vixml_jax.inference.result_files import ResultFormat, result_format
-from vixml_jax.manifest import describe_file, find_damage
+from vixml_jax.manifest import describe_file, find_damage, read_hashes, write_hashes
 from vixml_jax.prefetch import prefetched
 from vixml_jax.ragged import Ragged
 
@@ -217,12 +217,12 @@ class _Job:
 
   def _is_finished(self, number: int) -> bool:
     """Returns whether the files of a block are those that were recorded when they were on the disk."""
-    try:
-      files = json.loads(self._record(number).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not self._record(number).exists():
       return False
-    except (OSError, ValueError) as error:
-      _log.warning("%s: cannot be read (%s), so its queries are answered again", self._record(number), error)
+    try:
+      files = read_hashes(self._record(number))
+    except InputError as error:
+      _log.warning("%s; its queries are answered again", error)
       return False
     damage = find_damage(self._folder, files, contents=True)
     if damage:
@@ -256,7 +256,7 @@ class _Job:
         _write_bad(bad, first_row, found.bad)
       self._form.write(part, first_row, [query.uid for query in block.queries], columns)
       files = {path.name: describe_file(path) for path in (part, bad) if path.exists()}
-      write_json(self._record(block.number), files)  # The folder is synced with it.
+      write_hashes(self._record(block.number), files)  # The folder is synced with it.
 
   def statistics(self, count: int) -> dict[str, Any]:
     """Returns the statistics that `predict_file` describes."""

@@ -4,14 +4,13 @@ When a step is on disk, the sha256 of each of its files is written into it (`che
 its files have these hashes; otherwise the newest one before it is.
 """
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.files import make_folder, remove_folder, sha256_of_file, writing
 from vixml_jax.manifest import MANIFEST, read_manifest, write_manifest
+from vixml_jax.run.checkpoint_arrays import restore_item, restore_items, restoring
 from vixml_jax.run.checkpoint_damage import HASHED, aside, newest_whole_step, set_aside
 from vixml_jax.run.state import TrainState, model_part
 from vixml_jax.typing import Tree
@@ -31,7 +31,6 @@ from vixml_jax.typing import Tree
 _FILE_BYTES = 2**28
 _MODEL_ITEMS = ("model", "meta")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
-_Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +192,7 @@ class Checkpointer:
       InputError: it cannot be read.
     """
     wanted = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return _restoring(self._manager.directory, lambda: self._manager.restore(step, args=wanted)["meta"])
+    return restoring(self._manager.directory, lambda: self._manager.restore(step, args=wanted)["meta"])
 
   def restore(self, step: int, abstract: TrainState, num_queries: int) -> Checkpoint:
     """Restores the whole run.
@@ -207,9 +206,9 @@ class Checkpointer:
       InputError: the checkpoint does not fit the state, or is damaged.
     """
     directory = Path(self._manager.directory)
-    arrays = _restore_items(directory, step, {"model": model_part(abstract), "training": _training_part(abstract)})
+    arrays = restore_items(directory, step, {"model": model_part(abstract), "training": _training_part(abstract)})
     wanted = ocp.args.Composite(mining=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
-    rest = _restoring(directory, lambda: self._manager.restore(step, args=wanted))
+    rest = restoring(directory, lambda: self._manager.restore(step, args=wanted))
     clusters = np.asarray(rest["mining"]["query_clusters"])
     return Checkpoint(TrainState(**arrays), clusters if len(clusters) == num_queries else None, rest["meta"])
 
@@ -223,7 +222,7 @@ class Checkpointer:
     Raises:
       InputError: the checkpoint does not fit the shapes, or is damaged.
     """
-    return _restore_item(Path(self._manager.directory), step, "model", abstract)
+    return restore_item(Path(self._manager.directory), step, "model", abstract)
 
 
 def newest_checkpoint(directory: Path) -> tuple[int, dict[str, Any]]:
@@ -238,7 +237,7 @@ def newest_checkpoint(directory: Path) -> tuple[int, dict[str, Any]]:
     if step is None:
       raise InputError(f"{directory}: contains no checkpoint; train first")
     meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return step, _restoring(directory, lambda: manager.restore(step, args=meta)["meta"])
+    return step, restoring(directory, lambda: manager.restore(step, args=meta)["meta"])
 
 
 def restore_params(directory: Path, step: int, abstract: Tree) -> Tree:
@@ -252,7 +251,7 @@ def restore_params(directory: Path, step: int, abstract: Tree) -> Tree:
   Raises:
     InputError: the checkpoint is of another model, or damaged.
   """
-  return _restore_item(directory, step, "model", {"params": abstract}, partial=True)["params"]
+  return restore_item(directory, step, "model", {"params": abstract}, partial=True)["params"]
 
 
 def checkpoint_id(directory: Path, step: int) -> dict[str, Any]:
@@ -271,86 +270,6 @@ def checkpoint_id(directory: Path, step: int) -> dict[str, Any]:
   for name in sorted(hashes, key=Path):
     digest.update(f"{name} {hashes[name]}\n".encode())
   return {"step": step, "sha256": digest.hexdigest()}
-
-
-def _restore_items(directory: Path, step: int, items: dict[str, dict[str, Any]]) -> dict[str, Any]:
-  """Restores items in two parts each, of which one is the largest array, and joins their dictionaries.
-
-  Reading an array needs memory for a second copy of it. The largest arrays are therefore read first and one at a time,
-  while little else is in memory.
-
-  Args:
-    directory: folder of all checkpoints.
-    step: the checkpoint's step.
-    items: shapes and shardings to restore into, by item and by name.
-
-  Raises:
-    InputError: an item does not fit the shapes, or is damaged.
-  """
-  parts = []
-  for item, abstract in items.items():
-    sizes = {name: _largest_shard(tree) for name, tree in abstract.items()}
-    largest = max(sizes, key=sizes.__getitem__)
-    rest = [name for name in sizes if name != largest]
-    parts += [(sizes[largest], item, [largest]), (max((sizes[name] for name in rest), default=0), item, rest)]
-  restored = {}
-  for _, item, names in sorted(parts, key=lambda part: part[0], reverse=True):
-    skipped = {name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree) for name, tree in items[item].items()}
-    wanted = skipped | {name: items[item][name] for name in names}
-    found = _restore_item(directory, step, item, wanted)
-    restored |= {name: found[name] for name in names}
-  return restored
-
-
-def _restore_item(directory: Path, step: int, name: str, abstract: Any, partial: bool = False) -> Any:
-  """Restores the arrays of an item; the host has memory for the largest shard beside the arrays themselves.
-
-  Args:
-    directory: folder of all checkpoints.
-    step: the checkpoint's step.
-    name: name of the item.
-    abstract: shapes and shardings to restore into; `ocp.PLACEHOLDER` for an array that is not read.
-    partial: whether the checkpoint may have arrays that are not asked for.
-
-  Raises:
-    InputError: the item does not fit the shapes, or is damaged.
-  """
-  how = ocp.args.PyTreeRestore(
-    abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=partial
-  )
-
-  def read() -> Any:
-    # Orbax counts in GB, and refuses a shard that is larger than the limit.
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_largest_shard(abstract) // 10**9 + 1)
-    with ocp.Checkpointer(handler) as checkpointer:
-      restored = checkpointer.restore(directory.absolute() / str(step) / name, args=how)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
-      # Orbax returns what it does not find as it was asked for.
-      if not isinstance(leaf, jax.Array) and leaf is not ocp.PLACEHOLDER:
-        raise KeyError(f"it has no array {jax.tree_util.keystr(path)}")
-    return jax.block_until_ready(restored)  # Until then, the copies on the host stay in memory.
-
-  return _restoring(directory, read)
-
-
-def _largest_shard(abstract: Any) -> int:
-  """Returns the bytes of the largest array of one device."""
-  leaves = (leaf for leaf in jax.tree.leaves(abstract) if leaf is not ocp.PLACEHOLDER)
-  return max(map(sharding.bytes_a_device, leaves), default=0)
-
-
-def _restoring(directory: Any, read: Callable[[], _Result]) -> _Result:
-  try:
-    return read()
-  except Exception as error:
-    # Orbax raises a plain Exception where the file of an array is missing or cut off.
-    if not isinstance(error, ValueError | KeyError | OSError) and type(error) is not Exception:
-      raise
-    first_line = str(error).strip().split("\n")[0]
-    raise InputError(
-      f"{directory}: its checkpoint does not fit this config or is damaged ({first_line}); use the config that wrote "
-      "it, or another --workdir"
-    ) from error
 
 
 def _training_part(state: TrainState) -> dict[str, Any]:
