@@ -13,4 +13,4 @@ def __getattr__(name: str) -> Any:
   """`load`, imported when it is asked for: importing the package itself costs nothing."""
   if name != "load":
     raise AttributeError(f"module 'vixml_jax' has no attribute {name!r}")
-  return importlib.import_module("vixml_jax.inference.predictor").load
+  return importlib.import_module("vixml_jax.inference.loading").load

@@ -31,7 +31,6 @@ from vixml_jax.run.setup import RunSetup, set_up_run
 from vixml_jax.run.state import TrainedModel, abstract_model_part, trained_model
 from vixml_jax.run.workdir import CHECKPOINTS, EMBEDDINGS, FINAL_METRICS, RETRIEVAL_SETTINGS
 from vixml_jax.search.label_index_files import IndexContents
-from vixml_jax.search.retrieval_augmented import RetrievalSettings
 from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import stage
 from vixml_jax.training.loop import train
@@ -171,7 +170,7 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
     baselines = {name: dict(values) for name, values in config.baselines.items()}
     print(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines), flush=True)
   _write_embeddings(workdir / EMBEDDINGS, config.eval.split, encoder, model, evaluation)
-  _write_for_inference(setup, workdir, model.step, evaluation.config.retrieval, model.label_clusters)
+  _write_for_inference(setup, workdir, evaluation, model)
   return final
 
 
@@ -214,32 +213,35 @@ def _write_embeddings(
     sharding.wait_for_all_processes("embeddings written")
 
 
-def _write_for_inference(
-  setup: RunSetup, workdir: Path, step: int, retrieval: RetrievalSettings | None, label_clusters: np.ndarray
-) -> None:
+def _write_for_inference(setup: RunSetup, workdir: Path, evaluation: ModelEvaluation, model: TrainedModel) -> None:
   """Writes tokenizer and label index, which the first process reads from the files of embeddings."""
   config, data, folder = setup.config, setup.data, workdir / EMBEDDINGS
   if jax.process_index() == 0:
+    retrieval, blend = evaluation.config.retrieval, None
+    if evaluation.blend is not None:
+      blend = evaluation.blend.stored(config.dataset.propensity_a, config.dataset.propensity_b)
+    has_queries = retrieval is not None or blend is not None
     builder = data.corpus.builder
     texts, uids = label_names(builder, data.corpus.text_fields)
     contents = IndexContents(
       RowFiles(folder, "labels"),
       texts,
       uids,
-      label_clusters,
+      model.label_clusters,
       # Without free vectors, labels have no clusters, and the index has one without labels.
       RowFiles(folder, "cluster_means")
       if setup.model.has_free_vectors
       else np.zeros((1, setup.model.embed_dim), np.float32),
-      queries=RowFiles(folder, "train_queries") if retrieval else None,
-      query_labels=data.corpus.train_labels if retrieval else None,
+      queries=RowFiles(folder, "train_queries") if has_queries else None,
+      query_labels=data.corpus.train_labels if has_queries else None,
       held_out=RowFiles(folder, f"{config.eval.split}_queries"),
+      blend=blend,
     )
     origin = image_origin(builder, config.dataset.data_dir, config.features.name) if config.images else None
     with stage("write the label index"):
       write_inference_files(
         workdir,
-        step,
+        model.step,
         contents,
         tokenizer_folder=setup.pretrained,
         image_features=origin,

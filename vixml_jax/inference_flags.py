@@ -10,7 +10,8 @@ from pathlib import Path
 from absl import flags
 
 from vixml_jax import cli
-from vixml_jax.inference.predictor import Predictor, load
+from vixml_jax.inference.loading import load
+from vixml_jax.inference.predictor import RANKINGS, Predictor
 
 flags.disclaim_key_flags()
 
@@ -20,6 +21,9 @@ class SearchFlags:
   """Flags of the search; `define_search_flags` defines them."""
 
   search: flags.FlagHolder[str | None]
+  ranking: flags.FlagHolder[str | None]
+  tail: flags.FlagHolder[float]
+  min_probability: flags.FlagHolder[float]
   retrieval_augmented: flags.FlagHolder[bool]
   retrieval_lambda: flags.FlagHolder[float | None]
   retrieval_temperature: flags.FlagHolder[float | None]
@@ -76,12 +80,21 @@ def define_model_flags(image_batch_size: int) -> ModelFlags:
 
 
 def define_search_flags() -> SearchFlags:
-  """Defines `--search`, `--retrieval_augmented`, `--retrieval_lambda` and `--retrieval_temperature`."""
+  """Defines `--search`, `--ranking`, and the settings of rankings."""
   return SearchFlags(
     search=flags.DEFINE_enum(
       "search", None, ["exact", "scann"], "Kind of search; by default the kind that the index was written for."
     ),
-    retrieval_augmented=flags.DEFINE_bool("retrieval_augmented", False, "Use retrieval-augmented inference."),
+    ranking=flags.DEFINE_enum(
+      "ranking", None, list(RANKINGS), "How labels are ranked; by default plain, by their cosine with the query."
+    ),
+    tail=flags.DEFINE_float(
+      "tail", 0.0, "How much more rare labels count when the blend ranks, 0 to 1: 0 is best for P@k, 1 for PSP@k."
+    ),
+    min_probability=flags.DEFINE_float(
+      "min_probability", 0.0, "Labels of a lower probability are left out when the blend ranks, 0 to 1."
+    ),
+    retrieval_augmented=flags.DEFINE_bool("retrieval_augmented", False, "Short for --ranking=retrieval_augmented."),
     retrieval_lambda=flags.DEFINE_float(
       "retrieval_lambda",
       None,

@@ -1,7 +1,7 @@
 """Answers queries over HTTP with a trained workdir, and serves a page to try it.
 
   python -m vixml_jax.serve --workdir=runs/NAME --port=8080 [--host=127.0.0.1]
-      [--search=exact|scann] [--[no]retrieval_augmented] [--reload_index=10]
+      [--search=exact|scann] [--ranking=plain|retrieval_augmented|blend] [--reload_index=10]
 
 No training data are needed. The serve extra must be installed. POST /v1/predict takes queries and returns their
 labels; /openapi.json describes the API; /healthz says whether the server is ready; /metrics is for Prometheus; / is

@@ -107,10 +107,10 @@ def raw_records(folder: Path, split: str) -> list[dict]:
 
 
 def _texts_only(place: Path) -> ConfigDict:
-  """MiniLM on titles; lambda and temperature are chosen on held-out queries."""
+  """MiniLM on titles; lambda, temperature and the blend are fitted on held-out queries."""
   config = miniature_config(place)
   config.train.epochs, config.dataset.validation_fraction = 1, 0.2
-  config.eval.retrieval_choose = True
+  config.eval.update(dict(retrieval_choose=True, blend=True))
   return config
 
 

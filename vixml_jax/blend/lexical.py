@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse
 
 from vixml_jax.blend.libraries import import_library
-from vixml_jax.ragged import ranges
+from vixml_jax.ragged import offsets_of, ranges
 
 NUM_COLUMNS = 2**21
 """Number of columns that n-grams are hashed to, F."""
@@ -44,6 +44,16 @@ def count_ngrams(texts: Iterable[Sequence[str]], num_columns: int = NUM_COLUMNS)
   if not parts:
     return scipy.sparse.csr_array((0, num_columns), dtype=np.float32)
   return scipy.sparse.csr_array(scipy.sparse.vstack(parts, format="csr"))
+
+
+def keep_rows(vectors: scipy.sparse.csr_array, kept: np.ndarray) -> scipy.sparse.csr_array:
+  """Returns a matrix of the same shape, in which the rows that are not chosen by bool [M] are empty."""
+  if kept.all():
+    return vectors
+  lengths = np.diff(vectors.indptr)
+  values = np.repeat(kept, lengths)
+  indptr = offsets_of(np.where(kept, lengths, 0))
+  return scipy.sparse.csr_array((vectors.data[values], vectors.indices[values], indptr), shape=vectors.shape)
 
 
 @dataclasses.dataclass(frozen=True)

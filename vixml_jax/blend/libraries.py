@@ -30,6 +30,6 @@ def import_library(name: str) -> Any:
     return importlib.import_module(name)
   except (ImportError, OSError) as error:
     raise InputError(
-      f"the blend needs the package {name.partition('.')[0]}, which cannot be imported ({error}): {INSTALL}, or set "
-      "config.eval.blend=False"
+      f"the blend needs the package {name.partition('.')[0]}, which cannot be imported ({error}): {INSTALL}, or do "
+      "without the blend (config.eval.blend=False, another --ranking)"
     ) from error

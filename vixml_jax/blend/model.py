@@ -71,7 +71,7 @@ class BlendModel:
     return np.asarray(self._booster.predict(features), np.float32)
 
 
-def dial_scores(probabilities: np.ndarray, inverse_propensity: np.ndarray, tail: float) -> np.ndarray:
+def dial_scores(probabilities: np.ndarray, inverse_propensity: np.ndarray, tail: float | np.ndarray) -> np.ndarray:
   """Returns what candidates are ranked by: probability * inverse propensity ** tail, float64 [P].
 
   At 0, it is the probability, whose ranking has the greatest expected P@k. At 1, it is the expected gain in PSP@k, so
@@ -80,11 +80,20 @@ def dial_scores(probabilities: np.ndarray, inverse_propensity: np.ndarray, tail:
   Args:
     probabilities: Probabilities [P].
     inverse_propensity: Inverse propensity of each candidate's label [P].
-    tail: 0 to 1: how much more rare labels count.
+    tail: 0 to 1: how much more rare labels count. One number, or [P].
 
   Raises:
     InputError: `tail` is out of range.
   """
-  if not 0 <= tail <= 1:
-    raise InputError(f"tail is {tail}: it must be between 0 and 1")
+  check_tail(tail)
   return np.asarray(probabilities, np.float64) * np.asarray(inverse_propensity, np.float64) ** tail
+
+
+def check_tail(tail: float | np.ndarray) -> None:
+  """Checks the dial from frequent to rare labels.
+
+  Raises:
+    InputError: It is not between 0 and 1.
+  """
+  if not np.all((np.asarray(tail) >= 0) & (np.asarray(tail) <= 1)):
+    raise InputError(f"tail is {tail}: it must be between 0 and 1")

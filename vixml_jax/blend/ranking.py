@@ -117,22 +117,29 @@ class ScoredCandidates:
     return cls(candidates, model.probabilities(features))
 
   def ranked(
-    self, k: int, inverse_propensity: np.ndarray, *, tail: float = 0.0, min_probability: float = 0.0
+    self,
+    k: int,
+    inverse_propensity: np.ndarray,
+    *,
+    tail: float | np.ndarray = 0.0,
+    min_probability: float | np.ndarray = 0.0,
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first k labels of each query by `dial_scores`.
 
     Args:
       k: Number of labels.
       inverse_propensity: Inverse propensities [L].
-      tail: 0 to 1: how much more rare labels count; see `dial_scores`.
-      min_probability: Candidates of a lower probability are left out.
+      tail: 0 to 1: how much more rare labels count; see `dial_scores`. One number, or [Q].
+      min_probability: Candidates of a lower probability are left out. One number, or [Q].
 
     Returns:
       Probabilities float32 [Q, K], which descend only if `tail` is 0, and ids int32 [Q, K], the lower id first among
       equal scores. Probability -inf and id -1 fill the places of a query with fewer candidates.
     """
+    queries = self.candidates.row_ids()
+    tail, least = (np.broadcast_to(value, len(self.candidates))[queries] for value in (tail, min_probability))
     order_by = dial_scores(self.probabilities, inverse_propensity[self.candidates.values], tail)
-    order_by[self.probabilities < min_probability] = -np.inf
+    order_by[self.probabilities < least] = -np.inf
     width = max(k, int(self.candidates.lengths.max(initial=0)))
     rows = [
       np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=missing)

@@ -9,12 +9,15 @@ import numpy as np
 import scipy.sparse
 
 from vixml_jax.blend.candidates import positives_of
-from vixml_jax.blend.lexical import TfIdf, count_ngrams
+from vixml_jax.blend.lexical import TfIdf, count_ngrams, keep_rows
 from vixml_jax.blend.model import BlendModel
 from vixml_jax.blend.ranking import BlendIndex
+from vixml_jax.blend.settings import BlendSettings
+from vixml_jax.evaluation.blend_row import BlendRanker
 from vixml_jax.evaluation.evaluator import QUERIES_PER_BLOCK, EvaluationIndex, EvaluationQueries
 from vixml_jax.input.corpus import Corpus
 from vixml_jax.ragged import Ragged
+from vixml_jax.search.label_index_blend import StoredBlend, WordVectors
 from vixml_jax.stages import stage
 
 MOST_FITTED = 8192
@@ -67,7 +70,35 @@ class CorpusWords:
     """
     if known is None or known.all():
       return BlendIndex.build(self.labels, self.train, train_labels)
-    return BlendIndex.build(self.labels, _only(self.train, known), train_labels.keep(known))
+    return BlendIndex.build(self.labels, keep_rows(self.train, known), train_labels.keep(known))
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedBlend:
+  """A trained blend, with the words of the data set that it ranks.
+
+  Attributes:
+    model: The trained model.
+    words: Words of all labels and training queries.
+  """
+
+  model: BlendModel
+  words: CorpusWords
+
+  def ranker(self, train_labels: Ragged) -> BlendRanker:
+    """Returns the blend with the labels of all training queries, N rows."""
+    return BlendRanker(self.model, self.words.index(train_labels))
+
+  def stored(self, propensity_a: float, propensity_b: float) -> StoredBlend:
+    """Returns the blend as an index stores it.
+
+    Args:
+      propensity_a: A of the propensities of labels.
+      propensity_b: B of them.
+    """
+    settings = BlendSettings(propensity_a, propensity_b)
+    vectors = WordVectors(self.words.labels, self.words.train)
+    return StoredBlend(self.model.text, self.words.tfidf.idf, vectors, settings.as_json())
 
 
 def fit_blend(index: EvaluationIndex, blend: BlendIndex, held_out: EvaluationQueries) -> BlendModel:
@@ -97,14 +128,6 @@ def fit_blend(index: EvaluationIndex, blend: BlendIndex, held_out: EvaluationQue
     model = BlendModel.fit(joined, all_hits)
   _log.info("blend: %d candidates of %d held-out queries, %d positives", len(joined), len(chosen), int(all_hits.sum()))
   return model
-
-
-def _only(vectors: scipy.sparse.csr_array, rows: np.ndarray) -> scipy.sparse.csr_array:
-  """Returns a matrix of the same shape, in which the rows that are not chosen by bool [N] are empty."""
-  lengths = np.diff(vectors.indptr)
-  kept = np.repeat(rows, lengths)
-  indptr = np.concatenate([[0], np.cumsum(np.where(rows, lengths, 0))])
-  return scipy.sparse.csr_array((vectors.data[kept], vectors.indices[kept], indptr), shape=vectors.shape)
 
 
 def _count_queries(corpus: Corpus, split: str, count: int) -> scipy.sparse.csr_array:

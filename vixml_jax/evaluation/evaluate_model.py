@@ -8,8 +8,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vixml_jax.encoding.item_encoder import ItemEncoder
-from vixml_jax.evaluation.blend_fitting import CorpusWords, fit_blend
-from vixml_jax.evaluation.blend_row import BlendRanker
+from vixml_jax.evaluation.blend_fitting import CorpusWords, FittedBlend, fit_blend
 from vixml_jax.evaluation.evaluator import (
   Evaluation,
   EvaluationConfig,
@@ -44,6 +43,7 @@ class ModelEvaluation:
     pooled_labels: [L, D], pooled encoder outputs of the labels, if the prototypes of the index do not know all training
       queries; None otherwise.
     cluster_means: [C, D], mean embedding of the labels of each free vector; None for a model without free vectors.
+    blend: the trained blend; None if none was fitted.
   """
 
   result: Evaluation
@@ -54,6 +54,7 @@ class ModelEvaluation:
   train_embeddings: ShardedRows
   pooled_labels: ShardedRows | None
   cluster_means: ShardedRows | None
+  blend: FittedBlend | None
 
 
 def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, model: TrainedModel) -> ModelEvaluation:
@@ -89,6 +90,7 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
   if wanted.blend and not blend:
     _log.info("no row for the blend: it is fitted on the held-out queries, which are evaluated")
   words = CorpusWords.read(data.corpus, known) if blend else None
+  fitted: FittedBlend | None = None
   if chooses_retrieval(config) or words is not None or wanted.split == "validation":
     prototypes = _held_out_prototypes(data, encoder, model, pooled, train_embeddings, known)
     index = make_index(
@@ -114,7 +116,7 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
         len(queries),
       )
     if words is not None:
-      blend_model = fit_blend(index, words.index(data.corpus.train_labels, known), queries)
+      fitted = FittedBlend(fit_blend(index, words.index(data.corpus.train_labels, known), queries), words)
     del prototypes
     if wanted.split == "test":
       del index, queries  # Frees what held-out queries needed.
@@ -128,12 +130,11 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
       None if words is None else words.test(data.corpus),
     )
     index = dataclasses.replace(index, goal=_goal(wanted, queries))
-    if words is not None:
-      ranker = BlendRanker(blend_model, words.index(data.corpus.train_labels))
-      index = dataclasses.replace(index, blend=ranker)
+    if fitted is not None:
+      index = dataclasses.replace(index, blend=fitted.ranker(data.corpus.train_labels))
   result = evaluate(index, queries, evaluation)
   left = None if wanted.split == "test" else pooled
-  return ModelEvaluation(result, evaluation, tried, index, queries, train_embeddings, left, means)
+  return ModelEvaluation(result, evaluation, tried, index, queries, train_embeddings, left, means, fitted)
 
 
 def _goal(wanted: ConfigDict, queries: EvaluationQueries) -> RecallGoal | None:

@@ -242,7 +242,8 @@ class _Job:
     embeddings = self._predictor.encode(block.queries, tokens=block.tokens, unreadable=bad, whole_chunks=True)
     self._encoding.add(started, len(block.queries))
     started = time.perf_counter()
-    scores, ids = self._predictor.search(embeddings, self._k, self._predictor.filters(block.queries))
+    texts = [query.text for query in block.queries]
+    scores, ids = self._predictor.search(embeddings, self._k, self._predictor.filters(block.queries), texts=texts)
     self._searching.add(started, len(block.queries))
     return _Found(scores, ids, bad)
 

@@ -7,14 +7,17 @@ from jax.sharding import Mesh
 import numpy as np
 
 from vixml_jax import sharding
+from vixml_jax.blend.lexical import TfIdf, count_ngrams
 from vixml_jax.encoding.item_encoder import normalize
 from vixml_jax.errors import InputError
 from vixml_jax.inference.label_files import LabelCategories, NewLabel
 from vixml_jax.inference.predictor import Predictor
+from vixml_jax.inference.queries import Query
 from vixml_jax.mining.centroids import mean_of_rows
 from vixml_jax.ragged import Ragged
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.label_index import LabelIndex
+from vixml_jax.search.label_index_blend import WordVectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +29,14 @@ class EmbeddedLabels:
     clusters: int32 [n], the free vector of each label.
     queries: float32 [m, D], embeddings of the positives.
     query_labels: Position of the label of each positive, m rows.
+    words: TF-IDF vectors of labels and positives, for an index with a blend; None for any other.
   """
 
   prototypes: np.ndarray
   clusters: np.ndarray
   queries: np.ndarray
   query_labels: Ragged
+  words: WordVectors | None
 
 
 def ids_of_uids(index: LabelIndex, uids: Mapping[str, str]) -> np.ndarray:
@@ -121,7 +126,17 @@ def embed_labels(predictor: Predictor, labels: Sequence[NewLabel]) -> EmbeddedLa
     clusters,
     queries,
     Ragged.of_lengths(np.repeat(np.arange(len(labels), dtype=np.int32), counts), np.ones(len(queries), np.int64)),
+    _words(predictor.index, labels, positives),
   )
+
+
+def _words(index: LabelIndex, labels: Sequence[NewLabel], positives: Sequence[Query]) -> WordVectors | None:
+  """Returns the TF-IDF vectors of new labels and their positives, if the index has a blend."""
+  if index.blend is None:
+    return None
+  tfidf = TfIdf(np.asarray(index.blend.idf))
+  texts = ([label.text for label in labels], [query.text for query in positives])
+  return WordVectors(*(tfidf.vectors(count_ngrams([part], len(tfidf.idf))) for part in texts))
 
 
 def nearest_clusters(embeddings: np.ndarray, clusters: np.ndarray, mesh: Mesh) -> np.ndarray:
@@ -163,6 +178,7 @@ def add_labels(
     categories if any(categories) else None,
     queries=embedded.queries if len(embedded.queries) else None,
     query_labels=embedded.query_labels if len(embedded.queries) else None,
+    words=embedded.words,
     delete=delete,
   )
 

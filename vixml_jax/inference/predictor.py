@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import os
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -12,18 +10,21 @@ import numpy as np
 
 from vixml_jax.errors import InputError
 from vixml_jax.files import fingerprint_of
+from vixml_jax.inference.blend_ranking import BlendRanking, Dials
 from vixml_jax.inference.predictions import Prediction, PredictionColumns
 from vixml_jax.inference.queries import Query, query_format
 from vixml_jax.inference.query_images import QueryImageEncoder
-from vixml_jax.inference.trained_encoder import TrainedEncoder, load_trained_encoder
+from vixml_jax.inference.trained_encoder import TrainedEncoder
 from vixml_jax.ragged import Ragged
-from vixml_jax.run.workdir import INDEX
 from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.filters import Filters
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
 
 GivenQuery = str | Mapping[str, Any] | Query
+
+PLAIN, AUGMENTED, BLEND = RANKINGS = ("plain", "retrieval_augmented", "blend")
+"""Ways to rank labels: by cosine, by retrieval-augmented inference, and by the probability of the trained blend."""
 
 
 class UnreadableImage(NamedTuple):
@@ -57,7 +58,8 @@ class Predictor:
     encoder: Encoder of texts and images.
     index: Index of the labels.
     image_encoder: Encoder of images to feature vectors; None for a model of texts only.
-    retrieval: Settings of retrieval-augmented inference; None for plain search.
+    retrieval: Settings of retrieval-augmented inference; None for another ranking.
+    blend: The trained blend of the index; None for another ranking.
     label_search: Search of the labels to use instead of `index.search`.
   """
 
@@ -65,19 +67,45 @@ class Predictor:
   index: LabelIndex
   image_encoder: QueryImageEncoder | None
   retrieval: RetrievalSettings | None
+  blend: BlendRanking | None = None
   label_search: LabelSearch | None = None
 
   def __repr__(self) -> str:
     return (
       f"Predictor(workdir={str(self.encoder.workdir)!r}, step={self.encoder.checkpoint['step']}, "
       f"labels={self.index.num_live}, images={self.encoder.images}, search={self.index.search_kind!r}, "
-      f"retrieval={self.retrieval})"
+      f"retrieval={self.retrieval}, blend={self.blend})"
     )
 
   @property
   def mesh(self) -> Mesh:
     """Devices that encode and search."""
     return self.encoder.mesh
+
+  @property
+  def ranking(self) -> str:
+    """How labels are ranked, one of `RANKINGS`."""
+    return BLEND if self.blend is not None else PLAIN if self.retrieval is None else AUGMENTED
+
+  @property
+  def hits(self) -> tuple[int, int]:
+    """Numbers of labels and of training queries that the ranking looks up for each query; 0 and 0 for plain search."""
+    if self.blend is not None:
+      return self.blend.index.widths.labels, self.blend.index.widths.queries
+    return (0, 0) if self.retrieval is None else (self.retrieval.hits, self.retrieval.num_query_hits)
+
+  def with_index(self, index: LabelIndex, label_search: LabelSearch | None = None) -> "Predictor":
+    """Returns the predictor with another snapshot of its index.
+
+    Args:
+      index: The snapshot.
+      label_search: As the attribute.
+
+    Raises:
+      InputError: The ranking needs something that the snapshot lacks.
+    """
+    blend = self.blend and BlendRanking.open(index, self.blend.tail, self.blend.min_probability)
+    return dataclasses.replace(self, index=index, blend=blend, label_search=label_search)
 
   def predict(self, queries: Sequence[GivenQuery], k: int = 10) -> list[list[Prediction]]:
     """Returns the k labels of highest score for each query.
@@ -92,15 +120,19 @@ class Predictor:
       k: Number of labels, 1 to the number of labels in the index.
 
     Returns:
-      For each query its labels, best first. There are fewer than k if filters leave fewer, or, with retrieval
-      augmentation, if fewer have a share of probability.
+      For each query its labels, best first. There are fewer than k if filters leave fewer; with retrieval
+      augmentation, if fewer have a share of probability; and with the blend, if there are fewer candidates of the
+      probability that is asked for.
 
     Raises:
       InputError: A query is wrong (the message names its position from 0), or k is.
     """
     checked = self.checked(queries)
     self.check_k(k)
-    return self.named(*self.search(self.encode(checked), k, self.filters(checked))) if checked else []
+    if not checked:
+      return []
+    texts = [query.text for query in checked]
+    return self.named(*self.search(self.encode(checked), k, self.filters(checked), texts=texts))
 
   def checked(self, queries: Sequence[GivenQuery]) -> list[Query]:
     """Checks the queries of a call and returns them.
@@ -161,26 +193,41 @@ class Predictor:
       categories=[query.categories for query in queries],
     )
 
-  def search(self, embeddings: np.ndarray, k: int, filters: Filters | None = None) -> tuple[np.ndarray, np.ndarray]:
+  def search(
+    self,
+    embeddings: np.ndarray,
+    k: int,
+    filters: Filters | None = None,
+    *,
+    texts: Sequence[str] | None = None,
+    dials: Dials | None = None,
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the best labels of embedded queries.
 
     Args:
       embeddings: Embeddings [Q, D].
       k: Number of labels for each query.
       filters: Labels that each query may have, from `filters`.
+      texts: Texts of the queries, which only the blend reads.
+      dials: Settings of the blend for each query; None for those of `blend`.
 
     Returns:
-      Scores float32 [Q, K], descending, and ids int32 [Q, K]. Score -inf and id -1 fill the places of a query with
-      fewer labels.
+      Scores float32 [Q, K] and ids int32 [Q, K], the best label first. Scores descend, unless the blend ranks with a
+      `tail` above 0: its scores are probabilities. Score -inf and id -1 fill the places of a query with fewer labels.
     """
     search = self.label_search or self.index.search
-    if self.retrieval is None:
+    if self.retrieval is None and self.blend is None:
       return search(embeddings, k, filters)
+    label_hits, query_hits = self.hits
     # The label search applies the filters too, so that a query with few allowed labels finds them.
     neighbors = retrieval_augmented.Neighbors(
-      *search(embeddings, self.retrieval.hits, filters),
-      *self.index.query_index.search(embeddings, self.retrieval.num_query_hits),
+      *search(embeddings, label_hits, filters), *self.index.query_index.search(embeddings, query_hits)
     )
+    if self.blend is not None:
+      if texts is None:
+        raise ValueError("the blend needs the texts of the queries")
+      return self.blend.rank(neighbors, texts, k, filters, dials)
+    assert self.retrieval is not None
     if self.retrieval.joint:
       # Training queries are not filtered. They would take the places of the few labels that a query may have.
       limited = None if filters is None or filters.allow is None else filters.allow.has_set
@@ -212,6 +259,7 @@ class Predictor:
       "checkpoint": self.encoder.checkpoint,
       "index": fingerprint_of(self.index.info),
       "retrieval": self.retrieval and dataclasses.asdict(self.retrieval),
+      "blend": self.blend and {"tail": self.blend.tail, "min_probability": self.blend.min_probability},
       "mesh": dict(self.mesh.shape),
       "platform": jax.default_backend(),
       "search": self.index.search_kind,
@@ -252,63 +300,3 @@ class Predictor:
       ]
       for i, query in enumerate(queries)
     ]
-
-
-def load(
-  workdir: str | os.PathLike[str],
-  search: str | None = None,
-  retrieval_augmented: bool = False,
-  mesh: Mesh | None = None,
-  *,
-  retrieval_lambda: float | None = None,
-  retrieval_temperature: float | None = None,
-  image_checkpoint: str | None = None,
-  image_batch_size: int = 8,
-) -> Predictor:
-  """Loads a trained workdir. No training data are needed.
-
-  Args:
-    workdir: Folder of the run.
-    search: "exact" (on the devices) or "scann" (approximate, on the CPU); None for the kind that the index was written
-      for.
-    retrieval_augmented: Whether to use retrieval-augmented inference.
-    mesh: Devices to use; None for all devices, in the layout of training if that fits their number.
-    retrieval_lambda: Weight of the labels against that of the training queries; None for that of the run's evaluation.
-    retrieval_temperature: Temperature of retrieval; None for that of the run's evaluation.
-    image_checkpoint: SigLIP tower that encodes images; None for the one that made the features of the training data.
-    image_batch_size: Number of images that the tower encodes at a time. A smaller batch takes as long as a full one.
-
-  Raises:
-    InputError: A file is missing, damaged, or of another checkpoint.
-  """
-  workdir = Path(workdir)
-  encoder = load_trained_encoder(workdir, mesh)
-  index = LabelIndex.open(workdir / INDEX, checkpoint=encoder.checkpoint, search=search, mesh=encoder.mesh)
-  image_encoder = None
-  if encoder.images:
-    image_encoder = QueryImageEncoder(encoder.config, encoder.image_origin or {}, image_checkpoint, image_batch_size)
-  settings = None
-  if retrieval_augmented:
-    settings = _retrieval_settings(index, workdir, retrieval_lambda, retrieval_temperature)
-  return Predictor(encoder, index, image_encoder, settings)
-
-
-def _retrieval_settings(
-  index: LabelIndex, workdir: Path, lambda_: float | None, temperature: float | None
-) -> RetrievalSettings:
-  """Returns the settings of the evaluation, with the given values in place of its own."""
-  stored = index.retrieval
-  if stored is None:
-    raise InputError(
-      f"{workdir / INDEX}: has no training queries, which retrieval-augmented inference needs; run "
-      f"python -m vixml_jax.evaluate --workdir={workdir} --retrieval_augmented"
-    )
-  settings = RetrievalSettings.from_json(stored)
-  settings = dataclasses.replace(
-    settings,
-    lambda_=settings.lambda_ if lambda_ is None else lambda_,
-    temperature=settings.temperature if temperature is None else temperature,
-  )
-  retrieval_augmented.check_setting(settings.lambda_, settings.temperature)
-  _ = index.query_index  # Opened now, because the next snapshot removes its files.
-  return settings

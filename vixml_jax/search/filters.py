@@ -1,8 +1,9 @@
 """Filters that say which labels each query may have, and search that applies them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ OVERFETCH_AT_MOST = 1_024
 MASKS_PER_PASS = 8
 """Number of masks that exact search applies in one pass."""
 _MAX_WIDTH = 8_192
+
+_Key = TypeVar("_Key")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,3 +291,12 @@ class _FilteredSearch:
     """Stores the first k results that the queries may have."""
     permitted = self._filters.take(members).permits(ids)
     self.scores[members], self.ids[members] = keep_permitted(scores, ids, permitted, self._k)
+
+
+def shared_sets(keys: Sequence[_Key | None], ids_of: Callable[[_Key], np.ndarray]) -> IdSets | None:
+  """Returns for every query the set of ids of its key, computed once for each distinct key; None if there is no key."""
+  numbers = {key: number for number, key in enumerate(dict.fromkeys(key for key in keys if key is not None))}
+  if not numbers:
+    return None
+  set_of_query = [-1 if key is None else numbers[key] for key in keys]
+  return IdSets.from_ragged(Ragged.from_rows([ids_of(key) for key in numbers]), np.asarray(set_of_query))

@@ -1,9 +1,9 @@
 """The label index: searches the labels of a trained model, on disk, and finds them by uid and by category."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import functools
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import jax
 from jax.sharding import Mesh
@@ -12,12 +12,12 @@ import numpy as np
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged
 from vixml_jax.search import label_index_editing, snapshots
-from vixml_jax.search.filters import Filters, IdSets, search_filtered
+from vixml_jax.search.filters import Filters, search_filtered, shared_sets
 from vixml_jax.search.index import Index, make_index
+from vixml_jax.search.label_index_blend import StoredBlend, WordVectors
 from vixml_jax.search.label_index_files import IndexContents, IndexFiles, open_current
 from vixml_jax.search.scann_index import ScannIndex
 
-_Key = TypeVar("_Key")
 _MAX_NAMES_SHOWN = 10
 
 
@@ -109,6 +109,11 @@ class LabelIndex:
     """Names of all categories, sorted."""
     return self._files.category_names
 
+  @property
+  def blend(self) -> StoredBlend | None:
+    """The trained blend, with the words of deleted labels included; None if the index has none."""
+    return self._files.blend
+
   @functools.cached_property
   def label_index(self) -> Index:
     """Index of the labels that are not deleted; its results are label ids."""
@@ -195,8 +200,8 @@ class LabelIndex:
       for uids, names in zip(allow or nothing, categories or nothing, strict=True)
     ]
     return Filters(
-      _shared_sets(allowed_by, lambda key: self._allowed_ids(*key)),
-      _shared_sets([tuple(uids) if uids else None for uids in deny or ()], self._find),
+      shared_sets(allowed_by, lambda key: self._allowed_ids(*key)),
+      shared_sets([tuple(uids) if uids else None for uids in deny or ()], self._find),
     )
 
   def search(
@@ -228,6 +233,7 @@ class LabelIndex:
     *,
     queries: np.ndarray | None = None,
     query_labels: Ragged | None = None,
+    words: WordVectors | None = None,
     delete: Sequence[int] | np.ndarray = (),
   ) -> "LabelIndex":
     """Adds labels and returns the next snapshot, in which their ids are the last ones.
@@ -243,6 +249,8 @@ class LabelIndex:
       queries: float32 [m, D], embeddings of training queries that have the new labels. An index without training
         queries ignores them.
       query_labels: New labels of each of these queries, 0 to n - 1, m rows.
+      words: TF-IDF vectors of the new labels [n, F] and of these queries [m, F]. An index with a blend needs them;
+        others ignore them.
       delete: Ids of labels to delete in the same step, such as labels that are replaced.
 
     Raises:
@@ -258,7 +266,7 @@ class LabelIndex:
       queries=queries,
       query_labels=query_labels,
     )
-    label_index_editing.add_labels(self._files, new, np.asarray(delete, np.int64), self._mesh)
+    label_index_editing.add_labels(self._files, new, words, np.asarray(delete, np.int64), self._mesh)
     return self._reopened()
 
   def delete(self, ids: Sequence[int] | np.ndarray) -> "LabelIndex":
@@ -332,12 +340,3 @@ class LabelIndex:
         )
     members = functools.reduce(np.union1d, (self._labels_of_categories[name] for name in names), np.zeros(0, np.int32))
     return members if uids is None else np.intersect1d(members, self._find(uids))
-
-
-def _shared_sets(keys: Sequence[_Key | None], ids_of: Callable[[_Key], np.ndarray]) -> IdSets | None:
-  """Returns for every query the set of ids of its key, computed once for each distinct key; None if there is no key."""
-  numbers = {key: number for number, key in enumerate(dict.fromkeys(key for key in keys if key is not None))}
-  if not numbers:
-    return None
-  set_of_query = [-1 if key is None else numbers[key] for key in keys]
-  return IdSets.from_ragged(Ragged.from_rows([ids_of(key) for key in numbers]), np.asarray(set_of_query))

@@ -15,7 +15,8 @@ import numpy as np
 from vixml_jax.errors import InputError
 from vixml_jax.files import locked
 from vixml_jax.ragged import Ragged
-from vixml_jax.search import snapshots
+from vixml_jax.search import label_index_blend, snapshots
+from vixml_jax.search.label_index_blend import WordVectors
 from vixml_jax.search.label_index_files import (
   IndexContents,
   IndexFiles,
@@ -31,23 +32,31 @@ from vixml_jax.search.scann_recall import recall_goal, recall_sample
 _ROWS_PER_BLOCK = 65_536
 # Adding without queries and deleting leave these as they are.
 _KEPT_FILES = (
+  label_index_blend.MODEL,
+  label_index_blend.IDF,
   "clusters.npy",
   "held_out.npy",
   "queries.npy",
   "query_labels.values.npy",
   "query_labels.offsets.npy",
+  "query_words.values.npy",
+  "query_words.offsets.npy",
+  "query_words.weights.npy",
   "scann_queries",
 )
 
 _log = logging.getLogger(__name__)
 
 
-def add_labels(files: IndexFiles, new: IndexContents, delete: np.ndarray, mesh: Mesh | None) -> None:
+def add_labels(
+  files: IndexFiles, new: IndexContents, words: WordVectors | None, delete: np.ndarray, mesh: Mesh | None
+) -> None:
   """Adds labels; their ids follow those of the labels that exist.
 
   Args:
     files: A snapshot of the index.
     new: The n new labels. Their training queries have labels 0 to n - 1, which refer to the new labels.
+    words: TF-IDF vectors of the new labels and of their training queries, which an index with a blend needs.
     delete: Ids of labels to delete in the same step.
     mesh: Devices to measure the recall of ScaNN with; None uses all devices of this process.
 
@@ -57,7 +66,9 @@ def add_labels(files: IndexFiles, new: IndexContents, delete: np.ndarray, mesh: 
   dim = files.embeddings.shape[1]
   if new.embeddings.shape[1:] != (dim,):
     raise ValueError(f"embeddings have shape {new.embeddings.shape} instead of [n, {dim}]")
-  _write_next(files, lambda latest, work: _write_added(latest, work, new, delete, mesh))
+  if files.blend is not None and words is None:
+    raise ValueError("an index with a blend needs the words of new labels")
+  _write_next(files, lambda latest, work: _write_added(latest, work, new, words, delete, mesh))
 
 
 def delete_labels(files: IndexFiles, ids: np.ndarray, mesh: Mesh | None) -> None:
@@ -103,7 +114,7 @@ def _write_next(files: IndexFiles, write: Callable[[IndexFiles, Path], dict[str,
 
 
 def _write_added(
-  files: IndexFiles, work: Path, new: IndexContents, delete: np.ndarray, mesh: Mesh | None
+  files: IndexFiles, work: Path, new: IndexContents, words: WordVectors | None, delete: np.ndarray, mesh: Mesh | None
 ) -> dict[str, Any]:
   deleted = _deleted_after(files, delete)
   uids, embeddings = as_table(new.uids), load_rows(new.embeddings)
@@ -127,6 +138,8 @@ def _write_added(
   _check_any_left(files.folder, deleted)
   if new.queries is not None and new.query_labels is not None:
     _write_added_queries(files, work, load_rows(new.queries), new.query_labels, mesh)
+  if files.blend is not None and words is not None:
+    _write_added_words(files.blend.words, work, words)
 
   def edit_scann(scann: ScannIndex) -> None:
     scann.delete(delete)
@@ -152,6 +165,17 @@ def _write_added_queries(files: IndexFiles, work: Path, queries: np.ndarray, lab
     joined = np.load(work / "queries.npy", mmap_mode="r", allow_pickle=False)
     scann = build_scann(joined, None, files.recall_goal, mesh)
   save_scann(scann, work / "scann_queries")
+
+
+def _write_added_words(former: WordVectors, work: Path, new: WordVectors) -> None:
+  """Appends the words of new labels and of their training queries."""
+  label_index_blend.save_vectors(
+    label_index_blend.joined(former.labels, new.labels), work / label_index_blend.LABEL_WORDS
+  )
+  if new.queries.shape[0]:
+    label_index_blend.save_vectors(
+      label_index_blend.joined(former.queries, new.queries), work / label_index_blend.QUERY_WORDS
+    )
 
 
 def _write_deleted(files: IndexFiles, work: Path, ids: np.ndarray, mesh: Mesh | None) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A workdir's `index/` holds snapshots (see `snapshots`). Each is a folder of these files:
 
-  index.json            format, checkpoint, search, counts, recall of ScaNN, settings of retrieval augmentation, names
-                        of the categories, and the sha256 of each file
+  index.json            format, checkpoint, search, counts, recall of ScaNN, settings of retrieval augmentation and of
+                        the blend, names of the categories, and the sha256 of each file
   labels.npy            float32 [L, D], the prototypes; a label's row is its id, which is never reused
   deleted.npy           bool [L], whether each label was deleted
   texts, uids           ragged uint8, the UTF-8 of each label's text and uid
@@ -13,6 +13,7 @@ A workdir's `index/` holds snapshots (see `snapshots`). Each is a folder of thes
   queries.npy           float32 [N, D], embeddings of the training queries; optional
   query_labels          ragged int32, labels of each training query; present together with queries.npy
   held_out.npy          float32 [S, D], queries that were not trained on, to measure the recall of ScaNN; optional
+  blend_model.txt, ...  the trained blend, see `label_index_blend`; optional
   scann, scann_queries  ScaNN over the labels and over the training queries; only if the index was written for ScaNN
 
 Ragged arrays are two files, NAME.values.npy and NAME.offsets.npy. Arrays are memory-mapped, so that opening an index of
@@ -34,6 +35,7 @@ from vixml_jax.ragged import Ragged
 from vixml_jax.row_files import RowFiles
 from vixml_jax.search import snapshots
 from vixml_jax.search.index import KINDS
+from vixml_jax.search.label_index_blend import StoredBlend
 from vixml_jax.search.label_index_scann import build_scann, describe_search, save_scann
 from vixml_jax.search.scann_recall import RecallGoal, recall_goal, recall_sample, sample_rows
 from vixml_jax.search.text_table import TextTable
@@ -54,11 +56,13 @@ class IndexContents:
     label_clusters: int32 [L], the free vector of each label.
     cluster_means: float32 [C, D], mean embedding of the labels of each free vector; in memory or in files.
     deleted: bool [L], whether each label is deleted; None if no label is.
-    queries: float32 [N, D], embeddings of the training queries, for retrieval augmentation; in memory or in files.
+    queries: float32 [N, D], embeddings of the training queries, for retrieval augmentation and the blend; in memory or
+      in files.
     query_labels: Labels of the training queries, N rows.
     categories: Names of the categories of each label, L rows.
     held_out: float32 [H, D], queries that were not trained on; in memory or in files. A sample of them is written, on
       which the recall of ScaNN is measured.
+    blend: The trained blend of these labels and training queries; None for an index without one.
   """
 
   embeddings: np.ndarray | RowFiles
@@ -71,6 +75,7 @@ class IndexContents:
   query_labels: Ragged | None = None
   categories: Sequence[Sequence[str]] | None = None
   held_out: np.ndarray | RowFiles | None = None
+  blend: StoredBlend | None = None
 
   def __post_init__(self) -> None:
     counts = {
@@ -83,6 +88,12 @@ class IndexContents:
     numbers = [-1 if part is None else len(part) for part in (self.queries, self.query_labels)]
     if numbers[0] != numbers[1]:
       raise ValueError("training queries and their labels must be given together, in equal numbers")
+    if self.blend is not None:
+      words = tuple(part.shape[0] for part in self.blend.words)
+      if words != (len(self.embeddings), numbers[0]):
+        raise ValueError(
+          f"words of {words} labels and training queries: there must be {len(self.embeddings), numbers[0]}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +113,7 @@ class IndexFiles:
     queries: float32 [N, D], embeddings of the training queries; None if the index has none.
     query_labels: Labels of the training queries, deleted ones included, N rows; None if the index has none.
     held_out: float32 [S, D], sample of queries that were not trained on; None if the index has none.
+    blend: The trained blend; None if the index has none.
   """
 
   folder: Path
@@ -116,6 +128,7 @@ class IndexFiles:
   queries: np.ndarray | None
   query_labels: Ragged | None
   held_out: np.ndarray | None
+  blend: StoredBlend | None
 
   @property
   def info(self) -> dict[str, Any]:
@@ -201,6 +214,8 @@ def write_index(
     if held_out is not None:
       held_out = held_out[sample_rows(len(held_out))]
       np.save(work / "held_out.npy", held_out)
+    if contents.blend is not None:
+      contents.blend.save(work)
     scann, embeddings, queries, sample = None, contents.embeddings, contents.queries, None
     if search == "scann":  # It needs all vectors in memory.
       embeddings, queries = load_rows(embeddings), None if queries is None else load_rows(queries)
@@ -215,6 +230,7 @@ def write_index(
       "checkpoint": checkpoint,
       "edits": 0,
       "retrieval": retrieval,
+      "blend": None if contents.blend is None else contents.blend.settings,
       "categories": None if contents.categories is None else names,
       **describe_search(embeddings, deleted, scann, scann_recall, sample, mesh),
     }
@@ -304,6 +320,7 @@ def _map_files(folder: Path, snapshot: snapshots.Snapshot) -> IndexFiles:
     queries=mapped("queries.npy") if has_queries else None,
     query_labels=Ragged.load(path / "query_labels") if has_queries else None,
     held_out=mapped("held_out.npy") if "held_out.npy" in info["files"] else None,
+    blend=StoredBlend.open(path, settings) if (settings := info.get("blend")) else None,  # Older files lack the key.
   )
 
 

@@ -174,6 +174,7 @@ def _add_operations(
       step=encoder.checkpoint["step"],
       labels=model.labels.num_live,
       search=model.labels.search_kind,
+      ranking=model.predictor.ranking,
       retrieval_augmented=model.predictor.retrieval is not None,
       texts=list(encoder.config.dataset.text_fields),
       images=encoder.images,

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vixml_jax.errors import InputError
+from vixml_jax.inference.blend_ranking import BlendRanking, Dials
 from vixml_jax.inference.predictions import Prediction
 from vixml_jax.inference.predictor import Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query, QueryFormat, query_format
@@ -39,6 +40,8 @@ class QueryRequest:
     k: Number of labels to find.
     filters: Filters of all queries of the request; None if it has none.
     row: Position of the query in the request.
+    tail: The dial of the blend from frequent to rare labels; None for that of the server.
+    min_probability: The least probability of a label; None for that of the server.
   """
 
   query: Query
@@ -46,6 +49,8 @@ class QueryRequest:
   k: int
   filters: Filters | None = None
   row: int = 0
+  tail: float | None = None
+  min_probability: float | None = None
 
   @property
   def size(self) -> int:
@@ -132,7 +137,15 @@ class Engine:
       with self._metrics.encode_seconds.time():
         embeddings = predictor.encode(queries, tokens=tokens, unreadable=bad)
       with self._metrics.search_seconds.time():
-        found = predictor.named(*predictor.search(embeddings, max(request.k for request in requests), filters))
+        found = predictor.named(
+          *predictor.search(
+            embeddings,
+            max(request.k for request in requests),
+            filters,
+            texts=[query.text for query in queries],
+            dials=_dials(predictor.blend, requests),
+          )
+        )
     answers: list[list[Prediction] | Exception] = [
       labels[: request.k] for labels, request in zip(found, requests, strict=True)
     ]
@@ -175,13 +188,12 @@ class Engine:
   def _serve(self, predictor: Predictor, labels: LabelIndex, reads_images: bool) -> ServedModel:
     """Compiles the search of an opened index and returns the model that uses it."""
     index, limits = ServedIndex(labels), self._limits
-    label_hits = 0 if predictor.retrieval is None else predictor.retrieval.hits
-    query_hits = None if predictor.retrieval is None else predictor.retrieval.num_query_hits
-    for program in index.warm_up(max(limits.k, label_hits) + limits.names, limits.batch, query_hits):
+    label_hits, query_hits = predictor.hits
+    for program in index.warm_up(max(limits.k, label_hits) + limits.names, limits.batch, query_hits or None):
       with self._devices:
         program()
     self._metrics.labels.set(labels.num_live)
-    predictor = dataclasses.replace(predictor, index=labels, label_search=index.search)
+    predictor = predictor.with_index(labels, index.search)
     return ServedModel(predictor, query_format(predictor.encoder.config), index, labels.current, reads_images)
 
   def _warm_up_tower(self, predictor: Predictor) -> bool:
@@ -193,6 +205,20 @@ class Engine:
       _log.warning("image files are refused, feature vectors are accepted: %s", error)
       return False
     return True
+
+
+def _dials(blend: BlendRanking | None, requests: Sequence[QueryRequest]) -> Dials | None:
+  """Returns the settings of the blend for each request; None for another ranking."""
+  if blend is None:
+    return None
+  settings = [
+    (
+      blend.tail if request.tail is None else request.tail,
+      blend.min_probability if request.min_probability is None else request.min_probability,
+    )
+    for request in requests
+  ]
+  return Dials(*np.array(settings).T)
 
 
 def _black() -> bytes:

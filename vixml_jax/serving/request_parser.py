@@ -22,6 +22,7 @@ from vixml_jax.serving.request_error import RequestError, shortened
 from vixml_jax.serving.schema import Strict, request_model
 
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b"[{,:"))
+_DIAL = ("tail", "min_probability")
 _QUICK_BYTES = 4_096
 # Keys whose values take time, and the escape that can spell them in another way.
 _SLOW = (b"images", *(key.encode() for key in request_filters.KEYS), b"\\u")
@@ -107,11 +108,15 @@ class RequestParser:
     k, num_labels = given["k"], model.labels.num_live
     if k > num_labels:
       raise RequestError(422, f"must be 1 to {num_labels}, the number of labels", "k")
+    dial = {name: given[name] for name in _DIAL if name in given}
+    if dial and model.predictor.blend is None:
+      name = next(iter(dial))
+      raise RequestError(422, "needs a server that was started with --ranking=blend; leave it out", name)
     filters = request_filters.resolve_filters(given, model.labels)
     encoder = model.predictor.image_encoder if model.reads_images else None
     queries = [_query(query, f"queries[{i}]", model.form, encoder) for i, query in enumerate(given["queries"])]
     tokens = model.predictor.encoder.tokenizer([query.text for query in queries])
-    return [QueryRequest(query, tokens[i], k, filters, i) for i, query in enumerate(queries)]
+    return [QueryRequest(query, tokens[i], k, filters, i, **dial) for i, query in enumerate(queries)]
 
 
 def _query(given: dict[str, Any], where: str, form: QueryFormat, encoder: QueryImageEncoder | None) -> Query:

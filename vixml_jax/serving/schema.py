@@ -20,7 +20,9 @@ class Label(BaseModel):
 class ScoredLabel(Label):
   """A label that was found for a query."""
 
-  score: float = Field(description="Cosine; with retrieval augmentation a share of probability.")
+  score: float = Field(
+    description="Cosine; with retrieval augmentation a share of probability; with the blend a probability."
+  )
 
 
 class Answer(BaseModel):
@@ -43,6 +45,7 @@ class Health(BaseModel):
   step: int | None = Field(default=None, description="Step of the checkpoint.")
   labels: int | None = Field(default=None, description="Number of labels that can be found.")
   search: str | None = None
+  ranking: str | None = Field(default=None, description="How labels are ranked: plain, retrieval_augmented or blend.")
   retrieval_augmented: bool | None = None
   texts: list[str] | None = Field(default=None, description="Fields of a query that the model reads.")
   images: int | None = Field(default=None, description="Maximum number of images of a query that the model uses.")
@@ -78,6 +81,7 @@ def request_model(limits: Limits) -> type[Strict]:
   """Returns the model of the body of `POST /v1/predict`, with the limits in it."""
   text = Annotated[str, Field(max_length=limits.text_chars)]
   names = Annotated[list[text], Field(fail_fast=True, max_length=limits.names)]
+  share = Annotated[float, Field(ge=0, le=1)]
   vector = Annotated[list[float], Field(fail_fast=True, max_length=_MAX_NUMBERS)]
   image_list = Annotated[list[str | vector], Field(fail_fast=True, max_length=limits.images)]
 
@@ -102,5 +106,11 @@ def request_model(limits: Limits) -> type[Strict]:
     allow: names | None = Field(default=None, description="For queries without their own allow.")
     deny: names | None = Field(default=None, description="For queries without their own deny.")
     categories: names | None = Field(default=None, description="For queries without their own categories.")
+    tail: share | None = Field(
+      default=None, description="How much more rare labels count, if the server ranks by the blend."
+    )
+    min_probability: share | None = Field(
+      default=None, description="Labels of a lower probability are left out, if the server ranks by the blend."
+    )
 
   return PredictRequest
