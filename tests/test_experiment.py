@@ -9,10 +9,15 @@ import shutil
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+import numpy as np
 import pytest
+import torch
+import transformers
 
-from tests.helpers.miniature import write_raw_folder
+from tests.helpers.miniature import read_lines, write_raw_folder
 from tests.helpers.miniature_runs import miniature_config
+import vixml_jax
+from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.errors import InputError
 from vixml_jax.experiment import evaluate_workdir, train_and_evaluate
@@ -134,3 +139,27 @@ def test_a_run_on_changed_data_is_refused_before_frozen_weights_are_loaded(confi
   monkeypatch.setattr(setup, "frozen_params", lambda *_: pytest.fail("weights were loaded"))
   with pytest.raises(InputError, match="trained on other data than custom now contains; use another --workdir"):
     train_and_evaluate(config, workdir)
+
+
+def test_without_epochs_labels_are_represented_by_the_pretrained_encoder(tmp_path, caplog):
+  config = miniature_config(tmp_path, num_train=160)
+  config.train.epochs, config.dataset.validation_fraction = 0, 0.3
+  config.eval.update(dict(blend=True, retrieval_choose=True))
+  workdir = tmp_path / "run"
+  with caplog.at_level("INFO"), count_encodings() as encoded:
+    final = train_and_evaluate(config, workdir)
+  assert "the prototype of a label is the output of the pretrained encoder" in caplog.text
+  assert configuration.read(workdir / "config.json").method == "ngame"
+  assert sorted(encoded) == ["labels", "test queries", "training queries"]  # Each once.
+  titles = [label["title"] for label in read_lines(tmp_path / "raw" / SPLITS["labels"].rows)]
+  tokenizer = transformers.AutoTokenizer.from_pretrained(config.encoder.pretrained)
+  inputs = tokenizer(titles, padding=True, truncation=True, max_length=config.dataset.max_length, return_tensors="pt")
+  with torch.no_grad():
+    hidden = transformers.AutoModel.from_pretrained(config.encoder.pretrained)(**inputs).last_hidden_state
+  mask = inputs["attention_mask"][..., None]
+  expected = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).numpy()
+  np.testing.assert_allclose(RowFiles(workdir / "embeddings", "labels").load(), expected, atol=2e-6)
+  assert 0 <= final["blend/P@1"] <= 100 and final["train_seconds"] == 0
+  assert vixml_jax.load(workdir, ranking="blend").predict(["arrow up"], 3)
+  again = train_and_evaluate(config, workdir)  # Starting the command again evaluates again, without any step.
+  assert {key: again[key] for key in final} == final

@@ -13,7 +13,7 @@ from vixml_jax.run import configuration
 @pytest.mark.parametrize(
   "changes,message",
   [
-    ({"train.epochs": 0}, "config.train.epochs=0: must be above 0"),
+    ({"train.epochs": -1}, "config.train.epochs=-1: must not be negative"),
     ({"train.free_vectors": 1000}, "config.train.free_vectors=1000: must be a power of two"),
     (
       {"train.positive_sampling": "random"},

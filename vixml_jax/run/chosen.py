@@ -45,6 +45,18 @@ def with_started_values(config: ConfigDict, path: Path) -> ConfigDict:
   return _updated(config, {key: started[key] for key, left in OPEN.items() if values[key] == left and key in started})
 
 
+def with_method(config: ConfigDict) -> ConfigDict:
+  """Returns the config with method "ngame" where `train.epochs` is 0.
+
+  Without training, free vectors and prototype network are random. With that method, the prototype of a label is the
+  output of the encoder for its text.
+  """
+  if config.train.epochs or config.method == "ngame":
+    return config
+  _log.info("train.epochs=0: the prototype of a label is the output of the pretrained encoder (method=ngame)")
+  return _updated(config, {"method": "ngame"})
+
+
 def with_dtype(config: ConfigDict, platform: str) -> ConfigDict:
   """Returns the config with `encoder.dtype` chosen where it is "auto".
 

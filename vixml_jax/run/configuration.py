@@ -84,7 +84,7 @@ _CHECKS: dict[str, _Check] = {
   "loss.regulariser_weight": _NOT_NEGATIVE,
   "loss.regulariser_margin": _NOT_NEGATIVE,
   "loss.reverse_weight": _NOT_NEGATIVE,
-  "train.epochs": _POSITIVE,
+  "train.epochs": _NOT_NEGATIVE,
   "train.batch_size": _POSITIVE,
   "train.learning_rate": _POSITIVE,
   "train.new_learning_rate": _POSITIVE,

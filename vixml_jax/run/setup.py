@@ -74,7 +74,7 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
     InputError: something is wrong with the config, the data, the weights' folder or the workdir.
   """
   given = config
-  config = with_mesh(config, workdir)
+  config = with_mesh(chosen.with_method(config), workdir)
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   platform = sharding.platform_of(mesh)
   config = chosen.with_dtype(chosen.with_started_values(config, workdir / CONFIG), platform)
