@@ -49,7 +49,7 @@ help:
 
 quickstart: $(VENV)/.installed $(VENV)/.installed-quickstart
 	@$(BIN)/python -m vixml_jax.main --config=configs/quickstart.py:images=3 --workdir=runs/quickstart \
-		--config.eval.blend=True $(QUICKSTART_ARGS)
+		$(QUICKSTART_ARGS)
 	@elapsed=$$(( $$(date +%s) - $(STARTED) )); \
 		echo "quickstart took $$((elapsed / 60)) min $$((elapsed % 60)) s, installing included"
 
@@ -96,7 +96,7 @@ INSTALL_INPUTS := setup.cfg pyproject.toml constraints.txt
 
 $(VENV)/.installed: $(INSTALL_INPUTS) | $(BIN)/python
 	@echo "installing vixml_jax into $(VENV) (a minute or two)"
-	@$(call pip,-e '.[blend]')
+	@$(call pip,-e .)
 	@touch $@
 
 $(VENV)/.installed-test: $(INSTALL_INPUTS) | $(BIN)/python

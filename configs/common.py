@@ -24,7 +24,8 @@ def base_config() -> ConfigDict:
       allow_empty_filter=False,  # Accept an empty filter file although queries have the uids of labels.
       text_fields=("title",),
       max_length=32,  # Maximum number of tokens, special tokens included; longer texts are truncated.
-      validation_fraction=0.0,  # Fraction of the training queries that is held out to choose settings.
+      # Fraction of the training queries that is held out to choose settings; -1 for one that suits their number.
+      validation_fraction=0.0,
       propensity_a=0.6,  # Constants of the propensity in PSP.
       propensity_b=2.6,
     )
@@ -141,8 +142,11 @@ def base_config() -> ConfigDict:
       retrieval_lambda=0.9,  # Weight of labels relative to training queries.
       retrieval_temperature=0.05,
       retrieval_choose=False,  # Whether lambda and temperature are chosen on the validation queries.
-      # Whether the blend is fitted on the validation queries and evaluated; needs the extra `blend`.
+      # Whether the blend is fitted on the validation queries, evaluated and written to the label index.
       blend=False,
+      # Baselines that are computed on the same split and printed below the results: "tfidf", "untrained", and "plt"
+      # (needs the extra `baselines`). Their settings are chosen on the validation queries.
+      baselines=(),
       test_images=(),  # Also evaluates with at most each of these numbers of images per test query.
     )
   )

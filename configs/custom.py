@@ -28,6 +28,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
   config.encoder.dtype = "auto"
   config.train.update(dict(epochs=20, batch_size=512, free_vectors=0, row_length=0, chunk_rows=0, warmup_steps=10))
   config.mining.update(dict(start_epoch=2, update_epochs=2, doubling_epochs=(8, 12)))
+  config.dataset.validation_fraction = -1.0
+  config.eval.update(dict(retrieval_choose=True, blend=True, baselines=("tfidf", "untrained")))
   config.dataset.propensity_a, config.dataset.propensity_b = 0.55, 1.5
   config.train.sampling_a, config.train.sampling_b = 0.55, 1.5
   common.use_method(config, chosen["method"])

@@ -1,8 +1,8 @@
 """Evaluates a trained workdir again, or compares evaluated workdirs.
 
   python -m vixml_jax.evaluate --workdir=runs/NAME [--search=exact|scann] [--[no]retrieval_augmented]
-      [--retrieval_lambda=0.9] [--retrieval_temperature=0.05] [--[no]blend] [--split=test|validation]
-      [--test_images=0,1,2,3]
+      [--retrieval_lambda=0.9] [--retrieval_temperature=0.05] [--[no]blend] [--baselines=tfidf,untrained]
+      [--split=test|validation] [--test_images=0,1,2,3]
   python -m vixml_jax.evaluate --workdir=runs/NAME --compare=runs/OTHER[,runs/THIRD]
 
 The first command evaluates the newest checkpoint without training, for example with another search, other settings of
@@ -34,6 +34,11 @@ _TEMPERATURE = flags.DEFINE_float(
   "retrieval_temperature", None, "Temperature of retrieval augmentation; a given value is used as it is."
 )
 _BLEND = flags.DEFINE_bool("blend", None, "Whether to fit the blend, evaluate it and write it to the label index.")
+_BASELINES = flags.DEFINE_list(
+  "baselines",
+  None,
+  "Methods to compute on the same split: some of tfidf, untrained, plt; default: those of the config.",
+)
 _TEST_IMAGES = flags.DEFINE_string(
   "test_images",
   None,
@@ -65,7 +70,7 @@ def main() -> None:
 
 def _compare(workdir: Path, others: Sequence[str]) -> None:
   """Compares evaluated workdirs; flags of the evaluation are errors."""
-  for flag in (_SEARCH, _AUGMENTED, _LAMBDA, _TEMPERATURE, _BLEND, _TEST_IMAGES, _SPLIT, _MESH, _DATA_DIR):
+  for flag in (_SEARCH, _AUGMENTED, _LAMBDA, _TEMPERATURE, _BLEND, _BASELINES, _TEST_IMAGES, _SPLIT, _MESH, _DATA_DIR):
     if flag.present:
       raise InputError(
         f"--{flag.name}: cannot be used with --compare, which evaluates nothing; evaluate each workdir with it first"
@@ -87,6 +92,8 @@ def _override(config: ConfigDict) -> None:
   config.eval.update({key: value for key, value in given.items() if value is not None})
   if _LAMBDA.value is not None or _TEMPERATURE.value is not None:
     config.eval.retrieval_choose = False
+  if _BASELINES.value is not None:
+    config.eval.baselines = tuple(_BASELINES.value)
   if _TEST_IMAGES.value is not None:
     config.eval.test_images = tuple(cli.numbers(_TEST_IMAGES))
   if _DATA_DIR.value is not None:

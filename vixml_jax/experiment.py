@@ -13,11 +13,15 @@ from vixml_jax import sharding
 from vixml_jax.blend.libraries import check_blend_libraries
 from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.errors import InputError
+from vixml_jax.evaluation.baseline_rows import baseline_rows
+from vixml_jax.evaluation.baselines import BaselineTask, check_baselines
 from vixml_jax.evaluation.evaluate_model import (
   ModelEvaluation,
   all_prototypes,
   evaluate_model,
   evaluate_with_fewer_images,
+  evaluation_config,
+  retrieval_settings,
 )
 from vixml_jax.files import write_json
 from vixml_jax.input.batches import steps_per_epoch
@@ -26,7 +30,7 @@ from vixml_jax.row_files import RowFiles, remove_shares, write_shares
 from vixml_jax.run.checkpoint import Checkpointer
 from vixml_jax.run.from_config import adapter_folder, model_from_config
 from vixml_jax.run.inference_files import image_origin, label_names, write_inference_files
-from vixml_jax.run.pretrained import check_adapter, check_base
+from vixml_jax.run.pretrained import check_adapter, check_base, trainable_params
 from vixml_jax.run.setup import RunSetup, set_up_run
 from vixml_jax.run.state import TrainedModel, abstract_model_part, trained_model
 from vixml_jax.run.workdir import CHECKPOINTS, EMBEDDINGS, FINAL_METRICS, RETRIEVAL_SETTINGS
@@ -68,8 +72,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   Returns:
     The contents of final_metrics.json.
   """
-  if config.eval.blend:
-    check_blend_libraries()
+  _check_libraries(config)
   adapter = adapter_folder(config)
   if adapter is not None and not (workdir / CHECKPOINTS).is_dir():  # A run that is continued has its own adapters.
     check_adapter(model_from_config(config), adapter)
@@ -97,8 +100,7 @@ def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   Returns:
     The contents of final_metrics.json.
   """
-  if config.eval.blend:
-    check_blend_libraries()
+  _check_libraries(config)
   setup = set_up_run(config, workdir, extract=False)
   config, data = setup.config, setup.data
   total_steps = _total_steps(setup)
@@ -113,6 +115,13 @@ def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     restored = checkpointer.restore_model(step, abstract_model_part(setup.model, data.num_labels, setup.mesh))
   model = trained_model(step, meta, restored, data.num_labels)
   return _evaluate_and_write(setup, workdir, setup.load_encoder(), model)
+
+
+def _check_libraries(config: ConfigDict) -> None:
+  """Checks that the optional libraries are installed that evaluation needs."""
+  if config.eval.blend or {"tfidf", "plt"} & {*config.eval.baselines}:
+    check_blend_libraries()
+  check_baselines(config.eval.baselines)
 
 
 def _total_steps(setup: RunSetup) -> int:
@@ -143,6 +152,7 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
   config, data = setup.config, setup.data
   evaluation = _evaluate(setup, workdir, encoder, model)
   fewer_images = evaluate_with_fewer_images(config, data, encoder, model, evaluation)
+  baselines = _baselines(setup, encoder, model, evaluation)
   final = _final_metrics(evaluation, model.meta)
   split, rows = data.evaluated_queries(config.eval.split)
   if jax.process_index() == 0:
@@ -155,6 +165,7 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
       num_labels=data.num_labels,
       has_images=data.items[split].images.lengths[rows] > 0 if config.images else None,
       bootstrap_samples=config.eval.bootstrap_samples,
+      baselines=baselines,
     )
     write_json(workdir / FINAL_METRICS, final)
     write_report_files(
@@ -167,11 +178,30 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
       propensity=(config.dataset.propensity_a, config.dataset.propensity_b),
       learning_rates=learning_rates(config, _total_steps(setup)),
     )
-    baselines = {name: dict(values) for name, values in config.baselines.items()}
     print(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines), flush=True)
   _write_embeddings(workdir / EMBEDDINGS, config.eval.split, encoder, model, evaluation)
   _write_for_inference(setup, workdir, evaluation, model)
   return final
+
+
+def _baselines(
+  setup: RunSetup, encoder: ItemEncoder, model: TrainedModel, evaluation: ModelEvaluation
+) -> dict[str, dict[str, float]]:
+  """Returns the metrics of the baselines that the config computes, and of those that it states."""
+  config, data = setup.config, setup.data
+  stated = {name: dict(values) for name, values in config.baselines.items()}
+  if not config.eval.baselines or config.eval.split != "test":
+    return stated
+  propensity = data.inverse_propensity(config.dataset.propensity_a, config.dataset.propensity_b)
+  computed = baseline_rows(
+    config,
+    BaselineTask(data, propensity, evaluation_config(config.eval), retrieval_settings(config.eval)),
+    encoder,
+    model.meta["weights_sha256"],
+    lambda: trainable_params(encoder.model, setup.mesh, config.seed, setup.weights_folder, adapter_folder(config)),
+    None if evaluation.blend is None else evaluation.blend.words,
+  )
+  return computed | stated
 
 
 def _final_metrics(evaluation: ModelEvaluation, meta: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class Workload:
       row_devices: Number of accelerators that share the rows of a chunk.
       activation_budget: Bytes of activations that all of them can hold.
     """
-    config = chosen.with_free_vectors(chosen.with_dtype(config, _PLATFORM), size.labels)
+    config = chosen.with_held_out(chosen.with_dtype(config, _PLATFORM), size.train)
+    config = chosen.with_free_vectors(config, size.labels)
     layout = _layout(config)
     config = chosen.with_row_length(config, layout.longest(config.dataset.max_length), _PLATFORM)
     if not config.train.chunk_rows:

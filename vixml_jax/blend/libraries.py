@@ -1,12 +1,10 @@
-"""Imports the libraries of the blend, LightGBM and scikit-learn, or raises an error that says how to install them."""
+"""Imports the libraries of the blend, LightGBM and scikit-learn, when they are needed."""
 
 import importlib
 from typing import Any
 
 from vixml_jax.errors import InputError
 
-INSTALL = "pip install -c constraints.txt -e '.[blend]'"
-"""Command that installs both libraries."""
 _LIBRARIES = ("lightgbm", "sklearn.feature_extraction.text")
 
 
@@ -14,7 +12,7 @@ def check_blend_libraries() -> None:
   """Checks that both libraries can be imported.
 
   Raises:
-    InputError: One of them cannot; the message has the command that installs them.
+    InputError: One of them cannot; the message says why.
   """
   for name in _LIBRARIES:
     import_library(name)
@@ -30,6 +28,7 @@ def import_library(name: str) -> Any:
     return importlib.import_module(name)
   except (ImportError, OSError) as error:
     raise InputError(
-      f"the blend needs the package {name.partition('.')[0]}, which cannot be imported ({error}): {INSTALL}, or do "
-      "without the blend (config.eval.blend=False, another --ranking)"
+      f"the blend needs the package {name.partition('.')[0]}, which cannot be imported ({error}); install it (LightGBM "
+      "also needs the system's libgomp: apt install libgomp1), or do without the blend (config.eval.blend=False, "
+      "another --ranking) and without the baselines tfidf and plt"
     ) from error

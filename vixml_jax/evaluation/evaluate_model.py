@@ -203,13 +203,16 @@ def all_prototypes(encoder: ItemEncoder, model: TrainedModel, evaluation: ModelE
 
 def evaluation_config(wanted: ConfigDict) -> EvaluationConfig:
   """Returns the evaluation that the section `eval` of a config describes."""
-  retrieval = None
-  if wanted.retrieval_augmented:
-    retrieval = RetrievalSettings(
-      wanted.retrieval_lambda,
-      wanted.retrieval_temperature,
-      wanted.retrieval_hits,
-      wanted.retrieval_query_hits,
-      wanted.retrieval_search == "joint",
-    )
+  retrieval = retrieval_settings(wanted) if wanted.retrieval_augmented else None
   return EvaluationConfig(tuple(wanted.ks), tuple(wanted.recall_ks), wanted.bootstrap_samples, retrieval)
+
+
+def retrieval_settings(wanted: ConfigDict) -> RetrievalSettings:
+  """Returns the settings of retrieval augmentation that the section `eval` of a config has."""
+  return RetrievalSettings(
+    wanted.retrieval_lambda,
+    wanted.retrieval_temperature,
+    wanted.retrieval_hits,
+    wanted.retrieval_query_hits,
+    wanted.retrieval_search == "joint",
+  )

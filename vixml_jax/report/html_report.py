@@ -64,7 +64,7 @@ def write_report(
 def _metrics_table(config: dict[str, Any], final: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
   """Returns the rows of the terminal's table: the run and the baselines."""
   rows = _rows_of(config["name"], {"metrics": final, "intervals_95": evaluation["intervals_95"]})
-  baselines = [{"name": name, "cells": _cells(values, {})} for name, values in config.get("baselines", {}).items()]
+  baselines = [{"name": name, "cells": _cells(values, {})} for name, values in evaluation["baselines"].items()]
   return {"columns": COLUMNS, "rows": rows, "baselines": baselines}
 
 

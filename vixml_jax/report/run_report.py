@@ -30,6 +30,7 @@ def write_evaluation(
   num_labels: int,
   has_images: np.ndarray | None,
   bootstrap_samples: int,
+  baselines: Mapping[str, Mapping[str, float]],
 ) -> None:
   """Writes evaluation.json: a description of the evaluated queries, and all results in detail.
 
@@ -42,6 +43,7 @@ def write_evaluation(
     num_labels: Number of labels L.
     has_images: bool [Q], whether each evaluated query has images; None for a model of texts only.
     bootstrap_samples: Number of bootstrap samples for the intervals of both groups.
+    baselines: Metrics of each baseline in percent, by name.
   """
   write_json(
     workdir / EVALUATION,
@@ -59,6 +61,7 @@ def write_evaluation(
         count: {"metrics": other.final_metrics(), "intervals_95": other.intervals}
         for count, other in fewer_images.items()
       },
+      "baselines": baselines,
     },
   )
 

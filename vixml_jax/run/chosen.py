@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -17,13 +18,20 @@ from vixml_jax.input.packing import PackedLayout, pack
 from vixml_jax.ragged import Ragged
 from vixml_jax.run import configuration
 
-OPEN = {"encoder.dtype": "auto", "train.row_length": 0, "train.chunk_rows": 0, "train.free_vectors": 0}
+OPEN = {
+  "dataset.validation_fraction": -1.0,
+  "encoder.dtype": "auto",
+  "train.row_length": 0,
+  "train.chunk_rows": 0,
+  "train.free_vectors": 0,
+}
 """The value with which a config leaves a key open."""
 
 _MAX_FREE_VECTORS = 65536  # The papers' number.
 # Rows have a multiple of this number of tokens; 128 is the width of a matrix unit of TPUs, and of a tile of GPUs.
 _CPU_ROW_MULTIPLE, _ACCELERATOR_ROW_MULTIPLE = 16, 128
 _SAMPLED_BATCHES = 8
+_FEWEST_HELD_OUT, _MOST_HELD_OUT, _TOO_FEW_HELD_OUT = 500, 8192, 100
 _SPARE = 1.05  # Batches of similar items, which training makes, differ more in length than random ones.
 # Share of the memory for activations. Other processes use a CPU's as well.
 _CPU_SHARE = 0.25
@@ -55,6 +63,30 @@ def with_method(config: ConfigDict) -> ConfigDict:
     return config
   _log.info("train.epochs=0: the prototype of a label is the output of the pretrained encoder (method=ngame)")
   return _updated(config, {"method": "ngame"})
+
+
+def with_held_out(config: ConfigDict, num_queries: int) -> ConfigDict:
+  """Returns the config with `dataset.validation_fraction` chosen where it is -1.
+
+  A twentieth of the training queries is held out, but at least 500 and at most 8,192 of them, and at most a tenth. If
+  that is fewer than 100, none are held out, and nothing is chosen, fitted or compared that would need them.
+
+  Args:
+    config: The whole config.
+    num_queries: N, the number of training queries.
+  """
+  if config.dataset.validation_fraction != OPEN["dataset.validation_fraction"]:
+    return config
+  wanted = min(max(num_queries / 20, _FEWEST_HELD_OUT), _MOST_HELD_OUT, num_queries / 10)
+  if wanted >= _TOO_FEW_HELD_OUT:
+    return _updated(config, {"dataset.validation_fraction": wanted / num_queries})
+  _log.info(
+    "%d training queries are too few to hold some out: there is no blend and no baseline, and the settings of "
+    "retrieval are not chosen",
+    num_queries,
+  )
+  off = {"eval.retrieval_choose": False, "eval.blend": False, "eval.baselines": ()}
+  return _updated(config, {"dataset.validation_fraction": 0.0} | off)
 
 
 def with_dtype(config: ConfigDict, platform: str) -> ConfigDict:
@@ -171,7 +203,7 @@ def _batch_rows(queries: Items, positives: Ragged, labels: Items, layout: Packed
   return math.ceil(_SPARE * rows)
 
 
-def _updated(config: ConfigDict, values: dict[str, int | str]) -> ConfigDict:
+def _updated(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict(values)
   return config

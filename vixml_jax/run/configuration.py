@@ -48,7 +48,7 @@ _CHECKS: dict[str, _Check] = {
   "dataset.allow_empty_filter": _TRUE_OR_FALSE,
   "dataset.text_fields": (lambda xs: len(xs) > 0 and set(xs) <= {"title", "content"}, "must be title, content or both"),
   "dataset.max_length": (lambda x: x >= 3, "must be at least 3: two special tokens and one token of the text"),
-  "dataset.validation_fraction": _SHARE,
+  "dataset.validation_fraction": (lambda x: 0 <= x < 1 or x == -1, "must be at least 0 and below 1, or -1"),
   "dataset.propensity_a": _POSITIVE,
   "dataset.propensity_b": _NOT_NEGATIVE,
   "images": (lambda x: 0 <= x <= 5, "must be 0 to 5"),
@@ -117,6 +117,7 @@ _CHECKS: dict[str, _Check] = {
   "eval.recall_ks": _COUNTS,
   "eval.bootstrap_samples": _NOT_NEGATIVE,
   "eval.blend": _TRUE_OR_FALSE,
+  "eval.baselines": _some_of("tfidf", "untrained", "plt"),
   "eval.test_images": (lambda xs: all(x >= 0 for x in xs), "must be a list of numbers of images, 0 or more"),
   "eval.retrieval_search": _one_of("separate", "joint"),
   "eval.retrieval_hits": _POSITIVE,
@@ -171,6 +172,7 @@ _LATER_KEYS: dict[str, Any] = {
   "eval.retrieval_search": "separate",
   "eval.retrieval_query_hits": 0,
   "eval.blend": False,
+  "eval.baselines": (),
 }
 
 # Keys, and sections with a dot at the end, that may differ when a run is continued, since they do not change what it
@@ -229,10 +231,11 @@ def check(config: ConfigDict) -> None:
     )
   if len(values["eval.test_images"]) and not values["images"]:
     raise InputError(f"config.eval.test_images={values['eval.test_images']}: must be empty, since config.images=0")
-  held_out = values["dataset.validation_fraction"] > 0
+  held_out = values["dataset.validation_fraction"] != 0
   for key, wants in (
     ("eval.retrieval_choose", values["eval.retrieval_choose"]),
     ("eval.blend", values["eval.blend"]),
+    ("eval.baselines", bool(values["eval.baselines"])),
     ("eval.split", values["eval.split"] == "validation"),
   ):
     if wants and not held_out:

@@ -72,22 +72,34 @@ class RunData:
     return "test", np.arange(len(self.items["test"]))
 
 
-def load_data(config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh, *, extract: bool) -> RunData:
-  """Prepares a data set where it is missing, and opens it.
+def prepare_data(config: ConfigDict) -> tfds.core.DatasetBuilder:
+  """Prepares the data set of a config where it is missing.
+
+  Raises:
+    InputError: the raw files are missing or wrong.
+  """
+  wanted = config.dataset
+  return datasets.prepare(wanted.name, wanted.raw_dir, wanted.data_dir, wanted.allow_empty_filter)
+
+
+def load_data(
+  config: ConfigDict, builder: tfds.core.DatasetBuilder, tokenizer: Tokenizer, mesh: Mesh, *, extract: bool
+) -> RunData:
+  """Opens a prepared data set.
 
   Image features are opened before texts are tokenized, which takes minutes: missing features are found first.
 
   Args:
     config: the whole config.
+    builder: the data set.
     tokenizer: tokenizer of the texts.
     mesh: the devices that image features are placed on.
     extract: make image features where `features.checkpoint` names a tower; otherwise they must exist.
 
   Raises:
-    InputError: the raw files, the prepared set or the image features are missing or do not fit the config.
+    InputError: the prepared set or the image features are missing or do not fit the config.
   """
   wanted = config.dataset
-  builder = datasets.prepare(wanted.name, wanted.raw_dir, wanted.data_dir, wanted.allow_empty_filter)
   features, image_rows, fingerprint = _load_features(config, builder, mesh, extract)
   corpus = load_corpus(builder, tokenizer, tuple(wanted.text_fields), Path(wanted.data_dir) / "tokens")
   held_out = hold_out(corpus.train_tokens, wanted.validation_fraction, config.seed)

@@ -15,7 +15,7 @@ from vixml_jax.input.packing import PackedLayout
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.run import chosen, configuration
-from vixml_jax.run.data import RunData, load_data
+from vixml_jax.run.data import RunData, load_data, prepare_data
 from vixml_jax.run.from_config import (
   check_attention,
   check_sizes,
@@ -86,7 +86,9 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   layout = layout_from_config(config, tokenizer)
   config = chosen.with_row_length(config, layout.longest(config.dataset.max_length), platform)
   check_attention(config, mesh)  # Again, since it also depends on the length of the rows.
-  data = load_data(config, tokenizer, mesh, extract=extract)
+  builder = prepare_data(config)
+  config = chosen.with_held_out(config, builder.info.splits["train"].num_examples)
+  data = load_data(config, builder, tokenizer, mesh, extract=extract)
   config = chosen.with_free_vectors(config, data.num_labels)
   layout = dataclasses.replace(layout, row_length=config.train.row_length)
   if not config.train.chunk_rows:  # With held-out queries, taking the others copies them.

@@ -1,0 +1,213 @@
+"""Results of methods without training by this package, on the same split: what training has to exceed.
+
+- "tfidf": labels and training queries that share words with a query. TF-IDF vectors by words and pairs of words take
+  the place of embeddings in retrieval-augmented inference.
+- "untrained": the encoder before its first step, on texts only, in plain search and in retrieval-augmented inference.
+- "plt": probabilistic label trees of napkinXC over the same TF-IDF vectors (Jasinska-Kobus et al., arXiv 2009.11218).
+
+Lambda and temperature of retrieval augmentation are chosen on held-out queries, as for the trained model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import importlib
+from pathlib import Path
+import tempfile
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+
+from vixml_jax.blend.lexical import LexicalIndex, keep_rows
+from vixml_jax.encoding.item_encoder import ItemEncoder
+from vixml_jax.errors import InputError
+from vixml_jax.evaluation import tuning
+from vixml_jax.evaluation.blend_fitting import CorpusWords
+from vixml_jax.evaluation.evaluator import MOST_HELD_OUT, QUERIES_PER_BLOCK, EvaluationConfig
+from vixml_jax.evaluation.metrics import QueryMetrics, query_metrics
+from vixml_jax.run.data import RunData
+from vixml_jax.search.index import Index, make_index, search_width
+from vixml_jax.search.membership import drop_members
+from vixml_jax.search.retrieval_augmented import Neighbors, RetrievalSettings, combine
+from vixml_jax.stages import stage
+from vixml_jax.typing import Tree
+
+_Search = Callable[[np.ndarray], Neighbors]
+
+
+def check_baselines(names: Sequence[str]) -> None:
+  """Checks that the libraries of baselines are installed.
+
+  Raises:
+    InputError: napkinXC cannot be imported; the message has the command that installs it.
+  """
+  if "plt" in names:
+    _napkinxc()
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineTask:
+  """The data set and the evaluation that baselines share.
+
+  Attributes:
+    data: the data set, with held-out queries.
+    inverse_propensity: float64 [L].
+    config: which metrics to compute.
+    retrieval: how many labels and training queries retrieval augmentation looks up.
+  """
+
+  data: RunData
+  inverse_propensity: np.ndarray
+  config: EvaluationConfig
+  retrieval: RetrievalSettings
+
+  @property
+  def known(self) -> np.ndarray:
+    """bool [N], the training queries that are not held out."""
+    known = np.zeros(len(self.data.corpus.train_labels), bool)
+    known[self.data.train_rows] = True
+    return known
+
+  def augmented(self, held_out: _Search, test: _Search) -> dict[str, float]:
+    """Returns the metrics of retrieval-augmented inference, whose settings are chosen on held-out queries.
+
+    Args:
+      held_out: Searches training queries by their numbers, among labels and the other training queries.
+      test: Searches test queries by their numbers, among labels and all training queries.
+    """
+    corpus, known = self.data.corpus, self.known
+    rows = self.data.validation_rows
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(MOST_HELD_OUT, len(rows))).astype(np.int64))]
+    parts = [held_out(block) for block in _blocks(rows)]
+    names = [field.name for field in dataclasses.fields(Neighbors)]
+    best, _ = tuning.choose(
+      self._nearest(Neighbors(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))),
+      corpus.train_labels.keep(known),
+      corpus.train_labels.take(rows),
+      self.inverse_propensity,
+      exclude=corpus.train_filter.take(rows),
+    )
+
+    def rank(block: np.ndarray) -> np.ndarray:
+      return combine(
+        self._nearest(test(block)),
+        corpus.train_labels,
+        num_labels=self.data.num_labels,
+        lambda_=best.lambda_,
+        temperature=best.temperature,
+        k=self.config.depth,
+        exclude=corpus.test_filter.take(block),
+      )[1]
+
+    return self.metrics(rank)
+
+  def metrics(self, rank: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+    """Returns the metrics of a ranking of the test queries.
+
+    Args:
+      rank: Returns ids [rows, depth] of test queries, without the labels that their filter excludes.
+    """
+    corpus, ks, recall_ks = self.data.corpus, self.config.ks, self.config.recall_ks
+    parts = [
+      query_metrics(
+        rank(block), corpus.test_labels.take(block), self.inverse_propensity, precision_ks=ks, recall_ks=recall_ks
+      )
+      for block in _blocks(np.arange(len(corpus.test_labels)))
+    ]
+    return QueryMetrics.concatenate(parts).mean()
+
+  def _nearest(self, found: Neighbors) -> Neighbors:
+    return found.nearest(self.retrieval.hits) if self.retrieval.joint else found
+
+
+def tfidf(task: BaselineTask, words: CorpusWords) -> dict[str, dict[str, float]]:
+  """Returns the row of retrieval augmentation over TF-IDF vectors."""
+  hits, labels = task.retrieval, LexicalIndex.build(words.labels)
+  known = LexicalIndex.build(keep_rows(words.train, task.known))
+  everything, test = LexicalIndex.build(words.train), words.test(task.data.corpus)
+
+  def search(queries: LexicalIndex, vectors: scipy.sparse.csr_array) -> Neighbors:
+    return Neighbors(*labels.search(vectors, hits.hits), *queries.search(vectors, hits.num_query_hits))
+
+  with stage("evaluate TF-IDF"):
+    found = task.augmented(lambda rows: search(known, words.train[rows]), lambda rows: search(everything, test[rows]))
+  return {"TF-IDF labels + neighbors": found}
+
+
+def untrained(task: BaselineTask, encoder: ItemEncoder, params: Tree, search: str) -> dict[str, dict[str, float]]:
+  """Returns the rows of the encoder before training: plain search and retrieval augmentation.
+
+  Args:
+    task: the data set.
+    encoder: encodes items.
+    params: trainable parameters before the first step.
+    search: "exact" or "scann".
+  """
+  items = {split: items.first_images(0) for split, items in task.data.items.items()}
+  labels, train, test = (
+    encoder.embed_rows(params, items[split], f"{name} before training")
+    for split, name in (("labels", "labels"), ("train", "training queries"), ("test", "test queries"))
+  )
+  hits, known = task.retrieval, task.known
+  by_label = make_index(search, labels, encoder.mesh)
+  by_query = make_index(search, train, encoder.mesh)
+  by_known = make_index(search, train, encoder.mesh, allowed=None if known.all() else known)
+
+  def plain(rows: np.ndarray) -> np.ndarray:
+    exclude, depth = task.data.corpus.test_filter.take(rows), task.config.depth
+    found = by_label.search(np.asarray(test.take(rows)), search_width(depth, exclude, by_label.num_labels))
+    return drop_members(*found, exclude, depth)[1]
+
+  def neighbors(queries: np.ndarray, by_query: Index) -> Neighbors:
+    return Neighbors(*by_label.search(queries, hits.hits), *by_query.search(queries, hits.num_query_hits))
+
+  with stage("evaluate the encoder before training"):
+    augmented = task.augmented(
+      lambda rows: neighbors(np.asarray(train.take(rows)), by_known),
+      lambda rows: neighbors(np.asarray(test.take(rows)), by_query),
+    )
+    return {"encoder before training": task.metrics(plain), "encoder before training + retrieval": augmented}
+
+
+def plt(task: BaselineTask, words: CorpusWords) -> dict[str, dict[str, float]]:
+  """Returns the row of napkinXC's probabilistic label trees, with its default settings."""
+  corpus = task.data.corpus
+  labeled = np.flatnonzero(corpus.train_labels.lengths)
+  width = search_width(task.config.depth, corpus.test_filter, task.data.num_labels)
+  with stage("train and evaluate napkinXC's label trees"), tempfile.TemporaryDirectory() as folder:
+    model = _napkinxc().PLT(str(Path(folder) / "plt"), seed=0)
+    model.fit(_matrix(words.train[labeled]), [corpus.train_labels[row].tolist() for row in labeled.tolist()])
+    test = _matrix(words.test(corpus))
+    found = model.predict(test, top_k=width)
+  ids = np.full((len(found), max(width, task.config.depth)), -1, np.int32)
+  for row, labels in enumerate(found):
+    ids[row, : len(labels)] = labels
+
+  def rank(rows: np.ndarray) -> np.ndarray:
+    part = ids[rows]
+    scores = np.where(part >= 0, -np.arange(part.shape[1], dtype=np.float32), -np.inf)
+    return drop_members(scores, part, corpus.test_filter.take(rows), task.config.depth)[1]
+
+  return {"napkinXC PLT": task.metrics(rank)}
+
+
+def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+  for start in range(0, len(rows), QUERIES_PER_BLOCK):
+    yield rows[start : start + QUERIES_PER_BLOCK]
+
+
+def _matrix(vectors: scipy.sparse.csr_array) -> scipy.sparse.csr_matrix:
+  """Returns vectors in the form that napkinXC takes, with columns in ascending order."""
+  matrix = scipy.sparse.csr_matrix((vectors.data, vectors.indices, vectors.indptr), shape=vectors.shape)
+  matrix.sort_indices()
+  return matrix
+
+
+def _napkinxc() -> Any:
+  try:
+    return importlib.import_module("napkinxc.models")
+  except ImportError as error:
+    raise InputError(
+      f"the baseline plt needs the package napkinxc, which cannot be imported ({error}): "
+      "pip install -c constraints.txt -e '.[baselines]', or leave plt out of config.eval.baselines"
+    ) from error
