@@ -14,6 +14,7 @@ def base_config() -> ConfigDict:
   config.name = ""  # Name of the default workdir, runs/NAME.
   config.seed = 0
   # "prime": a label is scored by its prototype. "dexa": by its embedding plus a free vector. "ngame": by its embedding.
+  # "mean": by the mean of its embedding and its centroid, which suits an encoder that is not trained.
   config.method = "prime"
 
   config.dataset = ConfigDict(
@@ -181,16 +182,16 @@ def use_encoder(config: ConfigDict, name: str) -> None:
 
 
 def use_method(config: ConfigDict, method: str) -> None:
-  """Sets the method: "prime", "ngame" or "dexa".
+  """Sets the method: "prime", "ngame", "dexa" or "mean".
 
-  NGAME and DEXA get the loss of their own code: a fixed margin and no loss of labels against queries. The free vectors
-  of DEXA are trained at the rate of the encoder, so call this after that rate is set.
+  All but PRIME get the loss of the code of NGAME and DEXA: a fixed margin and no loss of labels against queries. The
+  free vectors of DEXA are trained at the rate of the encoder, so call this after that rate is set.
 
   Raises:
     ValueError: If the method is unknown.
   """
-  if method not in ("prime", "ngame", "dexa"):
-    raise ValueError(f"method={method}: must be prime, ngame or dexa")
+  if method not in ("prime", "ngame", "dexa", "mean"):
+    raise ValueError(f"method={method}: must be prime, ngame, dexa or mean")
   config.method = method
   if method != "prime":
     config.loss.update(dict(margin_min=0.3, margin_max=0.3, reverse_weight=0.0))
@@ -266,7 +267,7 @@ def published_config(
     name: Name of the config.
     dataset: Name of the data set's builder.
     variant: Text after the colon of `--config`: `encoder=` (a name in `ENCODERS`), `images=` (0 to 5), `method=`
-      (prime, ngame or dexa), `mesh=auto` (see `mesh.fsdp`) and the word `robust` (see `make_robust`).
+      (prime, ngame, dexa or mean), `mesh=auto` (see `mesh.fsdp`) and the word `robust` (see `make_robust`).
     recipes: Batch size and learning rate by encoder, where they are not those of titles; "decoder" stands for all
       decoders.
 

@@ -141,23 +141,42 @@ def test_a_run_on_changed_data_is_refused_before_frozen_weights_are_loaded(confi
     train_and_evaluate(config, workdir)
 
 
-def test_without_epochs_labels_are_represented_by_the_pretrained_encoder(tmp_path, caplog):
+def test_without_epochs_prototypes_are_means_of_embeddings_and_centroids_of_the_pretrained_encoder(tmp_path, caplog):
   config = miniature_config(tmp_path, num_train=160)
   config.train.epochs, config.dataset.validation_fraction = 0, 0.3
   config.eval.update(dict(blend=True, retrieval_choose=True))
   workdir = tmp_path / "run"
   with caplog.at_level("INFO"), count_encodings() as encoded:
     final = train_and_evaluate(config, workdir)
-  assert "the prototype of a label is the output of the pretrained encoder" in caplog.text
-  assert configuration.read(workdir / "config.json").method == "ngame"
+  assert "a prototype is the mean of the label's embedding and its centroid" in caplog.text
+  assert configuration.read(workdir / "config.json").method == "mean"
   assert sorted(encoded) == ["labels", "test queries", "training queries"]  # Each once.
-  titles = [label["title"] for label in read_lines(tmp_path / "raw" / SPLITS["labels"].rows)]
   tokenizer = transformers.AutoTokenizer.from_pretrained(config.encoder.pretrained)
-  inputs = tokenizer(titles, padding=True, truncation=True, max_length=config.dataset.max_length, return_tensors="pt")
-  with torch.no_grad():
-    hidden = transformers.AutoModel.from_pretrained(config.encoder.pretrained)(**inputs).last_hidden_state
-  mask = inputs["attention_mask"][..., None]
-  expected = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).numpy()
+  model = transformers.AutoModel.from_pretrained(config.encoder.pretrained)
+
+  def embed(split):
+    records = read_lines(tmp_path / "raw" / SPLITS[split].rows)
+    inputs = tokenizer(
+      [record["title"] for record in records],
+      padding=True,
+      truncation=True,
+      max_length=config.dataset.max_length,
+      return_tensors="pt",
+    )
+    with torch.no_grad():
+      hidden = model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"][..., None]
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).numpy(), records
+
+  (labels, _), (queries, records) = embed("labels"), embed("train")
+  centroids = np.zeros_like(labels)
+  for number in range(len(labels)):
+    positives = [row for row, record in enumerate(records) if number in record["target_ind"]]
+    if positives:
+      mean = queries[positives].mean(0)
+      centroids[number] = mean / np.linalg.norm(mean)
+  expected = labels + centroids
+  expected /= np.linalg.norm(expected, axis=1, keepdims=True)
   np.testing.assert_allclose(RowFiles(workdir / "embeddings", "labels").load(), expected, atol=2e-6)
   assert 0 <= final["blend/P@1"] <= 100 and final["train_seconds"] == 0
   assert vixml_jax.load(workdir, ranking="blend").predict(["arrow up"], 3)

@@ -187,13 +187,18 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
 def _baselines(
   setup: RunSetup, encoder: ItemEncoder, model: TrainedModel, evaluation: ModelEvaluation
 ) -> dict[str, dict[str, float]]:
-  """Returns the metrics of the baselines that the config computes, and of those that it states."""
+  """Returns the metrics of the baselines that the config computes, and of those that it states.
+
+  A run without training is itself the baseline of the encoder before training.
+  """
   config, data = setup.config, setup.data
   stated = {name: dict(values) for name, values in config.baselines.items()}
-  if not config.eval.baselines or config.eval.split != "test":
+  names = [name for name in config.eval.baselines if config.train.epochs or name != "untrained"]
+  if not names or config.eval.split != "test":
     return stated
   propensity = data.inverse_propensity(config.dataset.propensity_a, config.dataset.propensity_b)
   computed = baseline_rows(
+    names,
     config,
     BaselineTask(data, propensity, evaluation_config(config.eval), retrieval_settings(config.eval)),
     encoder,

@@ -1,4 +1,4 @@
-"""Scoring and loss of PRIME, NGAME and DEXA against plain transcriptions in torch: values and gradients.
+"""Scoring and loss of PRIME, NGAME, DEXA and means against plain transcriptions in torch: values and gradients.
 
 The transcriptions follow `SiameseNetwork.encode_label` and `train` of DiegoOrtego/vixml, and `AuxLayer` of
 Extreme-classification/dexa.
@@ -25,8 +25,11 @@ CONFIGS = {
   "prime": losses.LossConfig(num_negatives=4),
   "ngame": losses.LossConfig(num_negatives=4, margin_min=0.3, margin_max=0.3, reverse_weight=0.0),
   "dexa": losses.LossConfig(num_negatives=4, margin_min=0.3, margin_max=0.3, reverse_weight=0.0),
+  "mean": losses.LossConfig(num_negatives=4, margin_min=0.3, margin_max=0.3, reverse_weight=0.0),
   "ngame with a reverse term": losses.LossConfig(num_negatives=4, margin_min=0.3, margin_max=0.3, reverse_weight=0.5),
 }
+
+WITH_FREE_VECTORS = ("prime", "dexa")
 
 
 def triplet(sim, positives, drawn, config):
@@ -67,7 +70,7 @@ def test_prototypes_loss_and_gradients_equal_a_transcription_in_torch(case):
   valid, key = jnp.ones(BATCH, bool), jax.random.key(3)
 
   def ours(arrays):
-    bound = merge_params(graphdef, params | ({"free_vectors": arrays["free"]} if method != "ngame" else {}))
+    bound = merge_params(graphdef, params | ({"free_vectors": arrays["free"]} if method in WITH_FREE_VECTORS else {}))
     prototypes = bound.prototypes(arrays["labels"], jnp.asarray(clusters), jnp.asarray(centroids))
     queries, labels = l2_normalize(arrays["queries"]), l2_normalize(arrays["labels"])
     last = (jnp.asarray(positives), valid, key, config)
@@ -85,6 +88,7 @@ def test_prototypes_loss_and_gradients_equal_a_transcription_in_torch(case):
   vectors = {
     "ngame": lambda: u,
     "dexa": lambda: u + free,
+    "mean": lambda: normalize(u) + normalize(torch.tensor(centroids)),
     "prime": lambda: layer(torch.stack([u, free, torch.tensor(centroids)], dim=1)).mean(1),
   }
   scored = normalize(vectors[method]())
@@ -116,7 +120,7 @@ def test_prototypes_loss_and_gradients_equal_a_transcription_in_torch(case):
   np.testing.assert_allclose(loss, wanted.detach(), rtol=1e-5)
   wanted.backward()
   for name, gradient in gradients.items():
-    if method == "ngame" and name == "free":
+    if method not in WITH_FREE_VECTORS and name == "free":
       assert theirs[name].grad is None and not np.any(gradient)
       continue
     assert np.abs(gradient).max() > 1e-4, name
@@ -126,7 +130,7 @@ def test_prototypes_loss_and_gradients_equal_a_transcription_in_torch(case):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_has_no_parameters_that_it_does_not_use(method):
   shapes = define_model(ENCODER, dict(num_heads=4, mlp_dim=16), CLUSTERS, method=method).shapes
-  used = {"prime": {"prototype", "free_vectors"}, "dexa": {"free_vectors"}, "ngame": set()}
+  used = {"prime": {"prototype", "free_vectors"}, "dexa": {"free_vectors"}, "ngame": set(), "mean": set()}
   assert set(shapes) == {"encoder"} | used[method]
 
 

@@ -29,7 +29,7 @@ from vixml_jax.run import configuration
     ({"encoder.dtype": "float8"}, "config.encoder.dtype='float8': must be one of"),
     ({"prototype.num_heads": 7}, "config.prototype.num_heads=7: must divide config.encoder.embed_dim=384"),
     ({"loss.margin_min": 0.5}, "config.loss.margin_min=0.5: must be at most config.loss.margin_max=0.3"),
-    ({"method": "siamese"}, "config.method='siamese': must be one of prime, ngame, dexa"),
+    ({"method": "siamese"}, "config.method='siamese': must be one of prime, ngame, dexa, mean"),
     ({"encoder.residual_dtype": "float64"}, "config.encoder.residual_dtype='float64': must be one of"),
     (
       {"encoder.base_dtype": "int8"},

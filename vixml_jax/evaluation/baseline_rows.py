@@ -1,6 +1,6 @@
 """Computes the baselines that a config asks for, and keeps their metrics beside the prepared data for other runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ _FOLDER = "baselines"
 
 
 def baseline_rows(
+  names: Sequence[str],
   config: ConfigDict,
   task: BaselineTask,
   encoder: ItemEncoder,
@@ -25,12 +26,13 @@ def baseline_rows(
   params: Callable[[], Tree],
   words: CorpusWords | None,
 ) -> dict[str, dict[str, float]]:
-  """Returns the metrics in percent of the baselines in `eval.baselines`, by the name of the row.
+  """Returns the metrics of baselines in percent, by the name of the row.
 
   Metrics are stored in `baselines/` of `dataset.data_dir`, and computed if they are not there. All processes must call
   this together.
 
   Args:
+    names: some of "tfidf", "untrained", "plt".
     config: the whole config.
     task: the data set and the evaluation.
     encoder: encodes items.
@@ -39,7 +41,7 @@ def baseline_rows(
     words: words of the data set; None to read them if a baseline needs them.
   """
   rows: dict[str, dict[str, float]] = {}
-  for name in config.eval.baselines:
+  for name in names:
     settings = _settings(config, task, name, weights_sha256)
     path = Path(config.dataset.data_dir) / _FOLDER / f"{name}-{fingerprint_of(settings)[:16]}.json"
     is_stored = path.exists()

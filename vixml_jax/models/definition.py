@@ -61,7 +61,7 @@ class ModelDefinition:
   @property
   def has_centroids(self) -> bool:
     """Whether the prototype of a label depends on its centroid."""
-    return "prototype" in self.shapes
+    return self.arguments["method"] in ("prime", "mean")
 
   @property
   def embed_dim(self) -> int:

@@ -20,7 +20,7 @@ from vixml_jax.typing import Array, Bool, Float, Int, Key
 ARCHITECTURES: dict[str, Callable[..., TextEncoder]] = {"bert": BertEncoder, "decoder": Decoder}
 POOLINGS = ("mean", "last")
 # The value of `method` in configs -> what the prototype of a label is made of; see `DualEncoder.prototypes`.
-METHODS = ("prime", "ngame", "dexa")
+METHODS = ("prime", "ngame", "dexa", "mean")
 
 # Arguments of the encoder that the layer of late fusion shares, if the encoder has them.
 _SHARED_WITH_FUSION = ("num_heads", "mlp_dim", "dropout", "layer_norm_eps", "dtype")
@@ -45,7 +45,8 @@ class DualEncoder(nnx.Module):
   Args:
     encoder: Keyword arguments of the encoder.
     prototype: Keyword arguments of `PrototypeNetwork`, except `embed_dim`. Only "prime" has the network.
-    num_free_vectors: Number of free vectors C. The labels of a cluster share one. "ngame" has none.
+    num_free_vectors: Number of free vectors C. The labels of a cluster share one. Only "prime" and "dexa"
+      have any.
     fusion: Keyword arguments of `ImageFusion`, except the encoder's sizes; None for a model of texts only. The layer
       of late fusion has the encoder's number of heads and feed-forward width.
     architecture: Key of `ARCHITECTURES`, which gives the class of the encoder.
@@ -82,7 +83,8 @@ class DualEncoder(nnx.Module):
     embed_dim = self.encoder.embed_dim
     # One assignment for each: NNX decides at the first one whether an attribute holds parameters.
     self.prototype = PrototypeNetwork(embed_dim, **prototype, rngs=rngs) if method == "prime" else None
-    self.free_vectors = None if method == "ngame" else _free_vectors(num_free_vectors, embed_dim, rngs)
+    has_free_vectors = method in ("prime", "dexa")
+    self.free_vectors = _free_vectors(num_free_vectors, embed_dim, rngs) if has_free_vectors else None
     shared = {name: encoder[name] for name in _SHARED_WITH_FUSION if name in encoder}
     self.fusion = None if fusion is None else ImageFusion(embed_dim=embed_dim, **shared, **fusion, rngs=rngs)
 
@@ -171,13 +173,17 @@ class DualEncoder(nnx.Module):
     - "dexa": the sum of the pooled encoder output, which is not normalized, and the free vector (DEXA, KDD 2023;
       `dexa/models/auxiliary_layer.py` of Extreme-classification/dexa).
     - "prime": the output of the prototype network for both and the centroid (arXiv 2410.20401).
+    - "mean": the sum of the pooled encoder output and the centroid, both at unit norm. It has no parameters of its own,
+      so it suits an encoder that is not trained.
 
     Args:
       pooled: Pooled encoder outputs of the labels, before normalization.
-      clusters: Free vector that each label uses, 0..C-1. Ignored by "ngame".
-      centroids: Centroids of the labels. Ignored by all but "prime".
+      clusters: Free vector that each label uses, 0..C-1. Ignored by "ngame" and "mean".
+      centroids: Centroids of the labels. Ignored by "ngame" and "dexa".
       key: Random key of the dropout; None for a deterministic run.
     """
+    if self.method == "mean":
+      return l2_normalize(l2_normalize(pooled) + l2_normalize(centroids))
     if self.free_vectors is None:
       return l2_normalize(pooled)
     free_vectors = self.free_vectors[...][clusters]

@@ -18,13 +18,8 @@ from vixml_jax.input.packing import PackedLayout, pack
 from vixml_jax.ragged import Ragged
 from vixml_jax.run import configuration
 
-OPEN = {
-  "dataset.validation_fraction": -1.0,
-  "encoder.dtype": "auto",
-  "train.row_length": 0,
-  "train.chunk_rows": 0,
-  "train.free_vectors": 0,
-}
+_HELD_OUT = "dataset.validation_fraction"  # Follows from the data alone.
+OPEN = {_HELD_OUT: -1.0, "encoder.dtype": "auto", "train.row_length": 0, "train.chunk_rows": 0, "train.free_vectors": 0}
 """The value with which a config leaves a key open."""
 
 _MAX_FREE_VECTORS = 65536  # The papers' number.
@@ -50,19 +45,20 @@ def with_started_values(config: ConfigDict, path: Path) -> ConfigDict:
   if not path.is_file():
     return config
   started, values = configuration.flatten_config(configuration.read(path)), configuration.flatten_config(config)
-  return _updated(config, {key: started[key] for key, left in OPEN.items() if values[key] == left and key in started})
+  left = [key for key, is_open in OPEN.items() if values[key] == is_open and key in started and key != _HELD_OUT]
+  return _updated(config, {key: started[key] for key in left})
 
 
 def with_method(config: ConfigDict) -> ConfigDict:
-  """Returns the config with method "ngame" where `train.epochs` is 0.
+  """Returns the config with method "mean" where `train.epochs` is 0 and the method has parameters of its own.
 
   Without training, free vectors and prototype network are random. With that method, the prototype of a label is the
-  output of the encoder for its text.
+  mean of its embedding and the centroid of its training queries.
   """
-  if config.train.epochs or config.method == "ngame":
+  if config.train.epochs or config.method in ("mean", "ngame"):
     return config
-  _log.info("train.epochs=0: the prototype of a label is the output of the pretrained encoder (method=ngame)")
-  return _updated(config, {"method": "ngame"})
+  _log.info("train.epochs=0: a prototype is the mean of the label's embedding and its centroid (method=mean)")
+  return _updated(config, {"method": "mean"})
 
 
 def with_held_out(config: ConfigDict, num_queries: int) -> ConfigDict:
@@ -75,18 +71,18 @@ def with_held_out(config: ConfigDict, num_queries: int) -> ConfigDict:
     config: The whole config.
     num_queries: N, the number of training queries.
   """
-  if config.dataset.validation_fraction != OPEN["dataset.validation_fraction"]:
+  if config.dataset.validation_fraction != OPEN[_HELD_OUT]:
     return config
   wanted = min(max(num_queries / 20, _FEWEST_HELD_OUT), _MOST_HELD_OUT, num_queries / 10)
   if wanted >= _TOO_FEW_HELD_OUT:
-    return _updated(config, {"dataset.validation_fraction": wanted / num_queries})
+    return _updated(config, {_HELD_OUT: wanted / num_queries})
   _log.info(
     "%d training queries are too few to hold some out: there is no blend and no baseline, and the settings of "
     "retrieval are not chosen",
     num_queries,
   )
   off = {"eval.retrieval_choose": False, "eval.blend": False, "eval.baselines": ()}
-  return _updated(config, {"dataset.validation_fraction": 0.0} | off)
+  return _updated(config, {_HELD_OUT: 0.0} | off)
 
 
 def with_dtype(config: ConfigDict, platform: str) -> ConfigDict:

@@ -11,6 +11,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.files import new_file, read_json_object
 from vixml_jax.input.prompt import template_words
 from vixml_jax.models.attention_call import IMPLEMENTATIONS
+from vixml_jax.models.dual_encoder import METHODS
 from vixml_jax.models.quantized import LARGEST
 from vixml_jax.models.transformer import SAVED_NAMES
 
@@ -42,7 +43,7 @@ def _some_of(*names: str) -> _Check:
 _CHECKS: dict[str, _Check] = {
   "name": _NAME,
   "seed": _NOT_NEGATIVE,
-  "method": _one_of("prime", "ngame", "dexa"),
+  "method": _one_of(*METHODS),
   "dataset.name": _NAME,
   "dataset.data_dir": _NAME,
   "dataset.allow_empty_filter": _TRUE_OR_FALSE,

@@ -130,7 +130,7 @@ def check_sizes(config: ConfigDict, num_labels: int, tokenizer_size: int, mesh: 
   """
   free_vectors = config.train.free_vectors
   one_each = 1 << (num_labels - 1).bit_length()
-  if free_vectors > one_each and config.method != "ngame":
+  if free_vectors > one_each and config.method in ("prime", "dexa"):
     raise InputError(
       f"train.free_vectors={free_vectors}: {one_each} give each of the {num_labels} labels its own; use a power of "
       f"two up to {one_each}"

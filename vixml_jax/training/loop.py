@@ -77,7 +77,9 @@ def train(
   abstract = abstract_state(encoder.model, how.optimizer, len(queries), data.num_labels, config.train.bank_dtype, mesh)
 
   if step is None:
-    checkpoint = initial_checkpoint(config, abstract, how.optimizer, queries, encoder, weights_folder, data.fingerprint)
+    checkpoint = initial_checkpoint(
+      config, abstract, how.optimizer, queries, encoder, weights_folder, data.fingerprint, has_steps=total_steps > 0
+    )
   else:
     checkpoint = checkpointer.restore(step, abstract, len(queries))
     _log.info("resuming at step %d of %d", step, total_steps)
@@ -146,6 +148,11 @@ def train(
         )
       save_or_stop()
 
+    if not total_steps:
+      state, train_embeddings = _embed_training_queries(encoder, state, data)
+      if encoder.model.has_centroids:
+        centroids = label_centroids(train_embeddings.values, data.corpus.train_labels, data.num_labels)
+        state = dataclasses.replace(state, centroids=centroids)
     if checkpointer.latest_step() != step:
       save()
   checkpointer.wait()

@@ -29,6 +29,8 @@ def initial_checkpoint(
   encoder: ItemEncoder,
   weights_folder: Path | None,
   data_fingerprint: str,
+  *,
+  has_steps: bool,
 ) -> Checkpoint:
   """Returns the checkpoint of step 0.
 
@@ -40,6 +42,7 @@ def initial_checkpoint(
     encoder: encodes items, given the trained parameters.
     weights_folder: folder of the pretrained encoder; None for a random encoder.
     data_fingerprint: identifies the data.
+    has_steps: whether any step follows. If none does, centroids stay zero, since they are computed at the end.
   """
   adapter = adapter_folder(config)
   params = trainable_params(encoder.model, encoder.mesh, config.seed, weights_folder, adapter)
@@ -49,7 +52,7 @@ def initial_checkpoint(
   clusters, free_vectors = _label_clusters(config, encoder, params, queries)
   if free_vectors is not None:
     params |= {"free_vectors": free_vectors}
-  centroids = _first_centroids(encoder, params, queries) if encoder.model.has_centroids else None
+  centroids = _first_centroids(encoder, params, queries) if encoder.model.has_centroids and has_steps else None
   state = create_state(abstract, params, optimizer, clusters, centroids)
   meta = provenance(data_fingerprint, weight_hashes(weights_folder)) | {
     "adapter_sha256": weight_hashes(adapter),
