@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.helpers.miniature_runs import miniature_config
+from tests.helpers.miniature_runs import load_config, miniature_config
 from vixml_jax.input.batches import TrainingQueries, make_batch
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout
@@ -104,3 +104,19 @@ def test_a_run_keeps_what_was_chosen_when_it_started(config, tmp_path, monkeypat
   again = set_up_run(config, tmp_path / "run", extract=False)
   assert again.layout == setup.layout
   assert set_up_run(config, tmp_path / "another", extract=False).layout.chunk_rows == 8, "one row for each device"
+
+
+@pytest.mark.parametrize(
+  "queries,expected", [(999, 0), (1_000, 100), (4_000, 400), (8_000, 500), (20_000, 1_000), (2_000_000, 8_192)]
+)
+def test_as_many_queries_are_held_out_as_suit_their_number(queries, expected, caplog):
+  config = load_config("custom")
+  with caplog.at_level("INFO"):
+    chosen_config = chosen.with_held_out(config, queries)
+  assert chosen_config.dataset.validation_fraction * queries == pytest.approx(expected)
+  for key in ("retrieval_choose", "blend", "baselines"):
+    assert bool(chosen_config.eval[key]) == (expected > 0)
+  assert ("999 training queries are too few" in caplog.text) == (expected == 0)
+  given = load_config("custom")
+  given.dataset.validation_fraction = 0.3
+  assert chosen.with_held_out(given, queries) == given
