@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse
 
 from vixml_jax.blend.libraries import import_library
-from vixml_jax.ragged import offsets_of, ranges
+from vixml_jax.ragged import offsets_of
 
 NUM_COLUMNS = 2**21
 """Number of columns that n-grams are hashed to, F."""
@@ -102,13 +102,14 @@ class LexicalIndex:
     """
     postings = scipy.sparse.csr_array(vectors.T.tocsr())
     lengths = np.diff(postings.indptr)
-    if lengths.max(initial=0) > most_per_column:
-      rows = np.repeat(np.arange(len(lengths)), lengths)
-      order = np.lexsort((postings.indices, -postings.data, rows))
-      kept = np.sort(order[ranges(0, lengths) < most_per_column])
-      indptr = np.concatenate([[0], np.cumsum(np.minimum(lengths, most_per_column))])
-      postings = scipy.sparse.csr_array((postings.data[kept], postings.indices[kept], indptr), shape=postings.shape)
-    return cls(postings)
+    if lengths.max(initial=0) <= most_per_column:
+      return cls(postings)
+    kept = np.ones(len(postings.data), bool)
+    for column in np.flatnonzero(lengths > most_per_column):
+      span = slice(postings.indptr[column], postings.indptr[column + 1])
+      kept[span] = _are_greatest(postings.data[span], most_per_column)
+    indptr = offsets_of(np.minimum(lengths, most_per_column))
+    return cls(scipy.sparse.csr_array((postings.data[kept], postings.indices[kept], indptr), shape=postings.shape))
 
   def search(self, queries: scipy.sparse.csr_array, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the k items of highest inner product of each query, by blocks of 256 queries.
@@ -131,6 +132,15 @@ class LexicalIndex:
         found = _best(block.data[span], block.indices[span], k)
         scores[start + row, : len(found[0])], ids[start + row, : len(found[1])] = found
     return scores, ids
+
+
+def _are_greatest(values: np.ndarray, count: int) -> np.ndarray:
+  """Returns which of the values are the `count` greatest, the first ones among equals, bool."""
+  threshold = np.partition(values, len(values) - count)[len(values) - count]
+  greatest = values > threshold
+  equal = np.flatnonzero(values == threshold)
+  greatest[equal[: count - np.count_nonzero(greatest)]] = True
+  return greatest
 
 
 def _best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,97 @@
+"""Measures the time and memory of the blend at the size of a published data set, beside the search of embeddings.
+
+  python -m benchmarks.blend_ranking [--labels=1305265] [--train_queries=2248619] [--queries=512]
+
+The words of labels and training queries are drawn from a Zipf distribution. The results of the search of embeddings are
+random, and so are the trees: both take their usual time. Times are processor seconds of this process, so that other
+programs matter less, and the memory is that of the process at most.
+"""
+
+import resource
+import time
+
+from absl import app, flags
+import numpy as np
+import scipy.sparse
+
+from vixml_jax.blend.features import FEATURES
+from vixml_jax.blend.lexical import NUM_COLUMNS, TfIdf
+from vixml_jax.blend.model import BlendModel
+from vixml_jax.blend.ranking import BlendIndex, ScoredCandidates
+from vixml_jax.ragged import Ragged, offsets_of
+from vixml_jax.search.retrieval_augmented import Neighbors
+
+_LABELS = flags.DEFINE_integer("labels", 1_305_265, "Number of labels.")
+_TRAIN_QUERIES = flags.DEFINE_integer("train_queries", 2_248_619, "Number of training queries.")
+_QUERIES = flags.DEFINE_integer("queries", 512, "Number of queries that are ranked.")
+_BLOCK = flags.DEFINE_integer("block", 64, "Number of queries that are ranked at a time.")
+_WORDS = flags.DEFINE_integer("words", 9, "Words of an item; it has as many pairs of words, less one.")
+_LABELS_PER_QUERY = 5
+
+
+def _counts(rng: np.random.Generator, rows: int) -> scipy.sparse.csr_array:
+  """Returns the counts of words and pairs of random texts [rows, F]."""
+  words = (rng.zipf(1.2, (rows, _WORDS.value)) % 300_000).astype(np.int64)
+  pairs = words[:, :-1] * 300_007 + words[:, 1:]
+  columns = (np.concatenate([words, pairs], axis=1) * 2_654_435_761 % NUM_COLUMNS).astype(np.int32)
+  ones = np.ones(columns.size, np.float32)
+  matrix = scipy.sparse.csr_array(
+    (ones, columns.ravel(), offsets_of(np.full(rows, columns.shape[1]))), shape=(rows, NUM_COLUMNS)
+  )
+  matrix.sum_duplicates()
+  return matrix
+
+
+def _neighbors(rng: np.random.Generator, count: int, labels: int, queries: int, index: BlendIndex) -> Neighbors:
+  """Returns random results of the search of embeddings."""
+
+  def found(total: int, hits: int) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.stack([rng.choice(total, hits, replace=False) for _ in range(count)]).astype(np.int32)
+    return -np.sort(-rng.uniform(0.2, 0.9, ids.shape).astype(np.float32), axis=1), ids
+
+  return Neighbors(*found(labels, index.widths.labels), *found(queries, index.widths.queries))
+
+
+def main(argv: list[str]) -> None:
+  """Prints the time to build the indexes, the time of a query by its parts, and the memory."""
+  del argv
+  rng = np.random.default_rng(0)
+  labels, queries = _LABELS.value, _TRAIN_QUERIES.value
+  counts = [_counts(rng, labels), _counts(rng, queries)]
+  tfidf = TfIdf.fit(counts)
+  vectors = [tfidf.vectors(part) for part in counts]
+  stored = sum(part.data.nbytes + part.indices.nbytes + part.indptr.nbytes for part in vectors)
+  positives = rng.integers(0, labels, queries * _LABELS_PER_QUERY).astype(np.int32).reshape(queries, -1)
+  positives.sort(axis=1)
+  rows = Ragged.of_lengths(positives.ravel(), np.full(queries, _LABELS_PER_QUERY))
+  started = time.process_time()
+  index = BlendIndex.build(*vectors, rows)
+  print(f"{labels:,} labels, {queries:,} training queries: {stored / 2**30:.2f} GiB of word vectors")
+  print(f"inverted indexes built in {time.process_time() - started:.1f} s")
+  features = rng.normal(size=(20_000, len(FEATURES))).astype(np.float32)
+  model = BlendModel.fit(features, features[:, 0] + rng.normal(size=20_000) > 2)
+  propensity = rng.uniform(1, 10, labels)
+  asked = tfidf.vectors(_counts(rng, _QUERIES.value))
+  found = _neighbors(rng, _QUERIES.value, labels, queries, index)
+  seconds, total = {"words, candidates and features": 0.0, "trees": 0.0, "ranking": 0.0}, 0
+  for start in range(0, _QUERIES.value, _BLOCK.value):
+    block = np.arange(start, min(start + _BLOCK.value, _QUERIES.value))
+    times = [time.process_time()]
+    candidates, described = index.described(found.take(block), asked[block])
+    times.append(time.process_time())
+    scored = ScoredCandidates.score(model, candidates, described)
+    times.append(time.process_time())
+    scored.ranked(100, propensity)
+    times.append(time.process_time())
+    for name, value in zip(seconds, np.diff(times), strict=True):
+      seconds[name] += value
+    total += len(candidates.values)
+  for name, value in seconds.items():
+    print(f"{name}: {1000 * value / _QUERIES.value:.2f} ms a query")
+  print(f"all: {1000 * sum(seconds.values()) / _QUERIES.value:.2f} ms a query, {total / _QUERIES.value:.0f} candidates")
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  print(f"memory of the process: {peak:.2f} GiB at most, what makes the synthetic data included")
+
+
+if __name__ == "__main__":
+  app.run(main)
