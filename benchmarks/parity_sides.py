@@ -98,7 +98,7 @@ class Run:
     )
     encoder = setup.load_encoder()
     first = initial_checkpoint(
-      config, abstract, step.optimizer, queries, encoder, setup.weights_folder, data.fingerprint
+      config, abstract, step.optimizer, queries, encoder, setup.weights_folder, data.fingerprint, has_steps=True
     )
     return cls(setup, queries, step, total_steps, first.state, encoder.frozen)
 

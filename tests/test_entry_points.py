@@ -11,7 +11,7 @@ _CASES = {
   "unknown key": (("main", _CUSTOM, "--config.train.epoch=3"), "train.epoch"),
   "unknown section": (("main", _CUSTOM, "--config.trian.epochs=3"), "trian"),
   "wrong type": (("main", _CUSTOM, "--config.train.epochs=three"), "train.epochs"),
-  "value out of range": (("main", _CUSTOM, "--config.train.epochs=0"), "train.epochs"),
+  "value out of range": (("main", _CUSTOM, "--config.train.epochs=-1"), "train.epochs"),
   "word among numbers": (("main", _CUSTOM, "--config.eval.ks=all"), "eval.ks"),
   "no config": (("main",), "--config"),
   "no config to prepare": (("prepare_data",), "--config"),

@@ -59,6 +59,7 @@ def first_checkpoint(config, workdir):
     encoder,
     setup.weights_folder,
     setup.data.fingerprint,
+    has_steps=True,
   )
   return checkpoint, encoder
 

@@ -147,9 +147,10 @@ def test_bad_settings_are_refused_before_anything_is_loaded(tmp_path, given, mes
     vixml_jax.load(tmp_path / "missing", **given)
 
 
-def test_an_index_without_a_blend_says_how_to_write_one(with_images):
+def test_an_index_without_a_blend_says_how_to_write_one(texts_only, monkeypatch):
+  monkeypatch.setattr(LabelIndex, "blend", None)
   with pytest.raises(InputError, match=r"index: has no blend; where the data set is, run python -m vixml_jax.evaluate"):
-    vixml_jax.load(with_images.workdir, ranking="blend")
+    vixml_jax.load(texts_only.workdir, ranking="blend")
 
 
 def test_the_command_ranks_by_the_blend(texts_only, blend, tmp_path):

@@ -123,10 +123,10 @@ def kill_in_block(number, predictor, monkeypatch):
   """Raises `Killed` when the predictor searches its block of this number, counted from now."""
   calls, search = iter(range(1000)), type(predictor).search
 
-  def search_or_die(self, *args):
+  def search_or_die(self, *args, **kwargs):
     if next(calls) == number:
       raise Killed
-    return search(self, *args)
+    return search(self, *args, **kwargs)
 
   monkeypatch.setattr(type(predictor), "search", search_or_die)
 

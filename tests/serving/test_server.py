@@ -147,7 +147,7 @@ def test_retrieval_augmentation_gives_what_the_api_gives(texts_only):
 
 def test_a_bug_gives_status_500_without_details(predictor, monkeypatch, caplog):
   with running(lambda: predictor) as server:
-    monkeypatch.setattr(Predictor, "search", lambda *_: 1 / 0)
+    monkeypatch.setattr(Predictor, "search", lambda *_, **__: 1 / 0)
     reply = predict(server, {"title": "sun"})
     monkeypatch.undo()
     assert reply.status == 500 and reply.json["error"] == {

@@ -14,6 +14,7 @@ from vixml_jax.models.attention_call import IMPLEMENTATIONS
 from vixml_jax.models.dual_encoder import METHODS
 from vixml_jax.models.quantized import LARGEST
 from vixml_jax.models.transformer import SAVED_NAMES
+from vixml_jax.run.encoder_checks import check_encoder
 
 _Check = tuple[Callable[[Any], bool], str]
 _POSITIVE: _Check = (lambda x: x > 0, "must be above 0")
@@ -214,11 +215,7 @@ def check(config: ConfigDict) -> None:
   for small, large in (("loss.margin_min", "loss.margin_max"), ("dataset.max_length", "train.row_length")):
     if values[small] > values[large] and (large, values[large]) != ("train.row_length", 0):
       raise InputError(f"config.{small}={values[small]}: must be at most config.{large}={values[large]}")
-  _check_heads(values)
-  _check_recomputation(values)
-  _check_base_dtype(values)
-  if values["encoder.architecture"] == "decoder":
-    _check_adapters(values)
+  check_encoder(values)
   phrases = [key.removeprefix("prompt.phrases.") for key in values if key.startswith("prompt.phrases.")]
   template_words(values["prompt.template"], phrases, values["images"] > 0 and values["fusion.method"] == "early")
   if values["fusion.residual"] and values["fusion.method"] != "early":
@@ -256,56 +253,6 @@ def _check_values(values: dict[str, Any], checks: dict[str, _Check]) -> None:
       accepted = False
     if not accepted:
       raise InputError(f"config.{key}={values[key]!r}: {rule}")
-
-
-def _check_heads(values: dict[str, Any]) -> None:
-  """Checks that numbers of heads divide the widths that the heads share."""
-  split = [("prototype.num_heads", "encoder.embed_dim")] if values["method"] == "prime" else []
-  if values["encoder.architecture"] == "decoder":
-    split.append(("encoder.num_kv_heads", "encoder.num_heads"))
-  # The heads of a decoder may have any width, but those of the late fusion layer share the embedding.
-  if values["encoder.architecture"] == "bert" or (values["images"] and values["fusion.method"] == "late"):
-    split.append(("encoder.num_heads", "encoder.embed_dim"))
-  for heads, shared in split:
-    if values[shared] % values[heads]:
-      raise InputError(f"config.{heads}={values[heads]}: must divide config.{shared}={values[shared]}")
-
-
-def _check_recomputation(values: dict[str, Any]) -> None:
-  """Checks that what is recomputed in the backward pass, and what is stored instead, fit together."""
-  saved, layer = values["encoder.remat_saved"], values["train.chunks_in"] == "layer"
-  if len(saved) and (layer or not values["encoder.remat"]):
-    key, needed = ("train.chunks_in", "'encoder'") if layer else ("encoder.remat", "True")
-    raise InputError(
-      f"config.encoder.remat_saved={saved!r}: needs config.{key}={needed}; otherwise nothing is saved by name"
-    )
-  if layer and not values["train.remat"]:
-    raise InputError("config.train.chunks_in='layer': needs config.train.remat=True, since it recomputes layers")
-
-
-def _check_base_dtype(values: dict[str, Any]) -> None:
-  """Checks that only the frozen base of a decoder is quantized."""
-  if not values["encoder.base_dtype"]:
-    return
-  start = f"config.encoder.base_dtype={values['encoder.base_dtype']!r}: must be empty, since "
-  if values["encoder.architecture"] != "decoder":
-    raise InputError(f"{start}config.encoder.architecture={values['encoder.architecture']!r} has no frozen base")
-  if not values["encoder.lora_rank"]:
-    raise InputError(f"{start}config.encoder.lora_rank=0 trains all parameters, and quantized ones cannot be trained")
-
-
-def _check_adapters(values: dict[str, Any]) -> None:
-  """Checks the keys of adapters. Without adapters, the base is trained, and bfloat16 would lose its small updates."""
-  if not values["encoder.lora_rank"] and values["encoder.param_dtype"] != "float32":
-    raise InputError(
-      f"config.encoder.param_dtype={values['encoder.param_dtype']!r}: must be float32, since "
-      "config.encoder.lora_rank=0 trains all parameters"
-    )
-  if values["encoder.adapter"] and not values["encoder.lora_rank"]:
-    raise InputError(
-      f"config.encoder.adapter={values['encoder.adapter']!r}: needs config.encoder.lora_rank, which is 0; set "
-      "it to the rank of these adapters"
-    )
 
 
 def write(config: ConfigDict, path: Path) -> None:
