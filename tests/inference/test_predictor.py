@@ -21,6 +21,7 @@ from vixml_jax.files import sha256_of_file
 from vixml_jax.inference import trained_encoder
 from vixml_jax.inference.trained_encoder import load_trained_encoder
 from vixml_jax.input.packing import pack
+from vixml_jax.manifest import write_manifest
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import newest_checkpoint
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
@@ -251,6 +252,7 @@ def _truncated(name):
 def _of_another_checkpoint(run):
   path = next((run / "checkpoints").rglob("model/manifest.ocdbt"))
   path.with_name("more").write_bytes(b"x")
+  write_manifest(path.parent.parent)
 
 
 @pytest.mark.parametrize(
