@@ -215,7 +215,7 @@ class _Predictor(SimpleNamespace):
   def encode(self, queries: Any, **_: Any) -> np.ndarray:
     return np.array([[len(query.text)] for query in queries], np.float32)
 
-  def search(self, embeddings: np.ndarray, k: int, filters: Any) -> tuple[np.ndarray, np.ndarray]:
+  def search(self, embeddings: np.ndarray, k: int, filters: Any, texts: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(embeddings, k, 1), np.tile(np.arange(k, dtype=np.int32), (len(embeddings), 1))
 
   def filters(self, queries: Any) -> None:

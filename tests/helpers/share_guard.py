@@ -10,7 +10,7 @@ from jax._src.array import ArrayImpl
 import numpy as np
 
 from vixml_jax import sharded_rows, sharding
-from vixml_jax.evaluation import evaluator
+from vixml_jax.evaluation import baselines, evaluator
 
 BLOCK = 64
 """Rows of a block while the guard is on; the real blocks are larger than miniature data sets."""
@@ -80,6 +80,7 @@ class ShareGuard:
     patch(sharding, "to_global", checked_to_global)
     patch(sharded_rows, "BLOCK_ROWS", BLOCK)
     patch(evaluator, "QUERIES_PER_BLOCK", BLOCK)
+    patch(baselines, "QUERIES_PER_BLOCK", BLOCK)
     patch(evaluator, "_SCANN_BYTES", 0)  # ScaNN needs all vectors on the host, and is compared at small sizes only.
 
 

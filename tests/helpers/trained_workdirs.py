@@ -125,7 +125,7 @@ def _with_images(place: Path) -> ConfigDict:
   config.dataset.max_length, config.train.epochs, config.images = 20, 1, 2
   config.dataset.validation_fraction = 0.2
   config.features.update(dict(name="tiny", dim=8, checkpoint=str(place.parent / "tower.npz")))
-  config.eval.update(dict(test_images=(0,), retrieval_choose=True))
+  config.eval.update(dict(test_images=(0,), retrieval_choose=True, blend=False, baselines=()))
   config.baselines = dict(beaten={"P@1": 12.5})
   return config
 

@@ -145,6 +145,12 @@ def send_sigterm_at_batch(number, monkeypatch):
   monkeypatch.setattr(loop, "make_batch", batch_then_sigterm)
 
 
+def _flag_value(value):
+  """Returns a value as a flag takes it: numbers of a tuple between commas, texts as Python writes them."""
+  is_numbers = isinstance(value, tuple) and not any(isinstance(each, str) for each in value)
+  return ",".join(map(str, value)) if is_numbers else value
+
+
 def command(config, workdir, devices=8, encoder="minilm-l6", module="vixml_jax.main"):
   """Returns the command line that trains `config`, which must come from configs/custom.py with this encoder.
 
@@ -152,7 +158,7 @@ def command(config, workdir, devices=8, encoder="minilm-l6", module="vixml_jax.m
   """
   given = configuration.flatten_config(config)
   flags = [
-    f"--config.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+    f"--config.{key}={_flag_value(value)}"
     for key, value in given.items()
     if value != () and not key.startswith("baselines")
   ]

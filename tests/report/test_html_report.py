@@ -126,10 +126,10 @@ def test_logged_values_and_evaluations_between_epochs_are_shown_as_curves(traine
 
 
 def test_texts_with_markup_are_shown_as_texts(trained, tmp_path):
-  for name in ("final_metrics", "evaluation"):
-    (tmp_path / f"{name}.json").write_text((trained / f"{name}.json").read_text())
-  config = json.loads((trained / "config.json").read_text())
-  (tmp_path / "config.json").write_text(json.dumps(config | {"name": HOSTILE, "baselines": {HOSTILE: {"P@1": 1.0}}}))
+  (tmp_path / "final_metrics.json").write_text((trained / "final_metrics.json").read_text())
+  config, evaluation = (json.loads((trained / f"{name}.json").read_text()) for name in ("config", "evaluation"))
+  (tmp_path / "config.json").write_text(json.dumps(config | {"name": HOSTILE}))
+  (tmp_path / "evaluation.json").write_text(json.dumps(evaluation | {"baselines": {HOSTILE: {"P@1": 1.0}}}))
   label = TrueLabel(f"true {HOSTILE}", {"plain": 17, "augmented": None})
   predictions = {
     "plain": [ShownPrediction(f"hit {HOSTILE}", 0.25, True)],

@@ -8,9 +8,9 @@ import numpy as np
 from tests.helpers.compilations import counted_compilations
 from tests.helpers.http_server import LIMITS, expected, png
 import vixml_jax
+from vixml_jax import manifest
 from vixml_jax.files import sha256_of_file
 from vixml_jax.inference.queries import Query
-from vixml_jax.search import snapshots
 from vixml_jax.serving.engine import Engine, QueryRequest
 from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.request_error import RequestError
@@ -47,7 +47,7 @@ def test_warming_up_reaches_every_program_of_the_encoder(predictor, monkeypatch)
 
 def test_every_file_of_the_index_is_hashed_once_at_start(texts_only, monkeypatch):
   hashed = []
-  monkeypatch.setattr(snapshots, "sha256_of_file", lambda path: hashed.append(path) or sha256_of_file(path))
+  monkeypatch.setattr(manifest, "sha256_of_file", lambda path: hashed.append(path) or sha256_of_file(path))
   engine = Engine(functools.partial(vixml_jax.load, texts_only.workdir), LIMITS, Metrics())
   engine.start()
   assert not engine.reload_index()
