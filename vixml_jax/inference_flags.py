@@ -37,6 +37,7 @@ class ModelFlags:
   image_checkpoint: flags.FlagHolder[str | None]
   image_batch_size: flags.FlagHolder[int]
   mesh: flags.FlagHolder[str | None]
+  encoder: flags.FlagHolder[str | None]
 
   def load(self, search: SearchFlags | None = None) -> Predictor:
     """Loads the workdir as the flags say.
@@ -53,12 +54,13 @@ class ModelFlags:
       mesh=cli.mesh(self.mesh),
       image_checkpoint=self.image_checkpoint.value,
       image_batch_size=self.image_batch_size.value,
+      encoder=self.encoder.value,
       **searching,
     )
 
 
 def define_model_flags(image_batch_size: int) -> ModelFlags:
-  """Defines `--workdir`, `--image_checkpoint`, `--image_batch_size` and `--mesh`.
+  """Defines `--workdir`, `--image_checkpoint`, `--image_batch_size`, `--mesh` and `--encoder`.
 
   Args:
     image_batch_size: Default of `--image_batch_size`.
@@ -75,6 +77,9 @@ def define_model_flags(image_batch_size: int) -> ModelFlags:
     ),
     mesh=flags.DEFINE_string(
       "mesh", None, "Devices as data,fsdp,tensor, such as 4,1,2; by default as in training, or all devices."
+    ),
+    encoder=flags.DEFINE_enum(
+      "encoder", None, ["int8"], "int8: the encoder in int8, on CPUs; it needs the extra onnx. By default as trained."
     ),
   )
 

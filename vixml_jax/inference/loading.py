@@ -10,12 +10,16 @@ from vixml_jax.blend.libraries import check_blend_libraries
 from vixml_jax.errors import InputError
 from vixml_jax.inference.blend_ranking import BlendRanking, check_dial
 from vixml_jax.inference.predictor import AUGMENTED, BLEND, PLAIN, RANKINGS, Predictor
+from vixml_jax.inference.quantized_encoder import load_quantized_encoder
 from vixml_jax.inference.query_images import QueryImageEncoder
 from vixml_jax.inference.trained_encoder import load_trained_encoder
 from vixml_jax.run.workdir import INDEX
 from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
+
+# Value of `encoder` -> the function that loads the encoder.
+ENCODERS = {None: load_trained_encoder, "int8": load_quantized_encoder}
 
 
 def load(
@@ -31,6 +35,7 @@ def load(
   retrieval_temperature: float | None = None,
   image_checkpoint: str | None = None,
   image_batch_size: int = 8,
+  encoder: str | None = None,
 ) -> Predictor:
   """Loads a trained workdir. No training data are needed.
 
@@ -50,6 +55,7 @@ def load(
     retrieval_temperature: Temperature of retrieval; None for that of the run's evaluation.
     image_checkpoint: SigLIP tower that encodes images; None for the one that made the features of the training data.
     image_batch_size: Number of images that the tower encodes at a time. A smaller batch takes as long as a full one.
+    encoder: "int8" for an encoder in int8 on the CPU, which needs the extra `onnx`; None for the encoder as trained.
 
   Raises:
     InputError: A file is missing, damaged, or of another checkpoint.
@@ -59,20 +65,22 @@ def load(
   for name, value in (("tail", tail), ("min_probability", min_probability)):
     if value and ranking != BLEND:
       raise InputError(f"{name}={value}: only the ranking blend has it, and the ranking is {ranking}")
+  if encoder not in ENCODERS:
+    raise InputError(f"encoder={encoder}: must be int8, or None for the encoder as trained")
   if ranking == BLEND:
     check_blend_libraries()
   workdir = Path(workdir)
-  encoder = load_trained_encoder(workdir, mesh)
-  index = LabelIndex.open(workdir / INDEX, checkpoint=encoder.checkpoint, search=search, mesh=encoder.mesh)
+  trained = ENCODERS[encoder](workdir, mesh)
+  index = LabelIndex.open(workdir / INDEX, checkpoint=trained.checkpoint, search=search, mesh=trained.mesh)
   image_encoder = None
-  if encoder.images:
-    image_encoder = QueryImageEncoder(encoder.config, encoder.image_origin or {}, image_checkpoint, image_batch_size)
+  if trained.images:
+    image_encoder = QueryImageEncoder(trained.config, trained.image_origin or {}, image_checkpoint, image_batch_size)
   settings = blend = None
   if ranking == AUGMENTED:
     settings = _retrieval_settings(index, workdir, retrieval_lambda, retrieval_temperature)
   if ranking == BLEND:
     blend = BlendRanking.open(index, tail, min_probability)
-  return Predictor(encoder, index, image_encoder, settings, blend)
+  return Predictor(trained, index, image_encoder, settings, blend)
 
 
 def _ranking(ranking: str | None, retrieval_augmented: bool) -> str:

@@ -256,7 +256,7 @@ class Predictor:
   def settings(self) -> dict[str, Any]:
     """Returns all that determines an answer besides the query, as JSON."""
     return {
-      "checkpoint": self.encoder.checkpoint,
+      **self.encoder.settings(),
       "index": fingerprint_of(self.index.info),
       "retrieval": self.retrieval and dataclasses.asdict(self.retrieval),
       "blend": self.blend and {"tail": self.blend.tail, "min_probability": self.blend.min_probability},

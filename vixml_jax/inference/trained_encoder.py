@@ -77,6 +77,10 @@ class TrainedEncoder:
     """F, the size of an image's feature vector."""
     return self.config.features.dim
 
+  def settings(self) -> dict[str, Any]:
+    """Returns what determines an embedding besides its item, as JSON."""
+    return {"checkpoint": self.checkpoint}
+
   def embed(
     self,
     texts: Sequence[str] | Ragged,

@@ -14,7 +14,7 @@ import numpy as np
 
 from vixml_jax.input.best_fit import assign_rows
 from vixml_jax.input.items import Items
-from vixml_jax.ragged import Ragged, ranges
+from vixml_jax.ragged import Ragged, offsets_of, ranges
 from vixml_jax.rounding import next_power_of_two
 
 # The number of slots in a row assumes items of at least this many tokens: shorter ones are too rare to pay for more.
@@ -221,6 +221,44 @@ def pack(items: Items, layout: PackedLayout, round_up: bool = True) -> PackedIte
     (rows * layout.slots + slots).astype(np.int32),
     _pack_images(items.images, rows, slots, first_images, layout, chunked) if layout.images else None,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeItems:
+  """Items one after the other, without rows.
+
+  Attributes:
+    tokens: Token ids of each item, phrases included; 0 for an image.
+    images: Positions of each item's images among its tokens, int64.
+  """
+
+  tokens: Ragged
+  images: Ragged
+
+
+def whole_items(items: Items, layout: PackedLayout) -> WholeItems:
+  """Returns the tokens that packed rows have for each item.
+
+  >>> items = Items(Ragged.from_rows([[11, 12], [21, 22, 23]]), Ragged.from_rows([[5], []]))
+  >>> whole = whole_items(items, PackedLayout(row_length=8, chunk_rows=1, images=1))
+  >>> [row.tolist() for row in whole.tokens], [row.tolist() for row in whole.images]
+  ([[0, 11, 12], [21, 22, 23]], [[0], []])
+
+  Args:
+    items: Items as for `pack`.
+    layout: The parts of an item, with images as tokens if there are any.
+
+  Raises:
+    ValueError: As in `pack`.
+  """
+  sizes = [_sizes(part, items) for part in layout.template]
+  lengths = sum(sizes, np.zeros(len(items), np.int64))
+  _check(items, lengths, layout)
+  first = offsets_of(lengths)
+  tokens = np.zeros(first[-1], np.int32)
+  first_images = _write_tokens(tokens, first[:-1], sizes, items.tokens, layout) - first[:-1]
+  counts = items.images.lengths
+  return WholeItems(Ragged.of_lengths(tokens, lengths), Ragged.of_lengths(ranges(first_images, counts), counts))
 
 
 def _sizes(part: PromptPart, items: Items) -> np.ndarray:

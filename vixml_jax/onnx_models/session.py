@@ -1,0 +1,94 @@
+"""Runs an ONNX encoder on the cores of this machine: batches of items of similar length, one core for each batch."""
+
+from concurrent.futures import ThreadPoolExecutor
+import os
+
+import numpy as np
+
+from vixml_jax.input.packing import WholeItems
+from vixml_jax.onnx_models.bert import ATTENTION_MASK, IMAGE_FEATURES, IMAGE_PLACES, INPUT_IDS, POOLED
+from vixml_jax.onnx_models.libraries import import_library
+from vixml_jax.ragged import ranges
+
+# Tokens of a batch, padding included. Their activations stay in a core's caches.
+_BATCH_TOKENS = 1024
+# Tokens of padding of a batch. More cost as much as to start another batch.
+_MOST_PADDING = 8
+
+
+class OnnxEncoder:
+  """Encodes items with a model of `bert_model`, quantized or not.
+
+  Args:
+    model: The serialized model.
+
+  Attributes:
+    dim: D, size of the outputs.
+
+  Raises:
+    InputError: onnxruntime is not installed.
+  """
+
+  def __init__(self, model: bytes):
+    runtime = import_library("onnxruntime")
+    options = runtime.SessionOptions()
+    # Batches run at the same time, each on one core: the cores never wait for each other within a batch.
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    self._session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    self.dim = int(self._session.get_outputs()[0].shape[1])
+    self._cores = len(os.sched_getaffinity(0))
+    self._pool = ThreadPoolExecutor(self._cores, "onnx")
+
+  def pooled(self, items: WholeItems, features: np.ndarray | None = None) -> np.ndarray:
+    """Returns encoder outputs before normalization, float32 [items, D].
+
+    Args:
+      items: Items to encode.
+      features: Feature vectors of their images [images, F], those of the first item first; None for a model of texts
+        only.
+    """
+    out = np.empty((len(items.tokens), self.dim), np.float32)
+
+    def run(rows: np.ndarray) -> None:
+      (out[rows],) = self._session.run([POOLED], _inputs(items, rows, features))
+
+    list(self._pool.map(run, batches(items.tokens.lengths, self._cores)))
+    return out
+
+
+def _inputs(items: WholeItems, rows: np.ndarray, features: np.ndarray | None) -> dict[str, np.ndarray]:
+  """Returns the inputs of the model for some of the items, padded on the right."""
+  tokens, images = items.tokens.take(rows), items.images
+  mask = np.arange(max(tokens.lengths.max(), 1)) < tokens.lengths[:, None]
+  ids = np.zeros(mask.shape, np.int64)
+  ids[mask] = tokens.values
+  inputs = {INPUT_IDS: ids, ATTENTION_MASK: mask.astype(np.int64)}
+  if features is not None:
+    counts = images.lengths[rows]
+    inputs[IMAGE_FEATURES] = features[ranges(images.offsets[rows], counts)].astype(np.float32)
+    inputs[IMAGE_PLACES] = np.stack([np.repeat(np.arange(len(rows)), counts), images.take(rows).values], axis=1)
+  return inputs
+
+
+def batches(lengths: np.ndarray, cores: int) -> list[np.ndarray]:
+  """Returns the items of each batch, longest items first.
+
+  >>> [batch.tolist() for batch in batches(np.array([3, 9, 3, 8]), cores=1)]
+  [[1, 3], [0, 2]]
+
+  Args:
+    lengths: Number of tokens of each item, int [items].
+    cores: Number of batches that run at the same time.
+  """
+  order = np.argsort(-lengths, kind="stable")
+  most = min(_BATCH_TOKENS, max(-(-int(lengths.sum()) // cores), 1))
+  found, start = [], 0
+  while start < len(order):
+    longest = max(int(lengths[order[start]]), 1)
+    rows = order[start : start + max(most // longest, 1)]
+    padding = np.cumsum(longest - lengths[rows])
+    rows = rows[: max(np.searchsorted(padding, _MOST_PADDING, side="right"), 1)]
+    found.append(rows)
+    start += len(rows)
+  return found
