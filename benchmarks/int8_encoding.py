@@ -31,8 +31,8 @@ from vixml_jax.evaluation.metrics import query_metrics
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, whole_items
 from vixml_jax.input.tokenizer import Tokenizer
-from vixml_jax.onnx_models.bert import bert_model
-from vixml_jax.onnx_models.quantization import quantized
+from vixml_jax.onnx_models.calibration import random_items
+from vixml_jax.onnx_models.quantization import int8_model
 from vixml_jax.onnx_models.session import OnnxEncoder
 from vixml_jax.ragged import Ragged
 from vixml_jax.search.index import search_excluding
@@ -64,7 +64,8 @@ def synthetic(size: str, rounds: int) -> None:
   layout = encoding_layout(PackedLayout(64, 32), model.mesh)
   ours = ItemEncoder(model.definition(), layout, model.mesh)
   params = jax.device_get({"encoder": model.params["encoder"]})
-  theirs = OnnxEncoder(quantized(bert_model(params, model.encoder, balanced=True)))
+  examples = random_items(model.encoder["vocab_size"], tokenizer([""])[0].tolist(), LONGEST, layout)
+  theirs = OnnxEncoder(int8_model(params, model.encoder, examples))
   lengths = tokenizer(texts).lengths
   print(f"{count:,} random texts of {lengths.mean():.1f} tokens on average")
   print_speed(

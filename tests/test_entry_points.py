@@ -53,7 +53,12 @@ _CASES = {
   "no workdir to add labels to": (("add_labels",), "--workdir"),
   "nothing to add": (("add_labels", "--workdir={folder}"), "--labels"),
   "no workdir to export": (("export",), "--workdir"),
-  "unknown format": (("export", "--workdir={folder}", "--format=onnx", "--output=x"), "--format=onnx"),
+  "unknown format": (("export", "--workdir={folder}", "--format=pickle", "--output=x"), "--format=pickle"),
+  "format without that dtype": (
+    ("export", "--workdir={folder}", "--format=peft", "--dtype=int8", "--output={folder}/x"),
+    "--dtype=int8",
+  ),
+  "unknown encoder": (("predict", "--workdir={folder}", "--encoder=int4"), "--encoder=int4"),
   "no workdir to serve": (("serve",), "--workdir"),
   "no such port": (("serve", "--workdir={folder}", "--port=70000"), "--port=70000"),
   "workdir without config to compare": (("evaluate", "--workdir={folder}", "--compare={folder}/b"), "{folder}"),

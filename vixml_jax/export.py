@@ -1,11 +1,11 @@
 """Exports a trained workdir for other libraries.
 
-  python -m vixml_jax.export --workdir=runs/NAME --format=hf|peft|sentence-transformers|embeddings --output=DIR
-      [--dtype=float32|bfloat16|float16] [--max_shard_size=5GB]
+  python -m vixml_jax.export --workdir=runs/NAME --format=hf|peft|sentence-transformers|onnx|embeddings --output=DIR
+      [--dtype=float32|bfloat16|float16|int8] [--max_shard_size=5GB]
 
 hf: the encoder with merged adapters, for transformers. peft: the adapters alone. sentence-transformers: a model that
-gives texts the same embeddings as evaluation. embeddings: the label prototypes as labels.npy and labels.parquet. No
-training data are needed.
+gives texts the same embeddings as evaluation. onnx: the same as a file for ONNX Runtime, in float32 or int8 (the extra
+onnx must be installed). embeddings: the label prototypes as labels.npy and labels.parquet. No training data are needed.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from absl import flags
 
 from vixml_jax import cli
 from vixml_jax.errors import InputError
-from vixml_jax.exporting.export import FORMATS, export
+from vixml_jax.exporting.export import DTYPES, FORMATS, export
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that vixml_jax.main wrote.")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format to write.")
@@ -23,8 +23,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder to create.")
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   "float32",
-  ["float32", "bfloat16", "float16"],
-  "Type of the weights; the smaller types round merged adapters.",
+  DTYPES,
+  "Type of the weights; the smaller types round merged adapters. --format=onnx has float32 and int8 only.",
 )
 _MAX_SHARD_SIZE = flags.DEFINE_string(
   "max_shard_size", "5GB", "Maximum size of one file of weights, such as 500MB or 5GB."

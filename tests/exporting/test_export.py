@@ -1,8 +1,9 @@
-"""Exported models compute the same in transformers, PEFT and sentence-transformers as here."""
+"""Exported models compute the same in transformers, PEFT, sentence-transformers and ONNX Runtime as here."""
 
 import dataclasses
 import functools
 import json
+import re
 import shutil
 
 import jax
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
+import tokenizers
 import torch
 import transformers
 
@@ -22,6 +24,7 @@ from tests.helpers import tiny_encoders
 from tests.helpers.miniature import WORDS
 from tests.helpers.miniature_runs import load_config, run_commands, shrink, write_encoder
 from tests.helpers.tiny_tokenizers import END_OF_TEXT, write_byte_bpe
+import vixml_jax
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.exporting import export
@@ -139,6 +142,56 @@ def test_sentence_transformers_give_the_embeddings_of_packed_texts(kind, encoder
   assert (wanted @ wanted.T)[np.triu_indices(20, 1)].min() < 0.9  # Different texts have different embeddings.
   # Queries and documents have the same embeddings: no prompt is needed.
   np.testing.assert_array_equal(model.encode_query(TEXTS[:3]), model.encode_document(TEXTS[:3]))
+
+
+def onnx_embeddings(folder, texts):
+  """Returns what onnxruntime computes, with the tokenizer of the folder."""
+  runtime = pytest.importorskip("onnxruntime")
+  info = json.loads((folder / "onnx.json").read_text())
+  assert sha256_of_file(folder / info["model"]) == info["sha256"]
+  tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  tokenizer.enable_truncation(info["max_length"])
+  tokenizer.enable_padding()
+  rows = tokenizer.encode_batch(texts)
+  session = runtime.InferenceSession(folder / info["model"], providers=["CPUExecutionProvider"])
+  inputs = (np.array([getattr(row, name) for row in rows]) for name in ("ids", "attention_mask"))
+  return session.run(info["outputs"][:1], dict(zip(info["inputs"], inputs, strict=True)))[0]
+
+
+@pytest.mark.parametrize("kind", ["minilm-l6", "distilbert", "minilm-l6,images=3"])
+def test_onnx_models_give_the_embeddings_of_packed_texts(kind, encoders, tmp_path, caplog):
+  pytest.importorskip("onnx")
+  encoder = encoders(kind)
+  wanted = encoder.embed(TEXTS)
+  with caplog.at_level("WARNING"):
+    exact = exported(encoder.workdir, "onnx", tmp_path / "float32")
+  assert ("encodes texts only" in caplog.text) == ("images" in kind)
+  np.testing.assert_allclose(onnx_embeddings(exact, TEXTS), wanted, atol=1e-5)
+  rounded = exported(encoder.workdir, "onnx", tmp_path / "int8", dtype="int8")
+  assert 0.98 < (onnx_embeddings(rounded, TEXTS) * wanted).sum(1).min() < 0.999999
+  assert [(folder / name).exists() for folder, name in ((exact, "model.onnx"), (rounded, "model_int8.onnx"))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_the_readme_of_an_onnx_folder_runs(dtype, texts_only, tmp_path, monkeypatch):
+  pytest.importorskip("onnxruntime")
+  folder = exported(texts_only.workdir, "onnx", tmp_path / "out", dtype=dtype)
+  readme = (folder / "README.md").read_text()
+  monkeypatch.chdir(folder)
+  names = {}
+  exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], names)
+  wanted = vixml_jax.load(texts_only.workdir).encode(["arrow up", "cloud"])
+  assert (names["embeddings"] * wanted).sum(1).min() > 0.98
+  cosine = json.loads((folder / "onnx.json").read_text())["cosine_to_float32"]
+  assert (dtype == "int8") == (cosine is not None) == ("texts of labels, the cosine" in readme)
+  assert max(map(len, readme.splitlines())) <= 120
+
+
+def test_a_dtype_that_a_format_lacks_is_refused(tmp_path):
+  with pytest.raises(InputError, match="--dtype=bfloat16: --format=onnx has float32 and int8; use one of them"):
+    export.export(tmp_path, "onnx", tmp_path / "out", dtype="bfloat16")
+  with pytest.raises(InputError, match="--dtype=int8: only --format=onnx has it"):
+    export.export(tmp_path, "hf", tmp_path / "out", dtype="int8")
 
 
 def test_a_quantized_base_is_exported_as_the_weights_that_it_was_trained_with(tmp_path, caplog):
@@ -282,6 +335,13 @@ def test_the_base_of_adapters_is_named_as_peft_looks_for_it(tmp_path, monkeypatc
       dict(fusion=dict(method="late")),
       r"a layer after the pooling .*\(fusion\.method=late\).*use --format=hf for the encoder alone",
     ),
+    (
+      "onnx",
+      "minilm-l6,images=2",
+      dict(fusion=dict(method="late")),
+      r"a layer after the pooling .*fusion\.method=late",
+    ),
+    ("onnx", ADAPTED, dict(), r"a model with encoder\.architecture=decoder cannot be an ONNX model"),
     (
       "sentence-transformers",
       ADAPTED,

@@ -17,7 +17,10 @@ from vixml_jax import sharding
 from vixml_jax.array_file import ArrayFile
 from vixml_jax.errors import InputError
 from vixml_jax.exporting.item_tokenizer import max_item_length, save_item_tokenizer
+from vixml_jax.exporting.onnx_folder import ONNX_DTYPES, write_onnx_folder
+from vixml_jax.exporting.texts_only import check_encodes_texts
 from vixml_jax.files import new_folder
+from vixml_jax.inference.onnx_conversion import check_convertible
 from vixml_jax.inference.trained_encoder import TrainedEncoder, load_trained_encoder
 from vixml_jax.input.packing import without_images
 from vixml_jax.models.lora import lora_scale, merge_lora
@@ -33,7 +36,8 @@ from vixml_jax.weights.tables import TABLES
 
 _log = logging.getLogger(__name__)
 
-FORMATS = ("hf", "peft", "sentence-transformers", "embeddings")
+FORMATS = ("hf", "peft", "sentence-transformers", "onnx", "embeddings")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 _LABELS_AT_ONCE = 8192
 _MODULES = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
 _TRANSFORMERS_CLASSES = {
@@ -52,15 +56,17 @@ def export(workdir: Path, kind: str, output: Path, dtype: str = "float32", max_s
     workdir: Folder that training, or `vixml_jax.evaluate`, wrote.
     kind: One of `FORMATS`. "hf" is the encoder with merged adapters, for `transformers.AutoModel`. "peft" is the
       adapters alone. "sentence-transformers" is the encoder with tokenizer, pooling and normalization, which gives
-      texts the same embeddings as here. "embeddings" is the label prototypes.
+      texts the same embeddings as here. "onnx" is the same as a file that ONNX Runtime runs. "embeddings" is the label
+      prototypes.
     output: Folder to create.
-    dtype: Type of the weights of "hf" and "sentence-transformers".
+    dtype: Type of the weights of "hf", "sentence-transformers" (not int8) and "onnx" (float32 or int8).
     max_shard_bytes: Maximum size of one of their files of weights.
 
   Raises:
     InputError: The folder exists and is not empty, a file of the workdir is missing or damaged, or the format cannot
       represent the model.
   """
+  _check_dtype(kind, dtype)
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise InputError(f"{output}: exists already; use a new folder as --output, or delete it")
   try:
@@ -69,11 +75,28 @@ def export(workdir: Path, kind: str, output: Path, dtype: str = "float32", max_s
         export_embeddings(workdir, folder)
       elif kind == "peft":
         _export_peft(workdir, folder)
+      elif kind == "onnx":
+        _export_onnx(workdir, folder, dtype)
       else:
         write = _export_hf if kind == "hf" else _export_sentence_transformers
         write(workdir, folder, dtype, max_shard_bytes)
   except OSError as error:
     raise InputError(f"{output}: cannot be written ({error}); use another --output") from error
+
+
+def _check_dtype(kind: str, dtype: str) -> None:
+  """Raises an InputError if a format has no weights of this type."""
+  if kind == "onnx" and dtype not in ONNX_DTYPES:
+    raise InputError(f"--dtype={dtype}: --format=onnx has {' and '.join(ONNX_DTYPES)}; use one of them")
+  if kind != "onnx" and dtype == "int8":
+    raise InputError(f"--dtype={dtype}: only --format=onnx has it; use another type for --format={kind}")
+
+
+def _export_onnx(workdir: Path, folder: Path, dtype: str) -> None:
+  config = configuration.read(workdir / CONFIG)
+  check_encodes_texts(workdir, config, "ONNX Runtime")
+  check_convertible(workdir, config)
+  write_onnx_folder(_load(workdir), folder, dtype)
 
 
 def _export_hf(workdir: Path, folder: Path, dtype: str, max_shard_bytes: int) -> None:
@@ -128,21 +151,7 @@ def base_name(pretrained: str) -> tuple[str, str | None]:
 
 def _export_sentence_transformers(workdir: Path, folder: Path, dtype: str, max_shard_bytes: int) -> None:
   config = configuration.read(workdir / CONFIG)
-  if config.images and config.fusion.method == "late":
-    raise InputError(
-      f"{workdir}: a layer after the pooling computes the embeddings of this model (fusion.method=late), and "
-      "sentence-transformers has no module for it; use --format=hf for the encoder alone"
-    )
-  if "E" not in config.prompt.template.split():
-    raise InputError(
-      f"{workdir}: its items have no text (prompt.template={config.prompt.template!r} lacks E), but "
-      "sentence-transformers encodes only texts; use --format=hf for the encoder alone"
-    )
-  if config.images:
-    _log.warning(
-      "the folder encodes texts only: queries without images get the embeddings of vixml_jax.load, queries with images "
-      "do not"
-    )
+  check_encodes_texts(workdir, config, "sentence-transformers")
   encoder = _load(workdir)
   _write_model(encoder, folder, dtype, max_shard_bytes)
   template, max_length = without_images(encoder.layout.template), config.dataset.max_length

@@ -14,10 +14,12 @@ from vixml_jax.inference.trained_encoder import TrainedEncoder
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import whole_items
 from vixml_jax.onnx_models.bert import bert_model
-from vixml_jax.onnx_models.quantization import quantized
+from vixml_jax.onnx_models.calibration import random_items
+from vixml_jax.onnx_models.quantization import int8_model
 from vixml_jax.onnx_models.session import OnnxEncoder
 from vixml_jax.run.workdir import INDEX
 from vixml_jax.search.label_index import LabelIndex
+from vixml_jax.typing import Tree
 
 _log = logging.getLogger(__name__)
 
@@ -44,19 +46,14 @@ def check_convertible(workdir: Path, config: ConfigDict) -> None:
       )
 
 
-def to_onnx(encoder: TrainedEncoder, *, balanced: bool = False) -> Any:
-  """Returns the encoder as an `onnx.ModelProto` in float32; see `bert_model`.
-
-  Args:
-    encoder: The encoder.
-    balanced: Whether to prepare the model for quantization.
+def to_onnx(encoder: TrainedEncoder) -> Any:
+  """Returns the encoder of texts as an `onnx.ModelProto` in float32; see `bert_model`.
 
   Raises:
     InputError: `check_convertible` refuses the model, or onnx is not installed.
   """
   check_convertible(encoder.workdir, encoder.config)
-  params = {name: encoder.params[name] for name in ("encoder", "fusion") if name in encoder.params}
-  return bert_model(jax.device_get(params), encoder.definition.arguments["encoder"], balanced=balanced)
+  return bert_model(_parameters(encoder, images=False), encoder.definition.arguments["encoder"])
 
 
 class QuantizedModel(NamedTuple):
@@ -72,13 +69,21 @@ class QuantizedModel(NamedTuple):
   cosine: dict[str, float] | None
 
 
-def to_int8(encoder: TrainedEncoder) -> QuantizedModel:
+def to_int8(encoder: TrainedEncoder, *, images: bool) -> QuantizedModel:
   """Returns the encoder as an ONNX model whose layers are in int8, compared on texts of labels in the index.
+
+  Args:
+    encoder: The encoder.
+    images: Whether the model also takes images, if the encoder does.
 
   Raises:
     InputError: As for `to_onnx`.
   """
-  content = quantized(to_onnx(encoder, balanced=True))
+  check_convertible(encoder.workdir, encoder.config)
+  arguments, tokenizer = encoder.definition.arguments["encoder"], encoder.tokenizer
+  special = tokenizer([""])[0].tolist()
+  examples = random_items(arguments["vocab_size"], special, tokenizer.max_length, encoder.layout)
+  content = int8_model(_parameters(encoder, images), arguments, examples)
   cosine = _cosine(encoder, OnnxEncoder(content))
   if cosine is not None:
     level = logging.INFO if cosine["mean"] >= _LEAST_COSINE else logging.WARNING
@@ -92,6 +97,12 @@ def to_int8(encoder: TrainedEncoder) -> QuantizedModel:
       cosine["texts"],
     )
   return QuantizedModel(content, cosine)
+
+
+def _parameters(encoder: TrainedEncoder, images: bool) -> Tree:
+  """Returns the parameters of the encoder on the host, with those of its images if it has any and they are wanted."""
+  names = ("encoder", "fusion") if images and "fusion" in encoder.params else ("encoder",)
+  return jax.device_get({name: encoder.params[name] for name in names})
 
 
 def _cosine(encoder: TrainedEncoder, rounded: OnnxEncoder) -> dict[str, float] | None:

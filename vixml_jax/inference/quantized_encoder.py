@@ -17,6 +17,7 @@ from vixml_jax.files import locked, new_file, read_json_object, write_json
 from vixml_jax.inference.onnx_conversion import check_convertible, to_int8
 from vixml_jax.inference.trained_encoder import TrainedEncoder, load_trained_encoder
 from vixml_jax.input.packing import whole_items
+from vixml_jax.onnx_models.quantization import weight_bits
 from vixml_jax.onnx_models.session import OnnxEncoder
 from vixml_jax.ragged import Ragged
 from vixml_jax.run import configuration
@@ -100,17 +101,17 @@ def _model(encoder: TrainedEncoder) -> tuple[bytes, str]:
 def _make(encoder: TrainedEncoder, folder: Path) -> tuple[bytes, str]:
   """Makes and stores the ONNX model. `int8.json` is written last, so that it never describes another file for long."""
   _log.info("making the int8 encoder of %s in %s", encoder.workdir, folder)
-  content, cosine = to_int8(encoder)
+  content, cosine = to_int8(encoder, images=True)
   sha256 = hashlib.sha256(content).hexdigest()
   with new_file(folder / _MODEL) as work:
     work.write_bytes(content)
-  info = {"format": _FORMAT, "checkpoint": encoder.checkpoint, "sha256": sha256, "cosine": cosine}
-  write_json(folder / _INFO, info)
+  info = {"format": _FORMAT, "checkpoint": encoder.checkpoint, "weight_bits": weight_bits(), "sha256": sha256}
+  write_json(folder / _INFO, info | {"cosine": cosine})
   return content, sha256
 
 
 def _stored(folder: Path, checkpoint: dict[str, Any]) -> tuple[bytes, str] | None:
-  """Returns the stored ONNX model and its sha256; None if there is none of this checkpoint, or it is damaged."""
+  """Returns the stored ONNX model and its sha256; None if it is of another checkpoint or CPU, damaged, or absent."""
   again = "it is made again"
   try:
     info = read_json_object(folder / _INFO, absent=again, damaged=again)
@@ -119,7 +120,7 @@ def _stored(folder: Path, checkpoint: dict[str, Any]) -> tuple[bytes, str] | Non
     if folder.exists():
       _log.warning("%s", error)
     return None
-  if (info.get("format"), info.get("checkpoint")) != (_FORMAT, checkpoint):
+  if (info.get("format"), info.get("checkpoint")) != (_FORMAT, checkpoint) or info["weight_bits"] > weight_bits():
     return None
   sha256 = hashlib.sha256(content).hexdigest()
   if sha256 != info.get("sha256"):

@@ -15,20 +15,17 @@ from vixml_jax.typing import Tree
 
 LAYERS = "layers"
 """Prefix of the names of the nodes that belong to the encoder's layers."""
-INPUT_IDS, ATTENTION_MASK, IMAGE_FEATURES, IMAGE_PLACES = (
-  "input_ids",
-  "attention_mask",
-  "image_features",
-  "image_places",
-)
-"""Inputs: token ids and their mask, int64 [batch, length], padded on the right. Features of the images of all items,
-float32 [images, F], and the row and the position of each, int64 [images, 2]; both may be left out."""
+INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
+"""Inputs: token ids and their mask, int64 [batch, length], padded on the right."""
+IMAGE_FEATURES, IMAGE_PLACES = "image_features", "image_places"
+"""Inputs of a model with images: the features of the images of all items, float32 [images, F], and the row and the
+position of each, int64 [images, 2]."""
 POOLED, EMBEDDINGS = "pooled", "embeddings"
 """Outputs: the encoder's output for each item before and after it is scaled to unit norm, float32 [batch, D]."""
 
 _MASKED = 1e30  # Subtracted from the scores of padding, whose probability is then exactly 0.
 _SHORTEST = 1e-12  # Smaller norms and weights count as this.
-_DEVIATIONS = 3.0  # Large outputs of a norm are this many standard deviations from its bias.
+_MIGRATION = 0.65  # alpha of SmoothQuant: 1 makes all dimensions of activations equally large, 0 those of weights.
 
 
 class _Batch(NamedTuple):
@@ -64,7 +61,7 @@ class _Hidden(NamedTuple):
     return matrix if self.scale is None else matrix * self.scale[:, None]
 
 
-def bert_model(params: Tree, arguments: Mapping[str, Any], *, balanced: bool = False) -> Any:
+def bert_model(params: Tree, arguments: Mapping[str, Any], largest: Mapping[str, np.ndarray] | None = None) -> Any:
   """Returns an `onnx.ModelProto` that computes what `DualEncoder.pool` does for each item, up to rounding.
 
   Products of layers are nodes called `layers/LAYER/.../product`, with constant kernels. Tokens are one dimension there,
@@ -75,13 +72,14 @@ def bert_model(params: Tree, arguments: Mapping[str, Any], *, balanced: bool = F
     params: Parameters on the host: `encoder`, a `BertEncoder`, and optionally `fusion`, an `ImageFusion` with
       method="early".
     arguments: Arguments of `BertEncoder`.
-    balanced: Whether to prepare the model for quantization, at the cost of a few more nodes: what products read is
-      scaled so that large values in few dimensions or in few tokens do not decide the range of all.
+    largest: Largest absolute value of each dimension of each norm's output, from `calibration.largest_outputs`. It
+      prepares the model for quantization, at the cost of a few more nodes: what products read is scaled so that large
+      values in few dimensions or in few tokens do not decide the range of all.
 
   Raises:
     InputError: onnx is not installed.
 
-  Reference: SmoothQuant (arXiv 2211.10438), section 4, for the scale of each dimension.
+  Reference: SmoothQuant (arXiv 2211.10438), section 4, equation 4, for the scale of each dimension.
   """
   graph, encoder, fusion = Graph(), params["encoder"], params.get("fusion")
   layers = [_take(encoder["layers"], number) for number in range(arguments["num_layers"])]
@@ -91,8 +89,8 @@ def bert_model(params: Tree, arguments: Mapping[str, Any], *, balanced: bool = F
   features = places = ""
   if fusion is not None:
     size = fusion["project"]["kernel"].shape[0]
-    features = graph.input(IMAGE_FEATURES, np.float32, ("images", size), np.zeros((0, size), np.float32))
-    places = graph.input(IMAGE_PLACES, np.int64, ("images", 2), np.zeros((0, 2), np.int64))
+    features = graph.input(IMAGE_FEATURES, np.float32, ("images", size))
+    places = graph.input(IMAGE_PLACES, np.int64, ("images", 2))
     x = graph.apply("ScatterND", x, places, _adapted(graph, fusion, features))
   positions = encoder["position_embedding"]
   if "token_type_embedding" in encoder:
@@ -106,10 +104,10 @@ def bert_model(params: Tree, arguments: Mapping[str, Any], *, balanced: bool = F
   def norm(name: str, x: str, params: Tree, *readers: Tree) -> _Hidden:
     """Returns x normalized, as the linear maps `readers` read it next."""
     scale, bias, epsilon = params["scale"], params["bias"], arguments["layer_norm_eps"]
-    if not balanced or not readers:
+    if largest is None or not readers:
       normalized = graph.layer_norm(name, x, scale, bias, epsilon)
       return _Hidden(normalized, normalized, None)
-    divisor = _balance(scale, bias, [reader["kernel"] for reader in readers])
+    divisor = _balance(largest[name], [reader["kernel"] for reader in readers])
     read = graph.layer_norm(name, x, scale / divisor, bias / divisor, epsilon)
     return _Hidden(read, graph.apply("Mul", read, graph.constant(f"{name}/divisor", divisor)), divisor)
 
@@ -120,7 +118,7 @@ def bert_model(params: Tree, arguments: Mapping[str, Any], *, balanced: bool = F
     x = graph.apply("Add", hidden.kept, x)
     hidden = norm(f"{name}/attention_norm", x, layer["attention_norm"], layer["up"])
     wide = graph.linear(f"{name}/up", hidden.read, hidden.kernel(layer["up"]["kernel"]), layer["up"]["bias"])
-    down = graph.linear_by_row if balanced else graph.linear
+    down = graph.linear if largest is None else graph.linear_by_row
     x = graph.apply("Add", hidden.kept, down(f"{name}/down", graph.apply("Gelu", wide), **layer["down"]))
     hidden = norm(f"{name}/mlp_norm", x, layer["mlp_norm"], *([] if following is None else _projections(following)))
   pooled = _pooled(graph, hidden.kept, batch, arguments["embed_dim"])
@@ -142,15 +140,16 @@ def _projections(layer: Tree) -> list[Tree]:
   return [layer["attention"][name] for name in ("query", "key", "value")]
 
 
-def _balance(scale: np.ndarray, bias: np.ndarray, kernels: list[np.ndarray]) -> np.ndarray:
+def _balance(largest: np.ndarray, kernels: list[np.ndarray]) -> np.ndarray:
   """Returns the divisor of each dimension of a norm's output, float32 [D], with a geometric mean of 1.
 
-  After the division, large outputs of the norm and large weights of the kernels [D, ...] are equally large. The norm's
-  parameters say how large its outputs are, so no data are needed.
+  Args:
+    largest: Largest absolute value of each dimension, [D].
+    kernels: The kernels [D, ...] of the linear maps that read the output.
   """
-  largest = np.abs(bias) + _DEVIATIONS * np.abs(scale)
   weights = np.max([np.abs(kernel.reshape(len(kernel), -1)).max(axis=1) for kernel in kernels], axis=0)
-  logarithm = 0.5 * np.log(np.maximum(largest, _SHORTEST) / np.maximum(weights, _SHORTEST))
+  largest, weights = np.maximum(largest, _SHORTEST), np.maximum(weights, _SHORTEST)
+  logarithm = _MIGRATION * np.log(largest) - (1 - _MIGRATION) * np.log(weights)
   return np.exp(logarithm - logarithm.mean()).astype(np.float32)
 
 

@@ -20,18 +20,15 @@ class Graph:
     self._inputs: list[Any] = []
     self._outputs: list[Any] = []
 
-  def input(self, name: str, dtype: type, shape: tuple[str | int, ...], default: np.ndarray | None = None) -> str:
+  def input(self, name: str, dtype: type, shape: tuple[str | int, ...]) -> str:
     """Declares an input and returns its name.
 
     Args:
       name: Name of the input.
       dtype: Type of its elements.
       shape: Sizes of its dimensions, or names of those that vary.
-      default: Value of an input that a caller may leave out.
     """
     self._inputs.append(self._value(name, dtype, shape))
-    if default is not None:
-      self._constants[name] = default
     return name
 
   def output(self, name: str, value: str, shape: tuple[str | int, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 import os
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,18 @@ from vixml_jax.ragged import ranges
 _BATCH_TOKENS = 1024
 # Tokens of padding of a batch. More cost as much as to start another batch.
 _MOST_PADDING = 8
+
+
+def new_session(model: bytes) -> Any:
+  """Returns an `onnxruntime.InferenceSession` that runs a serialized model on the core of the thread that calls it.
+
+  Raises:
+    InputError: onnxruntime is not installed.
+  """
+  runtime = import_library("onnxruntime")
+  options = runtime.SessionOptions()
+  options.intra_op_num_threads = 1
+  return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 class OnnxEncoder:
@@ -30,35 +43,40 @@ class OnnxEncoder:
   """
 
   def __init__(self, model: bytes):
-    runtime = import_library("onnxruntime")
-    options = runtime.SessionOptions()
-    # Batches run at the same time, each on one core: the cores never wait for each other within a batch.
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    self._session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    self._session = new_session(model)
     self.dim = int(self._session.get_outputs()[0].shape[1])
+    shapes = {given.name: given.shape for given in self._session.get_inputs()}
+    self._no_features = np.zeros((0, shapes[IMAGE_FEATURES][1])) if IMAGE_FEATURES in shapes else None
     self._cores = len(os.sched_getaffinity(0))
     self._pool = ThreadPoolExecutor(self._cores, "onnx")
 
   def pooled(self, items: WholeItems, features: np.ndarray | None = None) -> np.ndarray:
     """Returns encoder outputs before normalization, float32 [items, D].
 
+    Batches run at the same time, each on one core, so that the cores never wait for each other within a batch.
+
     Args:
       items: Items to encode.
-      features: Feature vectors of their images [images, F], those of the first item first; None for a model of texts
-        only.
+      features: Feature vectors of their images [images, F], those of the first item first; None if there are no images.
     """
+    features = self._no_features if features is None else features
     out = np.empty((len(items.tokens), self.dim), np.float32)
 
     def run(rows: np.ndarray) -> None:
-      (out[rows],) = self._session.run([POOLED], _inputs(items, rows, features))
+      (out[rows],) = self._session.run([POOLED], inputs_of(items, rows, features))
 
     list(self._pool.map(run, batches(items.tokens.lengths, self._cores)))
     return out
 
 
-def _inputs(items: WholeItems, rows: np.ndarray, features: np.ndarray | None) -> dict[str, np.ndarray]:
-  """Returns the inputs of the model for some of the items, padded on the right."""
+def inputs_of(items: WholeItems, rows: np.ndarray, features: np.ndarray | None = None) -> dict[str, np.ndarray]:
+  """Returns the inputs of a model for some of the items, padded on the right.
+
+  Args:
+    items: Items to encode.
+    rows: Numbers of the items of the batch.
+    features: Feature vectors of the images of all items [images, F]; None for a model of texts only.
+  """
   tokens, images = items.tokens.take(rows), items.images
   mask = np.arange(max(tokens.lengths.max(), 1)) < tokens.lengths[:, None]
   ids = np.zeros(mask.shape, np.int64)
