@@ -53,3 +53,13 @@ def test_columns_are_written_like_single_predictions(tmp_path, suffix, columns, 
   result_format(written).write(written, 5, _UIDS, columns)
   _write_one_by_one(wanted, rows)
   assert written.read_bytes() == wanted.read_bytes()
+
+
+def test_scores_are_written_as_python_writes_them(tmp_path):
+  rng = np.random.default_rng(0)
+  scores = np.concatenate([rng.uniform(-1, 1, 3_000), 10.0 ** rng.uniform(-44, 38, 3_000), [0.0, -0.0, 1.0, 1e-4, 1e9]])
+  scores = scores.astype(np.float32)
+  found = PredictionColumns(_LABELS[:1], np.zeros(len(scores), np.int64), scores, np.array([len(scores)]))
+  path = tmp_path / "top.csv"
+  result_format(path).write(path, 0, [None], found)
+  assert [line.rsplit(",", 1)[1] for line in path.read_text().splitlines()] == [repr(x) for x in scores.tolist()]

@@ -125,6 +125,8 @@ class _FilterChecker:
     self._categories: set[str] = set()
 
   def __call__(self, query: Query) -> None:
+    if query.allow is None and query.categories is None and not query.deny:
+      return
     labels = {*(query.allow or ()), *query.deny} - self._labels
     categories = {*(query.categories or ())} - self._categories
     try:

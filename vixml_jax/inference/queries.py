@@ -1,6 +1,6 @@
 """The form of a query and its checks: a text, or a title with content, images and filters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import io
 import numbers
@@ -21,6 +21,7 @@ from vixml_jax.images.tower import PreparedImage
 LISTS = ("images", "allow", "deny", "categories")
 KEYS = ("uid", "title", "content", *LISTS)
 """Keys of a query, and columns of a file of queries."""
+_KNOWN = frozenset(KEYS)
 
 QueryImage = bytes | Path | PreparedImage | np.ndarray
 """An encoded image, a file with one, an image prepared for the tower, or a feature vector float16 [F]."""
@@ -68,14 +69,14 @@ class QueryFormat:
     """The key that every query must have: `title`, unless the model does not read it."""
     return "title" if "title" in self.text_fields else self.text_fields[0]
 
-  def check_keys(self, keys: Sequence[str], where: str) -> None:
+  def check_keys(self, keys: Collection[str], where: str) -> None:
     """Checks the keys of a query, or the columns of a file of queries.
 
     Raises:
       InputError: A key is unknown, the title is missing, or there are images and the model takes none.
     """
-    unknown = [key for key in keys if key not in KEYS]
-    if unknown:
+    if not _KNOWN.issuperset(keys):
+      unknown = [key for key in keys if key not in KEYS]
       raise InputError(f"{where}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(KEYS)}")
     if self.required not in keys:
       raise InputError(f"{where}: has no {self.required!r}; every query needs one")
@@ -98,19 +99,23 @@ class QueryFormat:
     if not isinstance(given, Mapping):
       raise InputError(f"{where}: must be a text or an object with 'title', not {_kind(given)}")
     values = {key: value for key, value in given.items() if value is not None}
-    self.check_keys(list(values), where)
-    fields = []
+    self.check_keys(values, where)
+    texts = []
     for field in self.text_fields:
-      if not isinstance(values.get(field, ""), str):
-        raise InputError(f"{where}: {field!r} must be a text, not {_kind(values[field])}")
-      fields.append(_encodable(values.get(field, "")))
+      text = values.pop(field, "")
+      if not isinstance(text, str):
+        raise InputError(f"{where}: {field!r} must be a text, not {_kind(text)}")
+      texts.append(_encodable(text))
+    text = join_texts(texts)
+    if not values:
+      return Query(text, where=where)
     uid = values.get("uid")
     if not isinstance(uid, str | int | None) or isinstance(uid, bool):
       raise InputError(f"{where}: 'uid' must be a text or a whole number, not {_kind(uid)}")
     lists = {key: _list(values[key], key, where) for key in LISTS if key in values}
     images = tuple(self._image(image, where, root) for image in lists.pop("images", ()) if image is not None)
     names = {key: tuple(_name(name, key, where) for name in value) for key, value in lists.items()}
-    return Query(join_texts(fields), images, uid=None if uid is None else str(uid), where=where, **names)
+    return Query(text, images, uid=None if uid is None else _encodable(str(uid)), where=where, **names)
 
   def _image(self, image: Any, where: str, root: Path | None) -> QueryImage:
     if isinstance(image, PreparedImage):

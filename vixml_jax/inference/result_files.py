@@ -1,20 +1,20 @@
 """Files of predictions, written a block of queries at a time and joined at the end: JSON lines, CSV and Parquet."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import csv
-import io
-import itertools
-import json
+from json.encoder import encode_basestring as _quoted
 from pathlib import Path
-from typing import Protocol
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vixml_jax.errors import InputError
 from vixml_jax.inference.predictions import PredictionColumns
-from vixml_jax.ragged import offsets_of
+from vixml_jax.ragged import offsets_of, ranges
 
 _SCHEMA = pa.schema(
   [
@@ -26,6 +26,7 @@ _SCHEMA = pa.schema(
     ),
   ]
 )
+_TEXT = pa.large_string()
 _CSV_COLUMNS = ("row", "uid", "rank", "label", "id", "text", "score")
 
 
@@ -61,18 +62,18 @@ def result_format(path: Path) -> ResultFormat:
 
 class _JsonLinesResults:
   def write(self, path: Path, first_row: int, uids: Sequence[str | None], found: PredictionColumns) -> None:
-    encode = json.JSONEncoder(ensure_ascii=False).encode
     # Most of an object depends on the label only.
     starts = [
-      f'{{"label": {encode(uid)}, "id": {label}, "text": {encode(text)}, "score": ' for uid, label, text in found.labels
+      f'{{"label": {_quoted(uid)}, "id": {label}, "text": {_quoted(text)}, "score": '
+      for uid, label, text in found.labels
     ]
-    objects = [
-      f"{starts[place]}{score!r}}}" for place, score in zip(found.places.tolist(), found.scores.tolist(), strict=True)
+    objects = _joined("", _texts(starts).take(pa.array(found.places)), _numbers(found.scores), "}")
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets_of(found.lengths)), objects)
+    heads = [
+      f'{{"row": {row}, "uid": {"null" if uid is None else _quoted(uid)}, "predictions": ['
+      for row, uid in enumerate(uids, first_row)
     ]
-    with path.open("w", encoding="utf-8") as file:
-      for row, uid, first, stop in _bounds(first_row, uids, found):
-        predictions = ", ".join(objects[first:stop])
-        file.write(f'{{"row": {row}, "uid": {encode(uid)}, "predictions": [{predictions}]}}\n')
+    _write_texts(path, _joined("", _texts(heads), pc.binary_join(lists, pa.scalar(", ", _TEXT)), "]}\n"))
 
   def join(self, parts: Iterable[Path], path: Path) -> None:
     _concatenate(b"", parts, path)
@@ -80,17 +81,15 @@ class _JsonLinesResults:
 
 class _CsvResults:
   def write(self, path: Path, first_row: int, uids: Sequence[str | None], found: PredictionColumns) -> None:
-    places, scores = found.places.tolist(), found.scores.tolist()
-    with path.open("w", encoding="utf-8", newline="") as file:
-      writer = csv.writer(file, lineterminator="\n")
-      for row, uid, first, stop in _bounds(first_row, uids, found):
-        ranked = enumerate(zip(places[first:stop], scores[first:stop], strict=True), 1)
-        writer.writerows((row, uid, rank, *found.labels[place], score) for rank, (place, score) in ranked)
+    rows = np.repeat(np.arange(len(uids)), found.lengths)
+    heads = _texts(_csv_lines(enumerate(uids, first_row))).take(pa.array(rows))
+    ranks = pa.array(ranges(1, found.lengths)).cast(_TEXT)
+    labels = _texts(_csv_lines(found.labels)).take(pa.array(found.places))
+    lines = _joined(",", heads, ranks, labels, _numbers(found.scores))
+    _write_texts(path, _joined("", lines, "\n"))
 
   def join(self, parts: Iterable[Path], path: Path) -> None:
-    header = io.StringIO()
-    csv.writer(header, lineterminator="\n").writerow(_CSV_COLUMNS)
-    _concatenate(header.getvalue().encode(), parts, path)
+    _concatenate("".join(f"{line}\n" for line in _csv_lines([_CSV_COLUMNS])).encode(), parts, path)
 
 
 class _ParquetResults:
@@ -112,12 +111,39 @@ class _ParquetResults:
         writer.write_table(pq.read_table(part, schema=_SCHEMA))
 
 
-def _bounds(
-  first_row: int, uids: Sequence[str | None], found: PredictionColumns
-) -> Iterator[tuple[int, str | None, int, int]]:
-  """Yields row and uid of each query, and where its predictions start and stop."""
-  bounds = offsets_of(found.lengths).tolist()
-  return zip(itertools.count(first_row), uids, bounds[:-1], bounds[1:])
+def _csv_lines(rows: Iterable[Iterable[Any]]) -> list[str]:
+  """Returns lines of CSV without their ends."""
+  lines: list[str] = []
+  csv.writer(SimpleNamespace(write=lines.append), lineterminator="\n").writerows(rows)
+  return [line[:-1] for line in lines]
+
+
+def _texts(texts: list[str]) -> pa.Array:
+  return pa.array(texts, _TEXT)
+
+
+def _joined(separator: str, *columns: pa.Array | str) -> pa.Array:
+  """Returns the texts of each row, joined."""
+  scalars = (pa.scalar(column, _TEXT) if isinstance(column, str) else column for column in (*columns, separator))
+  return pc.binary_join_element_wise(*scalars)
+
+
+def _numbers(values: np.ndarray) -> pa.Array:
+  """Returns what `repr` returns for each finite number."""
+  doubles = np.asarray(values, np.float64)
+  sizes = np.abs(doubles)
+  texts = pa.array(doubles).cast(_TEXT)
+  # Arrow has other rules for the exponent, and writes whole numbers without a point.
+  others = ~((sizes >= 1e-4) & (sizes < 1e9)) | (doubles == np.rint(doubles))
+  if not others.any():
+    return texts
+  return pc.replace_with_mask(texts, pa.array(others), _texts([repr(value) for value in doubles[others].tolist()]))
+
+
+def _write_texts(path: Path, texts: pa.Array) -> None:
+  """Writes the texts one after the other, in UTF-8."""
+  _, offsets, content = texts.buffers()
+  path.write_bytes(memoryview(content)[: np.frombuffer(offsets, np.int64)[len(texts)]] if content else b"")
 
 
 def _concatenate(header: bytes, parts: Iterable[Path], path: Path) -> None:
