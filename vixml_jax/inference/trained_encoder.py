@@ -15,6 +15,7 @@ from vixml_jax import sharding
 from vixml_jax.encoding.item_encoder import ItemEncoder, encoding_layout, normalize
 from vixml_jax.errors import InputError
 from vixml_jax.images.features import ImageFeatures
+from vixml_jax.inference.small_shapes import SmallShapes
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedItems, PackedLayout, pack
 from vixml_jax.input.tokenizer import Tokenizer
@@ -33,7 +34,6 @@ from vixml_jax.run.workdir import CHECKPOINTS, CONFIG, TOKENIZER
 from vixml_jax.typing import Tree
 from vixml_jax.weights import source
 
-_SHORT_ROWS = (16, 32)  # Numbers of tokens.
 _MOST_SMALL_CHUNKS = 8  # Items that need more chunks than this are encoded in chunks of full size.
 
 
@@ -110,24 +110,14 @@ class TrainedEncoder:
     lengths, layout = self.layout.item_lengths(items), self.layout
     if whole_chunks or lengths.sum() > _MOST_SMALL_CHUNKS * layout.chunk_rows * layout.row_length:
       return self._whole_chunks.pooled(self.params, items, features=features)
-    layout = next(
-      (row for row in self._short_rows if lengths.sum() <= row.row_length and len(items) <= row.slots), layout
-    )
-    packed = pack(items, dataclasses.replace(layout, chunk_rows=1), round_up=False)
-    # One chunk of just enough rows, or equal chunks with few empty rows; a chunk itself costs as much as a row.
-    rows = min(self._chunk_sizes, key=lambda rows: -(-len(packed.tokens) // rows) * (rows + 1))
-    return self._pooled_packed(packed, dataclasses.replace(layout, chunk_rows=rows), features)
+    shape = self._small_shapes.choose(lengths)
+    packed = pack(items, shape.layout, round_up=False)
+    return self._pooled_packed(packed, shape.with_chunks(len(packed.tokens)), features)
 
   def warm_up(self, items: int) -> Iterator[Callable[[], object]]:
-    """Yields functions to call one after the other; after that, up to `items` items compile no program.
-
-    A row has at least one item, so that no more rows than items are needed.
-    """
+    """Yields functions to call one after the other; after that, up to `items` items compile no program."""
     one, features = self._items([""], None)
-    shortest = [dataclasses.replace(row, chunk_rows=self._chunk_sizes[0]) for row in self._short_rows]
-    enough = next((rows for rows in self._chunk_sizes if rows >= items), self.layout.chunk_rows)
-    others = [dataclasses.replace(self.layout, chunk_rows=rows) for rows in self._chunk_sizes if rows <= enough]
-    for layout in (*shortest, *others):
+    for layout in self._small_shapes.all(items):
       packed = pack(one, dataclasses.replace(layout, chunk_rows=1), round_up=False)
       yield functools.partial(self._pooled_packed, packed, layout, features)
 
@@ -166,18 +156,9 @@ class TrainedEncoder:
     return {}
 
   @functools.cached_property
-  def _short_rows(self) -> list[PackedLayout]:
-    """Layouts with shorter rows, for items that fit one row together."""
-    return [
-      dataclasses.replace(self.layout, row_length=length) for length in _SHORT_ROWS if length < self.layout.row_length
-    ]
-
-  @functools.cached_property
-  def _chunk_sizes(self) -> list[int]:
-    """Numbers of rows of a chunk of few items. Each compiles a program, so there are few: 1, 2, 3, 4, 6, 8, 12, ..."""
-    unit, most = sharding.row_devices(self.mesh), self.layout.chunk_rows
-    sizes = {size for power in range(most.bit_length()) for size in (unit << power, 3 * unit << power)}
-    return sorted({*(size for size in sizes if size < most), most})
+  def _small_shapes(self) -> SmallShapes:
+    """Shapes of the programs of few items."""
+    return SmallShapes(self.layout, self.mesh)
 
   @functools.cached_property
   def _params_by_layer(self) -> Tree:
