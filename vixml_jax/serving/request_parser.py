@@ -105,7 +105,7 @@ class RequestParser:
     for i, query in enumerate(request.queries):  # type: ignore[attr-defined]
       _check_keys(query, f"queries[{i}].")
     given = request.model_dump(exclude_none=True)
-    k, num_labels = given["k"], model.labels.num_live
+    k, num_labels = given["k"], model.index.num_live
     if k > num_labels:
       raise RequestError(422, f"must be 1 to {num_labels}, the number of labels", "k")
     dial = {name: given[name] for name in _DIAL if name in given}

@@ -6,13 +6,12 @@ import functools
 import jax
 import numpy as np
 
-from vixml_jax.rounding import next_power_of_two
+from vixml_jax.search.exact import padded_queries
 from vixml_jax.search.filters import GATHER_AT_MOST, Filters, IdSets, keep_permitted
 from vixml_jax.search.label_index import LabelIndex
 
 _NARROWEST = 16
 _STEP = 8
-_FEWEST_QUERIES = 8  # Exact search pads fewer queries to this number.
 
 
 class ServedIndex:
@@ -24,11 +23,12 @@ class ServedIndex:
 
   Attributes:
     labels: The label index.
+    num_live: Number of labels that are not deleted.
   """
 
   def __init__(self, labels: LabelIndex):
     self.labels = labels
-    self._num_live = labels.num_live
+    self.num_live = labels.num_live
     self._widths: tuple[int, ...] = ()
 
   def warm_up(self, k: int, queries: int, hits: int | None) -> Iterator[Callable[[], object]]:
@@ -43,10 +43,10 @@ class ServedIndex:
     yield lambda: labels.filters(deny=[labels.uids([0])])  # Sorts the hashes of the uids.
     if hits is not None:
       yield lambda: labels.query_labels
-    self._widths = _widths(min(k, labels.num_live))
+    self._widths = _widths(min(k, self.num_live))
     largest = labels.filters(categories=[labels.categories]) if labels.categories else Filters()
     masked = largest.allow is not None and largest.allow.sizes[0] > GATHER_AT_MOST
-    for count in _powers(_FEWEST_QUERIES, queries):
+    for count in sorted({padded_queries(number) for number in range(1, queries + 1)}):
       zeros = np.zeros((count, labels.dim), np.float32)
       for width in self._widths:
         yield functools.partial(self.search, zeros, width)
@@ -91,7 +91,7 @@ class ServedIndex:
 
   def _width(self, needed: int) -> int:
     """Returns the number of labels to search for, so that at least `needed` are found, or all."""
-    needed = min(needed, self._num_live)
+    needed = min(needed, self.num_live)
     return next((width for width in self._widths if width >= needed), needed)
 
 
@@ -101,12 +101,3 @@ def _widths(most: int) -> tuple[int, ...]:
   while widths[-1] * _STEP < most:
     widths.append(widths[-1] * _STEP)
   return (*(width for width in widths if width <= most // 2), most)
-
-
-def _powers(least: int, most: int) -> Iterator[int]:
-  """Yields powers of two, from `least` to the first that is at least `most`."""
-  while True:
-    yield least
-    if least >= next_power_of_two(most):
-      return
-    least *= 2
