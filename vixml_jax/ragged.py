@@ -19,7 +19,9 @@ def offsets_of(lengths: np.ndarray | Sequence[int]) -> np.ndarray:
   Args:
     lengths: Length of each row.
   """
-  return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+  offsets = np.zeros(len(lengths) + 1, np.int64)
+  np.cumsum(lengths, out=offsets[1:])
+  return offsets
 
 
 def ranges(starts: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
