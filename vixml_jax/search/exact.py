@@ -104,8 +104,8 @@ class ExactIndex:
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the k labels of highest inner product, the lower id first among equal scores.
 
-    Scores are computed in float32 at full precision. For each k one program is compiled for a single query, and one for
-    each power of two of queries from 8 to `query_chunk`, so that few queries do not wait for the scores of a full chunk.
+    Scores are computed in float32 at full precision. For each k one program is compiled for a single query, and one
+    for each power of two of queries from 8 to `query_chunk`, so that few queries do not wait for a full chunk.
 
     Args:
       queries: Queries [Q, D], the same in all processes.
