@@ -17,8 +17,8 @@ ONNX_DTYPES = tuple(_MODELS)
 _INFO = "onnx.json"
 _README = """# A text encoder as an ONNX model
 
-`{model}` maps texts to embeddings of {dim} numbers at unit norm. It runs in any program that reads ONNX models, such as
-ONNX Runtime:
+`{model}` maps texts to embeddings of {dim} numbers at unit norm. It runs in any program that reads ONNX
+models, such as ONNX Runtime:
 
 ```python
 import numpy as np
@@ -58,7 +58,7 @@ in a batch: the embedding of a text depends slightly on the other texts of its b
 _BITS = """A model with 8 bits is for CPUs with VNNI, and for ARM. On other CPUs, export it there: it then has 7 bits.
 """
 _COSINE = """
-On {texts} texts of labels, the cosine to the embeddings in float32 is {mean:.4f} on average and at least {least:.4f}.
+On {texts} texts of labels, the cosine to the embeddings in float32 is {mean:.5f} on average and at least {least:.5f}.
 """
 
 

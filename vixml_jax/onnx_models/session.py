@@ -65,7 +65,9 @@ class OnnxEncoder:
     def run(rows: np.ndarray) -> None:
       (out[rows],) = self._session.run([POOLED], inputs_of(items, rows, features))
 
-    list(self._pool.map(run, batches(items.tokens.lengths, self._cores)))
+    parts = batches(items.tokens.lengths, self._cores)
+    for _ in map(run, parts) if len(parts) == 1 else self._pool.map(run, parts):
+      pass
     return out
 
 
