@@ -113,14 +113,19 @@ def _make(encoder: TrainedEncoder, folder: Path) -> tuple[bytes, str]:
 def _stored(folder: Path, checkpoint: dict[str, Any]) -> tuple[bytes, str] | None:
   """Returns the stored ONNX model and its sha256; None if it is of another checkpoint or CPU, damaged, or absent."""
   again = "it is made again"
+  if not (folder / _INFO).exists():
+    return None
   try:
     info = read_json_object(folder / _INFO, absent=again, damaged=again)
     content = (folder / _MODEL).read_bytes()
-  except (InputError, OSError) as error:
-    if folder.exists():
-      _log.warning("%s", error)
+  except InputError as error:
+    _log.warning("%s", error)
     return None
-  if (info.get("format"), info.get("checkpoint")) != (_FORMAT, checkpoint) or info["weight_bits"] > weight_bits():
+  except OSError as error:
+    _log.warning("%s; %s", error, again)
+    return None
+  is_ours = (info.get("format"), info.get("checkpoint")) == (_FORMAT, checkpoint)
+  if not is_ours or info.get("weight_bits") not in range(weight_bits() + 1):
     return None
   sha256 = hashlib.sha256(content).hexdigest()
   if sha256 != info.get("sha256"):
