@@ -59,7 +59,7 @@ class LabelFormat(QueryFormat):
     if not given[self.required].strip():
       raise InputError(f"{where}: {self.required!r} is empty; every label needs a text")
     return NewLabel(
-      **vars(item) | {"uid": _checked_uid(str(item.uid), where)},
+      **vars(item) | {"uid": _checked_uid(str(given["uid"]), where)},
       positives=self._positives(given.get("positives"), where, root),
     )
 

@@ -29,7 +29,7 @@ LABELS_PER_BLOCK = 65_536
 QUERIES_PER_CHUNK = 512
 """Number of queries that are scored at once."""
 _ROWS_PER_COPY = 65_536  # Number of rows that are copied to a device at once.
-_MIN_QUERIES = 8  # From 2 queries on, fewer take the same time.
+_MIN_QUERIES = 8  # A program for one query takes half the time, but its scores differ in their last bits.
 _PADDED_FROM = 1024  # Labels of a device from which they are padded so that the groups of `block_top_k` fit.
 _FIRST_PASS_FROM = 16_384  # Labels of a device from which a first pass pays.
 _BLOCK_OF_CANDIDATES = 16  # A first pass keeps at most this fraction of a block.
@@ -104,8 +104,8 @@ class ExactIndex:
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the k labels of highest inner product, the lower id first among equal scores.
 
-    Scores are computed in float32 at full precision. For each k one program is compiled for a single query, and one
-    for each power of two of queries from 8 to `query_chunk`, so that few queries do not wait for a full chunk.
+    Scores are computed in float32 at full precision. For each k one program is compiled for each power of two of
+    queries from 8 to `query_chunk`, so that few queries do not wait for a full chunk.
 
     Args:
       queries: Queries [Q, D], the same in all processes.
@@ -223,8 +223,8 @@ class ExactIndex:
 
 
 def padded_queries(number: int) -> int:
-  """Returns the number of queries of the program that searches for `number` queries: 1, 8, 16, 32, ..."""
-  return 1 if number == 1 else max(_MIN_QUERIES, next_power_of_two(number))
+  """Returns the number of queries of the program that searches for `number` queries: 8, 16, 32, ..."""
+  return max(_MIN_QUERIES, next_power_of_two(number))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
