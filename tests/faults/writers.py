@@ -33,7 +33,7 @@ from vixml_jax.inference.query_files import open_queries
 from vixml_jax.input.corpus import load_corpus
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.manifest import MANIFEST
-from vixml_jax.ragged import Ragged, offsets_of
+from vixml_jax.ragged import Ragged
 from vixml_jax.row_files import RowFiles, remove_shares, write_shares
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer, checkpoint_id
@@ -223,7 +223,7 @@ class _Predictor(SimpleNamespace):
 
   def columns(self, scores: np.ndarray, ids: np.ndarray) -> PredictionColumns:
     labels = [(f"u/{i}", i, f"text {i}") for i in range(ids.shape[1])]
-    return PredictionColumns(labels, ids.ravel(), scores.ravel(), offsets_of([ids.shape[1]] * len(ids)))
+    return PredictionColumns(labels, ids.ravel(), scores.ravel(), np.full(len(ids), ids.shape[1]))
 
 
 def _predict(folder: Path) -> None:
