@@ -1,4 +1,6 @@
-"""Sizes of blocks: rounded up, so that few programs are compiled, or such that they divide an array."""
+"""Sizes of blocks and positions of samples: rounded up, divisors, at equal distances."""
+
+import numpy as np
 
 
 def next_power_of_two(count: int) -> int:
@@ -17,3 +19,12 @@ def largest_divisor(number: int, at_most: int) -> int:
   (2928, 1)
   """
   return next(divisor for divisor in range(min(number, at_most), 0, -1) if number % divisor == 0)
+
+
+def at_equal_distances(number: int, at_most: int) -> np.ndarray:
+  """Returns at most `at_most` different positions among `number`, ascending int64, at equal distances.
+
+  >>> at_equal_distances(9, 3).tolist(), at_equal_distances(2, 3).tolist(), at_equal_distances(0, 3).tolist()
+  ([0, 4, 8], [0, 1], [])
+  """
+  return np.unique(np.linspace(0, number - 1, min(at_most, number)).astype(np.int64))

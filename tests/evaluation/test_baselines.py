@@ -35,7 +35,7 @@ class Case:
     data, wanted = self.setup.data, self.config.eval
     propensity = data.inverse_propensity(0.55, 1.5)
     self.task = BaselineTask(data, propensity, evaluation_config(wanted), retrieval_settings(wanted))
-    self.words = CorpusWords.read(data.corpus, self.task.known)
+    self.words = CorpusWords.read(data.corpus, data.known)
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def baseline_rows(
     if name == "untrained":
       found = untrained(task, encoder, params(), config.eval.search)
     else:
-      words = words or CorpusWords.read(task.data.corpus, task.known)
+      words = words or CorpusWords.read(task.data.corpus, task.data.known)
       found = (tfidf if name == "tfidf" else plt)(task, words)
     rows |= found
     if jax.process_index() == 0:

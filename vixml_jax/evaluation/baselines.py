@@ -25,6 +25,7 @@ from vixml_jax.evaluation import tuning
 from vixml_jax.evaluation.blend_fitting import CorpusWords
 from vixml_jax.evaluation.evaluator import MOST_HELD_OUT, QUERIES_PER_BLOCK, EvaluationConfig
 from vixml_jax.evaluation.metrics import QueryMetrics, query_metrics
+from vixml_jax.rounding import at_equal_distances
 from vixml_jax.run.data import RunData
 from vixml_jax.search.index import Index, make_index, search_width
 from vixml_jax.search.membership import drop_members
@@ -61,13 +62,6 @@ class BaselineTask:
   config: EvaluationConfig
   retrieval: RetrievalSettings
 
-  @property
-  def known(self) -> np.ndarray:
-    """bool [N], the training queries that are not held out."""
-    known = np.zeros(len(self.data.corpus.train_labels), bool)
-    known[self.data.train_rows] = True
-    return known
-
   def augmented(self, held_out: _Search, test: _Search) -> dict[str, float]:
     """Returns the metrics of retrieval-augmented inference, whose settings are chosen on held-out queries.
 
@@ -75,14 +69,12 @@ class BaselineTask:
       held_out: Searches training queries by their numbers, among labels and the other training queries.
       test: Searches test queries by their numbers, among labels and all training queries.
     """
-    corpus, known = self.data.corpus, self.known
+    corpus = self.data.corpus
     rows = self.data.validation_rows
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(MOST_HELD_OUT, len(rows))).astype(np.int64))]
-    parts = [held_out(block) for block in _blocks(rows)]
-    names = [field.name for field in dataclasses.fields(Neighbors)]
+    rows = rows[at_equal_distances(len(rows), MOST_HELD_OUT)]
     best, _ = tuning.choose(
-      self._nearest(Neighbors(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))),
-      corpus.train_labels.keep(known),
+      self.retrieval.kept(Neighbors.concatenate([held_out(block) for block in _blocks(rows)])),
+      corpus.train_labels.keep(self.data.known),
       corpus.train_labels.take(rows),
       self.inverse_propensity,
       exclude=corpus.train_filter.take(rows),
@@ -90,7 +82,7 @@ class BaselineTask:
 
     def rank(block: np.ndarray) -> np.ndarray:
       return combine(
-        self._nearest(test(block)),
+        self.retrieval.kept(test(block)),
         corpus.train_labels,
         num_labels=self.data.num_labels,
         lambda_=best.lambda_,
@@ -116,14 +108,11 @@ class BaselineTask:
     ]
     return QueryMetrics.concatenate(parts).mean()
 
-  def _nearest(self, found: Neighbors) -> Neighbors:
-    return found.nearest(self.retrieval.hits) if self.retrieval.joint else found
-
 
 def tfidf(task: BaselineTask, words: CorpusWords) -> dict[str, dict[str, float]]:
   """Returns the row of retrieval augmentation over TF-IDF vectors."""
   hits, labels = task.retrieval, LexicalIndex.build(words.labels)
-  known = LexicalIndex.build(keep_rows(words.train, task.known))
+  known = LexicalIndex.build(keep_rows(words.train, task.data.known))
   everything, test = LexicalIndex.build(words.train), words.test(task.data.corpus)
 
   def search(queries: LexicalIndex, vectors: scipy.sparse.csr_array) -> Neighbors:
@@ -148,7 +137,7 @@ def untrained(task: BaselineTask, encoder: ItemEncoder, params: Tree, search: st
     encoder.embed_rows(params, items[split], f"{name} before training")
     for split, name in (("labels", "labels"), ("train", "training queries"), ("test", "test queries"))
   )
-  hits, known = task.retrieval, task.known
+  hits, known = task.retrieval, task.data.known
   by_label = make_index(search, labels, encoder.mesh)
   by_query = make_index(search, train, encoder.mesh)
   by_known = make_index(search, train, encoder.mesh, allowed=None if known.all() else known)

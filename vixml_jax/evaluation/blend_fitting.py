@@ -17,6 +17,7 @@ from vixml_jax.evaluation.blend_row import BlendRanker
 from vixml_jax.evaluation.evaluator import QUERIES_PER_BLOCK, EvaluationIndex, EvaluationQueries
 from vixml_jax.input.corpus import Corpus
 from vixml_jax.ragged import Ragged
+from vixml_jax.rounding import at_equal_distances
 from vixml_jax.search.label_index_blend import StoredBlend, WordVectors
 from vixml_jax.stages import stage
 
@@ -112,7 +113,7 @@ def fit_blend(index: EvaluationIndex, blend: BlendIndex, held_out: EvaluationQue
   Raises:
     InputError: There are too few held-out queries.
   """
-  chosen = np.unique(np.linspace(0, len(held_out) - 1, min(MOST_FITTED, len(held_out))).astype(np.int64))
+  chosen = at_equal_distances(len(held_out), MOST_FITTED)
   features, hits = [], []
   with stage(f"fit the blend on {len(chosen):,} held-out queries"):
     for rows, block in held_out.blocks(QUERIES_PER_BLOCK):

@@ -84,8 +84,7 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
     mesh=encoder.mesh,
   )
   tried: list[Setting] = []
-  known = np.zeros(len(train_embeddings), bool)
-  known[data.train_rows] = True
+  known = data.known
   blend = wanted.blend and wanted.split == "test"
   if wanted.blend and not blend:
     _log.info("no row for the blend: it is fitted on the held-out queries, which are evaluated")

@@ -20,6 +20,7 @@ from vixml_jax.evaluation import metrics, tuning
 from vixml_jax.evaluation.blend_row import BlendCounts, BlendRanker
 from vixml_jax.evaluation.results import Evaluation, intervals_of
 from vixml_jax.ragged import Ragged
+from vixml_jax.rounding import at_equal_distances
 from vixml_jax.search.index import Index, make_index, search_excluding, search_width
 from vixml_jax.search.membership import drop_members, overlap_counts
 from vixml_jax.search.retrieval_augmented import Neighbors, RetrievalSettings, combine
@@ -160,7 +161,7 @@ class EvaluationIndex:
   def neighbors(self, embeddings: np.ndarray, settings: RetrievalSettings) -> Neighbors:
     """Returns the results of the two searches of retrieval-augmented inference, of queries [Q, D]."""
     found = self.search_both(embeddings, settings.hits, settings.num_query_hits)
-    return found.nearest(settings.hits) if settings.joint else found
+    return settings.kept(found)
 
   def rankings(
     self, queries: EvaluationQueries, config: EvaluationConfig
@@ -182,7 +183,7 @@ class EvaluationIndex:
     if retrieval is not None:
       nearest = found.first(retrieval.hits, retrieval.num_query_hits)
       rows["augmented"] = combine(
-        nearest.nearest(retrieval.hits) if retrieval.joint else nearest,
+        retrieval.kept(nearest),
         self.train_labels,
         num_labels=len(self.inverse_propensity),
         lambda_=retrieval.lambda_,
@@ -211,16 +212,14 @@ def choose_retrieval(
     held_out: the held-out queries.
     settings: how neighbors are searched; its lambda and temperature are ignored.
   """
-  chosen = np.unique(np.linspace(0, len(held_out) - 1, min(MOST_HELD_OUT, len(held_out))).astype(np.int64))
+  chosen = at_equal_distances(len(held_out), MOST_HELD_OUT)
   parts = []
   for rows, block in held_out.blocks(QUERIES_PER_BLOCK):
     wanted = chosen[(chosen >= rows[0]) & (chosen <= rows[-1])] - rows[0]
     if len(wanted):
       parts.append(index.neighbors(np.asarray(block.embeddings)[wanted], settings))
-  names = [field.name for field in dataclasses.fields(Neighbors)]
-  neighbors = Neighbors(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
   best, tried = tuning.choose(
-    neighbors,
+    Neighbors.concatenate(parts),
     index.train_labels,
     held_out.labels.take(chosen),
     index.inverse_propensity,

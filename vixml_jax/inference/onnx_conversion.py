@@ -17,6 +17,7 @@ from vixml_jax.onnx_models.bert import bert_model
 from vixml_jax.onnx_models.calibration import random_items
 from vixml_jax.onnx_models.quantization import int8_model
 from vixml_jax.onnx_models.session import OnnxEncoder
+from vixml_jax.rounding import at_equal_distances
 from vixml_jax.run.workdir import INDEX
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.typing import Tree
@@ -111,7 +112,7 @@ def _cosine(encoder: TrainedEncoder, rounded: OnnxEncoder) -> dict[str, float] |
     return None
   index = LabelIndex.open(encoder.workdir / INDEX, checkpoint=encoder.checkpoint, search="exact")
   live = np.flatnonzero(~index.deleted)
-  chosen = live[np.linspace(0, len(live) - 1, min(len(live), _COMPARED_LABELS)).astype(np.int64)]
+  chosen = live[at_equal_distances(len(live), _COMPARED_LABELS)]
   tokens = encoder.tokenizer(index.texts(chosen))
   ours = encoder.embed(tokens)
   theirs = normalize(rounded.pooled(whole_items(Items.of_texts(tokens), encoder.layout)))

@@ -57,6 +57,13 @@ class RunData:
     return self.corpus.train_labels if self._trains_on_all else self.corpus.train_labels.take(self.train_rows)
 
   @property
+  def known(self) -> np.ndarray:
+    """bool [N], the training queries that are trained on."""
+    known = np.zeros(len(self.corpus.train_labels), bool)
+    known[self.train_rows] = True
+    return known
+
+  @property
   def _trains_on_all(self) -> bool:
     return len(self.train_rows) == len(self.corpus.train_tokens)
 

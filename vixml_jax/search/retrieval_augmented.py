@@ -13,6 +13,7 @@ The published code has two ways to choose the neighbors. Its default searches la
 ("separate").
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -53,6 +54,10 @@ class RetrievalSettings:
   def num_query_hits(self) -> int:
     """Number of training queries to search for."""
     return self.hits if self.joint or not self.query_hits else self.query_hits
+
+  def kept(self, found: "Neighbors") -> "Neighbors":
+    """Returns the neighbors that count: with `joint`, the `hits` nearest of both searches; else all."""
+    return found.nearest(self.hits) if self.joint else found
 
   def as_json(self) -> dict[str, Any]:
     """Returns the settings as index.json has them."""
@@ -100,6 +105,12 @@ class Neighbors:
       self.query_scores[:, :query_hits],
       self.query_ids[:, :query_hits],
     )
+
+  @classmethod
+  def concatenate(cls, parts: Sequence["Neighbors"]) -> "Neighbors":
+    """Joins the neighbors of several blocks of queries."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
   def take(self, rows: np.ndarray) -> "Neighbors":
     """Returns the neighbors of some of the queries, int [rows]."""

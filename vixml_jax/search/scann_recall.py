@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vixml_jax.rounding import at_equal_distances
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.membership import overlap
 from vixml_jax.search.scann_index import ScannIndex
@@ -56,7 +57,7 @@ class RecallGoal(NamedTuple):
 
 def sample_rows(number: int) -> np.ndarray:
   """Returns the rows of a sample of `number` queries, int64 [S], at equal distances."""
-  return np.linspace(0, number - 1, min(SAMPLE_SIZE, number)).astype(np.int64)
+  return at_equal_distances(number, SAMPLE_SIZE)
 
 
 def recall_sample(
