@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-faults coverage lint types bench bench-gpu clean
+.PHONY: help quickstart test test-slow test-faults coverage lint types docs bench bench-gpu clean
 
 # The first interpreter that is new enough; `make PYTHON=/path/to/python3.12 ...` overrides it.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -37,9 +37,10 @@ help:
 	@echo "make coverage     runs the tests and prints which share of the lines of each room they run"
 	@echo "make lint         checks style and the direction of imports"
 	@echo "make types        checks static types"
+	@echo "make docs         builds the documentation site (site/) and checks its links"
 	@echo "make bench        measures our speed and that of its peers on this machine (runs/bench)"
 	@echo "make bench-gpu    the same on a GPU, in less than nine minutes (runs/bench-gpu)"
-	@echo "make clean        removes .venv and caches; runs/ and data/ stay"
+	@echo "make clean        removes .venv, site/ and caches; runs/ and data/ stay"
 	@echo
 	@echo "PYTHON=...           interpreter for a new .venv (3.11 or newer)"
 	@echo "PYTEST_ARGS=...      further arguments of pytest"
@@ -74,6 +75,11 @@ lint: $(VENV)/.installed-test
 types: $(VENV)/.installed-test
 	@$(BIN)/mypy --no-error-summary
 
+# The theme prints an advertisement of its successor unless told otherwise.
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open site/index.html"
+
 bench: $(VENV)/.installed-bench $(VENV)/.installed-quickstart
 	@$(BIN)/python -m benchmarks.bench --output=runs/bench $(BENCH_ARGS)
 
@@ -81,7 +87,7 @@ bench-gpu: $(VENV)/.installed-bench-gpu $(VENV)/.installed-quickstart
 	@$(BIN)/python -m benchmarks.bench --output=runs/bench-gpu --size=gpu --minutes=8.5 $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) .cache .coverage* .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build *.egg-info
+	rm -rf $(VENV) site .cache .coverage* .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -108,6 +114,11 @@ $(VENV)/.installed-coverage: $(INSTALL_INPUTS) | $(BIN)/python
 	@echo "installing vixml_jax, the packages of its tests and pytest-cov into $(VENV) (a few minutes)"
 	@$(call pip,-e '.[coverage]')
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+$(VENV)/.installed-docs: $(INSTALL_INPUTS) | $(BIN)/python
+	@echo "installing vixml_jax and the packages of the documentation site into $(VENV)"
+	@$(call pip,-e '.[docs]')
+	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(INSTALL_INPUTS) | $(BIN)/python
 	@echo "installing vixml_jax and the packages that it is compared with into $(VENV) (a few minutes)"
