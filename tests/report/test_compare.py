@@ -121,7 +121,7 @@ def test_a_row_that_only_one_workdir_has_is_left_out(workdirs, pair, caplog):
   PerQuery(OF, {"plain": pair[1]}).save(two / "per_query.npz")
   table = compare_workdirs(one, [two], resamples=50)
   assert "(plain)" in table and "+ retrieval" not in table
-  assert f"{one} and {two}: only one has a retrieval-augmented row" in caplog.text
+  assert f"{one} and {two}: only one of them has these rows, which are left out: + retrieval" in caplog.text
 
 
 def _other_labels(pair):

@@ -23,7 +23,7 @@ class PerQuery:
   Attributes:
     description: Description of the queries (`describe_queries`). If the descriptions of two results are equal, their
       queries are the same.
-    rows: Metrics of the rows "plain" and, after a retrieval-augmented evaluation, "augmented". All rows have the same
+    rows: Metrics of the row "plain" and, where they were evaluated, "augmented" and "blend". All rows have the same
       names, ratios and denominators.
   """
 
@@ -56,7 +56,7 @@ class PerQuery:
         names, ratios = tuple(file["names"].tolist()), tuple(file["ratios"].tolist())
         rows = {
           name: QueryMetrics(names, file[name], file["denominators"], ratios)
-          for name in ("plain", "augmented")
+          for name in ("plain", "augmented", "blend")
           if name in file
         }
         return cls(json.loads(str(file["of"])), rows)

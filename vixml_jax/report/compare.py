@@ -54,7 +54,7 @@ class Comparison:
 
   Attributes:
     other: Path of the other workdir.
-    row: "plain" or "augmented".
+    row: "plain", "augmented" or "blend".
     metrics: Difference of each metric, by name.
   """
 
@@ -132,7 +132,8 @@ def compare_workdirs(workdir: Path, others: Sequence[Path], *, resamples: int = 
   for path, second in seconds.items():
     _check_same_queries(workdir, first, path, second)
     if first.rows.keys() != second.rows.keys():
-      _log.warning("%s and %s: only one has a retrieval-augmented row, which is left out", workdir, path)
+      only = ", ".join(ROWS[name] for name in ROWS if (name in first.rows) != (name in second.rows))
+      _log.warning("%s and %s: only one of them has these rows, which are left out: %s", workdir, path, only)
   comparisons = [
     Comparison(str(path), row, paired_bootstrap(first.rows[row], second.rows[row], resamples=resamples))
     for path, second in seconds.items()

@@ -1,0 +1,1 @@
+"""Studies: grids of runs that differ in a few config keys, and the tables that compare them."""
