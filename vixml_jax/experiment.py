@@ -23,9 +23,12 @@ from vixml_jax.evaluation.evaluate_model import (
   evaluation_config,
   retrieval_settings,
 )
+from vixml_jax.evaluation.shown_queries import shown_queries
 from vixml_jax.files import write_json
 from vixml_jax.input.batches import steps_per_epoch
-from vixml_jax.report.run_report import results_table, write_evaluation, write_report_files
+from vixml_jax.ragged import Ragged
+from vixml_jax.report.label_map import label_map, mapped_labels
+from vixml_jax.report.run_report import describe_confusions, results_table, write_evaluation, write_report_files
 from vixml_jax.row_files import RowFiles, remove_shares, write_shares
 from vixml_jax.run.checkpoint import Checkpointer
 from vixml_jax.run.from_config import adapter_folder, model_from_config
@@ -155,6 +158,8 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
   baselines = _baselines(setup, encoder, model, evaluation)
   final = _final_metrics(evaluation, model.meta)
   split, rows = data.evaluated_queries(config.eval.split)
+  shown = shown_queries(evaluation.result, evaluation.index, evaluation.queries, evaluation.config)
+  mapped, prototypes = _mapped_prototypes(data.corpus.train_labels, evaluation)
   if jax.process_index() == 0:
     write_evaluation(
       workdir,
@@ -166,13 +171,15 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
       has_images=data.items[split].images.lengths[rows] > 0 if config.images else None,
       bootstrap_samples=config.eval.bootstrap_samples,
       baselines=baselines,
+      confusions=describe_confusions(data.corpus, evaluation.result, evaluation.queries.labels),
     )
     write_json(workdir / FINAL_METRICS, final)
     write_report_files(
       workdir,
       data.corpus,
       evaluation.result,
-      evaluation.queries.labels,
+      shown,
+      label_map(data.corpus, mapped, prototypes),
       split=config.eval.split,
       rows=rows,
       propensity=(config.dataset.propensity_a, config.dataset.propensity_b),
@@ -182,6 +189,14 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
   _write_embeddings(workdir / EMBEDDINGS, config.eval.split, encoder, model, evaluation)
   _write_for_inference(setup, workdir, evaluation, model)
   return final
+
+
+def _mapped_prototypes(train_labels: Ragged, evaluation: ModelEvaluation) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the labels of the report's map, int64 [P], and their prototypes [P, D]; all processes call this."""
+  prototypes = evaluation.index.prototypes
+  mapped = mapped_labels(np.bincount(train_labels.values, minlength=len(evaluation.index.inverse_propensity)))
+  assert isinstance(prototypes, ShardedRows)
+  return mapped, np.asarray(prototypes.take(mapped))
 
 
 def _baselines(

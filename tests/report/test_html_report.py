@@ -1,15 +1,20 @@
 """`report.html`: numbers of the workdir, no external resources, and texts of the data set that cannot run."""
 
+import base64
+import hashlib
 from html.parser import HTMLParser
 import json
 import re
 
+import numpy as np
 import pytest
 
 from vixml_jax.report.examples import Example, ShownPrediction, TrueLabel
 from vixml_jax.report.html_report import write_report
+from vixml_jax.report.label_map import LabelMap
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
+NO_MAP = LabelMap([], [], np.zeros((0, 2), np.float32))
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)> \"'&amp; שלום \u202e"
 
 
@@ -49,20 +54,33 @@ class Page(HTMLParser):
 
 
 def assert_self_contained(page):
-  """Checks that a page has no scripts, no event handlers and no addresses except data URIs."""
+  """Checks that a page has its two scripts only, no event handlers, and addresses of itself and of data only."""
   for tag, attributes in page.elements:
-    assert tag not in ("script", "link", "iframe", "object", "base", "form"), tag
+    assert tag not in ("link", "iframe", "object", "base", "form"), tag
     assert not [name for name in attributes if name.startswith("on")], attributes
     for name in ("src", "href", "data", "action"):
-      assert attributes.get(name, "data:").startswith("data:"), attributes
-  styles = [text for text in page.texts if "{" in text]
+      assert attributes.get(name, "data:").startswith(("data:", "#")), attributes
+  scripts = [text for text in page.texts if "ECharts" in text]
+  assert len(scripts) == 2 == len([tag for tag, _ in page.elements if tag == "script"])
+  styles = [text for text in page.texts if "{" in text and text not in scripts]
   assert not any("url(" in text or "@import" in text for text in styles)
   policy = next(
     attributes["content"]
     for tag, attributes in page.elements
     if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
   )
-  assert policy.startswith("default-src 'none'") and "script-src" not in policy
+  assert policy.startswith("default-src 'none'; script-src 'sha256-") and policy.count("'unsafe-inline'") == 1
+  for script in scripts:
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+
+
+def charts_of(page):
+  """Returns the charts of a page: their titles, and the data that a script draws."""
+  return {
+    attributes["aria-label"]: json.loads(attributes["data-chart"])
+    for _, attributes in page.elements
+    if "data-chart" in attributes
+  }
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +112,38 @@ def test_all_numbers_are_those_of_the_workdir(trained):
     assert page.values(str(decile)) == [
       [value for key, value in row.items() if "@" in key and value is not None] for row in (plain, augmented)
     ]
-  titles = [text for text in page.texts if text.startswith(("loss", "learning rate", "gradient norm", "P@1 by lambda"))]
-  assert len(titles) == 5, titles
+  shown = ("loss", "learning rate", "gradient norm", "P@1 by lambda")
+  titles = [title for title in charts_of(page) if title.startswith(shown)]
+  assert len(titles) == 4, titles
+
+
+def test_contents_name_every_section(trained):
+  elements = Page(trained / "report.html").elements
+  links = [attributes["href"] for tag, attributes in elements if tag == "a"]
+  sections = [f"#{attributes['id']}" for tag, attributes in elements if tag == "h2"]
+  assert links == sections and {"#confusions", "#map", "#random", "#worst", "#best", "#run"} <= set(links)
+
+
+def test_the_summary_is_of_the_ranking_of_highest_precision_beside_the_best_baseline(trained):
+  final = json.loads((trained / "final_metrics.json").read_text())
+  page = Page(trained / "report.html")
+  start = page.texts.index("P@1")
+  best = max(final["P@1"], final["RA/P@1"], final.get("blend/P@1", 0))
+  assert page.texts[start + 1] == f"{best:.2f}" and page.texts[start + 2] == "best baseline: 12.50, "
+
+
+def test_confused_labels_are_counted_over_all_queries(trained):
+  evaluation = json.loads((trained / "evaluation.json").read_text())
+  for row, pairs in evaluation["confusions"].items():
+    assert all(2 <= pair["queries"] <= pair["of"] for pair in pairs), row
+    assert [pair["queries"] for pair in pairs] == sorted((pair["queries"] for pair in pairs), reverse=True)
+
+
+def test_config_and_hardware_are_shown(trained):
+  config = json.loads((trained / "config.json").read_text())
+  texts = Page(trained / "report.html").texts
+  assert str(config["train"]["learning_rate"]) in texts and "train.learning_rate" in texts
+  assert any("cpu" in text for text in texts) and "XLA_FLAGS" in texts
 
 
 def test_logged_values_and_evaluations_between_epochs_are_shown_as_curves(trained, tmp_path):
@@ -112,8 +160,11 @@ def test_logged_values_and_evaluations_between_epochs_are_shown_as_curves(traine
       json.dumps({"step": step, "epoch": 0, "split": split, "values": values}) + "\n" for step, split, values in lines
     )
   )
-  write_report(tmp_path, [], {"a": [(0, 0.0), (20, 1e-3)], "b": [(0, 0.0), (20, 1e-3)], "c": [(0, 0.0), (20, 2e-3)]})
+  rates = {"a": [(0, 0.0), (20, 1e-3)], "b": [(0, 0.0), (20, 1e-3)], "c": [(0, 0.0), (20, 2e-3)]}
+  write_report(tmp_path, {}, rates, NO_MAP)
   raw = (tmp_path / "report.html").read_text()
+  charts = charts_of(Page(tmp_path / "report.html"))
+  assert charts["loss and its mean over each epoch"]["lines"][0]["points"] == [[10.0, 0.5]], "NaN is left out"
   assert re.findall("<figcaption>(.*?)</figcaption>", raw)[2:] == [
     "loss and its mean over each epoch",
     "learning rate of a, b",
@@ -122,7 +173,6 @@ def test_logged_values_and_evaluations_between_epochs_are_shown_as_curves(traine
     "seconds per epoch",
     "P@1 on test queries",
   ]
-  assert "nan" not in re.sub("<style>.*?</style>", "", raw, flags=re.DOTALL)
 
 
 def test_texts_with_markup_are_shown_as_texts(trained, tmp_path):
@@ -135,13 +185,15 @@ def test_texts_with_markup_are_shown_as_texts(trained, tmp_path):
     "plain": [ShownPrediction(f"hit {HOSTILE}", 0.25, True)],
     "augmented": [ShownPrediction("\x00\ud800", 0.5, False)],
   }
-  write_report(tmp_path, [Example(f"query {HOSTILE}", [], predictions, [label], 4)], {})
+  examples = {"random": [Example(f"query {HOSTILE}", [], predictions, [label], 4)]}
+  write_report(tmp_path, examples, {}, LabelMap([HOSTILE] * 5, [1] * 5, np.zeros((5, 2), np.float32)))
   page = Page(tmp_path / "report.html")
   assert_self_contained(page)
   named = [f"{what}{HOSTILE}" for what in ("", "query ", "hit ", "true ")]
   for text in (*named, "\ufffd\ufffd", "17 · \N{EN DASH}", "4 more"):
     assert text in page.texts, text
   assert page.values(HOSTILE)[-1] == [1.0]
+  assert {point[3] for point in charts_of(page)["map of labels"]["points"]} == {HOSTILE}
   # A text is isolated, so that right-to-left text does not reorder its neighbors.
   raw = (tmp_path / "report.html").read_text()
   assert raw.count("<bdi>") >= 5 and '<h3 dir="auto">' in raw

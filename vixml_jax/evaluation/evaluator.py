@@ -18,6 +18,7 @@ import tqdm
 from vixml_jax.blend.ranking import ScoredCandidates
 from vixml_jax.evaluation import metrics, tuning
 from vixml_jax.evaluation.blend_row import BlendCounts, BlendRanker
+from vixml_jax.evaluation.confusions import ConfusionCounts
 from vixml_jax.evaluation.results import Evaluation, intervals_of
 from vixml_jax.ragged import Ragged
 from vixml_jax.rounding import at_equal_distances
@@ -32,6 +33,8 @@ from vixml_jax.stages import stage
 NUM_EXAMPLES = 30
 QUERIES_PER_BLOCK = 4096
 """Number of queries that are searched and scored at a time."""
+MOST_CONFUSIONS = 50
+"""Number of pairs of labels that are kept of those that are confused."""
 MOST_HELD_OUT = 32_768
 """Number of held-out queries that retrieval settings are chosen on, at most."""
 _SCANN_BYTES = 2 * 2**30
@@ -79,6 +82,12 @@ class EvaluationQueries:
 
   def __len__(self) -> int:
     return len(self.labels)
+
+  def take(self, rows: np.ndarray) -> "EvaluationQueries":
+    """Returns some of the queries, by their numbers int [R]; all processes must call this together."""
+    embeddings = self.embeddings.select(rows) if isinstance(self.embeddings, ShardedRows) else self.embeddings[rows]
+    words = None if self.words is None else self.words[rows]
+    return EvaluationQueries(embeddings, self.labels.take(rows), self.filter.take(rows), words)
 
   def blocks(self, size: int) -> Iterator[tuple[np.ndarray, "EvaluationQueries"]]:
     """Yields the numbers of the queries of each block, and the block on the host."""
@@ -287,6 +296,7 @@ def evaluate(
     examples=examples,
     ids={name: np.concatenate(row.ids) for name, row in rows.items()},
     scores={name: np.concatenate(row.scores) for name, row in rows.items()},
+    confusions={name: row.confusions.most(MOST_CONFUSIONS) for name, row in rows.items()},
     blend=None if index.blend is None else blend.results(per_query["blend"].mean()),
   )
 
@@ -297,6 +307,7 @@ class _Row:
   Attributes:
     per_query: metrics of each block.
     frequencies: hits and positives by label frequency.
+    confusions: labels that are wrongly ranked first.
     ids: labels found for the examples of each block.
     scores: scores of these.
   """
@@ -305,6 +316,7 @@ class _Row:
     self._propensity, self._config = index.inverse_propensity, config
     self.per_query: list[metrics.QueryMetrics] = []
     self.frequencies = metrics.FrequencyCounts(frequencies, config.ks, config.recall_ks)
+    self.confusions = ConfusionCounts(len(frequencies))
     self.ids: list[np.ndarray] = []
     self.scores: list[np.ndarray] = []
 
@@ -313,5 +325,6 @@ class _Row:
     ks, recall_ks = self._config.ks, self._config.recall_ks
     self.per_query.append(metrics.query_metrics(ids, labels, self._propensity, precision_ks=ks, recall_ks=recall_ks))
     self.frequencies.add(ids, labels)
+    self.confusions.add(ids[:, 0], labels)
     self.ids.append(ids[kept])
     self.scores.append(scores[kept])

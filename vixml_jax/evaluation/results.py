@@ -24,6 +24,8 @@ class Evaluation:
     examples: int64 [E], numbers of the queries whose rankings are kept.
     ids: int32 [E, K], labels found, of each row.
     scores: float32 [E, K], of each row.
+    confusions: the most frequent pairs of a label that is wrongly ranked first and a true label, of each row, int64
+      [P, 3]: predicted label, true label, number of queries.
     blend: results of the blend; None where it was not asked for.
   """
 
@@ -36,6 +38,7 @@ class Evaluation:
   examples: np.ndarray
   ids: dict[str, np.ndarray]
   scores: dict[str, np.ndarray]
+  confusions: dict[str, np.ndarray]
   blend: BlendResults | None = None
 
   def final_metrics(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Writes `report.html`: the results of an evaluation on one page.
 
-All numbers on the page come from final_metrics.json, evaluation.json, metrics.jsonl and retrieval_settings.json of the
-workdir. Only the example queries are passed in.
+All numbers on the page come from config.json, final_metrics.json, evaluation.json, metrics.jsonl and
+retrieval_settings.json of the workdir. Only the queries that are shown and the map of labels are passed in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,29 +10,51 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from ml_collections import ConfigDict
 
 from vixml_jax.files import read_json_object
-from vixml_jax.report.charts import Line, bar_chart, line_chart
+from vixml_jax.report.charts import Line, bar_chart, line_chart, map_chart
 from vixml_jax.report.examples import Example
+from vixml_jax.report.label_map import LabelMap
 from vixml_jax.report.pages import write_page
 from vixml_jax.report.table import COLUMNS
-from vixml_jax.run.workdir import CONFIG, EVALUATION, FINAL_METRICS, METRICS, REPORT, RETRIEVAL_SETTINGS
+from vixml_jax.run.configuration import flatten_config
+from vixml_jax.run.workdir import (
+  COMPARISON_PAGE,
+  CONFIG,
+  EVALUATION,
+  FINAL_METRICS,
+  METRICS,
+  REPORT,
+  RETRIEVAL_SETTINGS,
+)
 
 RETRIEVAL = "+ retrieval"
 ROWS = {"plain": "plain", "augmented": RETRIEVAL, "blend": "blend"}
 """Names that tables show for the rows of an evaluation."""
+_PREFIXES = {"plain": "", "augmented": "RA/", "blend": "blend/"}
+_SUMMARY = ("P@1", "P@5", "PSP@1", "R@100")
+_GROUPS = {
+  "random": "A random sample of the queries with labels, the same for all models.",
+  "worst": "The queries with the lowest nDCG of the last ranking; among equals, those with the most labels.",
+  "best": "The queries with the highest nDCG of the last ranking; among equals, those with the most labels.",
+}
 
 
 def write_report(
-  workdir: Path, examples: Sequence[Example], learning_rates: Mapping[str, Sequence[tuple[float, float]]]
+  workdir: Path,
+  examples: Mapping[str, Sequence[Example]],
+  learning_rates: Mapping[str, Sequence[tuple[float, float]]],
+  labels: LabelMap,
 ) -> None:
   """Writes `report.html` to an evaluated workdir.
 
   Args:
     workdir: Contains config.json, final_metrics.json and evaluation.json; metrics.jsonl and retrieval_settings.json are
       optional.
-    examples: Queries to show.
+    examples: Queries to show: "random", and where there are some, "worst" and "best".
     learning_rates: The (step, learning rate) pairs of each group of parameters, between which the rate is linear.
+    labels: Labels on a plane.
 
   Raises:
     InputError: If a required file cannot be read.
@@ -47,8 +69,14 @@ def write_report(
     config=config,
     final=final,
     evaluation=evaluation,
-    examples=examples,
+    examples=[(name, _GROUPS[name], group) for name, group in examples.items() if group],
     rankings=ROWS,
+    summary=_summary(final, evaluation),
+    confusions={ROWS[name]: _confusions(pairs) for name, pairs in evaluation["confusions"].items() if pairs},
+    label_map=_label_map(labels),
+    settings_of_run=flatten_config(ConfigDict(config)),
+    environment=evaluation["environment"],
+    compared=(workdir / COMPARISON_PAGE).name if (workdir / COMPARISON_PAGE).exists() else None,
     example_rows=", then ".join(ROWS[name] for name in ROWS if name in evaluation["intervals_95"]),
     metrics=_metrics_table(config, final, evaluation),
     all_metrics=_all_metrics(final, evaluation["intervals_95"]),
@@ -57,8 +85,40 @@ def write_report(
     decile_rows={ROWS[name]: rows for name, rows in evaluation["by_label_frequency"].items()},
     blend=_blend(evaluation.get("blend")),
     settings=_settings(workdir / RETRIEVAL_SETTINGS, final),
-    curves=_curves(workdir / METRICS, learning_rates),
+    curves=_curves(workdir / METRICS, learning_rates if config["train"]["epochs"] else {}),
   )
+
+
+def _summary(final: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
+  """Returns the most important values of the ranking of highest precision, each with the best baseline."""
+  rows = [row for row in ROWS if row in evaluation["intervals_95"]]
+  (first, *_) = (name for name in final if name.startswith("P@"))
+  best = max(rows, key=lambda row: final[f"{_PREFIXES[row]}{first}"])
+  cards = []
+  for name in _SUMMARY:
+    key = f"{_PREFIXES[best]}{name}"
+    if key in final:
+      others = {baseline: values[name] for baseline, values in evaluation["baselines"].items() if name in values}
+      highest = max(others, key=lambda baseline: others[baseline]) if others else None
+      cards.append(
+        {"name": name, "value": final[key], "baseline": highest and {"name": highest, "value": others[highest]}}
+      )
+  return {"row": ROWS[best], "cards": cards}
+
+
+def _confusions(pairs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+  """Returns the pairs of each label that is ranked first, in the order of the most frequent pair."""
+  grouped: dict[str, list[dict[str, Any]]] = {}
+  for pair in pairs:
+    grouped.setdefault(pair["predicted"], []).append(pair)
+  return grouped
+
+
+def _label_map(labels: LabelMap) -> Markup | None:
+  """Returns the map of labels; None for too few labels."""
+  if not labels.texts:
+    return None
+  return map_chart("map of labels", "label-map", labels.positions, labels.frequencies, labels.texts)
 
 
 def _metrics_table(config: dict[str, Any], final: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:

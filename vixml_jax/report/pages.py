@@ -1,11 +1,15 @@
-"""Renders the HTML templates of this package as self-contained pages in which all texts are escaped."""
+"""Renders the HTML templates of this package as self-contained pages: texts are escaped, and scripts are ours only."""
 
+import base64
 import functools
+import hashlib
+from importlib import resources
 from pathlib import Path
 import re
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from vixml_jax.files import new_file
 
@@ -21,9 +25,22 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     template: Name of a file in `templates/`.
     **values: Variables of the template. Texts are escaped; `markupsafe.Markup` is not.
   """
-  text = _templates().get_template(template).render(**values)
+  text = _templates().get_template(template).render(scripts=_scripts(), script_hashes=_script_hashes(), **values)
   with new_file(path) as partial:
     partial.write_text(text, encoding="utf-8")
+
+
+@functools.cache
+def _scripts() -> list[Markup]:
+  """Returns the library that draws charts, and what calls it. Both are part of this package."""
+  folder = resources.files("vixml_jax.report") / "static"
+  return [Markup((folder / name).read_text("utf-8")) for name in ("echarts.common.min.js", "charts.js")]
+
+
+def _script_hashes() -> list[str]:
+  """Returns the sources that the page's policy permits: the hash of each script, so that no other can run."""
+  digests = [hashlib.sha256(script.encode()).digest() for script in _scripts()]
+  return [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
 
 
 @functools.cache

@@ -10,12 +10,15 @@ from vixml_jax.evaluation.blend_row import BlendResults
 from vixml_jax.evaluation.evaluator import EvaluationConfig
 from vixml_jax.evaluation.per_query import PerQuery, describe_queries
 from vixml_jax.evaluation.results import Evaluation
+from vixml_jax.evaluation.shown_queries import ShownQueries
 from vixml_jax.files import write_json
 from vixml_jax.input.corpus import Corpus
 from vixml_jax.ragged import Ragged
 from vixml_jax.report.examples import collect_examples
 from vixml_jax.report.html_report import write_report
+from vixml_jax.report.label_map import LabelMap
 from vixml_jax.report.table import metrics_table
+from vixml_jax.run.environment import describe_environment
 from vixml_jax.run.workdir import EVALUATION, PER_QUERY
 from vixml_jax.text_columns import aligned
 
@@ -31,6 +34,7 @@ def write_evaluation(
   has_images: np.ndarray | None,
   bootstrap_samples: int,
   baselines: Mapping[str, Mapping[str, float]],
+  confusions: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
   """Writes evaluation.json: a description of the evaluated queries, and all results in detail.
 
@@ -44,6 +48,7 @@ def write_evaluation(
     has_images: bool [Q], whether each evaluated query has images; None for a model of texts only.
     bootstrap_samples: Number of bootstrap samples for the intervals of both groups.
     baselines: Metrics of each baseline in percent, by name.
+    confusions: Labels that are ranked first in place of true ones (`describe_confusions`).
   """
   write_json(
     workdir / EVALUATION,
@@ -62,6 +67,8 @@ def write_evaluation(
         for count, other in fewer_images.items()
       },
       "baselines": baselines,
+      "confusions": confusions,
+      "environment": describe_environment(),
     },
   )
 
@@ -70,7 +77,8 @@ def write_report_files(
   workdir: Path,
   corpus: Corpus,
   result: Evaluation,
-  truth: Ragged,
+  shown: Sequence[ShownQueries],
+  label_map: LabelMap,
   *,
   split: str,
   rows: np.ndarray,
@@ -83,7 +91,8 @@ def write_report_files(
     workdir: Folder of the run.
     corpus: Data set with the texts and images of the examples.
     result: Results on the evaluated queries.
-    truth: Positives of the evaluated queries, Q rows.
+    shown: Queries to show, with their rankings.
+    label_map: Labels on a plane.
     split: "test", or "validation" for held-out queries of the training split.
     rows: Row of each query in the test or training split, int64 [Q].
     propensity: Constants A and B of the propensity in PSP.
@@ -92,9 +101,35 @@ def write_report_files(
   description = describe_queries(corpus.builder, split, None if split == "test" else rows, propensity)
   PerQuery(description, result.per_query).save(workdir / PER_QUERY)
   dataset_split = "train" if split == "validation" else split
-  shown = result.examples
-  examples = collect_examples(corpus, dataset_split, rows[shown], truth.take(shown), result.ids, result.scores)
-  write_report(workdir, examples, learning_rates)
+  examples = {
+    group.title: collect_examples(corpus, dataset_split, rows[group.queries], group.labels, group.ids, group.scores)
+    for group in shown
+  }
+  write_report(workdir, examples, learning_rates, label_map)
+
+
+def describe_confusions(corpus: Corpus, result: Evaluation, truth: Ragged) -> dict[str, list[dict[str, Any]]]:
+  """Returns the pairs of labels that are confused most, of each row.
+
+  Args:
+    corpus: Data set with the texts of labels.
+    result: Results on the evaluated queries.
+    truth: Positives of the evaluated queries.
+
+  Returns:
+    JSON: `predicted` and `true`, the texts of both labels; `queries`, the number of queries with the true label for
+    which the other one is ranked first; `of`, the number of queries with the true label.
+  """
+  frequencies = np.bincount(truth.values, minlength=corpus.num_labels)
+  described = {}
+  for name, pairs in result.confusions.items():
+    labels = np.unique(pairs[:, :2]).tolist()
+    texts = dict(zip(labels, corpus.label_text(labels), strict=True))
+    described[name] = [
+      {"predicted": texts[predicted], "true": texts[true], "queries": queries, "of": int(frequencies[true])}
+      for predicted, true, queries in pairs.tolist()
+    ]
+  return described
 
 
 def results_table(
