@@ -127,6 +127,16 @@ def test_evaluating_again_encodes_training_queries_once_and_gives_the_same_numbe
   assert again == finished.final
 
 
+def test_a_damaged_index_which_may_have_been_edited_is_kept_under_another_name(finished, workdir, caplog):
+  (index,) = (workdir / "index").rglob("index.json")
+  index.write_bytes(index.read_bytes()[:-2])
+  damaged = {path.name: path.read_bytes() for path in index.parent.iterdir() if path.is_file()}
+  evaluate_workdir(finished.config, workdir)
+  assert f"is kept as {workdir}/index.damaged-1, and a new index is written" in caplog.text
+  assert {name: (workdir / "index.damaged-1" / index.parent.name / name).read_bytes() for name in damaged} == damaged
+  assert vixml_jax.load(workdir).predict(["a"], k=1)
+
+
 def test_another_recipe_is_refused_in_a_used_workdir(finished, config):
   config.train.batch_size = 8
   with pytest.raises(InputError, match="started with train.batch_size=16, not 8"):

@@ -152,6 +152,16 @@ def test_only_an_edited_index_of_the_checkpoint_counts_as_edited(tmp_path):
   assert not is_edited(folder, CHECKPOINT)
 
 
+@pytest.mark.parametrize("damaged", ["CURRENT", "index.json"])
+def test_a_damaged_index_is_not_taken_for_one_without_edits(tmp_path, damaged):
+  folder = tmp_path / "index"
+  opened(written(folder)).delete([1])
+  (path,) = folder.rglob(damaged)
+  path.write_bytes(path.read_bytes()[:-3] + b"x")
+  with pytest.raises(InputError, match=damaged):
+    is_edited(folder, CHECKPOINT)
+
+
 @needs_scann
 def test_recall_is_measured_on_labels_if_there_are_no_training_queries(tmp_path):
   deleted = np.arange(NUM_LABELS) < 10

@@ -1,5 +1,6 @@
 """Files of a workdir that inference needs besides the checkpoint: tokenizer, origin of image features, label index."""
 
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ import tensorflow_datasets as tfds
 from vixml_jax import sharding
 from vixml_jax.datasets.records import Records
 from vixml_jax.errors import InputError
-from vixml_jax.files import new_folder, read_json_object, sha256_of_file, write_json
+from vixml_jax.files import new_folder, read_json_object, sha256_of_file, sync_folder, write_json
 from vixml_jax.images.feature_set import open_features
 from vixml_jax.run.checkpoint import checkpoint_id
 from vixml_jax.run.workdir import CHECKPOINTS, INDEX, INFERENCE_INFO, TOKENIZER
@@ -63,7 +64,7 @@ def write_inference_files(
   checkpoint = checkpoint_id(workdir / CHECKPOINTS, step)
   tokenizer_hashes = _copy_tokenizer(tokenizer_folder, workdir / TOKENIZER)
   write_json(workdir / INFERENCE_INFO, {"tokenizer_sha256": tokenizer_hashes, "image_features": image_features})
-  if is_edited(workdir / INDEX, checkpoint):
+  if _was_edited(workdir / INDEX, checkpoint):
     _log.warning(
       "%s: labels were added to it or deleted from it, so it is kept; delete the folder to have it written again",
       workdir / INDEX,
@@ -80,6 +81,19 @@ def write_inference_files(
     retrieval=retrieval,
     mesh=mesh,
   )
+
+
+def _was_edited(folder: Path, checkpoint: dict[str, Any]) -> bool:
+  """Returns whether the index was edited; a damaged one, which may have been edited, is moved to a free name."""
+  try:
+    return is_edited(folder, checkpoint)
+  except InputError as error:
+    names = (folder.with_name(f"{folder.name}.damaged-{number}") for number in itertools.count(1))
+    kept = next(path for path in names if not path.exists())
+    folder.rename(kept)
+    sync_folder(folder.parent)
+    _log.warning("%s; it is kept as %s, and a new index is written", str(error).partition(";")[0], kept)
+    return False
 
 
 def read_inference_info(workdir: Path, step: int) -> dict[str, Any]:

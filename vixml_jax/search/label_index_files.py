@@ -240,11 +240,14 @@ def write_index(
 
 
 def is_edited(folder: str | Path, checkpoint: dict[str, Any]) -> bool:
-  """Returns whether the folder holds an index of this checkpoint that was edited after it was written."""
-  try:
-    info = snapshots.read_current(Path(folder)).info
-  except InputError:
+  """Returns whether the folder holds an index of this checkpoint that was edited after it was written.
+
+  Raises:
+    InputError: There is an index, but it is damaged.
+  """
+  if not (Path(folder) / snapshots.CURRENT).exists():
     return False
+  info = snapshots.read_current(Path(folder)).info
   return bool(info.get("format") == FORMAT and info["checkpoint"] == checkpoint and info["edits"] > 0)
 
 
