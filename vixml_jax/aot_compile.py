@@ -16,15 +16,14 @@ import sys
 
 from absl import flags
 import jax
-from ml_collections import config_flags
 
-from vixml_jax import cli
+from vixml_jax import cli, config_flag
 from vixml_jax.ahead_of_time.report import check_fit, find_fastest
 from vixml_jax.ahead_of_time.sizes import data_size
 from vixml_jax.ahead_of_time.topology import machine_of
 from vixml_jax.run import configuration
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
+_CONFIG = config_flag.define()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and number of chips: v5e:4x4, v5p:2x2x4, h100:8, h200:1, ...")
 _QUERIES = flags.DEFINE_integer(
   "num_queries", None, "Number of training queries; by default the published number, else that of the prepared data."

@@ -10,9 +10,8 @@ images in folders, from URLs and in parquet files, and what happens to images th
 """
 
 from absl import flags
-from ml_collections import config_flags
 
-from vixml_jax import cli
+from vixml_jax import cli, config_flag
 from vixml_jax.datasets import prepare
 from vixml_jax.errors import InputError
 from vixml_jax.images.extraction import prepare_features
@@ -20,7 +19,7 @@ from vixml_jax.images.preprocess import PREPROCESSING
 from vixml_jax.images.published_features import import_published
 from vixml_jax.run import configuration
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
+_CONFIG = config_flag.define()
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "SigLIP tower: an .npz of big_vision, a Hugging Face folder, or a name on the hub."
 )

@@ -11,13 +11,12 @@ predict and serve need.
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
-from vixml_jax import cli
+from vixml_jax import cli, config_flag
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.run import configuration
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; a variant follows after a colon.")
+_CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder for the outputs; default: runs/NAME, where NAME is config.name."
 )
