@@ -81,3 +81,13 @@ assert importlib.util.find_spec("configs") is None, "a package with this name wo
 def test_installed_wheel_loads_its_configs_by_name(installed, tmp_path):
   result = _run(installed / "python", "-c", _LOAD, cwd=tmp_path)
   assert (result.returncode, result.stdout) == (0, "7\n"), result.stderr
+
+
+@pytest.mark.parametrize(
+  ("arguments", "starts"),
+  [(["--version"], f"vixml {vixml_jax.__version__}"), (["train", "--config=quickstart", "--help"], "Trains a model")],
+)
+def test_installed_wheel_has_the_command(installed, tmp_path, arguments, starts):
+  result = _run(installed / "vixml", *arguments, cwd=tmp_path)
+  assert (result.returncode, result.stderr) == (0, "")
+  assert result.stdout.startswith(starts)

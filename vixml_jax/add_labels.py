@@ -11,25 +11,16 @@ checked and encoded before anything is written; then `predict` finds the new lab
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
-import jax
 
 from vixml_jax import cli, inference_flags
 from vixml_jax.errors import InputError
-from vixml_jax.inference.label_files import NewLabel, label_format, read_categories, read_labels, read_uids
-from vixml_jax.inference.new_labels import (
-  add_labels,
-  check_categories,
-  check_new,
-  embed_labels,
-  ids_of_uids,
-  set_categories,
-)
-from vixml_jax.run import configuration
-from vixml_jax.run.checkpoint import checkpoint_id, newest_checkpoint
 from vixml_jax.run.workdir import CHECKPOINTS, CONFIG, INDEX
-from vixml_jax.search.label_index import LabelIndex
+
+if TYPE_CHECKING:
+  from vixml_jax.search.label_index import LabelIndex
 
 _MODEL = inference_flags.define_model_flags(image_batch_size=64)
 _LABELS = flags.DEFINE_string("labels", None, "File of new labels, .jsonl.")
@@ -41,6 +32,19 @@ _CATEGORIES = flags.DEFINE_string(
 
 def main() -> None:
   """Adds, deletes and categorizes the labels that the flags name."""
+  import jax
+
+  from vixml_jax.inference.label_files import NewLabel, label_format, read_categories, read_labels, read_uids
+  from vixml_jax.inference.new_labels import (
+    add_labels,
+    check_categories,
+    check_new,
+    embed_labels,
+    ids_of_uids,
+    set_categories,
+  )
+  from vixml_jax.run import configuration
+
   if jax.process_count() > 1:
     raise InputError("--distributed: add_labels runs in one process, which uses all of its devices")
   workdir = Path(cli.required(_MODEL.workdir))
@@ -68,8 +72,11 @@ def main() -> None:
   print(f"{workdir / INDEX}: {', '.join(done)}; it has {index.num_live:,} labels")
 
 
-def _open_index(workdir: Path) -> LabelIndex:
+def _open_index(workdir: Path) -> "LabelIndex":
   """Opens the index of the newest checkpoint. Deleting does not need the model, which may take minutes to load."""
+  from vixml_jax.run.checkpoint import checkpoint_id, newest_checkpoint
+  from vixml_jax.search.label_index import LabelIndex
+
   step, _ = newest_checkpoint(workdir / CHECKPOINTS)
   return LabelIndex.open(workdir / INDEX, checkpoint=checkpoint_id(workdir / CHECKPOINTS, step))
 

@@ -15,13 +15,8 @@ from pathlib import Path
 import sys
 
 from absl import flags
-import jax
 
 from vixml_jax import cli, config_flag
-from vixml_jax.ahead_of_time.report import check_fit, find_fastest
-from vixml_jax.ahead_of_time.sizes import data_size
-from vixml_jax.ahead_of_time.topology import machine_of
-from vixml_jax.run import configuration
 
 _CONFIG = config_flag.define()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and number of chips: v5e:4x4, v5p:2x2x4, h100:8, h200:1, ...")
@@ -44,6 +39,15 @@ _SEARCH = flags.DEFINE_integer(
 
 def main() -> None:
   """Compiles the config of the flags; exits with status 1 if it does not fit."""
+  import jax
+
+  from vixml_jax.ahead_of_time.report import check_fit, find_fastest
+  from vixml_jax.ahead_of_time.sizes import data_size
+  from vixml_jax.ahead_of_time.topology import machine_of
+  from vixml_jax.run import configuration
+
+  # Programs are only traced on this machine, so neither libtpu nor CUDA must look for a device.
+  jax.config.update("jax_platforms", "cpu")
   config, topology = cli.required(_CONFIG), cli.required(_TOPOLOGY)
   configuration.check(config)
   size = data_size(config, _QUERIES.value, _LABELS.value, _TOKENS.value, _IMAGES.value)
@@ -57,6 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  # Programs are only traced on this machine, so neither libtpu nor CUDA must look for a device.
-  jax.config.update("jax_platforms", "cpu")
   cli.run(main)

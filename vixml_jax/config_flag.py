@@ -30,7 +30,10 @@ class _NamedConfigParser(flags.ArgumentParser):
 def define() -> flags.FlagHolder[ConfigDict]:
   """Defines `--config`, whose keys are flags as well: `--config=quickstart:images=3 --config.train.epochs=3`."""
   holder = config_flags.DEFINE_config_file(
-    "config", None, "Name of a config, or a config file; a variant follows after a colon: quickstart:images=3."
+    "config",
+    None,
+    "Name of a config, or a config file; a variant follows after a colon: quickstart:images=3. Each of its keys is a "
+    "flag as well: --config.train.epochs=3.",
   )
   flag = flags.FLAGS["config"]
   flag.parser = _NamedConfigParser(flag.parser)

@@ -12,12 +12,8 @@ images in folders, from URLs and in parquet files, and what happens to images th
 from absl import flags
 
 from vixml_jax import cli, config_flag
-from vixml_jax.datasets import prepare
 from vixml_jax.errors import InputError
-from vixml_jax.images.extraction import prepare_features
 from vixml_jax.images.preprocess import PREPROCESSING
-from vixml_jax.images.published_features import import_published
-from vixml_jax.run import configuration
 
 _CONFIG = config_flag.define()
 _CHECKPOINT = flags.DEFINE_string(
@@ -45,6 +41,11 @@ _PUBLISHED = flags.DEFINE_string(
 
 def main() -> None:
   """Makes or imports the features in the flags."""
+  from vixml_jax.datasets import prepare
+  from vixml_jax.images.extraction import prepare_features
+  from vixml_jax.images.published_features import import_published
+  from vixml_jax.run import configuration
+
   config = cli.required(_CONFIG)
   configuration.check(config)
   if _PUBLISHED.value and _CHECKPOINT.value:

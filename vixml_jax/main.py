@@ -13,8 +13,6 @@ from pathlib import Path
 from absl import flags
 
 from vixml_jax import cli, config_flag
-from vixml_jax.experiment import train_and_evaluate
-from vixml_jax.run import configuration
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
@@ -24,6 +22,9 @@ _WORKDIR = flags.DEFINE_string(
 
 def main() -> None:
   """Trains and evaluates the config of the flags."""
+  from vixml_jax.experiment import train_and_evaluate
+  from vixml_jax.run import configuration
+
   config = cli.required(_CONFIG)
   configuration.check(config)
   train_and_evaluate(config, Path(_WORKDIR.value or f"runs/{config.name}"))

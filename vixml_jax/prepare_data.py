@@ -8,14 +8,15 @@ describes all formats. The prepared data set is written to config.dataset.data_d
 """
 
 from vixml_jax import cli, config_flag
-from vixml_jax.datasets import prepare
-from vixml_jax.run import configuration
 
 _CONFIG = config_flag.define()
 
 
 def main() -> None:
   """Prepares the data set of the config in the flags."""
+  from vixml_jax.datasets import prepare
+  from vixml_jax.run import configuration
+
   config = cli.required(_CONFIG)
   configuration.check(config)
   data = config.dataset

@@ -9,9 +9,10 @@ from jax.sharding import Mesh
 from vixml_jax.blend.libraries import check_blend_libraries
 from vixml_jax.errors import InputError
 from vixml_jax.inference.blend_ranking import BlendRanking, check_dial
-from vixml_jax.inference.predictor import AUGMENTED, BLEND, PLAIN, RANKINGS, Predictor
+from vixml_jax.inference.predictor import Predictor
 from vixml_jax.inference.quantized_encoder import load_quantized_encoder
 from vixml_jax.inference.query_images import QueryImageEncoder
+from vixml_jax.inference.rankings import AUGMENTED, BLEND, PLAIN, RANKINGS
 from vixml_jax.inference.trained_encoder import load_trained_encoder
 from vixml_jax.run.workdir import INDEX
 from vixml_jax.search import retrieval_augmented

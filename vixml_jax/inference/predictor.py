@@ -14,6 +14,7 @@ from vixml_jax.inference.blend_ranking import BlendRanking, Dials
 from vixml_jax.inference.predictions import Prediction, PredictionColumns
 from vixml_jax.inference.queries import Query, query_format
 from vixml_jax.inference.query_images import QueryImageEncoder
+from vixml_jax.inference.rankings import AUGMENTED, BLEND, PLAIN
 from vixml_jax.inference.trained_encoder import TrainedEncoder
 from vixml_jax.ragged import Ragged
 from vixml_jax.search import retrieval_augmented
@@ -22,9 +23,6 @@ from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
 
 GivenQuery = str | Mapping[str, Any] | Query
-
-PLAIN, AUGMENTED, BLEND = RANKINGS = ("plain", "retrieval_augmented", "blend")
-"""Ways to rank labels: by cosine, by retrieval-augmented inference, and by the probability of the trained blend."""
 
 
 class UnreadableImage(NamedTuple):
