@@ -19,6 +19,7 @@ from absl import app, flags
 from vixml_jax import command_help
 from vixml_jax.errors import InputError, Preempted
 from vixml_jax.files import disk_fault
+from vixml_jax.stages import ProgressBars, reporting
 
 if TYPE_CHECKING:
   from jax.sharding import Mesh
@@ -49,7 +50,8 @@ def run(main: Callable[[], None]) -> None:
         raise InputError(f"{argv[1]!r}: not a flag; flags start with --")
       _set_up_logging()
       _join_processes()
-      main()
+      with reporting(ProgressBars()):
+        main()
     except InputError as error:
       _fail(str(error))
     except Preempted as stop:
@@ -140,6 +142,11 @@ def _join_processes() -> None:
   if jax.process_index() > 0:
     logging.getLogger("vixml_jax").setLevel(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"
+
+
+def show(text: str) -> None:
+  """Prints a result on stdout at once, before what follows takes time or fails."""
+  print(text, flush=True)
 
 
 def required(flag: flags.FlagHolder[Any]) -> Any:

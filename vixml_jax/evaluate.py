@@ -65,7 +65,7 @@ def main() -> None:
   config = configuration.read(workdir / CONFIG)
   _override(config)
   configuration.check(config)
-  evaluate_workdir(config, workdir)
+  evaluate_workdir(config, workdir, cli.show)
 
 
 def _compare(workdir: Path, others: Sequence[str]) -> None:

@@ -51,10 +51,10 @@ class ModelFlags:
     Raises:
       InputError: `--workdir` is missing, another flag is wrong, or the workdir cannot be loaded.
     """
-    from vixml_jax.inference.loading import load
+    from vixml_jax.inference.loading import load_predictor
 
     searching = {} if search is None else {name: flag.value for name, flag in vars(search).items()}
-    return load(
+    return load_predictor(
       Path(cli.required(self.workdir)),
       mesh=cli.mesh(self.mesh),
       image_checkpoint=self.image_checkpoint.value,

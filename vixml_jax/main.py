@@ -27,7 +27,7 @@ def main() -> None:
 
   config = cli.required(_CONFIG)
   configuration.check(config)
-  train_and_evaluate(config, Path(_WORKDIR.value or f"runs/{config.name}"))
+  train_and_evaluate(config, Path(_WORKDIR.value or f"runs/{config.name}"), cli.show)
 
 
 if __name__ == "__main__":

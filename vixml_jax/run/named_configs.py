@@ -4,9 +4,10 @@ The configs of this package are the folder `configs/` of the repository, which t
 `vixml_jax/configs`. They are files that are run, as those of users are; the package never imports them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import difflib
+import functools
 import importlib.machinery
 import importlib.util
 from pathlib import Path
@@ -122,12 +123,30 @@ def load(name: str, **overrides: Any) -> ConfigDict:
       config = module.get_config(*filter(None, [variant]))
     except (ValueError, SyntaxError, ImportError) as error:
       raise InputError(f"{name}: {error}") from error
+  return with_overrides(config, overrides)
+
+
+def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+  """Returns a locked copy of a config with other values.
+
+  Args:
+    config: The config, which is not changed.
+    overrides: Values by their dotted keys, such as `train.epochs`.
+
+  Raises:
+    InputError: There is no such key, or a value has the wrong type.
+  """
+  config = config.copy_and_resolve_references()
   config.lock()
   for key, value in overrides.items():
     try:
       config.update_from_flattened_dict({key: value})
     except (KeyError, AttributeError) as error:
-      raise InputError(f"{name}: config.{key}: there is no such key; see configs/common.py") from error
+      near = re.search(r'Did you mean "(\w+)"', str(error))
+      advice = f"did you mean {near[1]}?" if near else "see configs/common.py"
+      raise InputError(f"config.{key}: there is no such key; {advice}") from error
     except (TypeError, ValueError) as error:
-      raise InputError(f"{name}: config.{key}={value!r}: {error}") from error
+      former = functools.reduce(lambda section, part: section[part], key.split("."), config)
+      wanted = "a section, so set one of its keys" if isinstance(former, ConfigDict) else type(former).__name__
+      raise InputError(f"config.{key}={value!r}: must be {wanted}, not {type(value).__name__}") from error
   return config
