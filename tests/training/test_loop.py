@@ -62,7 +62,7 @@ def test_a_run_stops_at_a_metric_that_is_not_finite_and_keeps_the_checkpoint_bef
   steps = iter(range(1, 100))
   step = lambda state, frozen, batch: (state, bad if next(steps) == bad_step else good)
   monkeypatch.setattr(loop, "make_train_step", lambda *_: step)
-  for mined in ("balanced_kmeans", "label_centroids"):
+  for mined in ("query_clusters", "label_centroids"):
     monkeypatch.setattr(loop, mined, lambda *_, **__: pytest.fail("the run continued with mining"))
   with pytest.raises(InputError, match=rf"step {bad_step}: .* checkpoint is of step {bad_step - 1};"):
     train_and_evaluate(config, tmp_path)
