@@ -19,6 +19,7 @@ from absl import app, flags
 from vixml_jax import command_help
 from vixml_jax.errors import InputError, Preempted
 from vixml_jax.files import disk_fault
+from vixml_jax.progress_lines import progress_lines
 from vixml_jax.stages import ProgressBars, reporting
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def run(main: Callable[[], None]) -> None:
         raise InputError(f"{argv[1]!r}: not a flag; flags start with --")
       _set_up_logging()
       _join_processes()
-      with reporting(ProgressBars()):
+      with reporting(ProgressBars()), progress_lines():
         main()
     except InputError as error:
       _fail(str(error))
@@ -118,6 +119,8 @@ def _set_up_logging() -> None:
   """Logs plain lines on stderr: messages of this package from INFO on, those of libraries from WARNING on."""
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  if sys.stderr.isatty():  # Progress bars show the same.
+    handler.addFilter(lambda record: record.name != "vixml_jax.progress_lines")
   root = logging.getLogger()
   root.handlers[:] = [handler]
   root.setLevel(logging.WARNING)

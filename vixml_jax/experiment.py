@@ -32,6 +32,7 @@ from vixml_jax.run.checkpoint import Checkpointer
 from vixml_jax.run.from_config import adapter_folder, model_from_config
 from vixml_jax.run.inference_files import image_origin, label_names, write_inference_files
 from vixml_jax.run.pretrained import check_adapter, check_base, trainable_params
+from vixml_jax.run.run_log import recorded
 from vixml_jax.run.setup import RunSetup, set_up_run
 from vixml_jax.run.state import TrainedModel, abstract_model_part, trained_model
 from vixml_jax.run.workdir import CHECKPOINTS, EMBEDDINGS, FINAL_METRICS, RETRIEVAL_SETTINGS
@@ -40,10 +41,12 @@ from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import report_evaluation, stage
 from vixml_jax.training.loop import ended_early, train
 from vixml_jax.training.optimizer import learning_rates
+from vixml_jax.training.trackers import Trackers, check_trackers
 
 _log = logging.getLogger(__name__)
 
 
+@recorded
 def train_and_evaluate(
   config: ConfigDict, workdir: Path, show: Callable[[str], object] = lambda table: None
 ) -> dict[str, Any]:
@@ -94,6 +97,7 @@ def train_and_evaluate(
   return _evaluate_and_write(setup, workdir, encoder, model, show)
 
 
+@recorded
 def evaluate_workdir(
   config: ConfigDict, workdir: Path, show: Callable[[str], object] = lambda table: None
 ) -> dict[str, Any]:
@@ -128,6 +132,7 @@ def _check_libraries(config: ConfigDict) -> None:
   if config.eval.blend or {"tfidf", "plt"} & {*config.eval.baselines}:
     check_blend_libraries()
   check_baselines(config.eval.baselines)
+  check_trackers(config)
 
 
 def _total_steps(setup: RunSetup) -> int:
@@ -190,6 +195,9 @@ def _evaluate_and_write(
   _write_embeddings(workdir / EMBEDDINGS, config.eval.split, encoder, model, evaluation)
   _write_for_inference(setup, workdir, evaluation, model)
   report_evaluation(model.step, final)
+  if jax.process_index() == 0:
+    with Trackers(config, workdir) as trackers:
+      trackers.log(model.step, "final", final)
   return final
 
 

@@ -7,7 +7,7 @@ of an array is, its *logical axis*: a word embedding [vocabulary, D] is `("vocab
 logical axis to mesh axes, and it is the only place that does. So `("vocab", "embed")` becomes `PartitionSpec(None,
 "fsdp")`: every device holds all rows, and the devices along `fsdp` divide the columns. To shard a kind of dimension
 differently, change its rule. To add a kind of dimension, add a rule. A dimension without a rule, and two dimensions of
-an array that map to one mesh axis, are errors.
+an array that map to one mesh axis, are errors. The module is long because no other one names mesh axes.
 """
 
 from collections.abc import Callable, Sequence

@@ -23,6 +23,7 @@ from vixml_jax.prefetch import prefetched
 from vixml_jax.ragged import Ragged
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer
 from vixml_jax.run.data import RunData
+from vixml_jax.run.goodput import current_shares
 from vixml_jax.run.state import TrainedModel, TrainState, abstract_state, model_part, trained_model
 from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import stage
@@ -31,6 +32,8 @@ from vixml_jax.training.preemption import Preemption
 from vixml_jax.training.start import initial_checkpoint
 from vixml_jax.training.step import device_batch, make_train_step, step_config
 from vixml_jax.training.step_metrics import StepMetrics
+from vixml_jax.training.step_profiler import StepProfiler
+from vixml_jax.training.trackers import Trackers
 
 _log = logging.getLogger(__name__)
 _ENDED_EARLY = "ended_early"  # Key of a checkpoint's meta.
@@ -95,7 +98,8 @@ def train(
   def save() -> None:
     metrics.flush()  # A state is good only if its loss is finite.
     writer.sync()
-    checkpointer.save(step, Checkpoint(state, clusters, dict(meta)))
+    with stage("save a checkpoint", logged=False):
+      checkpointer.save(step, Checkpoint(state, clusters, dict(meta)))
 
   def save_or_stop() -> None:
     if step % config.checkpoint.every_steps == 0:
@@ -106,7 +110,8 @@ def train(
       raise preemption.error(step)
 
   with (
-    MetricWriter(workdir, step) as writer,
+    MetricWriter(workdir, step, lambda: Trackers(config, workdir)) as writer,
+    StepProfiler(workdir, config.profile.steps) as profiler,
     stage("train", total=total_steps, unit="step", done=step, logged=False) as progress,
     Preemption(checkpointer.reached_preemption) as preemption,
   ):
@@ -122,9 +127,11 @@ def train(
       with contextlib.closing(prefetched(made, "batches")) as batches:
         for batch in batches:
           on_mesh = device_batch(batch, encoder.features, mesh)
+          profiler.before(step + 1)
           with jax.transfer_guard("disallow"):
             state, values = step_fn(state, encoder.frozen, on_mesh)
           step += 1
+          profiler.after(step, values)
           meta["tokens"] += batch.items.num_tokens
           metrics.add(step, values)
           if metrics.stop_asked:
@@ -144,6 +151,8 @@ def train(
         state = _with_centroids(encoder, state, state.bank, queries.labels, data.num_labels)
       meta["train_seconds"] += time.monotonic() - started
       loss = metrics.end_epoch(step, epoch, meta["train_seconds"])
+      if shares := current_shares():
+        writer.write(step, epoch, "goodput", shares)
       _log.info("epoch %d of %d: mean loss %.4f", epoch + 1, config.train.epochs, loss)
       if _is_evaluated(config, epoch) and not ended:
         model = trained_model(step, meta, model_part(state), data.num_labels)
