@@ -224,7 +224,7 @@ see --help" ;;
   ((num_slices > 0)) || fail "--num_slices=$num_slices: must be at least 1"
   bucket=${bucket#gs://}
   run=${run:-$name}
-  need_name project zone bucket cluster name run
+  need_name zone bucket cluster name run
   [[ -z $compile_cache || $compile_cache == "gs://$bucket/"?* ]] \
     || fail "--compile_cache=$compile_cache: must be a folder of the bucket, as gs://$bucket/compile_cache"
   where=(--project="$project" --zone="$zone")

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2154
 # Checks of a launch before anything is bought, to be sourced after common.sh. Each prints what it found, or exits with
-# one line that says what to do. They only read. The variables are those of the
-# launcher's flags. --dry-run prints their commands, except that of read_config.
+# one line that says what to do. They only read. The variables are those of the launcher's flags. --dry-run prints their
+# commands, except that of read_config.
 
 # ask PROBLEM COMMAND...: sets `answer` to the output of a command. If it fails, exits with PROBLEM and what it said.
 ask() {

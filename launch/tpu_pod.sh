@@ -35,7 +35,7 @@
 #   --spot             use a pod that can be preempted
 #   --reserved         use the reservation of the project
 #   --internal_ips     VMs without external addresses: run this script in their network; they need Cloud NAT for packages
-#   --delete           run: delete the pod when training has ended
+#   --delete           run: delete the pod when `run` ends, finished or not, except after Ctrl-C
 #   --dry-run          print the commands without running them
 
 set -euo pipefail
@@ -148,6 +148,7 @@ check() {
   need bucket type
   need_config
   chips=$(chips_of "$type")
+  [[ -n $runtime_version ]] || runtime_of "$type" > /dev/null
   read_config
   check_login
   check_project
@@ -270,9 +271,20 @@ renew() {
   create
 }
 
+# Called when `run` ends with an error after it has requested the pod: the pod costs money.
+end_with_pod() {
+  if [[ $delete == true ]]; then
+    note "deleting $name"
+    delete_pod
+  else
+    note "warning: $name may still exist and cost money; '$0 delete' deletes it"
+  fi
+}
+
 # Ends `run` after --max_hours: nothing that costs money is left.
 stop_for_good() {
   note "$run: --max_hours=$max_hours are over; deleting $name"
+  trap - EXIT
   stop || true
   delete_pod
   fail "$run: stopped after --max_hours=$max_hours, and $name is deleted; the same command continues from the newest \
@@ -293,7 +305,9 @@ run_to_end() {
     echo "# when the pod is preempted, at most $max_restarts times: the next two commands, then all from describe on"
     renew
   else
+    trap 'trap - EXIT; exit 130' INT TERM
     queued_state > /dev/null 2>&1 || create
+    trap end_with_pod EXIT
     local restarts=0 outcome
     while outcome=0; attempt || outcome=$?; ((outcome)); do
       ((outcome != failed)) || fail "$run: a worker refused its input; see '$0 logs'"
@@ -306,6 +320,7 @@ run_to_end() {
         note "$run: stopped; starting again ($restarts of $max_restarts)"
       fi
     done
+    trap - EXIT
     note "$run: finished; its results are in gs://$bucket/runs/$run"
   fi
   if [[ $delete == true ]]; then
@@ -349,7 +364,7 @@ main() {
   need_decimal max_hours price_per_chip_hour
   bucket=${bucket#gs://}
   run=${run:-$name}
-  need_name project zone bucket name run
+  need_name zone bucket name run
   [[ -z $compile_cache || $compile_cache == "gs://$bucket/"?* ]] \
     || fail "--compile_cache=$compile_cache: must be a folder of the bucket, as gs://$bucket/compile_cache"
   where=(--project="$project" --zone="$zone")

@@ -474,8 +474,8 @@ def test_what_an_earlier_attempt_said_does_not_count(machine):
 
 
 def test_the_words_of_a_preempted_run_are_those_that_the_worker_looks_for():
-  loop = (ROOT / "vixml_jax/training/loop.py").read_text()
-  assert re.search(r'Preempted\(f"saved step \{[\w.]+\}; start the same command again', loop)
+  preemption = (ROOT / "vixml_jax/training/preemption.py").read_text()
+  assert re.search(r'f"saved step \{[\w.]+\}; start the same command again', preemption)
   assert "'^saved step .*start the same command again'" in (LAUNCH / "train_worker.sh").read_text()
 
 

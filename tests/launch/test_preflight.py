@@ -148,6 +148,23 @@ def test_after_max_hours_the_run_is_stopped_and_the_pod_deleted(machine):
   assert machine.calls()[-1][3:5] == ["queued-resources", "delete"]
 
 
+@pytest.mark.parametrize("delete", [True, False])
+def test_a_run_that_fails_deletes_the_pod_or_says_that_it_costs_money(delete, machine):
+  machine.answer("describe", "!1", "ACTIVE")
+  machine.answer("cat", "!1", "failed;running")
+  result = machine.run(*RUN, *(["--delete"] if delete else []), *TRAINING)
+  assert result.returncode == 1 and "a worker refused its input" in result.stderr
+  assert ("delete" in machine.calls()[-1]) == delete
+  last = result.stderr.splitlines()[-1]
+  assert last.endswith("deleting pod") if delete else "pod may still exist and cost money" in last
+
+
+def test_a_type_without_a_known_image_is_refused_before_anything_is_staged(machine):
+  result = machine.run(*RUN[:-2], "--type=tpu7x-16", *TRAINING)
+  assert result.returncode == 1 and "--type=tpu7x-16: must be v4-N" in result.stderr
+  assert machine.calls() == []
+
+
 def _worker(machine, deadline, script):
   command = [LAUNCH / "train_worker.sh", "--name=w", f"--workdir={machine.folder}/run", f"--deadline={deadline}"]
   return subprocess.run(
