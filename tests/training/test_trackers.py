@@ -6,6 +6,7 @@ from pathlib import Path
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 
@@ -18,6 +19,7 @@ from vixml_jax.training import trackers
 from vixml_jax.training.metric_writer import MetricWriter
 from vixml_jax.training.trackers import BackgroundTracker, Trackers, check_trackers
 
+ROOT = Path(__file__).resolve().parents[2]
 VALUES = {"loss": 0.5, "P@1": 61.5}
 
 
@@ -125,6 +127,19 @@ def test_a_package_that_is_not_installed_is_refused_before_the_run(monkeypatch):
   with pytest.raises(InputError, match=r"config.track.wandb_project=p: needs a package; run: pip install .*\[wandb\]"):
     check_trackers(tracking(wandb_project="p"))
   check_trackers(tracking())
+
+
+def test_the_libraries_are_asked_to_report_nothing_to_their_makers(tmp_path):
+  script = """
+import os
+from tests.training.test_trackers import check_trackers, tracking
+check_trackers(tracking(mlflow_uri="http://127.0.0.1:1"))
+from mlflow.telemetry.utils import is_telemetry_disabled
+assert is_telemetry_disabled() and os.environ["WANDB_ERROR_REPORTING"] == "false"
+"""
+  env = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "WANDB", "PYTEST"))}
+  result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+  assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import contextlib
 import json
 import logging
+import os
 from pathlib import Path
 import queue
 import threading
@@ -20,6 +21,8 @@ from vixml_jax.run.workdir import TRACKED_RUNS
 _log = logging.getLogger(__name__)
 
 _SECONDS_TO_CLOSE = 60.0  # For values that are not sent yet when a run ends.
+# The libraries report how they are used and their errors to their makers, unless their user has chosen that.
+_NO_REPORTS = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
 _LONGEST_VALUE = 500  # Characters of a config value that MLflow accepts by default on every database.
 
 
@@ -106,6 +109,7 @@ def check_trackers(config: ConfigDict) -> None:
   """
   for key, package, extra in (("wandb_project", "wandb", "wandb"), ("mlflow_uri", "mlflow", "mlflow")):
     if config.track[key]:
+      _forbid_reports()
       try:
         __import__(package)
       except ImportError as error:
@@ -113,10 +117,17 @@ def check_trackers(config: ConfigDict) -> None:
         raise InputError(f"config.track.{key}={config.track[key]}: needs a package; {advice}") from error
 
 
+def _forbid_reports() -> None:
+  """Must be called before the libraries are imported."""
+  for name, value in _NO_REPORTS.items():
+    os.environ.setdefault(name, value)
+
+
 class _WandbTracker:
   """A run of Weights & Biases, which is continued with the workdir's."""
 
   def __init__(self, config: ConfigDict, workdir: Path):
+    _forbid_reports()
     import wandb
 
     known = _known_run(workdir, "wandb")
@@ -144,6 +155,7 @@ class _MlflowTracker:
   """A run of an MLflow server, which is continued with the workdir's."""
 
   def __init__(self, config: ConfigDict, workdir: Path):
+    _forbid_reports()
     from mlflow import MlflowClient
 
     self._client = MlflowClient(config.track.mlflow_uri)
