@@ -28,6 +28,7 @@ import vixml_jax
 from vixml_jax.datasets import raw, raw_images, raw_records
 from vixml_jax.encoding.item_encoder import ItemEncoder, encoding_layout, normalize
 from vixml_jax.evaluation.metrics import query_metrics
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, whole_items
 from vixml_jax.input.tokenizer import Tokenizer
@@ -95,7 +96,7 @@ def synthetic(size: str, rounds: int) -> None:
 
 def trained(workdir: Path, raw_dir: Path | None, rounds: int) -> None:
   """Prints speed and accuracy on the test queries of a workdir."""
-  predictors = {"float32": vixml_jax.load(workdir, "exact"), "int8": vixml_jax.load(workdir, "exact", encoder="int8")}
+  predictors = {"float32": load_predictor(workdir, "exact"), "int8": load_predictor(workdir, "exact", encoder="int8")}
   first = predictors["float32"]
   config = first.encoder.config.dataset
   folder = raw_dir or Path(config.raw_dir or Path(vixml_jax.__file__).parent / "datasets" / config.name)

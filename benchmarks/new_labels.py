@@ -38,6 +38,7 @@ from vixml_jax.evaluation.metrics import evaluate
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.files import new_folder, write_json
 from vixml_jax.inference.label_files import label_format
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.new_labels import add_labels, embed_labels
 from vixml_jax.inference.predictor import Predictor
 from vixml_jax.ragged import Ragged
@@ -211,13 +212,13 @@ def compare(config: ConfigDict, folder: Path, fraction: float, seed: int, positi
   workdirs = {"held out": folder / f"held_out-{fraction:g}-{seed}", "all": folder / "all"}
   train_and_evaluate(_config_of(config, less, folder), workdirs["held out"])
   train_and_evaluate(config.copy_and_resolve_references(), workdirs["all"])
-  predictor = vixml_jax.load(workdirs["held out"])
+  predictor = load_predictor(workdirs["held out"])
   results = {"before adding": evaluated(predictor.index, workdirs["held out"], data)}
   for most in positives:
     name = "added" + (f", with up to {most} positives" if most else ", by text and images alone")
     index, seconds = _added(predictor, data.new_labels(most, seed), folder / f"index-{most}")
     results[name] = evaluated(index, workdirs["held out"], data) | {"seconds": seconds}
-  results["trained with all labels"] = evaluated(vixml_jax.load(workdirs["all"]).index, workdirs["all"], data) | {
+  results["trained with all labels"] = evaluated(load_predictor(workdirs["all"]).index, workdirs["all"], data) | {
     "seconds": json.loads((workdirs["all"] / "final_metrics.json").read_text())["train_seconds"]
   }
   return {"new_labels": int(is_new.sum()), "labels": num_labels, "seed": seed, "rows": results}

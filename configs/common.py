@@ -157,6 +157,14 @@ def base_config() -> ConfigDict:
       keep=2,  # Number of checkpoints that are kept.
     )
   )
+  config.track = ConfigDict(
+    dict(
+      wandb_project="",  # Project of Weights & Biases that also receives the metrics (needs the extra `wandb`).
+      mlflow_uri="",  # MLflow server that also receives them, http://HOST:PORT (needs the extra `mlflow`).
+      mlflow_experiment="vixml_jax",  # Its experiment.
+    )
+  )
+  config.profile = ConfigDict(dict(steps=""))  # FIRST:LAST, the training steps of which a trace is written.
   config.baselines = ConfigDict()  # Rows that are printed below the results: name -> metrics in percent.
   return config
 

@@ -18,6 +18,7 @@
 #   --cpus_per_gpu    CPU cores for each GPU; by default 8
 #   --save_seconds    seconds before the time limit at which the run saves a checkpoint; by default 300
 #   --max_restarts    maximum number of times that the job requeues itself; by default 20
+#   --max_hours       stop training for good after so many hours from now, time in the queue included; by default never
 #   --dry-run         print the command, and the batch script as comments, without submitting it
 
 set -euo pipefail
@@ -29,13 +30,15 @@ time=${VIXML_TIME:-} workdir=${VIXML_WORKDIR:-} data_dir=${VIXML_DATA_DIR:-}
 python=${VIXML_PYTHON:-$root/.venv/bin/python}
 partition=${VIXML_PARTITION:-} account=${VIXML_ACCOUNT:-} job_name=${VIXML_JOB_NAME:-vixml}
 save_seconds=${VIXML_SAVE_SECONDS:-300} max_restarts=${VIXML_MAX_RESTARTS:-20}
+max_hours=${VIXML_MAX_HOURS:-}
 value_flags="nodes gpus_per_node cpus_per_gpu time workdir data_dir python partition account job_name save_seconds
-  max_restarts"
+  max_restarts max_hours"
 
 main() {
   parse_flags "${value_flags//$'\n'/ }" "dry_run" "$@"
   need time workdir data_dir
   need_number nodes gpus_per_node cpus_per_gpu save_seconds max_restarts
+  need_decimal max_hours
   need_config
   # TERM@ and not B:TERM@: the signal must reach the training processes. The batch shell could forward it only through
   # srun, which kills its tasks at once when it receives SIGTERM.
@@ -47,7 +50,7 @@ main() {
   [[ -z $account ]] || command+=(--account="$account")
   execute mkdir -p "$workdir"  # sbatch does not create the folder of its log.
   execute "${command[@]}" "$root/launch/slurm.sbatch" "$python" "$workdir" "$max_restarts" \
-    "${arguments[@]}" "--config.dataset.data_dir=$data_dir"
+    "$(later "$max_hours")" "${arguments[@]}" "--config.dataset.data_dir=$data_dir"
   if [[ $dry_run == true ]]; then
     sed 's/^/# /' "$root/launch/slurm.sbatch"
   fi

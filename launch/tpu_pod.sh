@@ -5,8 +5,9 @@
 #     -- --config=configs/lf_amazon_1.3m.py [--config.train.epochs=30 ...]
 #
 # Commands:
-#   run      stage, create, wait, setup, train and watch; a preempted pod is requested again, and training continues
-#            from its newest checkpoint
+#   run      check, stage, create, wait, setup, train and watch; a preempted pod is requested again, and training
+#            continues from its newest checkpoint
+#   check    check login, project, bucket, type, config, data and weights, and print the cost; buys nothing
 #   create   request the pod                                wait     wait until the pod is active
 #   stage    copy code, data and weights to the bucket      setup    copy them to every worker, and install
 #   train    start training on all workers, and return      watch    wait until training ends; status 0 if it finished
@@ -19,35 +20,46 @@
 #   --runtime_version  image of the VMs; by default the image for the type
 #   --run              name of the run, which is stored in gs://BUCKET/runs/RUN; by default the name of the pod
 #   --data_dir, --raw_dir, --weights   local folders to stage: prepared data sets (config.dataset.data_dir), raw files,
-#                      a model. For train, --weights names the model that was staged
+#                      a model. Of --data_dir, what the config after -- needs is staged, and everything without a
+#                      config. For train, --weights names the model that was staged
+#   --python           local Python with vixml_jax, which checks the config; by default .venv/bin/python
 #   --ref              commit to stage; by default HEAD
 #   --service_account, --network, --subnetwork   settings of the VMs; by default those of the project
-#   --reservation      use this reservation
 #   --valid_for        how long the request can wait, such as 24h; by default without limit
+#   --max_hours        stop training, and let `run` delete the pod, after so many hours of an active pod
+#   --price_per_chip_hour   price of a chip for an hour, from which the cost is printed before anything is bought
+#   --compile_cache    folder in the bucket that keeps compiled programs, gs://BUCKET/...; by default none
 #   --max_restarts     maximum number of times that `run` starts training again; by default 20
 #   --poll_seconds     seconds between checks of the pod; by default 60
 #   --worker           worker whose log to follow; by default 0
 #   --spot             use a pod that can be preempted
-#   --internal_ips     VMs without external addresses: reached through IAP; they reach packages through Cloud NAT
-#   --delete           run: delete the pod when training has ended
+#   --reserved         use the reservation of the project
+#   --internal_ips     VMs without external addresses: run this script in their network; they need Cloud NAT for packages
+#   --delete           run: delete the pod when `run` ends, finished or not, except after Ctrl-C
 #   --dry-run          print the commands without running them
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=launch/preflight.sh
+source "$(dirname "${BASH_SOURCE[0]}")/preflight.sh"
 
 project=${VIXML_PROJECT:-} zone=${VIXML_ZONE:-} bucket=${VIXML_BUCKET:-} name=${VIXML_NAME:-} type=${VIXML_TYPE:-}
 runtime_version=${VIXML_RUNTIME_VERSION:-} run=${VIXML_RUN:-} ref=${VIXML_REF:-HEAD}
 data_dir=${VIXML_DATA_DIR:-} raw_dir=${VIXML_RAW_DIR:-} weights=${VIXML_WEIGHTS:-}
 service_account=${VIXML_SERVICE_ACCOUNT:-} network=${VIXML_NETWORK:-} subnetwork=${VIXML_SUBNETWORK:-}
-reservation=${VIXML_RESERVATION:-} valid_for=${VIXML_VALID_FOR:-} max_restarts=${VIXML_MAX_RESTARTS:-20}
-poll_seconds=${VIXML_POLL_SECONDS:-60} worker=${VIXML_WORKER:-0}
-spot=false internal_ips=false delete=false
-value_flags="project zone bucket name type runtime_version run ref data_dir raw_dir weights service_account network
-  subnetwork reservation valid_for max_restarts poll_seconds worker"
+valid_for=${VIXML_VALID_FOR:-} max_restarts=${VIXML_MAX_RESTARTS:-20}
+poll_seconds=${VIXML_POLL_SECONDS:-60} worker=${VIXML_WORKER:-0} python=${VIXML_PYTHON:-$root/.venv/bin/python}
+max_hours=${VIXML_MAX_HOURS:-} price_per_chip_hour=${VIXML_PRICE_PER_CHIP_HOUR:-}
+compile_cache=${VIXML_COMPILE_CACHE:-}
+spot=false reserved=false internal_ips=false delete=false
+value_flags="project zone bucket name type runtime_version run ref data_dir raw_dir weights python service_account
+  network subnetwork valid_for max_hours price_per_chip_hour compile_cache max_restarts poll_seconds worker"
 
 # Return values of an attempt at training that did not finish.
-lost=2 failed=3 again=4
+lost=2 failed=3 again=4 expired=5
+# Time at which training must end, in seconds since 1970; empty for none. It is set when the pod is first active.
+deadline=""
 # Number of checks after which a stopped worker is not taken for a preemption, and of failed calls in a row.
 patience=5
 
@@ -70,7 +82,7 @@ create() {
     gcloud compute tpus queued-resources create "$name" "${where[@]}" --node-id="$name" --accelerator-type="$type"
     --runtime-version="$version" --scopes=https://www.googleapis.com/auth/cloud-platform)
   [[ $spot == false ]] || command+=(--spot)
-  [[ -z $reservation ]] || command+=(--reservation="$reservation")
+  [[ $reserved == false ]] || command+=(--reserved)
   [[ -z $valid_for ]] || command+=(--valid-until-duration="$valid_for")
   [[ -z $service_account ]] || command+=(--service-account="$service_account")
   [[ -z $network ]] || command+=(--network="$network")
@@ -117,20 +129,61 @@ wait_for_pod() {
 # on WORKER COMMAND: runs a shell command on a worker, or on all.
 on() {
   local command=(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --quiet --worker="$1" --command="$2")
-  [[ $internal_ips == false ]] || command+=(--tunnel-through-iap)
+  [[ $internal_ips == false ]] || command+=(--internal-ip)
   execute "${command[@]}"
 }
 
-stage() {
-  need bucket
-  need_folder data_dir raw_dir weights
-  local archive=${TMPDIR:-/tmp}/vixml-$name.tar.gz
-  if [[ $dry_run == false && -n $(git -C "$root" status --porcelain) ]]; then
+# Prints the number of chips of an accelerator type: v4 and v5p count cores, two for each chip.
+chips_of() {
+  local count=${1##*-}
+  [[ $count =~ ^[0-9]+$ ]] || fail "--type=$1: must end with a number, as v5litepod-16"
+  case $1 in
+    v4-* | v5p-*) echo $((count / 2)) ;;
+    *) echo "$count" ;;
+  esac
+}
+
+check() {
+  local chips
+  need bucket type
+  need_config
+  chips=$(chips_of "$type")
+  [[ -n $runtime_version ]] || runtime_of "$type" > /dev/null
+  read_config
+  check_login
+  check_project
+  check_bucket
+  check_type
+  check_data
+  check_weights
+  announce_cost "$chips" "$max_hours" "$price_per_chip_hour"
+}
+
+# The code is piped, so that no file is written here: a name in a shared folder could be another user's link.
+stage_code() {
+  local archive=(git -C "$root" archive --format=tar.gz "$ref")
+  local copy=(gcloud storage cp - "gs://$bucket/code/$name.tar.gz")
+  if [[ $dry_run == true ]]; then
+    printf '%s | %s\n' "$(quoted "${archive[@]}")" "$(quoted "${copy[@]}")"
+    return
+  fi
+  if [[ -n $(git -C "$root" status --porcelain) ]]; then
     note "uncommitted changes in $root are not staged; the commit $ref is"
   fi
-  execute git -C "$root" archive --format=tar.gz --output="$archive" "$ref"
-  execute gcloud storage cp "$archive" "gs://$bucket/code/$name.tar.gz"
-  stage_folders "$bucket" "$data_dir" "$raw_dir" "$weights"
+  "${archive[@]}" | "${copy[@]}"
+}
+
+stage() {
+  local folders=()
+  need bucket
+  need_folder data_dir raw_dir weights
+  if ((${#arguments[@]})); then
+    need_config
+    read_config
+    [[ -z $data_dir ]] || mapfile -t folders < <(data_folders)
+  fi
+  stage_code
+  stage_folders "$bucket" "$data_dir" "$raw_dir" "$weights" ${folders[@]+"${folders[@]}"}
 }
 
 setup() {
@@ -145,6 +198,9 @@ train() {
   need_config
   local command=(bash vixml/code/launch/tpu_worker.sh start "$run")
   [[ -z $weights ]] || command+=(--weights="$(basename "$weights")")
+  [[ -n $deadline ]] || deadline=$(later "$max_hours")
+  [[ -z $deadline ]] || command+=(--deadline="$deadline")
+  [[ -z $compile_cache ]] || command+=(--compile_cache="${compile_cache#"gs://$bucket/"}")
   # The outcome of an earlier start must not be taken for the outcome of this one. Before the first start there is none.
   execute gcloud storage rm --quiet "gs://$bucket/runs/$run/state/*" 2> /dev/null || true
   on all "$(quoted "${command[@]}" -- "${arguments[@]}")"
@@ -154,8 +210,9 @@ worker_states() {
   execute gcloud storage cat "gs://$bucket/runs/$run/state/*"
 }
 
-# Follows a run until it ends. Returns 0 when all workers have finished, `failed` when one has refused its input, `lost`
-# when the pod no longer exists, and `again` when workers have stopped and the pod still exists.
+# Follows a run until it ends. Returns 0 when all workers have finished, `failed` when one has refused its input,
+# `expired` after --max_hours, `lost` when the pod no longer exists, and `again` when workers have stopped and the pod
+# still exists.
 watch_run() {
   need bucket
   if [[ $dry_run == true ]]; then
@@ -171,11 +228,15 @@ watch_run() {
     before=$states
     if grep -qx failed <<< "$states"; then
       return "$failed"
+    elif grep -qx expired <<< "$states"; then
+      return "$expired"
     elif [[ -n $states ]] && ! grep -qvx finished <<< "$states"; then
       return 0
     elif grep -qx again <<< "$states"; then
       ((++stopped < patience)) || return "$again"
     fi
+    # The workers stop themselves. If they cannot, the pod is deleted all the same.
+    [[ -z $deadline ]] || (($(date +%s) < deadline + 900)) || return "$expired"
     sleep "$poll_seconds"
   done
 }
@@ -187,6 +248,7 @@ watch_until_end() {
     0) ;;
     "$lost") fail "$name: preempted; '$0 run' requests it again and continues" ;;
     "$failed") fail "$run: a worker refused its input; see '$0 logs'" ;;
+    "$expired") fail "$run: stopped after --max_hours; '$0 delete' deletes the pod" ;;
     *) fail "$run: stopped before its end; '$0 train' continues from the newest checkpoint" ;;
   esac
 }
@@ -194,6 +256,7 @@ watch_until_end() {
 # Tries to complete the run on the pod that was requested.
 attempt() {
   wait_active || return
+  [[ -n $deadline ]] || deadline=$(later "$max_hours")
   if ! { setup || setup; } || ! train; then  # An ssh connection may fail once.
     if wait_active; then
       fail "$name: cannot be set up; see above, then run the command again"
@@ -208,20 +271,47 @@ renew() {
   create
 }
 
+# Called when `run` ends with an error after it has requested the pod: the pod costs money.
+end_with_pod() {
+  if [[ $delete == true ]]; then
+    note "deleting $name"
+    delete_pod
+  else
+    note "warning: $name may still exist and cost money; '$0 delete' deletes it"
+  fi
+}
+
+# Ends `run` after --max_hours: nothing that costs money is left.
+stop_for_good() {
+  note "$run: --max_hours=$max_hours are over; deleting $name"
+  trap - EXIT
+  stop || true
+  delete_pod
+  fail "$run: stopped after --max_hours=$max_hours, and $name is deleted; the same command continues from the newest \
+checkpoint"
+}
+
 run_to_end() {
-  need bucket type
-  need_config
-  stage
+  check
+  # Weights that were staged before need not be on this machine.
+  if [[ -n $weights && ! -d $weights ]]; then
+    weights="" stage
+  else
+    stage
+  fi
   if [[ $dry_run == true ]]; then
     create
     attempt
     echo "# when the pod is preempted, at most $max_restarts times: the next two commands, then all from describe on"
     renew
   else
+    trap 'trap - EXIT; exit 130' INT TERM
     queued_state > /dev/null 2>&1 || create
+    trap end_with_pod EXIT
     local restarts=0 outcome
     while outcome=0; attempt || outcome=$?; ((outcome)); do
       ((outcome != failed)) || fail "$run: a worker refused its input; see '$0 logs'"
+      ((outcome != expired)) || stop_for_good
       ((restarts++ < max_restarts)) || fail "$run: stopped $restarts times, more than --max_restarts=$max_restarts"
       if ((outcome == lost)); then
         note "$name: preempted or refused; requesting it again ($restarts of $max_restarts)"
@@ -230,6 +320,7 @@ run_to_end() {
         note "$run: stopped; starting again ($restarts of $max_restarts)"
       fi
     done
+    trap - EXIT
     note "$run: finished; its results are in gs://$bucket/runs/$run"
   fi
   if [[ $delete == true ]]; then
@@ -256,9 +347,9 @@ delete_pod() {
 }
 
 main() {
-  local word=${1:-} action commands="run|create|wait|stage|setup|train|watch|status|logs|stop|delete"
+  local word=${1:-} action commands="run|check|create|wait|stage|setup|train|watch|status|logs|stop|delete"
   case $word in
-    create | stage | setup | train | status | logs | stop) action=$word ;;
+    check | create | stage | setup | train | status | logs | stop) action=$word ;;
     run) action=run_to_end ;;
     wait) action=wait_for_pod ;;
     watch) action=watch_until_end ;;
@@ -267,11 +358,15 @@ main() {
     *) fail "'$word': must be one of ${commands//|/, }; see --help" ;;
   esac
   shift
-  parse_flags "${value_flags//$'\n'/ }" "spot internal_ips delete dry_run" "$@"
+  parse_flags "${value_flags//$'\n'/ }" "spot reserved internal_ips delete dry_run" "$@"
   need project zone name
   need_number max_restarts poll_seconds worker
+  need_decimal max_hours price_per_chip_hour
   bucket=${bucket#gs://}
   run=${run:-$name}
+  need_name zone bucket name run
+  [[ -z $compile_cache || $compile_cache == "gs://$bucket/"?* ]] \
+    || fail "--compile_cache=$compile_cache: must be a folder of the bucket, as gs://$bucket/compile_cache"
   where=(--project="$project" --zone="$zone")
   "$action"
 }

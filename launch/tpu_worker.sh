@@ -2,7 +2,8 @@
 # Script that tpu_pod.sh runs on each worker of a pod, from the code that it copied to ~/vixml/code.
 #
 #   tpu_worker.sh setup BUCKET       mounts the bucket at ~/vixml/bucket, copies data, installs Python packages
-#   tpu_worker.sh start RUN [--weights=NAME] -- FLAGS...   trains as a service; stops a run that is in progress
+#   tpu_worker.sh start RUN [--weights=NAME] [--deadline=SECONDS] [--compile_cache=FOLDER] -- FLAGS...
+#                                    trains as a service; stops a run that is in progress. FOLDER is in the bucket
 #   tpu_worker.sh stop               sends SIGTERM, on which the run saves a checkpoint
 
 set -euo pipefail
@@ -10,12 +11,33 @@ set -euo pipefail
 home=$HOME/vixml
 code=$home/code
 
+# Key with which Google signs packages.cloud.google.com. Only packages that it has signed are trusted, whatever other
+# keys the downloaded file has.
+google_key=35BAA0B33E9EB396F59CA838C0BA5CE6DC6315A3
+uv_version=0.13.9
+
+# install_key FILE: downloads Google's keys and writes the one with the known fingerprint to FILE.
+install_key() {
+  local work
+  work=$(mktemp -d)
+  curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg > "$work/keys"
+  gpg --homedir "$work" --batch --quiet --import "$work/keys"
+  gpg --homedir "$work" --batch --armor --export "$google_key" > "$work/key"
+  if [[ ! -s $work/key ]]; then
+    rm -r "$work"
+    echo "error: packages.cloud.google.com: its keys do not include $google_key; see google_key in $0" >&2
+    exit 1
+  fi
+  sudo install --mode=644 "$work/key" "$1"
+  rm -r "$work"
+}
+
 install_gcsfuse() {
   if command -v gcsfuse > /dev/null; then
     return
   fi
   local key=/usr/share/keyrings/cloud.google.asc
-  curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" > /dev/null
+  install_key "$key"
   echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" \
     | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
   # A new machine upgrades itself and holds the lock for some minutes.
@@ -66,7 +88,7 @@ setup() {
     fi
   done
   # The Python of the machine may be older than 3.11.
-  python3 -m pip install --quiet --user --upgrade uv
+  python3 -m pip install --quiet --user "uv==$uv_version"
   if [[ ! -x $home/venv/bin/python ]]; then
     "$HOME/.local/bin/uv" venv --quiet --seed --python 3.11 "$home/venv"
   fi
@@ -82,22 +104,27 @@ worker_number() {
 }
 
 start() {
-  local run=$1 flags=()
+  local run=$1 flags=() settings=() limits=()
   shift
-  if [[ $1 == --weights=* ]]; then
-    flags+=("--config.encoder.pretrained=$home/weights/${1#*=}")
+  while [[ $1 != -- ]]; do
+    case $1 in
+      --weights=*) flags+=("--config.encoder.pretrained=$home/weights/${1#*=}") ;;
+      --deadline=*) limits+=("$1") ;;
+      --compile_cache=*) settings+=("--setenv=JAX_COMPILATION_CACHE_DIR=$home/bucket/${1#*=}") ;;
+      *) echo "error: '$1': must be --weights, --deadline or --compile_cache" >&2; exit 1 ;;
+    esac
     shift
-  fi
-  shift  # --
+  done
+  shift
   if [[ -d $home/raw ]]; then
     flags+=("--config.dataset.raw_dir=$home/raw")
   fi
   stop
   sudo systemd-run --unit=vixml --collect --uid="$(id -un)" --gid="$(id -gn)" --working-directory="$code" \
-    --setenv=HOME="$HOME" --setenv=PYTHONUNBUFFERED=1 \
+    --setenv=HOME="$HOME" --setenv=PYTHONUNBUFFERED=1 ${settings[@]+"${settings[@]}"} \
     --property=After=vixml-bucket.service --property=KillMode=mixed --property=TimeoutStopSec=600 -- \
     bash "$code/launch/train_worker.sh" --workdir="$home/runs/$run" --store="$home/bucket/runs/$run" \
-    --name="worker-$(worker_number)" -- \
+    --name="worker-$(worker_number)" ${limits[@]+"${limits[@]}"} -- \
     "$home/venv/bin/python" -m vixml_jax.main "$@" "--config.dataset.data_dir=$home/data" \
     ${flags[@]+"${flags[@]}"} --distributed
 }

@@ -7,20 +7,24 @@
 #   --store    folder of the run that all workers see, such as a mounted bucket. All workers write checkpoints there.
 #              The other files are written to --workdir, which is local, and copied to the store every minute and at the
 #              end. An empty local workdir is filled from the store first. Omit the flag if --workdir is shared.
-#   --name     name of this worker, for logs/NAME.log and state/NAME; by default worker-NUMBER on GKE and SLURM
+#   --name     name of this worker, for logs/NAME.log and state/NAME; by default worker-NUMBER on GKE and SLURM,
+#              and worker-SLICE-NUMBER with several slices
 #   --copy     copies missing and changed files of folder FROM to folder TO before the run
+#   --deadline time in seconds since 1970 at which the run gets SIGTERM, saves a checkpoint and is not started again
 #
 # Word in state/NAME, with the exit status:
 #   running        the run is in progress
 #   finished, 0    training has finished
 #   failed, 1      bad input; another start cannot help
+#   expired, 3     saved at the deadline, or started after it; another start needs another deadline
 #   again, 42      saved after SIGTERM, or crashed, perhaps because another worker did; start it again
 
 set -euo pipefail
 
 publish_seconds=${VIXML_PUBLISH_SECONDS:-60}
-workdir="" store="" copies=()
-name=worker-${JOB_COMPLETION_INDEX:-${SLURM_PROCID:-$HOSTNAME}}
+workdir="" store="" copies=() deadline=""
+# Workers of several slices have the same numbers; a slice is told by its own.
+name=worker-${MEGASCALE_SLICE_ID:+$MEGASCALE_SLICE_ID-}${JOB_COMPLETION_INDEX:-${SLURM_PROCID:-$HOSTNAME}}
 
 fail() {
   printf 'error: %s\n' "$*" >&2
@@ -32,6 +36,7 @@ while (($#)); do
     --workdir=*) workdir=${1#*=} ;;
     --store=*) store=${1#*=} ;;
     --name=*) name=${1#*=} ;;
+    --deadline=*) deadline=${1#*=} ;;
     --copy=*:*) copies+=("${1#*=}") ;;
     --) shift; break ;;
     *) fail "'$1': no such flag; see the head of $0" ;;
@@ -40,6 +45,7 @@ while (($#)); do
 done
 [[ -n $workdir ]] || fail "--workdir: must be given"
 (($#)) || fail "COMMAND: must be given after --"
+[[ $deadline =~ ^[0-9]*$ ]] || fail "--deadline=$deadline: must be a whole number"
 
 # Copies the small files of the store to the workdir. Checkpoints stay in the store; old embeddings, logs and states are
 # not read here.
@@ -101,6 +107,11 @@ mkdir -p "$workdir/logs" "$workdir/state"
 log=$workdir/logs/$name.log
 touch "$log"
 say running
+if [[ -n $deadline ]] && (($(date +%s) >= deadline)); then
+  echo "$name: expired, because its deadline has passed" >&2
+  say expired
+  exit 3
+fi
 
 for pair in ${copies[@]+"${copies[@]}"}; do
   mkdir -p "${pair#*:}"
@@ -116,6 +127,17 @@ trap 'asked=true; kill -TERM "$child" 2> /dev/null || true' TERM
 "$@" --workdir="$workdir" >&"$output" 2>&1 {output}>&- &
 child=$!
 exec {output}>&-
+alarm="" expired=false
+if [[ -n $deadline ]]; then
+  trap 'expired=true asked=true; kill -TERM "$child" 2> /dev/null || true' USR1
+  (
+    trap 'kill "$sleeper"' TERM
+    sleep "$((deadline - $(date +%s)))" > /dev/null 2>&1 &
+    sleeper=$!
+    wait "$sleeper" && kill -USR1 $$
+  ) &
+  alarm=$!
+fi
 publisher=""
 if [[ -n $store ]]; then
   publish_for_ever &
@@ -136,11 +158,18 @@ if [[ -n $publisher ]]; then
   publish
 fi
 
+if [[ -n $alarm ]]; then
+  kill "$alarm" 2> /dev/null || true
+fi
 ended=$(outcome "$status" "$first_line")
+if [[ $ended == again && $expired == true ]]; then
+  ended=expired
+fi
 echo "$name: $ended (exit status $status)" >&2
 say "$ended"
 case $ended in
   finished) exit 0 ;;
   failed) exit 1 ;;
+  expired) exit 3 ;;
   *) exit 42 ;;  # By default, xpk restarts a workload after this status.
 esac

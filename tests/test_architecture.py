@@ -1,4 +1,4 @@
-"""Checks of the whole repository: direction of imports, forbidden imports, sizes, names, contents of the wheel."""
+"""Checks of the whole repository: direction of imports, forbidden imports, sizes, names."""
 
 import ast
 import collections
@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 import pkgutil
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 
 import pytest
 
@@ -194,7 +192,7 @@ def test_the_version_is_the_same_everywhere():
   assert "\nversion = attr: vixml_jax.__version__\n" in (ROOT / "setup.cfg").read_text("utf-8")
 
 
-# Entry points and the wheel.
+# Entry points.
 
 
 @pytest.fixture(scope="module")
@@ -209,21 +207,3 @@ def test_entry_point_answers_help(name, help_pages):
   assert status == 0, stdout + stderr
   assert "--" in stdout and len(stdout.splitlines()) > 3
   assert stderr == ""
-
-
-def test_wheel_contains_the_package_and_its_data_and_nothing_else(tmp_path):
-  source = tmp_path / "source"  # A copy, because building leaves folders behind.
-  source.mkdir()
-  for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-    shutil.copy(ROOT / name, source)
-  shutil.copytree(PACKAGE, source / "vixml_jax", ignore=shutil.ignore_patterns("__pycache__"))
-  options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
-  result = _run(sys.executable, "-m", "pip", "wheel", *options, "-w", tmp_path, ".", cwd=source)
-  assert result.returncode == 0, result.stderr
-  (wheel,) = tmp_path.glob(f"vixml_jax-{vixml_jax.__version__}-*.whl")
-  shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-  expected = {path.relative_to(source).as_posix() for path in (source / "vixml_jax").rglob("*") if path.is_file()}
-  assert shipped == expected
-  assert "vixml_jax/py.typed" in shipped
-  embedded = {Path(name).name for name in shipped if "mm_icons_9k/" in name}
-  assert {"trn.json.gz", "tst.json.gz", "lbl.json.gz"} <= embedded

@@ -12,7 +12,7 @@ PACKAGE = Path(vixml_jax.__file__).parent
 MODULES = [
   ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
   for path in sorted(PACKAGE.rglob("*.py"))
-  if ">>> " in path.read_text("utf-8")
+  if ">>> " in path.read_text("utf-8") and path.parent.name != "api"  # tests/api runs those with a trained model.
 ]
 
 

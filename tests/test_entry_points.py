@@ -20,6 +20,8 @@ _CASES = {
     ("main", "--config=configs/nothing.py", "--config.train.epochs=3"),
     "configs/nothing.py",
   ),
+  "no such config": (("main", "--config=quickstrat"), "did you mean quickstart?"),
+  "no such key of a config by its name": (("main", "--config=quickstart:images=3", "--config.seeds=1"), "seeds"),
   "value before its config": (("main", "--config.train.epochs=3", _CUSTOM), "--config.train.epochs"),
   "unknown variant": (("main", f"{_CUSTOM}:encoder=gpt"), "encoder=gpt"),
   "error in a config file": (("main", "--config={folder}/broken.py"), "broken.py, line 1"),

@@ -9,11 +9,11 @@ import pytest
 from configs.common import use_method
 from tests.helpers.miniature import read_lines
 from tests.helpers.miniature_runs import miniature_config
-import vixml_jax
 from vixml_jax import sharding
 from vixml_jax.experiment import evaluate_workdir, train_and_evaluate
 from vixml_jax.exporting.export import export
 from vixml_jax.inference.label_files import label_format
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.new_labels import add_labels, embed_labels
 from vixml_jax.row_files import RowFiles
 
@@ -41,7 +41,7 @@ def run(request, tmp_path_factory):
   config.train.epochs = 1
   use_method(config, request.param)
   final = train_and_evaluate(config, folder / "run")
-  predictor = vixml_jax.load(folder / "run", mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+  predictor = load_predictor(folder / "run", mesh=sharding.make_mesh(devices=jax.devices()[:1]))
   return Run(config, folder, final, predictor)
 
 

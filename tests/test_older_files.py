@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers.miniature import read_lines
-import vixml_jax
 from vixml_jax import sharding
 from vixml_jax.experiment import evaluate_workdir, train_and_evaluate
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.run import configuration
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "df9262a.tar.xz"
@@ -44,7 +44,7 @@ def queries(folder):
 
 @pytest.mark.parametrize("row", ["plain", "retrieval_augmented"])
 def test_an_older_workdir_answers_as_it_did(folder, row):
-  predictor = vixml_jax.load(
+  predictor = load_predictor(
     folder / "run",
     retrieval_augmented=row == "retrieval_augmented",
     image_checkpoint="tower.npz",

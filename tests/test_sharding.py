@@ -28,6 +28,49 @@ def test_axes_that_collide_or_have_no_rule_raise_an_error_with_their_names(axes,
     sharding.spec(axes, name="kernel")
 
 
+class DeviceOfSlice:
+  """A CPU device that says of which slice it is part, as those of TPU slices do."""
+
+  def __init__(self, device, slice_index):
+    self.device, self.slice_index = device, slice_index
+
+  def __getattr__(self, name):
+    return getattr(self.device, name)
+
+
+def slices_of(mesh):
+  return np.vectorize(lambda device: device.slice_index)(mesh.devices)
+
+
+def devices_of_slices(*counts):
+  indexes = [index for index, count in enumerate(counts) for _ in range(count)]
+  return [DeviceOfSlice(device, index) for device, index in zip(jax.devices(), indexes, strict=True)]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 1), (8, 1, 1), (2, 4, 1)])
+def test_slices_are_divided_along_data_and_nothing_else(sizes):
+  mesh = sharding.make_mesh(*sizes, devices=devices_of_slices(4, 4))
+  assert mesh.devices.shape == sizes and mesh.axis_names == sharding.MESH_AXES
+  found = slices_of(mesh)
+  half = sizes[0] // 2
+  assert (found[:half] == found[0, 0, 0]).all() and (found[half:] == 1 - found[0, 0, 0]).all()
+  assert len({device.id for device in mesh.devices.flat}) == 8
+
+
+def test_slices_that_data_cannot_divide_are_divided_along_fsdp_with_a_warning(caplog):
+  found = slices_of(sharding.make_mesh(2, 4, 1, devices=devices_of_slices(2, 2, 2, 2)))
+  assert [sorted(set(row)) for row in found[:, :, 0].tolist()] == [[0, 1], [2, 3]]
+  (message,) = caplog.messages
+  assert "mesh.data=2 is not a multiple of the 4 slices" in message and "mesh.data=4 is faster" in message
+
+
+def test_slices_that_do_not_fit_the_mesh_are_refused():
+  with pytest.raises(InputError, match="2 slices cannot be divided along data=1 and fsdp=1.*make mesh.data a multiple"):
+    sharding.make_mesh(1, 1, 8, devices=devices_of_slices(4, 4))
+  with pytest.raises(InputError, match="the devices of 2 slices cannot be divided"):
+    sharding.make_mesh(8, 1, 1, devices=devices_of_slices(6, 2))
+
+
 def shapes(**sizes):
   return {"encoder": {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in sizes.items()}}
 

@@ -11,25 +11,16 @@ checked and encoded before anything is written; then `predict` finds the new lab
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
-import jax
 
 from vixml_jax import cli, inference_flags
 from vixml_jax.errors import InputError
-from vixml_jax.inference.label_files import NewLabel, label_format, read_categories, read_labels, read_uids
-from vixml_jax.inference.new_labels import (
-  add_labels,
-  check_categories,
-  check_new,
-  embed_labels,
-  ids_of_uids,
-  set_categories,
-)
-from vixml_jax.run import configuration
-from vixml_jax.run.checkpoint import checkpoint_id, newest_checkpoint
 from vixml_jax.run.workdir import CHECKPOINTS, CONFIG, INDEX
-from vixml_jax.search.label_index import LabelIndex
+
+if TYPE_CHECKING:
+  from vixml_jax.search.label_index import LabelIndex
 
 _MODEL = inference_flags.define_model_flags(image_batch_size=64)
 _LABELS = flags.DEFINE_string("labels", None, "File of new labels, .jsonl.")
@@ -41,6 +32,12 @@ _CATEGORIES = flags.DEFINE_string(
 
 def main() -> None:
   """Adds, deletes and categorizes the labels that the flags name."""
+  import jax
+
+  from vixml_jax.inference.label_files import NewLabel, label_format, read_categories, read_labels, read_uids
+  from vixml_jax.inference.new_labels import change_labels
+  from vixml_jax.run import configuration
+
   if jax.process_count() > 1:
     raise InputError("--distributed: add_labels runs in one process, which uses all of its devices")
   workdir = Path(cli.required(_MODEL.workdir))
@@ -49,27 +46,24 @@ def main() -> None:
   delete = read_uids(Path(_DELETE.value)) if _DELETE.value is not None else {}
   categories = read_categories(Path(_CATEGORIES.value)) if _CATEGORIES.value is not None else {}
   labels: list[NewLabel] = []
+  predictor = None
   if _LABELS.value is not None:
     labels = read_labels(Path(_LABELS.value), label_format(configuration.read(workdir / CONFIG)))
     predictor = _MODEL.load()
-  index = predictor.index if labels else _open_index(workdir)
-  ids = ids_of_uids(index, delete)
-  check_new(index, labels, delete)
-  check_categories(index, categories, labels, delete)
-  done = [f"{len(ids)} deleted"] if len(ids) else []
+  index = change_labels(predictor.index if predictor else _open_index(workdir), predictor, labels, delete, categories)
+  done = [f"{len(delete)} deleted"] if delete else []
   if labels:
-    index = add_labels(index, labels, embed_labels(predictor, labels), ids)
     done.append(f"{len(labels)} added, {sum(bool(label.positives) for label in labels)} of them with positives")
-  elif len(ids):
-    index = index.delete(ids)
   if categories:
-    index = set_categories(index, categories)
     done.append(f"categories of {len(categories)} set")
   print(f"{workdir / INDEX}: {', '.join(done)}; it has {index.num_live:,} labels")
 
 
-def _open_index(workdir: Path) -> LabelIndex:
+def _open_index(workdir: Path) -> "LabelIndex":
   """Opens the index of the newest checkpoint. Deleting does not need the model, which may take minutes to load."""
+  from vixml_jax.run.checkpoint import checkpoint_id, newest_checkpoint
+  from vixml_jax.search.label_index import LabelIndex
+
   step, _ = newest_checkpoint(workdir / CHECKPOINTS)
   return LabelIndex.open(workdir / INDEX, checkpoint=checkpoint_id(workdir / CHECKPOINTS, step))
 

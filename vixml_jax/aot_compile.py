@@ -15,16 +15,10 @@ from pathlib import Path
 import sys
 
 from absl import flags
-import jax
-from ml_collections import config_flags
 
-from vixml_jax import cli
-from vixml_jax.ahead_of_time.report import check_fit, find_fastest
-from vixml_jax.ahead_of_time.sizes import data_size
-from vixml_jax.ahead_of_time.topology import machine_of
-from vixml_jax.run import configuration
+from vixml_jax import cli, config_flag
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
+_CONFIG = config_flag.define()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and number of chips: v5e:4x4, v5p:2x2x4, h100:8, h200:1, ...")
 _QUERIES = flags.DEFINE_integer(
   "num_queries", None, "Number of training queries; by default the published number, else that of the prepared data."
@@ -45,6 +39,15 @@ _SEARCH = flags.DEFINE_integer(
 
 def main() -> None:
   """Compiles the config of the flags; exits with status 1 if it does not fit."""
+  import jax
+
+  from vixml_jax.ahead_of_time.report import check_fit, find_fastest
+  from vixml_jax.ahead_of_time.sizes import data_size
+  from vixml_jax.ahead_of_time.topology import machine_of
+  from vixml_jax.run import configuration
+
+  # Programs are only traced on this machine, so neither libtpu nor CUDA must look for a device.
+  jax.config.update("jax_platforms", "cpu")
   config, topology = cli.required(_CONFIG), cli.required(_TOPOLOGY)
   configuration.check(config)
   size = data_size(config, _QUERIES.value, _LABELS.value, _TOKENS.value, _IMAGES.value)
@@ -58,6 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  # Programs are only traced on this machine, so neither libtpu nor CUDA must look for a device.
-  jax.config.update("jax_platforms", "cpu")
   cli.run(main)

@@ -1,4 +1,9 @@
-"""The frame of every entry point: flags, logging, joining the processes of a run, and one-line errors."""
+"""The frame of every entry point: flags, logging, joining the processes of a run, and one-line errors.
+
+Entry points import little at module level: their flags, and this module. JAX, Flax, transformers and what needs them
+take seconds to import, so `main` imports them when it is called. `--help` and errors in flags then come at once, and
+the environment that JAX reads when it is imported can be prepared before (`environment.prepare`).
+"""
 
 from collections.abc import Callable, Sequence
 import logging
@@ -7,15 +12,18 @@ import re
 import signal
 import sys
 import threading
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags
-import jax
-from jax.sharding import Mesh
 
-from vixml_jax import sharding
+from vixml_jax import command_help
 from vixml_jax.errors import InputError, Preempted
 from vixml_jax.files import disk_fault
+from vixml_jax.progress_lines import progress_lines
+from vixml_jax.stages import ProgressBars, reporting
+
+if TYPE_CHECKING:
+  from jax.sharding import Mesh
 
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
@@ -43,7 +51,8 @@ def run(main: Callable[[], None]) -> None:
         raise InputError(f"{argv[1]!r}: not a flag; flags start with --")
       _set_up_logging()
       _join_processes()
-      main()
+      with reporting(ProgressBars()), progress_lines():
+        main()
     except InputError as error:
       _fail(str(error))
     except Preempted as stop:
@@ -61,10 +70,11 @@ def run(main: Callable[[], None]) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
   """Parses flags with absl; errors in flags and in config files become one line, and `--help` exits with 0."""
+  if command_help.is_wanted(argv):
+    command_help.show(command_help.text("__main__"))
+    sys.exit(0)
   try:
     return flags.FLAGS(list(argv))
-  except SystemExit:  # absl exits with 1 after printing the help.
-    sys.exit(0)
   except flags.Error as error:
     _fail(_cause(str(error)))
   except OSError as error:
@@ -109,6 +119,8 @@ def _set_up_logging() -> None:
   """Logs plain lines on stderr: messages of this package from INFO on, those of libraries from WARNING on."""
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  if sys.stderr.isatty():  # Progress bars show the same.
+    handler.addFilter(lambda record: record.name != "vixml_jax.progress_lines")
   root = logging.getLogger()
   root.handlers[:] = [handler]
   root.setLevel(logging.WARNING)
@@ -122,13 +134,22 @@ def _set_up_logging() -> None:
 
 
 def _join_processes() -> None:
+  if not _COORDINATOR.value and not _DISTRIBUTED.value:
+    return
+  import jax
+
   if _COORDINATOR.value:
     jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-  elif _DISTRIBUTED.value:
+  else:
     jax.distributed.initialize()
   if jax.process_index() > 0:
     logging.getLogger("vixml_jax").setLevel(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"
+
+
+def show(text: str) -> None:
+  """Prints a result on stdout at once, before what follows takes time or fails."""
+  print(text, flush=True)
 
 
 def required(flag: flags.FlagHolder[Any]) -> Any:
@@ -146,7 +167,7 @@ def required(flag: flags.FlagHolder[Any]) -> Any:
   return flag.value
 
 
-def mesh(flag: flags.FlagHolder[str | None]) -> Mesh | None:
+def mesh(flag: flags.FlagHolder[str | None]) -> "Mesh | None":
   """Returns the mesh of a flag such as 4,1,2; None if the flag is not given.
 
   Raises:
@@ -154,6 +175,8 @@ def mesh(flag: flags.FlagHolder[str | None]) -> Mesh | None:
   """
   if not flag.value:
     return None
+  from vixml_jax import sharding
+
   data, fsdp, tensor = numbers(flag, 3)
   return sharding.make_mesh(data, fsdp, tensor)
 

@@ -11,3 +11,10 @@ class InputError(ValueError):
 
 class Preempted(Exception):
   """The run received SIGTERM, saved its state and continues when it is started again. Entry points exit with 0."""
+
+
+class StopTraining(Exception):
+  """A callback raises it to end training early: the model is then evaluated and saved as if all epochs had ended.
+
+  The run is finished. The same call evaluates it again and does not train any further.
+  """

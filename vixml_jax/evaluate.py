@@ -19,9 +19,6 @@ from ml_collections import ConfigDict
 
 from vixml_jax import cli
 from vixml_jax.errors import InputError
-from vixml_jax.experiment import evaluate_workdir
-from vixml_jax.report.compare import compare_workdirs
-from vixml_jax.run import configuration
 from vixml_jax.run.workdir import CONFIG
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run, written by vixml_jax.main.")
@@ -58,6 +55,9 @@ _COMPARE = flags.DEFINE_list(
 
 def main() -> None:
   """Evaluates the workdir of the flags, or compares it with others."""
+  from vixml_jax.experiment import evaluate_workdir
+  from vixml_jax.run import configuration
+
   workdir = Path(cli.required(_WORKDIR))
   if _COMPARE.value is not None:
     _compare(workdir, _COMPARE.value)
@@ -65,11 +65,13 @@ def main() -> None:
   config = configuration.read(workdir / CONFIG)
   _override(config)
   configuration.check(config)
-  evaluate_workdir(config, workdir)
+  evaluate_workdir(config, workdir, cli.show)
 
 
 def _compare(workdir: Path, others: Sequence[str]) -> None:
   """Compares evaluated workdirs; flags of the evaluation are errors."""
+  from vixml_jax.report.compare import compare_workdirs
+
   for flag in (_SEARCH, _AUGMENTED, _LAMBDA, _TEMPERATURE, _BLEND, _BASELINES, _TEST_IMAGES, _SPLIT, _MESH, _DATA_DIR):
     if flag.present:
       raise InputError(

@@ -1,5 +1,6 @@
-"""Trains and evaluates a run, and writes its outputs: the functions behind the commands `main` and `evaluate`."""
+"""Trains and evaluates a run, and writes its outputs: the functions behind `api.train` and the commands."""
 
+from collections.abc import Callable
 import dataclasses
 import logging
 from pathlib import Path
@@ -34,20 +35,25 @@ from vixml_jax.run.checkpoint import Checkpointer
 from vixml_jax.run.from_config import adapter_folder, model_from_config
 from vixml_jax.run.inference_files import image_origin, label_names, write_inference_files
 from vixml_jax.run.pretrained import check_adapter, check_base, trainable_params
+from vixml_jax.run.run_log import recorded
 from vixml_jax.run.setup import RunSetup, set_up_run
 from vixml_jax.run.state import TrainedModel, abstract_model_part, trained_model
 from vixml_jax.run.workdir import CHECKPOINTS, EMBEDDINGS, FINAL_METRICS, RETRIEVAL_SETTINGS
 from vixml_jax.search.label_index_files import IndexContents
 from vixml_jax.sharded_rows import ShardedRows
-from vixml_jax.stages import stage
-from vixml_jax.training.loop import train
+from vixml_jax.stages import report_evaluation, stage
+from vixml_jax.training.loop import ended_early, train
 from vixml_jax.training.optimizer import learning_rates
+from vixml_jax.training.trackers import Trackers, check_trackers
 
 _log = logging.getLogger(__name__)
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-  """Trains a run, or continues it, evaluates it, writes all outputs and prints the table.
+@recorded
+def train_and_evaluate(
+  config: ConfigDict, workdir: Path, show: Callable[[str], object] = lambda table: None
+) -> dict[str, Any]:
+  """Trains a run, or continues it, evaluates it and writes all outputs.
 
   A run is initialized in this order. Each step fails before the next, more expensive one starts.
     1. mesh: the devices, as `data x fsdp x tensor`
@@ -71,6 +77,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   Args:
     config: the whole config, checked by `configuration.check`.
     workdir: folder of the outputs; a run in it is continued.
+    show: receives the table of results in the first process, such as `print`.
 
   Returns:
     The contents of final_metrics.json.
@@ -90,15 +97,19 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       return _evaluate(setup, workdir, encoder, model).result.final_metrics()
 
     model = train(setup.config, workdir, checkpointer, setup.data, encoder, setup.weights_folder, evaluate, step)
-  return _evaluate_and_write(setup, workdir, encoder, model)
+  return _evaluate_and_write(setup, workdir, encoder, model, show)
 
 
-def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-  """Evaluates the newest checkpoint of a workdir, without training, writes all outputs and prints the table.
+@recorded
+def evaluate_workdir(
+  config: ConfigDict, workdir: Path, show: Callable[[str], object] = lambda table: None
+) -> dict[str, Any]:
+  """Evaluates the newest checkpoint of a workdir, without training, and writes all outputs.
 
   Args:
     config: the config of the run, with other settings of evaluation.
     workdir: folder of the run.
+    show: receives the table of results in the first process, such as `print`.
 
   Returns:
     The contents of final_metrics.json.
@@ -106,18 +117,17 @@ def evaluate_workdir(config: ConfigDict, workdir: Path) -> dict[str, Any]:
   _check_libraries(config)
   setup = set_up_run(config, workdir, extract=False)
   config, data = setup.config, setup.data
-  total_steps = _total_steps(setup)
   with Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep) as checkpointer:
     step = checkpointer.newest_whole_step()
     if step is None:
       raise InputError(f"{workdir / CHECKPOINTS}: contains no checkpoint; train first")
-    if step < total_steps:
+    meta, total_steps = checkpointer.meta(step), _total_steps(setup)
+    if step < total_steps and not ended_early(meta):
       _log.warning("step %d of %d: training of this run has not finished", step, total_steps)
-    meta = checkpointer.meta(step)
     check_base(setup.model, setup.weights_folder, workdir, meta)
     restored = checkpointer.restore_model(step, abstract_model_part(setup.model, data.num_labels, setup.mesh))
   model = trained_model(step, meta, restored, data.num_labels)
-  return _evaluate_and_write(setup, workdir, setup.load_encoder(), model)
+  return _evaluate_and_write(setup, workdir, setup.load_encoder(), model, show)
 
 
 def _check_libraries(config: ConfigDict) -> None:
@@ -125,6 +135,7 @@ def _check_libraries(config: ConfigDict) -> None:
   if config.eval.blend or {"tfidf", "plt"} & {*config.eval.baselines}:
     check_blend_libraries()
   check_baselines(config.eval.baselines)
+  check_trackers(config)
 
 
 def _total_steps(setup: RunSetup) -> int:
@@ -150,8 +161,10 @@ def _evaluate(setup: RunSetup, workdir: Path, encoder: ItemEncoder, model: Train
   return evaluation
 
 
-def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, model: TrainedModel) -> dict[str, Any]:
-  """Evaluates a model at the end of a run, writes everything and prints the table."""
+def _evaluate_and_write(
+  setup: RunSetup, workdir: Path, encoder: ItemEncoder, model: TrainedModel, show: Callable[[str], object]
+) -> dict[str, Any]:
+  """Evaluates a model at the end of a run, writes everything, and shows the table."""
   config, data = setup.config, setup.data
   evaluation = _evaluate(setup, workdir, encoder, model)
   fewer_images = evaluate_with_fewer_images(config, data, encoder, model, evaluation)
@@ -185,9 +198,13 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
       propensity=(config.dataset.propensity_a, config.dataset.propensity_b),
       learning_rates=learning_rates(config, _total_steps(setup)),
     )
-    print(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines), flush=True)
+    show(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines))
   _write_embeddings(workdir / EMBEDDINGS, config.eval.split, encoder, model, evaluation)
   _write_for_inference(setup, workdir, evaluation, model)
+  report_evaluation(model.step, final)
+  if jax.process_index() == 0:
+    with Trackers(config, workdir) as trackers:
+      trackers.log(model.step, "final", final)
   return final
 
 

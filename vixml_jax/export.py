@@ -15,7 +15,7 @@ from absl import flags
 
 from vixml_jax import cli
 from vixml_jax.errors import InputError
-from vixml_jax.exporting.export import DTYPES, FORMATS, export
+from vixml_jax.exporting.formats import DTYPES, FORMATS
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that vixml_jax.main wrote.")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format to write.")
@@ -33,6 +33,8 @@ _MAX_SHARD_SIZE = flags.DEFINE_string(
 
 def main() -> None:
   """Exports the workdir that the flags name."""
+  from vixml_jax.exporting.export import export
+
   workdir, kind, output = (cli.required(flag) for flag in (_WORKDIR, _FORMAT, _OUTPUT))
   export(Path(workdir), kind, Path(output), _DTYPE.value, _bytes(_MAX_SHARD_SIZE.value))
   print(f"{kind} in {output}")

@@ -10,17 +10,12 @@ images in folders, from URLs and in parquet files, and what happens to images th
 """
 
 from absl import flags
-from ml_collections import config_flags
 
-from vixml_jax import cli
-from vixml_jax.datasets import prepare
+from vixml_jax import cli, config_flag
 from vixml_jax.errors import InputError
-from vixml_jax.images.extraction import prepare_features
 from vixml_jax.images.preprocess import PREPROCESSING
-from vixml_jax.images.published_features import import_published
-from vixml_jax.run import configuration
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
+_CONFIG = config_flag.define()
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "SigLIP tower: an .npz of big_vision, a Hugging Face folder, or a name on the hub."
 )
@@ -46,6 +41,11 @@ _PUBLISHED = flags.DEFINE_string(
 
 def main() -> None:
   """Makes or imports the features in the flags."""
+  from vixml_jax.datasets import prepare
+  from vixml_jax.images.extraction import prepare_features
+  from vixml_jax.images.published_features import import_published
+  from vixml_jax.run import configuration
+
   config = cli.required(_CONFIG)
   configuration.check(config)
   if _PUBLISHED.value and _CHECKPOINT.value:

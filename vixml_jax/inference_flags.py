@@ -6,12 +6,15 @@ disclaims them.
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from vixml_jax import cli
-from vixml_jax.inference.loading import load
-from vixml_jax.inference.predictor import RANKINGS, Predictor
+from vixml_jax.inference.rankings import RANKINGS
+
+if TYPE_CHECKING:
+  from vixml_jax.inference.predictor import Predictor
 
 flags.disclaim_key_flags()
 
@@ -39,7 +42,7 @@ class ModelFlags:
   mesh: flags.FlagHolder[str | None]
   encoder: flags.FlagHolder[str | None]
 
-  def load(self, search: SearchFlags | None = None) -> Predictor:
+  def load(self, search: SearchFlags | None = None) -> "Predictor":
     """Loads the workdir as the flags say.
 
     Args:
@@ -48,8 +51,10 @@ class ModelFlags:
     Raises:
       InputError: `--workdir` is missing, another flag is wrong, or the workdir cannot be loaded.
     """
+    from vixml_jax.inference.loading import load_predictor
+
     searching = {} if search is None else {name: flag.value for name, flag in vars(search).items()}
-    return load(
+    return load_predictor(
       Path(cli.required(self.workdir)),
       mesh=cli.mesh(self.mesh),
       image_checkpoint=self.image_checkpoint.value,

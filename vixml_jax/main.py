@@ -11,13 +11,10 @@ predict and serve need.
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
-from vixml_jax import cli
-from vixml_jax.experiment import train_and_evaluate
-from vixml_jax.run import configuration
+from vixml_jax import cli, config_flag
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; a variant follows after a colon.")
+_CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder for the outputs; default: runs/NAME, where NAME is config.name."
 )
@@ -25,9 +22,12 @@ _WORKDIR = flags.DEFINE_string(
 
 def main() -> None:
   """Trains and evaluates the config of the flags."""
+  from vixml_jax.experiment import train_and_evaluate
+  from vixml_jax.run import configuration
+
   config = cli.required(_CONFIG)
   configuration.check(config)
-  train_and_evaluate(config, Path(_WORKDIR.value or f"runs/{config.name}"))
+  train_and_evaluate(config, Path(_WORKDIR.value or f"runs/{config.name}"), cli.show)
 
 
 if __name__ == "__main__":

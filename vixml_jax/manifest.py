@@ -115,7 +115,7 @@ def find_damage(folder: Path, files: FileHashes, *, contents: bool) -> Damage | 
     return None
   total = sum(expected["size"] for expected in files.values())
   with (
-    stage(f"compare {total / 2**30:.1f} GiB of {folder} with their sha256", shown=total >= _LONG_BYTES),
+    stage(f"compare {total / 2**30:.1f} GiB of {folder} with their sha256", logged=total >= _LONG_BYTES),
     ThreadPoolExecutor(_THREADS) as threads,
   ):
     found = threads.map(lambda name: _wrong_content(folder / name, files[name]["sha256"]), files)

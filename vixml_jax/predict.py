@@ -13,14 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-import jax
 
 from vixml_jax import cli, inference_flags
 from vixml_jax.errors import InputError
-from vixml_jax.inference.batch_prediction import predict_file, prepare_output
-from vixml_jax.inference.queries import query_format
-from vixml_jax.inference.query_files import open_queries
-from vixml_jax.run import configuration
 from vixml_jax.run.workdir import CONFIG
 
 _MODEL = inference_flags.define_model_flags(image_batch_size=64)
@@ -35,6 +30,13 @@ _BATCH_SIZE = flags.DEFINE_integer(
 
 def main() -> None:
   """Predicts the labels of the queries that the flags name."""
+  import jax
+
+  from vixml_jax.inference.batch_prediction import predict_file, prepare_output
+  from vixml_jax.inference.queries import query_format
+  from vixml_jax.inference.query_files import open_queries
+  from vixml_jax.run import configuration
+
   if jax.process_count() > 1:
     raise InputError("--distributed: predict runs in one process; give each process a part of the queries")
   workdir, path, output = (Path(cli.required(flag)) for flag in (_MODEL.workdir, _QUERIES, _OUTPUT))

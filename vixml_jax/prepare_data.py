@@ -7,17 +7,16 @@ lbl.json.gz and, if there are any, filter_labels_{train,test}.txt and {trn,tst,l
 describes all formats. The prepared data set is written to config.dataset.data_dir.
 """
 
-from ml_collections import config_flags
+from vixml_jax import cli, config_flag
 
-from vixml_jax import cli
-from vixml_jax.datasets import prepare
-from vixml_jax.run import configuration
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
+_CONFIG = config_flag.define()
 
 
 def main() -> None:
   """Prepares the data set of the config in the flags."""
+  from vixml_jax.datasets import prepare
+  from vixml_jax.run import configuration
+
   config = cli.required(_CONFIG)
   configuration.check(config)
   data = config.dataset

@@ -12,13 +12,15 @@ snapshot of the label index.
 import gc
 import io
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
-import jax
 
 from vixml_jax import cli, inference_flags
 from vixml_jax.errors import InputError
-from vixml_jax.inference.predictor import Predictor
+
+if TYPE_CHECKING:
+  from vixml_jax.inference.predictor import Predictor
 
 _MODEL = inference_flags.define_model_flags(image_batch_size=8)
 _SEARCH = inference_flags.define_search_flags()
@@ -49,6 +51,8 @@ class _NoTerminal(io.TextIOWrapper):
 
 def main() -> None:
   """Serves until a signal stops the server."""
+  import jax
+
   if jax.process_count() > 1:
     raise InputError("--distributed: serve runs in one process; start one on each machine")
   cli.required(_MODEL.workdir)
@@ -75,7 +79,7 @@ def main() -> None:
     queue=_MAX_QUEUE.value,
   )
 
-  def load() -> Predictor:
+  def load() -> "Predictor":
     predictor = _MODEL.load(_SEARCH)
     # A collection that visits the million objects of the libraries would stop every request for a second.
     gc.freeze()

@@ -1,23 +1,25 @@
 """Sharding of arrays over devices: the mesh, the table from logical axes to mesh axes, and host <-> global arrays.
 
 The devices form a mesh with three axes. `data` and `fsdp` share the rows of batches and of large tables, `fsdp` also
-shares parameters, and `tensor` shares matrix products. Code never names these mesh axes. It names what each dimension
+shares parameters, and `tensor` shares matrix products. Several slices, which only a data center network connects, are
+divided along `data`, so that only gradients cross it. Code never names these mesh axes. It names what each dimension
 of an array is, its *logical axis*: a word embedding [vocabulary, D] is `("vocab", "embed")`. `RULES` below maps each
 logical axis to mesh axes, and it is the only place that does. So `("vocab", "embed")` becomes `PartitionSpec(None,
 "fsdp")`: every device holds all rows, and the devices along `fsdp` divide the columns. To shard a kind of dimension
 differently, change its rule. To add a kind of dimension, add a rule. A dimension without a rule, and two dimensions of
-an array that map to one mesh axis, are errors.
+an array that map to one mesh axis, are errors. The module is long because no other one names mesh axes.
 """
 
 from collections.abc import Callable, Sequence
 import contextlib
 import functools
+import logging
 import math
 import os
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 import numpy as np
 
@@ -26,9 +28,13 @@ from vixml_jax.errors import InputError
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
+_log = logging.getLogger(__name__)
+
 MESH_AXES = ("data", "fsdp", "tensor")
 _ROWS = ("data", "fsdp")
 _ROW_MULTIPLE = 1024
+# Kinds of chips of which a mesh axis may be a part of an axis of the slice, as in `jax.make_mesh`.
+_SPLITTABLE = ("TPU v5 lite", "TPU v5e")
 
 # Logical axis -> mesh axes.
 RULES: dict[str, tuple[str, ...]] = {
@@ -67,6 +73,9 @@ WHOLE_IF_UNEVEN = frozenset({"kv_heads", "lora_alone"})
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Returns a `data x fsdp x tensor` mesh.
 
+  The devices of several TPU slices, or of several hosts with GPUs, are divided along `data` first: exchanges along
+  `data` are gradients, once a step. What does not divide `data` is divided along `fsdp`.
+
   >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
   {'data': 1, 'fsdp': 1, 'tensor': 1}
 
@@ -77,7 +86,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     devices: Devices of the mesh; None for all devices.
 
   Raises:
-    InputError: If more than one size is -1, a size is below 1, or the product is not the number of devices.
+    InputError: If more than one size is -1, a size is below 1, the product is not the number of devices, or `tensor`
+      would have to cross slices.
+    NotImplementedError: If a mesh axis is not a product of axes of a TPU slice.
   """
   devices = jax.devices() if devices is None else devices
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -96,7 +107,38 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
       + " x ".join(str(size) for size in sizes.values())
       + f" does not equal the number of devices, {len(devices)}; change mesh.data, mesh.fsdp or mesh.tensor"
     )
-  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  types = (AxisType.Auto,) * 3
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices > 1:
+    return Mesh(_over_slices(tuple(sizes.values()), slices, devices), MESH_AXES, axis_types=types)
+  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+
+
+def _over_slices(sizes: tuple[int, int, int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+  """Returns the devices of several slices in the order of a mesh, in which each slice is one block."""
+  data, fsdp, tensor = sizes
+  over_data = math.gcd(data, slices)
+  over_fsdp = slices // over_data
+  if fsdp % over_fsdp:
+    raise InputError(
+      f"mesh: {slices} slices cannot be divided along data={data} and fsdp={fsdp}, and tensor must stay within a "
+      f"slice; make mesh.data a multiple of {slices}"
+    )
+  if over_fsdp > 1:
+    _log.warning(
+      "mesh.data=%d is not a multiple of the %d slices, so parameters are gathered over the data center network; "
+      "mesh.data=%d is faster",
+      data,
+      slices,
+      slices,
+    )
+  inside = (data // over_data, fsdp // over_fsdp, tensor)
+  try:
+    return mesh_utils.create_hybrid_device_mesh(
+      inside, (over_data, over_fsdp, 1), devices, allow_split_physical_axes=devices[0].device_kind in _SPLITTABLE
+    )
+  except ValueError as error:  # The slices do not have the same number of devices.
+    raise InputError(f"mesh: the devices of {slices} slices cannot be divided ({error})") from error
 
 
 def row_axes() -> tuple[str, ...]:

@@ -14,15 +14,12 @@ from pathlib import Path
 import re
 
 from absl import flags
-from ml_collections import config_flags
 
-from vixml_jax import cli
+from vixml_jax import cli, config_flag
 from vixml_jax.errors import InputError
-from vixml_jax.studies.comparison import compare_cells, comparison_table, write_comparison
 from vixml_jax.studies.grids import STUDIES
-from vixml_jax.studies.run_study import plan_study, run_study
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file that the runs change.")
+_CONFIG = config_flag.define()
 _STUDY = flags.DEFINE_enum("study", None, list(STUDIES), "What is varied.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds of each run, from config.seed on.", lower_bound=1)
 _SHARD = flags.DEFINE_string("shard", "0/1", "Which part of the runs this process trains: i/n, with i from 0 to n - 1.")
@@ -32,13 +29,16 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder of the study; default: run
 
 def main() -> None:
   """Runs the study of the flags, and prints its table."""
+  from vixml_jax.studies.comparison import compare_cells, comparison_table, write_comparison
+  from vixml_jax.studies.run_study import plan_study, run_study
+
   study, config, shard = cli.required(_STUDY), cli.required(_CONFIG), _shard(_SHARD.value)
   folder = Path(_OUTPUT.value or f"runs/studies/{study}-{config.name}")
   runs = plan_study(study, config, _SEEDS.value, _SPLIT.value, folder)
-  run_study(runs, shard)
+  run_study(runs, shard, cli.show)
   results = compare_cells(runs)
   write_comparison(folder, study, _SPLIT.value, results)
-  print(comparison_table(results), flush=True)
+  cli.show(comparison_table(results))
 
 
 def _shard(text: str) -> tuple[int, int]:

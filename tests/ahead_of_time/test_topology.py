@@ -1,5 +1,8 @@
 """Machines by name: slices of TPUs and hosts with GPUs."""
 
+import importlib.util
+import re
+
 import pytest
 
 from vixml_jax.ahead_of_time import gpu, tpu
@@ -8,9 +11,12 @@ from vixml_jax.ahead_of_time.topology import machine_of
 from vixml_jax.errors import InputError
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v5e:4", "v5e:2x2x2", "v5p:2x2", "h100", "h100:0", "h100:9", "h100:4x4"])
+@pytest.mark.parametrize(
+  "topology",
+  ["v5e", "v5e:4", "v5e:2x2x2", "v5p:2x2", "h100", "h100:0", "h100:9", "h100:4x4", "v5e:4x4*0", "v5e:4x4*", "h100:4*2"],
+)
 def test_an_unknown_topology_raises_an_error_with_examples(topology):
-  with pytest.raises(InputError, match=f"--topology={topology}: .*v5e:4x4.*h100:8"):
+  with pytest.raises(InputError, match=f"--topology={re.escape(topology)}: .*v5e:4x4.*h100:8"):
     machine_of(topology)
 
 
@@ -54,8 +60,30 @@ def test_a_product_of_few_bits_takes_as_long_as_the_makers_publish():
   assert (ampere["int8"], ampere["float8"]) == (0.5, 1.0)
   # TPUs: 393 TOP/s in int8 of v5e, 918 of v5p, 1,836 of v6e; as in bfloat16 on v4. No peak in float8.
   costs = {name: tpu.TPUS[name].chip.product_cost for name in tpu.TPUS}
-  assert {name: cost.get("int8", 1.0) for name, cost in costs.items()} == dict(v4=1.0, v5e=0.5, v5p=0.5, v6e=0.5)
-  assert all(cost.get("float8", 1.0) == 1.0 for cost in costs.values())
+  assert {name: cost.get("int8", 1.0) for name, cost in costs.items()} == dict(
+    v4=1.0, v5e=0.5, v5p=0.5, v6e=0.5, tpu7x=1.0
+  )
+  # TPU7x: 4,614 TFLOP/s in float8, 2,307 in bfloat16.
+  assert {name for name, cost in costs.items() if cost.get("float8", 1.0) == 0.5} == {"tpu7x"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu]'")
+@pytest.mark.parametrize(("name", "devices", "hosts"), [("v5e:4x4*2", 32, 8), ("tpu7x:2x2x1", 8, 1)])
+def test_slices_are_described_with_a_mesh_that_divides_them_along_data(name, devices, hosts):
+  machine = machine_of(name)
+  assert (machine.name, len(machine.devices), machine.hosts) == (name, devices, hosts)
+  slices = [
+    {getattr(device, "slice_index", 0) for device in row.flat} for row in machine.mesh(2, devices // 2, 1).devices
+  ]
+  assert slices == ([{0}, {1}] if "*" in name else [{0}, {0}])
+
+
+def test_each_device_of_a_chip_with_two_has_half_of_it():
+  # docs.cloud.google.com/tpu/docs/tpu7x: 2,307 TFLOP/s, 7,380 GB/s, 1,200 GB/s of links in both directions.
+  kind = tpu.TPUS["tpu7x"]
+  assert kind.devices_per_chip * kind.chip.flops == 2307e12
+  assert kind.devices_per_chip * kind.chip.hbm_bandwidth == 7380e9
+  assert kind.devices_per_chip * kind.link_bandwidth * 2 * kind.axes * 2 == 1200e9
 
 
 def test_rings_use_the_links_of_all_axes_that_they_span():

@@ -24,11 +24,11 @@ from tests.helpers import tiny_encoders
 from tests.helpers.miniature import WORDS
 from tests.helpers.miniature_runs import load_config, run_commands, shrink, write_encoder
 from tests.helpers.tiny_tokenizers import END_OF_TEXT, write_byte_bpe
-import vixml_jax
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.exporting import export
 from vixml_jax.files import sha256_of_file
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.trained_encoder import load_trained_encoder
 from vixml_jax.models.lora import split_lora
 from vixml_jax.models.parameters import join_params
@@ -180,7 +180,7 @@ def test_the_readme_of_an_onnx_folder_runs(dtype, texts_only, tmp_path, monkeypa
   monkeypatch.chdir(folder)
   names = {}
   exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], names)
-  wanted = vixml_jax.load(texts_only.workdir).encode(["arrow up", "cloud"])
+  wanted = load_predictor(texts_only.workdir).encode(["arrow up", "cloud"])
   assert (names["embeddings"] * wanted).sum(1).min() > 0.98
   cosine = json.loads((folder / "onnx.json").read_text())["cosine_to_float32"]
   assert (dtype == "int8") == (cosine is not None) == ("texts of labels, the cosine" in readme)

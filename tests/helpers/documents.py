@@ -8,6 +8,8 @@ import shlex
 import subprocess
 from typing import NamedTuple
 
+from vixml_jax.__main__ import MODULES
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 _KEYWORDS = {"do", "then", "else", "if", "while", "time"}
 
@@ -157,8 +159,13 @@ def _without_redirections(words: list[str]) -> list[str]:
 
 
 def program_of(words: list[str]) -> tuple[str, list[str]]:
-  """Returns what a command runs (`python -m X` gives `X`, a script its path) and the words that follow."""
+  """Returns what a command runs and the words that follow.
+
+  `python -m X` and the short names of `vixml` give the module, and a script its path.
+  """
   head = words[0].removeprefix(".venv/bin/")
+  if head == "vixml" and len(words) > 1 and not words[1].startswith("-"):
+    return f"vixml_jax.{MODULES[words[1]]}" if words[1] in MODULES else " ".join(words[:2]), words[2:]
   if re.fullmatch(r"python3?(\.\d+)?", head):
     if len(words) > 2 and words[1] == "-m":
       return words[2], words[3:]

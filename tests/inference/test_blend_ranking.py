@@ -10,18 +10,18 @@ import pytest
 
 from tests.helpers.http_server import expected, labels_of, predict, running
 from tests.helpers.miniature_runs import run_commands
-import vixml_jax
 from vixml_jax.blend.lexical import TfIdf, count_ngrams
 from vixml_jax.errors import InputError
 from vixml_jax.inference.blend_ranking import Dials
 from vixml_jax.inference.label_files import label_format
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.new_labels import add_labels, embed_labels
 from vixml_jax.search.label_index import LabelIndex
 
 
 @pytest.fixture(scope="module")
 def blend(texts_only):
-  return vixml_jax.load(texts_only.workdir, ranking="blend")
+  return load_predictor(texts_only.workdir, ranking="blend")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_the_dial_ranks_by_probability_times_inverse_propensity(texts_only, blen
 def test_labels_below_the_least_probability_are_left_out(texts_only, blend):
   queries = [query["title"] for query in texts_only.queries]
   least = float(np.median([score for row in found_by(blend, queries)[1] for score in row]))
-  loaded = vixml_jax.load(texts_only.workdir, ranking="blend", min_probability=least)
+  loaded = load_predictor(texts_only.workdir, ranking="blend", min_probability=least)
   for all_scores, kept in zip(found_by(blend, queries)[1], found_by(loaded, queries)[1], strict=True):
     assert kept == [score for score in all_scores if score >= least]
 
@@ -93,7 +93,7 @@ def test_filters_hold(texts_only, blend):
 
 
 def test_new_labels_are_found_by_their_words_and_deleted_ones_never(copy):
-  predictor = vixml_jax.load(copy, ranking="blend")
+  predictor = load_predictor(copy, ranking="blend")
   index, idf = predictor.index, np.asarray(predictor.index.blend.idf)
   records = [
     {"uid": "new/0", "title": "zebra quagga", "positives": ["zebra crossing", "striped quagga"]},
@@ -112,7 +112,7 @@ def test_new_labels_are_found_by_their_words_and_deleted_ones_never(copy):
     np.testing.assert_array_equal(
       vectors[first:].toarray()[:, expected.indices], expected.toarray()[:, expected.indices]
     )
-  edited = vixml_jax.load(copy, ranking="blend")
+  edited = load_predictor(copy, ranking="blend")
   ids, _ = found_by(edited, ["zebra quagga", "arrow up"], edited.index.num_live)
   assert {index.num_labels, index.num_labels + 1} <= set(ids[0]) and gone not in ids[0] + ids[1]
   assert edited.blend.index.frequencies[[index.num_labels, index.num_labels + 1]].tolist() == [2, 0]
@@ -128,7 +128,7 @@ def test_a_damaged_model_is_refused(copy):
   (path,) = (copy / "index").glob("*/blend_model.txt")
   path.write_bytes(path.read_bytes().replace(b"tree", b"true", 1))
   with pytest.raises(InputError, match=r"blend_model.txt: is damaged \(its sha256 differs"):
-    vixml_jax.load(copy, ranking="blend")
+    load_predictor(copy, ranking="blend")
 
 
 @pytest.mark.parametrize(
@@ -144,13 +144,13 @@ def test_a_damaged_model_is_refused(copy):
 )
 def test_bad_settings_are_refused_before_anything_is_loaded(tmp_path, given, message):
   with pytest.raises(InputError, match=message):
-    vixml_jax.load(tmp_path / "missing", **given)
+    load_predictor(tmp_path / "missing", **given)
 
 
 def test_an_index_without_a_blend_says_how_to_write_one(texts_only, monkeypatch):
   monkeypatch.setattr(LabelIndex, "blend", None)
   with pytest.raises(InputError, match=r"index: has no blend; where the data set is, run python -m vixml_jax.evaluate"):
-    vixml_jax.load(texts_only.workdir, ranking="blend")
+    load_predictor(texts_only.workdir, ranking="blend")
 
 
 def test_the_command_ranks_by_the_blend(texts_only, blend, tmp_path):
@@ -172,7 +172,7 @@ def test_the_command_ranks_by_the_blend(texts_only, blend, tmp_path):
 
 
 def test_the_server_ranks_by_the_blend_with_the_dial_of_each_request(texts_only, blend):
-  with running(functools.partial(vixml_jax.load, texts_only.workdir, ranking="blend")) as server:
+  with running(functools.partial(load_predictor, texts_only.workdir, ranking="blend")) as server:
     for tail, least in ((0.0, 0.0), (0.7, 0.01)):
       found = labels_of(predict(server, {"title": "arrow up"}, k=5, tail=tail, min_probability=least))
       dialed = dataclasses.replace(blend, blend=dataclasses.replace(blend.blend, tail=tail, min_probability=least))
@@ -182,7 +182,7 @@ def test_the_server_ranks_by_the_blend_with_the_dial_of_each_request(texts_only,
 
 
 def test_a_server_without_the_blend_refuses_its_dial(texts_only):
-  with running(functools.partial(vixml_jax.load, texts_only.workdir)) as server:
+  with running(functools.partial(load_predictor, texts_only.workdir)) as server:
     reply = predict(server, {"title": "arrow up"}, min_probability=0.5)
   assert reply.status == 422 and reply.json["error"]["field"] == "min_probability"
   assert "--ranking=blend" in reply.json["error"]["message"]

@@ -11,9 +11,9 @@ import pytest
 
 from tests.helpers.miniature_runs import run_commands
 from tests.helpers.trained_workdirs import raw_records
-import vixml_jax
 from vixml_jax.errors import InputError
 from vixml_jax.inference.label_files import label_format, read_categories, read_labels, read_uids
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.new_labels import (
   add_labels,
   check_categories,
@@ -39,12 +39,12 @@ kinds = pytest.mark.parametrize("search", ["exact", pytest.param("scann", marks=
 
 @pytest.fixture(scope="module")
 def predictor(texts_only):
-  return vixml_jax.load(texts_only.workdir)
+  return load_predictor(texts_only.workdir)
 
 
 @pytest.fixture(scope="module")
 def viewer(with_images):
-  return vixml_jax.load(with_images.workdir)
+  return load_predictor(with_images.workdir)
 
 
 def parsed(predictor, records):
@@ -181,7 +181,7 @@ def test_retrieval_augmentation_gives_new_labels_their_own_share_and_that_of_the
 ):
   larger = with_labels(with_index(predictor, tmp_path / "index"), NEW)
   augmented = dataclasses.replace(
-    larger, retrieval=vixml_jax.load(texts_only.workdir, retrieval_augmented=True, retrieval_lambda=0.5).retrieval
+    larger, retrieval=load_predictor(texts_only.workdir, retrieval_augmented=True, retrieval_lambda=0.5).retrieval
   )
   found = {label.id: label.score for label in augmented.predict([NEW[0]["title"]], 27)[0]}
   query = predictor.encode([NEW[0]["title"]])[0].astype(np.float64)
@@ -381,7 +381,7 @@ def test_the_command_adds_replaces_and_deletes_and_writes_nothing_after_an_error
   assert done["good"][:2] == [0, f"{workdir}/index: 2 deleted, 4 added, 2 of them with positives; it has 26 labels\n"]
   assert done["delete"][:2] == [0, f"{workdir}/index: 1 deleted; it has 25 labels\n"]
   assert done["categories"][:2] == [0, f"{workdir}/index: categories of 2 set; it has 25 labels\n"]
-  index = vixml_jax.load(workdir).index
+  index = load_predictor(workdir).index
   assert index.categories == ["blue", "red"]
   live = sorted(index.uids(np.flatnonzero(~index.deleted)))
   assert live == sorted([*(f"label/{i}" for i in range(24) if i != 5), "new/1", "2"])

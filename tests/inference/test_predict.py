@@ -14,10 +14,10 @@ import pytest
 
 from tests.helpers.damage import DAMAGES
 from tests.helpers.miniature_runs import run_commands
-import vixml_jax
 from vixml_jax.errors import InputError
 from vixml_jax.inference import batch_prediction
 from vixml_jax.inference.batch_prediction import predict_file, prepare_output
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.queries import query_format
 from vixml_jax.inference.query_files import open_queries
 
@@ -26,7 +26,7 @@ BATCH = 3
 
 @pytest.fixture(scope="module")
 def predictor(with_images):
-  return vixml_jax.load(with_images.workdir)
+  return load_predictor(with_images.workdir)
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +344,7 @@ def test_the_command_answers_a_file_and_refuses_bad_flags(texts_only, tmp_path):
   assert status == 0, stderr
   assert "predictions for 2 queries" in stdout and "encode: p50" in stdout and "queries/s" in stdout
   found = read_answers(tmp_path / "top.jsonl")
-  wanted = vixml_jax.load(texts_only.workdir).predict(
+  wanted = load_predictor(texts_only.workdir).predict(
     [{"title": "arrow up", "deny": ["label/3", "label/4"]}, "cloud"], 3
   )
   assert [[label[1] for label in labels] for _, labels in found.values()] == [[x.id for x in row] for row in wanted]

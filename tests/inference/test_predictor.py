@@ -4,8 +4,6 @@ import dataclasses
 import io
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -13,12 +11,12 @@ from PIL import Image
 import pytest
 
 from tests.helpers.damage import flip_a_bit
-import vixml_jax
 from vixml_jax import sharding
 from vixml_jax.encoding import item_encoder
 from vixml_jax.errors import InputError
 from vixml_jax.files import sha256_of_file
 from vixml_jax.inference import trained_encoder
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.trained_encoder import load_trained_encoder
 from vixml_jax.input.packing import pack
 from vixml_jax.manifest import write_manifest
@@ -29,12 +27,12 @@ from vixml_jax.search.retrieval_augmented import RetrievalSettings
 
 @pytest.fixture(scope="module")
 def predictor(texts_only):
-  return vixml_jax.load(texts_only.workdir)
+  return load_predictor(texts_only.workdir)
 
 
 @pytest.fixture(scope="module")
 def viewer(with_images):
-  return vixml_jax.load(with_images.workdir)
+  return load_predictor(with_images.workdir)
 
 
 @pytest.fixture
@@ -59,7 +57,7 @@ def test_predictions_are_the_labels_of_highest_score_among_those_that_evaluation
 
 @pytest.mark.parametrize("augmented,prefix", [(False, ""), (True, "RA/")], ids=["plain", "augmented"])
 def test_the_test_split_gives_the_metrics_that_training_printed(texts_only, augmented, prefix):
-  predictor = vixml_jax.load(texts_only.workdir, retrieval_augmented=augmented)
+  predictor = load_predictor(texts_only.workdir, retrieval_augmented=augmented)
   if augmented:
     assert predictor.retrieval.lambda_ == texts_only.final["RA/lambda"]
     assert predictor.retrieval.temperature == texts_only.final["RA/temperature"]
@@ -74,13 +72,13 @@ def test_the_test_split_gives_the_metrics_that_training_printed(texts_only, augm
 
 def test_settings_of_retrieval_can_be_given_and_are_checked(texts_only):
   given = dict(retrieval_augmented=True, retrieval_temperature=0.02)
-  only_labels = vixml_jax.load(texts_only.workdir, retrieval_lambda=1.0, **given)
-  plain = vixml_jax.load(texts_only.workdir)
+  only_labels = load_predictor(texts_only.workdir, retrieval_lambda=1.0, **given)
+  plain = load_predictor(texts_only.workdir)
   # With weight 0 for training queries the order is that of plain search.
   for row, other in zip(only_labels.predict(["arrow up"], 4), plain.predict(["arrow up"], 4), strict=True):
     assert [label.id for label in row] == [label.id for label in other]
   with pytest.raises(InputError, match="lambda of retrieval-augmented inference is 2"):
-    vixml_jax.load(texts_only.workdir, retrieval_lambda=2.0, **given)
+    load_predictor(texts_only.workdir, retrieval_lambda=2.0, **given)
 
 
 def test_an_evaluation_of_held_out_queries_leaves_an_index_that_knows_all(texts_only, copy):
@@ -93,7 +91,7 @@ def test_an_evaluation_of_held_out_queries_leaves_an_index_that_knows_all(texts_
   shutil.rmtree(copy / "index")
   evaluate_workdir(config, copy)
   first, second = (
-    vixml_jax.load(folder, retrieval_augmented=True).predict(["arrow up", "cloud"], 24)
+    load_predictor(folder, retrieval_augmented=True).predict(["arrow up", "cloud"], 24)
     for folder in (texts_only.workdir, copy)
   )
   for row, other in zip(first, second, strict=True):
@@ -160,14 +158,14 @@ def test_images_need_the_tower_that_made_the_features(with_images, tmp_path):
   with np.load(tower) as arrays:
     np.savez(other, **{name: array + 1 for name, array in arrays.items()})
   with pytest.raises(InputError, match="other.npz: is not the tower that made the image features tiny"):
-    vixml_jax.load(with_images.workdir, image_checkpoint=str(other)).encode([query])
+    load_predictor(with_images.workdir, image_checkpoint=str(other)).encode([query])
   copy = shutil.copytree(with_images.workdir, tmp_path / "run")
   config = json.loads((copy / "config.json").read_text())
   info = json.loads((copy / "inference.json").read_text())
   config["features"]["checkpoint"], info["image_features"]["checkpoint"] = "gone/tower.npz", "gone/too.npz"
   (copy / "config.json").write_text(json.dumps(config))
   (copy / "inference.json").write_text(json.dumps(info))
-  blind = vixml_jax.load(copy)
+  blind = load_predictor(copy)
   with pytest.raises(
     InputError, match="made by gone/tower.npz or gone/too.npz, which does not exist here.*--image_checkpoint"
   ):
@@ -191,7 +189,7 @@ def test_filters_leave_the_best_of_what_they_allow(texts_only, predictor):
 
 
 def test_in_a_joint_search_training_queries_do_not_take_the_places_of_allowed_labels(texts_only):
-  augmented = vixml_jax.load(texts_only.workdir, retrieval_augmented=True)
+  augmented = load_predictor(texts_only.workdir, retrieval_augmented=True)
   hits = 4
   joint = dataclasses.replace(augmented, retrieval=RetrievalSettings(0.5, 0.05, hits, joint=True))
   query = joint.encode(["arrow up"])[0]
@@ -210,13 +208,13 @@ def test_in_a_joint_search_training_queries_do_not_take_the_places_of_allowed_la
 
 def test_adapters_need_their_frozen_base_and_no_other(adapters, tmp_path):
   with pytest.raises(InputError, match="place/encoder: is no local folder|place/encoder: is neither a folder"):
-    vixml_jax.load(adapters.workdir)
+    load_predictor(adapters.workdir)
   workdir = shutil.copytree(adapters.workdir, tmp_path / "run")
   base = shutil.copytree(adapters.encoder, tmp_path / "base")
   config = configuration.read(workdir / "config.json")
   config.encoder.pretrained = str(base)
   configuration.write(config, workdir / "config.json")
-  predictor = vixml_jax.load(workdir, retrieval_augmented=True)
+  predictor = load_predictor(workdir, retrieval_augmented=True)
   np.testing.assert_allclose(
     predictor.encode([query["title"] for query in adapters.queries]), adapters.embeddings("test_queries"), atol=1e-5
   )
@@ -224,7 +222,7 @@ def test_adapters_need_their_frozen_base_and_no_other(adapters, tmp_path):
   weights = base / "model.safetensors"
   weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x01\x02\x03")
   with pytest.raises(InputError, match="model.safetensors has sha256 .*was trained on"):
-    vixml_jax.load(workdir)
+    load_predictor(workdir)
 
 
 def test_a_flipped_bit_in_the_model_is_noticed_before_it_answers(copy):
@@ -233,7 +231,7 @@ def test_a_flipped_bit_in_the_model_is_noticed_before_it_answers(copy):
   path = max((copy / "checkpoints" / str(step) / "model").rglob("d/*"), key=lambda path: path.stat().st_size)
   flip_a_bit(path)
   with pytest.raises(InputError, match=f"{path}: is damaged .*no other checkpoint is whole"):
-    vixml_jax.load(copy)
+    load_predictor(copy)
 
 
 def _without(*names):
@@ -281,7 +279,7 @@ def _of_another_checkpoint(run):
 def test_what_is_missing_or_damaged_is_named(copy, damage, message):
   damage(copy)
   with pytest.raises(InputError, match=message) as error:
-    vixml_jax.load(copy)
+    load_predictor(copy)
   assert str(copy) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -318,9 +316,9 @@ def test_queries_that_the_model_or_the_index_cannot_take_are_refused(predictor):
 
 
 def test_a_predictor_is_shown_in_one_short_line(texts_only, with_images):
-  plain = vixml_jax.load(texts_only.workdir, retrieval_augmented=True)
+  plain = load_predictor(texts_only.workdir, retrieval_augmented=True)
   assert repr(plain).startswith(f"Predictor(workdir='{texts_only.workdir}', step=")
-  for predictor in (plain, vixml_jax.load(with_images.workdir)):
+  for predictor in (plain, load_predictor(with_images.workdir)):
     for shown in (predictor, predictor.encoder):
       assert len(repr(shown)) < 350 and "\n" not in repr(shown)
 
@@ -339,11 +337,3 @@ def test_the_tokenizer_is_a_copy_of_the_pretrained_one(texts_only):
   for path in (texts_only.workdir / "tokenizer").iterdir():
     assert sha256_of_file(path) == sha256_of_file(texts_only.encoder / path.name)
   assert not list((texts_only.workdir / "tokenizer").glob("*.safetensors"))
-
-
-def test_importing_the_package_imports_nothing_heavy():
-  code = "import sys, vixml_jax; print({'jax', 'numpy', 'pyarrow'} & set(sys.modules), vixml_jax.__version__)"
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-  assert done.stdout.split() == ["set()", vixml_jax.__version__], done.stderr
-  with pytest.raises(AttributeError, match="no attribute 'laod'"):
-    vixml_jax.laod  # noqa: B018

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-import vixml_jax
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.inference import quantized_encoder
 from vixml_jax.inference.label_files import label_format
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.new_labels import embed_labels
 from vixml_jax.onnx_models import quantization
 
@@ -23,7 +23,7 @@ LEAST_COSINE = 0.98
 
 
 def int8(workdir):
-  return vixml_jax.load(workdir, encoder="int8", mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+  return load_predictor(workdir, encoder="int8", mesh=sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def least_cosine(found, wanted):
@@ -46,7 +46,7 @@ def copy(workdir, tmp_path):
 
 
 def test_queries_and_new_labels_have_nearly_the_embeddings_of_evaluation(texts_only, workdir):
-  predictor, trained = int8(workdir), vixml_jax.load(texts_only.workdir)
+  predictor, trained = int8(workdir), load_predictor(texts_only.workdir)
   queries = [{key: query[key] for key in ("title", "content")} for query in texts_only.queries]
   found = predictor.encode(queries)
   assert least_cosine(found, texts_only.embeddings("test_queries")) > LEAST_COSINE
@@ -68,7 +68,7 @@ def test_images_are_encoded_as_well(with_images, tmp_path):
     {key: query[key] for key in ("title", "content", "images") if key in query} for query in with_images.queries
   ]
   assert least_cosine(predictor.encode(queries), with_images.embeddings("test_queries")) > LEAST_COSINE
-  trained = vixml_jax.load(with_images.workdir)
+  trained = load_predictor(with_images.workdir)
   texts = [query["title"] for query in queries]
   assert least_cosine(predictor.encode(texts), trained.encode(texts)) > LEAST_COSINE
 
@@ -78,7 +78,7 @@ def test_the_model_is_made_once_and_compared_with_the_trained_encoder(copy, monk
   assert info["cosine"]["texts"] == 24 and info["cosine"]["least"] > LEAST_COSINE
   monkeypatch.setattr(quantized_encoder, "to_int8", None)  # Would be called to make it.
   assert int8(copy).settings()["int8_sha256"] == info["sha256"]
-  assert "int8_sha256" not in vixml_jax.load(copy).settings()
+  assert "int8_sha256" not in load_predictor(copy).settings()
   assert sorted(path.name for path in (copy / "onnx").iterdir()) == ["int8.json", "int8.onnx", "lock"]
 
 
@@ -132,7 +132,7 @@ def test_a_model_for_cpus_with_vnni_is_made_again_for_others_which_all_cpus_can_
 
 def test_a_decoder_is_refused_in_one_line(adapters):
   with pytest.raises(InputError, match=r"with encoder\.architecture=decoder cannot be an ONNX model; .*") as caught:
-    vixml_jax.load(adapters.workdir, encoder="int8")
+    load_predictor(adapters.workdir, encoder="int8")
   assert "\n" not in str(caught.value)
 
 
@@ -145,12 +145,12 @@ def test_models_without_a_graph_are_refused_by_key(section, values, message, wit
   config[section] |= values
   (tmp_path / "config.json").write_text(json.dumps(config))
   with pytest.raises(InputError, match=rf"a model with {message} cannot be an ONNX model"):
-    vixml_jax.load(tmp_path, encoder="int8")
+    load_predictor(tmp_path, encoder="int8")
 
 
 def test_other_devices_other_types_and_absent_packages_are_refused(copy, monkeypatch):
   with pytest.raises(InputError, match="encoder=int4: must be int8"):
-    vixml_jax.load(copy, encoder="int4")
+    load_predictor(copy, encoder="int4")
   monkeypatch.setitem(sys.modules, "onnxruntime", None)
   with pytest.raises(
     InputError, match=r"need the package onnxruntime, .*pip install -c constraints.txt -e '.\[onnx\]'"

@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.http_server import running
 from tests.helpers.trained_workdirs import Trained
-import vixml_jax
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.predictor import Predictor
 from vixml_jax.serving.server import Server
 
@@ -14,7 +14,7 @@ from vixml_jax.serving.server import Server
 @pytest.fixture(scope="session")
 def predictor(with_images: Trained) -> Predictor:
   """Predictor of the workdir `with_images`."""
-  return vixml_jax.load(with_images.workdir)
+  return load_predictor(with_images.workdir)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import pytest
 
 from tests.helpers.http_server import call, connect, expected, labels_of, metric, png, predict, running, wait_for
 from tests.helpers.miniature_runs import ROOT
-import vixml_jax
 from vixml_jax.errors import InputError
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.predictor import Predictor
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.serving.limits import Limits
@@ -66,7 +66,7 @@ def test_health_is_starting_and_then_ready(predictor):
 
 
 def test_an_error_while_loading_stops_the_server_with_the_reason(tmp_path):
-  server = Server(functools.partial(vixml_jax.load, tmp_path))
+  server = Server(functools.partial(load_predictor, tmp_path))
   with pytest.raises(InputError, match="config.json"):
     server.run()
 
@@ -92,7 +92,7 @@ def test_requests_in_flight_are_answered_before_it_stops(predictor, monkeypatch)
 
 
 def test_without_its_tower_it_refuses_image_files_and_takes_vectors(with_images, tmp_path, caplog):
-  load = functools.partial(vixml_jax.load, with_images.workdir, image_checkpoint=str(tmp_path / "none.npz"))
+  load = functools.partial(load_predictor, with_images.workdir, image_checkpoint=str(tmp_path / "none.npz"))
   with running(load) as server:
     assert not call(server, "/healthz").json["pictures"] and "image files are refused" in caplog.text
     reply = predict(server, {"title": "sun", "images": [base64.b64encode(png(8, 8)).decode()]})
@@ -103,7 +103,7 @@ def test_without_its_tower_it_refuses_image_files_and_takes_vectors(with_images,
 def test_the_server_switches_to_a_new_snapshot_of_the_index_while_it_answers(texts_only, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(texts_only.workdir, workdir)
-  load = functools.partial(vixml_jax.load, workdir, retrieval_augmented=True)
+  load = functools.partial(load_predictor, workdir, retrieval_augmented=True)
   statuses, done = [], threading.Event()
 
   def ask(server):
@@ -136,7 +136,7 @@ def test_the_server_switches_to_a_new_snapshot_of_the_index_while_it_answers(tex
 
 
 def test_retrieval_augmentation_gives_what_the_api_gives(texts_only):
-  predictor = vixml_jax.load(texts_only.workdir, retrieval_augmented=True)
+  predictor = load_predictor(texts_only.workdir, retrieval_augmented=True)
   with running(lambda: predictor) as server:
     queries = [
       {"title": query["title"]} | {key: query[key] for key in ("deny",) if key in query}

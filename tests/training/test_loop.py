@@ -8,6 +8,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+from jax.profiler import ProfileData
 import numpy as np
 import pytest
 
@@ -25,8 +26,22 @@ from tests.helpers.training_checks import (
 from vixml_jax.errors import InputError
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.run.checkpoint import Checkpointer
-from vixml_jax.training import loop
+from vixml_jax.training import loop, trackers
 from vixml_jax.training.step import device_batch
+
+
+class SentMetrics:
+  """A tracking server that is a file."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def log(self, step, values):
+    with self.path.open("a") as file:
+      file.write(json.dumps({"step": step, "values": values}) + "\n")
+
+  def close(self):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +50,12 @@ def finished(tmp_path_factory):
   folder = tmp_path_factory.mktemp("loop")
   config = miniature_config(folder)
   config.train.epochs = 2
-  train_and_evaluate(config, folder / "run")
+  watched = config.copy_and_resolve_references()
+  watched.profile.steps = "3:4"
+  watched.track.mlflow_uri = "http://127.0.0.1:1"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(trackers, "_MlflowTracker", lambda config, workdir: SentMetrics(folder / "sent.jsonl"))
+    train_and_evaluate(watched, folder / "run")
   return config, folder / "run"
 
 
@@ -43,6 +63,20 @@ def finished(tmp_path_factory):
 def config(finished):
   """A copy to change."""
   return finished[0].copy_and_resolve_references()
+
+
+def test_a_run_sends_its_metrics_and_those_of_its_end_and_traces_the_steps_that_its_config_names(finished):
+  _, workdir = finished
+  written = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  sent = [json.loads(line) for line in (workdir.parent / "sent.jsonl").read_text().splitlines()]
+  final = json.loads((workdir / "final_metrics.json").read_text())
+  assert sent == [
+    {"step": line["step"], "values": {f"{line['split']}/{name}": value for name, value in line["values"].items()}}
+    for line in written
+  ] + [{"step": 8, "values": {f"final/{name}": value for name, value in final.items()}}]
+  assert {"train", "epoch", "goodput"} == {line["split"] for line in written}
+  (trace,) = (workdir / "profile").rglob("*.xplane.pb")
+  assert ProfileData.from_file(str(trace)).find_plane_with_name("/host:CPU") is not None
 
 
 def test_a_run_stopped_by_sigterm_continues_to_the_same_bits(finished, config, tmp_path, monkeypatch):
@@ -62,7 +96,7 @@ def test_a_run_stops_at_a_metric_that_is_not_finite_and_keeps_the_checkpoint_bef
   steps = iter(range(1, 100))
   step = lambda state, frozen, batch: (state, bad if next(steps) == bad_step else good)
   monkeypatch.setattr(loop, "make_train_step", lambda *_: step)
-  for mined in ("balanced_kmeans", "label_centroids"):
+  for mined in ("query_clusters", "label_centroids"):
     monkeypatch.setattr(loop, mined, lambda *_, **__: pytest.fail("the run continued with mining"))
   with pytest.raises(InputError, match=rf"step {bad_step}: .* checkpoint is of step {bad_step - 1};"):
     train_and_evaluate(config, tmp_path)

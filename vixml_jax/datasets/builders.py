@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tqdm import tqdm
 
 from vixml_jax.datasets import raw, raw_images, raw_records, raw_rows
 from vixml_jax.datasets.filters import load_filters
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged
+from vixml_jax.stages import stage
 
 ROWS_PER_SHARD = 50_000
 
@@ -156,7 +156,7 @@ def _examples(files: raw.FoundFiles, split: str, counts: dict[str, int], exclude
   data_warnings, num_rows = raw_records.DataWarnings(), counts[split]
   rows = raw_rows.read_rows(files, split, counts, data_warnings)
   images = raw_images.read_images(files.images, num_rows)
-  with tqdm(total=num_rows, desc=f"prepare {split}", unit=" rows", disable=None) as bar:
+  with stage(f"prepare {split}", total=num_rows, unit="row", logged=False) as progress:
     # `rows` is exhausted last, so that its check of the whole file runs.
     for number, ((slots, blobs), row) in enumerate(zip(images, rows, strict=True)):
       row.setdefault("target_ind", np.zeros(0, np.int32))
@@ -166,5 +166,5 @@ def _examples(files: raw.FoundFiles, split: str, counts: dict[str, int], exclude
       yield number, row
       # The writer keeps the examples of a shard until it has counted them; emptied ones take no memory.
       row.clear()
-      bar.update()
+      progress.advance()
   data_warnings.report()

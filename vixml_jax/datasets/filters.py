@@ -13,13 +13,13 @@ from typing import Any
 import zlib
 
 import numpy as np
-from tqdm import tqdm
 
 from vixml_jax.datasets import raw_records, raw_rows
 from vixml_jax.datasets.raw import FoundFiles
 from vixml_jax.datasets.uids import UidTable, hash_of_uid
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged
+from vixml_jax.stages import counted
 
 _log = logging.getLogger(__name__)
 _ROWS_PER_BLOCK = 8192
@@ -169,8 +169,8 @@ def _read_blocks(files: dict[str, FoundFiles], split: str, counts: dict[str, int
   """Yields all rows of a split."""
   # Unusual values are counted when the rows are written.
   rows = raw_rows.read_rows(files[split], split, counts, raw_records.DataWarnings())
-  bar = iter(tqdm(rows, total=counts[split], desc=f"read uids of {split}", unit=" rows", disable=None))
-  while block := list(itertools.islice(bar, _ROWS_PER_BLOCK)):
+  rows = counted(rows, f"read uids of {split}", total=counts[split], unit="row")
+  while block := list(itertools.islice(rows, _ROWS_PER_BLOCK)):
     targets = [row.get("target_ind", np.zeros(0, np.int32)) for row in block]
     yield _UidBlock(
       np.array([hash_of_uid(row["uid"]) for row in block], np.int64),

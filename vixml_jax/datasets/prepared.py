@@ -16,7 +16,8 @@ from vixml_jax.files import locked, new_folder
 from vixml_jax.manifest import MANIFEST, check_folder, write_manifest
 
 _log = logging.getLogger(__name__)
-_EMBEDDED = {"mm_icons_9k": Path(__file__).parent / "mm_icons_9k"}
+EMBEDDED = {"mm_icons_9k": Path(__file__).parent / "mm_icons_9k"}
+"""Folders of the raw files in this package, by the name of the data set."""
 
 
 def prepare(
@@ -40,7 +41,7 @@ def prepare(
       files than those in `raw_dir` or are damaged, or the disk is full.
   """
   builder_class = _builder_class(name)
-  folder = Path(raw_dir) if raw_dir else _EMBEDDED.get(name)
+  folder = Path(raw_dir) if raw_dir else EMBEDDED.get(name)
   with locked(Path(data_dir) / f"{name}.lock"):
     target = _folder(name, data_dir)
     if target.is_dir():

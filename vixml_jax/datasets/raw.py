@@ -21,11 +21,10 @@ accepted and counted in `raw_records.DataWarnings`.
 import dataclasses
 from pathlib import Path
 
-from tqdm import tqdm
-
 from vixml_jax.datasets import archives
 from vixml_jax.errors import InputError
 from vixml_jax.files import sha256_of_stream
+from vixml_jax.stages import stage
 
 RawFile = Path | archives.Member
 """A file on disk or in an archive."""
@@ -134,10 +133,10 @@ def sha256_of_files(files: dict[str, FoundFiles]) -> dict[str, str]:
   found = [file for split in files.values() for file in (split.rows, split.targets, split.images, split.filter) if file]
   total = sum(file.size if isinstance(file, archives.Member) else file.stat().st_size for file in found)
   hashes = {}
-  with tqdm(total=total, unit="B", unit_scale=True, desc="hash raw files", disable=None) as bar:
+  with stage("hash raw files", total=total, unit="B", logged=False) as progress:
     for file in found:
       with file.open("rb") as stream:
-        hashes[file.name] = sha256_of_stream(stream, bar.update)
+        hashes[file.name] = sha256_of_stream(stream, progress.advance)
   return hashes
 
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
-from tqdm import tqdm
 
 from vixml_jax import sharded_rows, sharding
 from vixml_jax.encoding.inputs import EncoderInputs, chunk_on_mesh, image_tokens
@@ -167,7 +166,7 @@ class ItemEncoder:
     placed = sharding.to_global(_zero_padded(np.asarray(clusters, np.int32), num_rows), where)
     rows = pooled.values if donate else jnp.copy(pooled.values)
     block = self.prototype_block(num_rows)
-    with stage(f"compute {len(pooled):,} prototypes", shown=len(pooled) >= LONG):
+    with stage(f"compute {len(pooled):,} prototypes", logged=len(pooled) >= LONG):
       for start in range(0, num_rows // sharding.row_devices(self.mesh), block):
         rows = self.prototype_rows_program(rows, params, self.frozen, placed, centroids, np.int32(start))
       rows.block_until_ready()
@@ -180,10 +179,7 @@ class ItemEncoder:
     values = sharded_rows.zeros(len(items), self.model.embed_dim, self.mesh).values if into is None else into
     replicated = sharding.named_sharding(self.mesh)
     pending: list[Array] = []
-    with (
-      stage(f"encode {len(items):,} {name}"),
-      tqdm(total=len(items), desc=f"encode {name}", unit="item", disable=None, leave=False) as progress,
-    ):
+    with stage(f"encode {len(items):,} {name}", total=len(items), unit="item") as progress:
       for first, packed in self._packed_blocks(items):
         for members, slots, inputs in self._chunks(packed, self.features):
           ids = np.full(self.layout.chunk_rows * self.layout.slots, -1, np.int32)
@@ -199,9 +195,9 @@ class ItemEncoder:
           )
           pending.append(count)
           if len(pending) > _IN_FLIGHT:
-            progress.update(int(pending.pop(0)))
+            progress.advance(int(pending.pop(0)))
       for count in pending:
-        progress.update(int(count))
+        progress.advance(int(count))
     return ShardedRows(values, len(items))
 
   def pooled(
@@ -272,15 +268,15 @@ class ItemEncoder:
     """Fills `out` [items, D] chunk by chunk; a few chunks are in flight."""
     pending: list[tuple[np.ndarray, np.ndarray, Array]] = []
     features = features or self.features
-    with tqdm(total=len(out), desc=f"encode {name}", unit="item", disable=None, leave=False) as progress:
+    with stage(f"encode {len(out):,} {name}", total=len(out), unit="item", logged=False) as progress:
       for first, packed in blocks:
         for members, slots, inputs in self._chunks(packed, features):
           pooled = self.pool_program(params, self.frozen, inputs, self._table(features))
           pending.append((first + members, slots, pooled))
           if len(pending) > _IN_FLIGHT:
-            progress.update(_collect(out, *pending.pop(0)))
+            progress.advance(_collect(out, *pending.pop(0)))
       for chunk in pending:
-        progress.update(_collect(out, *chunk))
+        progress.advance(_collect(out, *chunk))
 
   def _chunks(
     self, packed: PackedItems, features: ImageFeatures | None

@@ -13,7 +13,6 @@ import math
 from jax.sharding import Mesh
 import numpy as np
 import scipy.sparse
-import tqdm
 
 from vixml_jax.blend.ranking import ScoredCandidates
 from vixml_jax.evaluation import metrics, tuning
@@ -268,10 +267,7 @@ def evaluate(
   rows = {name: _Row(index, config, frequencies) for name in names}
   blend = BlendCounts(index.inverse_propensity)
   overlaps = {k: np.zeros(2, np.int64) for k in (config.recall_ks if index.scann_index is not None else ())}
-  with (
-    stage(f"evaluate {len(queries):,} queries"),
-    tqdm.tqdm(total=len(queries), desc="evaluate", unit="query", disable=None, leave=False) as progress,
-  ):
+  with stage(f"evaluate {len(queries):,} queries", total=len(queries), unit="query") as progress:
     for numbers, block in queries.blocks(QUERIES_PER_BLOCK):
       found, scored = index.rankings(block, config)
       if scored is not None:
@@ -283,7 +279,7 @@ def evaluate(
         _, approximate = search_excluding(index.scann_index, np.asarray(block.embeddings), config.depth, block.filter)
         for k in overlaps:
           overlaps[k] += overlap_counts(approximate[:, :k], found["plain"][1][:, :k])
-      progress.update(len(block))
+      progress.advance(len(block))
     per_query = {name: metrics.QueryMetrics.concatenate(row.per_query) for name, row in rows.items()}
     intervals = intervals_of(per_query, config.bootstrap_samples)
   return Evaluation(

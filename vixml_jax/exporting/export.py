@@ -36,8 +36,6 @@ from vixml_jax.weights.tables import TABLES
 
 _log = logging.getLogger(__name__)
 
-FORMATS = ("hf", "peft", "sentence-transformers", "onnx", "embeddings")
-DTYPES = ("float32", "bfloat16", "float16", "int8")
 _LABELS_AT_ONCE = 8192
 _MODULES = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
 _TRANSFORMERS_CLASSES = {
@@ -54,8 +52,8 @@ def export(workdir: Path, kind: str, output: Path, dtype: str = "float32", max_s
 
   Args:
     workdir: Folder that training, or `vixml_jax.evaluate`, wrote.
-    kind: One of `FORMATS`. "hf" is the encoder with merged adapters, for `transformers.AutoModel`. "peft" is the
-      adapters alone. "sentence-transformers" is the encoder with tokenizer, pooling and normalization, which gives
+    kind: One of `formats.FORMATS`. "hf" is the encoder with merged adapters, for `transformers.AutoModel`. "peft" is
+      the adapters alone. "sentence-transformers" is the encoder with tokenizer, pooling and normalization, which gives
       texts the same embeddings as here. "onnx" is the same as a file that ONNX Runtime runs. "embeddings" is the label
       prototypes.
     output: Folder to create.

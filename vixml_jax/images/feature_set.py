@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tqdm import tqdm
 
 from vixml_jax.datasets.prepared import build, changed_files, open_folder
 from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.datasets.records import Records
 from vixml_jax.errors import InputError
+from vixml_jax.stages import stage
 
 ROWS_PER_SHARD = 50_000
 _VERSION = "1.0.0"
@@ -80,20 +80,14 @@ class FeatureSetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  #
     }
 
   def _examples(self, split: str, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    with tqdm(
-      total=self._metadata["rows"][split],
-      initial=start,
-      desc=f"write {split} features",
-      unit=" rows",
-      disable=None,
-      leave=False,
-    ) as bar:
+    rows = self._metadata["rows"][split]
+    with stage(f"write {split} features", total=rows, unit="row", done=start, logged=False) as progress:
       for number, (slots, features) in enumerate(self._rows(split, start, stop), start):
         row = {"slots": slots, "features": features}
         yield number, row
         # The writer keeps the examples of a shard until it has counted them; emptied ones take no memory.
         row.clear()
-        bar.update()
+        progress.advance()
 
 
 @dataclasses.dataclass(frozen=True)

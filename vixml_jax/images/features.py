@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, Sharding
 import numpy as np
-from tqdm import tqdm
 
 from vixml_jax import sharding
 from vixml_jax.array_file import ArrayFile
@@ -20,6 +19,7 @@ from vixml_jax.images.feature_set import FeatureSet
 from vixml_jax.input.packing import PackedImages
 from vixml_jax.manifest import cached_folder
 from vixml_jax.ragged import Ragged, offsets_of
+from vixml_jax.stages import stage
 
 _FORMAT = 1
 _SPLITS = ("train", "labels", "test")
@@ -161,13 +161,12 @@ def _write(features: FeatureSet, images: int, folder: Path) -> None:
   with ArrayFile(folder / "values.npy", np.float16, (features.dim,)) as file:
     for split in _SPLITS:
       first, lengths = file.rows, [np.zeros(0, np.int64)]
-      with tqdm(
-        total=features.metadata["rows"][split], desc=f"load {split} features", unit=" rows", disable=None, leave=False
-      ) as bar:
+      rows = features.metadata["rows"][split]
+      with stage(f"load {split} features", total=rows, unit="row", logged=False) as progress:
         for kept, values in _first_images(features, split, images):
           file.append(values)
           lengths.append(kept)
-          bar.update(len(kept))
+          progress.advance(len(kept))
       np.save(folder / f"{split}.npy", first + offsets_of(np.concatenate(lengths)))
 
 

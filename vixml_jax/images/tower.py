@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
@@ -23,6 +22,7 @@ from vixml_jax.images.preprocess import PREPROCESSING
 from vixml_jax.images.sources import ImageSource
 from vixml_jax.models.parameters import merge_params
 from vixml_jax.models.siglip import define_siglip
+from vixml_jax.stages import counted
 from vixml_jax.typing import Array, Tree
 from vixml_jax.weights.siglip import load_siglip
 
@@ -150,7 +150,7 @@ class ImageTower:
     images = (
       (_Place(number, image.row, image.slot), image.blob) for number, piece in source.read(numbers) for image in piece
     )
-    encoded = tqdm(self._encoded(images), desc=f"encode {name} images", unit=" images", disable=None, leave=False)
+    encoded = counted(self._encoded(images), f"encode {name} images", total=None, unit="image")
     empty = dict.fromkeys(numbers)
     for number, group in itertools.groupby(encoded, key=lambda image: image.place.part):
       del empty[number]

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from vixml_jax.errors import InputError
 from vixml_jax.files import (
@@ -37,6 +36,7 @@ from vixml_jax.inference.result_files import ResultFormat, result_format
 from vixml_jax.manifest import describe_file, find_damage, read_hashes, write_hashes
 from vixml_jax.prefetch import prefetched
 from vixml_jax.ragged import Ragged
+from vixml_jax.stages import stage
 
 _FORMAT = 1
 _JOB = "job.json"
@@ -100,7 +100,7 @@ def predict_file(
     numbers = range(-(-count // batch_size))
     numbered = zip(numbers, queries.blocks(batch_size), strict=True)
     with (
-      tqdm(total=count, initial=job.resumed(count), desc="predict", unit="query", disable=None) as progress,
+      stage("predict", total=count, unit="query", done=job.resumed(count), logged=False) as progress,
       ThreadPoolExecutor(1, "write") as writer,
       contextlib.closing(prefetched(job.prepared(numbered), "read")) as blocks,
     ):
@@ -109,7 +109,7 @@ def predict_file(
         found = job.answer(block)
         written.result()  # One block at a time is written while the next one is encoded.
         written = writer.submit(job.write, block, found)
-        progress.update(len(block.queries))
+        progress.advance(len(block.queries))
       written.result()
     statistics = job.statistics(count)
     job.publish(numbers, output, statistics)

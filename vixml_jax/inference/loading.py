@@ -9,9 +9,10 @@ from jax.sharding import Mesh
 from vixml_jax.blend.libraries import check_blend_libraries
 from vixml_jax.errors import InputError
 from vixml_jax.inference.blend_ranking import BlendRanking, check_dial
-from vixml_jax.inference.predictor import AUGMENTED, BLEND, PLAIN, RANKINGS, Predictor
+from vixml_jax.inference.predictor import Predictor
 from vixml_jax.inference.quantized_encoder import load_quantized_encoder
 from vixml_jax.inference.query_images import QueryImageEncoder
+from vixml_jax.inference.rankings import AUGMENTED, BLEND, PLAIN, RANKINGS
 from vixml_jax.inference.trained_encoder import load_trained_encoder
 from vixml_jax.run.workdir import INDEX
 from vixml_jax.search import retrieval_augmented
@@ -22,7 +23,7 @@ from vixml_jax.search.retrieval_augmented import RetrievalSettings
 ENCODERS = {None: load_trained_encoder, "int8": load_quantized_encoder}
 
 
-def load(
+def load_predictor(
   workdir: str | os.PathLike[str],
   search: str | None = None,
   retrieval_augmented: bool = False,
@@ -37,25 +38,7 @@ def load(
   image_batch_size: int = 8,
   encoder: str | None = None,
 ) -> Predictor:
-  """Loads a trained workdir. No training data are needed.
-
-  Args:
-    workdir: Folder of the run.
-    search: "exact" (on the devices) or "scann" (approximate, on the CPU); None for the kind that the index was written
-      for.
-    retrieval_augmented: Short for `ranking="retrieval_augmented"`.
-    mesh: Devices to use; None for all devices, in the layout of training if that fits their number.
-    ranking: How labels are ranked: "plain" by their cosine with the query, "retrieval_augmented" with the labels of
-      similar training queries, or "blend" by a probability that a trained model gives them. The blend has the highest
-      precision and takes the most time. None for "plain".
-    tail: 0 to 1, for the blend: how much more rare labels count. 0 is best for precision, 1 for propensity-scored
-      precision.
-    min_probability: For the blend: labels of a lower probability are left out.
-    retrieval_lambda: Weight of the labels against that of the training queries; None for that of the run's evaluation.
-    retrieval_temperature: Temperature of retrieval; None for that of the run's evaluation.
-    image_checkpoint: SigLIP tower that encodes images; None for the one that made the features of the training data.
-    image_batch_size: Number of images that the tower encodes at a time. A smaller batch takes as long as a full one.
-    encoder: "int8" for an encoder in int8 on the CPU, which needs the extra `onnx`; None for the encoder as trained.
+  """Loads encoder and label index of a workdir; the arguments are those of `vixml_jax.load`.
 
   Raises:
     InputError: A file is missing, damaged, or of another checkpoint.
@@ -75,12 +58,28 @@ def load(
   image_encoder = None
   if trained.images:
     image_encoder = QueryImageEncoder(trained.config, trained.image_origin or {}, image_checkpoint, image_batch_size)
-  settings = blend = None
+  predictor = Predictor(trained, index, image_encoder, None)
+  if ranking == BLEND:
+    return dataclasses.replace(predictor, blend=BlendRanking.open(index, tail, min_probability))
   if ranking == AUGMENTED:
     settings = _retrieval_settings(index, workdir, retrieval_lambda, retrieval_temperature)
-  if ranking == BLEND:
-    blend = BlendRanking.open(index, tail, min_probability)
-  return Predictor(trained, index, image_encoder, settings, blend)
+    return dataclasses.replace(predictor, retrieval=settings)
+  return predictor
+
+
+def with_ranking(predictor: Predictor, ranking: str) -> Predictor:
+  """Returns a predictor with the same encoder and index that ranks labels in another way, by the run's settings.
+
+  Raises:
+    InputError: The ranking is unknown, or needs something that the index or this environment lacks.
+  """
+  if _ranking(ranking, retrieval_augmented=False) == BLEND:
+    check_blend_libraries()
+    return dataclasses.replace(predictor, retrieval=None, blend=BlendRanking.open(predictor.index))
+  if ranking == AUGMENTED:
+    settings = _retrieval_settings(predictor.index, predictor.encoder.workdir, None, None)
+    return dataclasses.replace(predictor, retrieval=settings, blend=None)
+  return dataclasses.replace(predictor, retrieval=None, blend=None)
 
 
 def _ranking(ranking: str | None, retrieval_augmented: bool) -> str:

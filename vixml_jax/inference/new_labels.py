@@ -183,6 +183,36 @@ def add_labels(
   )
 
 
+def change_labels(
+  index: LabelIndex,
+  predictor: Predictor | None,
+  labels: Sequence[NewLabel],
+  delete: Mapping[str, str],
+  categories: Mapping[str, LabelCategories],
+) -> LabelIndex:
+  """Adds, deletes and categorizes labels, and returns the next snapshot; everything is checked before it is written.
+
+  Args:
+    index: Index to change.
+    predictor: Encodes new labels; None if there are none.
+    labels: Labels to add. One whose uid is in `delete` replaces that label.
+    delete: Uids of labels to delete, from `read_uids`.
+    categories: Categories of labels, which replace their former ones, from `read_categories`.
+
+  Raises:
+    InputError: A label does not exist, or a new one has the uid of another; the message names it.
+  """
+  ids = ids_of_uids(index, delete)
+  check_new(index, labels, delete)
+  check_categories(index, categories, labels, delete)
+  if labels:
+    assert predictor is not None
+    index = add_labels(index, labels, embed_labels(predictor, labels), ids)
+  elif len(ids):
+    index = index.delete(ids)
+  return set_categories(index, categories) if categories else index
+
+
 def set_categories(index: LabelIndex, categories: Mapping[str, LabelCategories]) -> LabelIndex:
   """Replaces the categories of labels and returns the next snapshot.
 

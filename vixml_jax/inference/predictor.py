@@ -14,6 +14,7 @@ from vixml_jax.inference.blend_ranking import BlendRanking, Dials
 from vixml_jax.inference.predictions import Prediction, PredictionColumns
 from vixml_jax.inference.queries import Query, query_format
 from vixml_jax.inference.query_images import QueryImageEncoder
+from vixml_jax.inference.rankings import AUGMENTED, BLEND, PLAIN
 from vixml_jax.inference.trained_encoder import TrainedEncoder
 from vixml_jax.ragged import Ragged
 from vixml_jax.search import retrieval_augmented
@@ -22,9 +23,6 @@ from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
 
 GivenQuery = str | Mapping[str, Any] | Query
-
-PLAIN, AUGMENTED, BLEND = RANKINGS = ("plain", "retrieval_augmented", "blend")
-"""Ways to rank labels: by cosine, by retrieval-augmented inference, and by the probability of the trained blend."""
 
 
 class UnreadableImage(NamedTuple):
@@ -52,7 +50,7 @@ class LabelSearch(Protocol):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Predictor:
-  """Answers queries; `load` makes it.
+  """Answers queries; `load_predictor` makes it.
 
   Attributes:
     encoder: Encoder of texts and images.
@@ -110,10 +108,6 @@ class Predictor:
   def predict(self, queries: Sequence[GivenQuery], k: int = 10) -> list[list[Prediction]]:
     """Returns the k labels of highest score for each query.
 
-    Example:
-      predictor = vixml_jax.load("runs/quickstart")
-      predictor.predict(["arrow up", {"title": "cloud", "deny": ["tag/arrow_up"]}], k=5)
-
     Args:
       queries: Each a text, or a dict with `title` and optionally `content`, `images` (a list of paths, bytes, Pillow
         images or feature vectors [F]), `allow` and `deny` (lists of uids of labels) and `categories`.
@@ -134,16 +128,22 @@ class Predictor:
     texts = [query.text for query in checked]
     return self.named(*self.search(self.encode(checked), k, self.filters(checked), texts=texts))
 
-  def checked(self, queries: Sequence[GivenQuery]) -> list[Query]:
+  def checked(self, queries: Sequence[GivenQuery], first: int = 0) -> list[Query]:
     """Checks the queries of a call and returns them.
 
+    Args:
+      queries: Queries as for `predict`.
+      first: Position of the first of them, which error messages count from.
+
     Raises:
-      InputError: A query is wrong; the message names its position from 0.
+      InputError: A query is wrong; the message names its position.
     """
     if isinstance(queries, str | Mapping):
       raise InputError("queries: must be a list of queries; put a single one into brackets")
     form = query_format(self.encoder.config)
-    return [query if isinstance(query, Query) else form.parse(query, f"query {i}") for i, query in enumerate(queries)]
+    return [
+      query if isinstance(query, Query) else form.parse(query, f"query {i}") for i, query in enumerate(queries, first)
+    ]
 
   def check_k(self, k: int) -> None:
     """Checks the number of labels that are asked for.

@@ -13,7 +13,6 @@ from typing import Self
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tqdm import tqdm
 
 from vixml_jax.array_file import ArrayFile
 from vixml_jax.datasets.prepared import check_contents
@@ -23,6 +22,7 @@ from vixml_jax.files import fingerprint_of
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.manifest import cached_folder
 from vixml_jax.ragged import Ragged, offsets_of
+from vixml_jax.stages import stage
 
 _FORMAT = 1
 # Version of the cached files, for the same corpus. 2: white space at the ends of texts is removed.
@@ -145,12 +145,12 @@ def _write_split(
     writers = {
       feature: stack.enter_context(_RaggedWriter(folder / f"{split}_{name}")) for name, feature in lists.items()
     }
-    bar = stack.enter_context(tqdm(total=len(records), desc=f"tokenize {split}", unit=" rows", disable=None))
+    progress = stack.enter_context(stage(f"tokenize {split}", total=len(records), unit="row", logged=False))
     for batch in records.batches():
       tokens.append(tokenizer([record.text(fields) for record in batch]))
       for feature, writer in writers.items():
         writer.append(_numbers(batch, feature))
-      bar.update(len(batch))
+      progress.advance(len(batch))
 
 
 def _numbers(batch: list[Record], feature: str) -> Ragged:

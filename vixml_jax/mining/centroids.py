@@ -15,7 +15,6 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
-from tqdm import tqdm
 
 from vixml_jax import sharding
 from vixml_jax.mining.rows import mesh_of, shard_rows
@@ -110,8 +109,14 @@ def mean_of_rows(
   dim = embeddings.shape[1]
   means = _zeros((mesh.size * plan.labels_per_device, dim), jnp.dtype(dtype), by_row)
   sums = _zeros((mesh.size, mesh.size * plan.width, dim), jnp.dtype(jnp.int32), by_row)
-  with stage(f"compute the means of {len(members):,} labels or clusters", shown=len(members.values) >= LONG):
-    for start in tqdm(plan.starts(), desc="centroids", unit="block", disable=None, leave=False):
+  starts = plan.starts()
+  with stage(
+    f"compute the means of {len(members):,} labels or clusters",
+    total=len(starts),
+    unit="block",
+    logged=len(members.values) >= LONG,
+  ) as progress:
+    for start in starts:
       counts = plan.counts(members, start)
       exponent = 30 - max_exponent - np.ceil(np.log2(np.maximum(counts, 1))).astype(np.int32)
       unit = to_global(np.ldexp(np.float32(1), exponent), replicated)
@@ -121,6 +126,7 @@ def mean_of_rows(
         )
       sums.block_until_ready()  # XLA ends a run on CPUs if one device waits for another for more than 40 seconds.
       means, sums = _finish(means, sums, to_global(counts, replicated), unit, np.int32(start), mesh=mesh)
+      progress.advance()
     means.block_until_ready()
   where = sharding.named_sharding(mesh, "label", "vector")
   if len(means) == num_rows:

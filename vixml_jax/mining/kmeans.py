@@ -82,7 +82,7 @@ def balanced_kmeans(
   mesh = mesh or mesh_of(embeddings)
   rows = shard_rows(embeddings, mesh)
   pairs = draw_pairs(seed, num_rows, levels)
-  with stage(f"divide {num_rows:,} rows into {num_clusters:,} clusters", shown=num_rows >= LONG):
+  with stage(f"divide {num_rows:,} rows into {num_clusters:,} clusters", logged=num_rows >= LONG):
     order = to_host(
       _order_by_cluster(
         rows, np.int32(num_rows), pairs, **_static(rows.shape[0], num_rows, levels, iterations), mesh=mesh

@@ -4,11 +4,13 @@ When a step is on disk, the sha256 of each of its files is written into it (`che
 its files have these hashes; otherwise the newest one before it is.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import logging
 from pathlib import Path
 from typing import Any, Self
 
@@ -206,6 +208,10 @@ class Checkpointer:
       InputError: the checkpoint does not fit the state, or is damaged.
     """
     directory = Path(self._manager.directory)
+    if not (directory / str(step) / "training").exists():
+      raise InputError(
+        f"{directory.parent}: was saved for inference only, so its training cannot be continued; use another --workdir"
+      )
     arrays = restore_items(directory, step, {"model": model_part(abstract), "training": _training_part(abstract)})
     wanted = ocp.args.Composite(mining=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
     rest = restoring(directory, lambda: self._manager.restore(step, args=wanted))
@@ -231,13 +237,25 @@ def newest_checkpoint(directory: Path) -> tuple[int, dict[str, Any]]:
   Raises:
     InputError: there is no checkpoint, or all are damaged.
   """
-  options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-  with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+  options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+  with _without_warnings(), ocp.CheckpointManager(directory.absolute(), options=options) as manager:
     step = newest_whole_step(directory, manager.all_steps(), _MODEL_ITEMS)
     if step is None:
       raise InputError(f"{directory}: contains no checkpoint; train first")
     meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
     return step, restoring(directory, lambda: manager.restore(step, args=meta)["meta"])
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+  """Drops the warning of Orbax that a directory is only read."""
+  only_errors = lambda record: record.levelno >= logging.ERROR
+  logger = logging.getLogger("absl")
+  logger.addFilter(only_errors)
+  try:
+    yield
+  finally:
+    logger.removeFilter(only_errors)
 
 
 def restore_params(directory: Path, step: int, abstract: Tree) -> Tree:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import json
 from pathlib import Path
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -128,6 +129,15 @@ _CHECKS: dict[str, _Check] = {
   "eval.retrieval_temperature": _POSITIVE,
   "checkpoint.every_steps": _POSITIVE,
   "checkpoint.keep": _POSITIVE,
+  "track.mlflow_uri": (
+    lambda x: not x or re.match(r"https?://.", x) is not None,
+    "must be the address of a server, as http://HOST:PORT, or empty",
+  ),
+  "track.mlflow_experiment": _NAME,
+  "profile.steps": (
+    lambda x: not x or ((found := re.fullmatch(r"(\d+):(\d+)", x)) is not None and 0 < int(found[1]) <= int(found[2])),
+    "must be FIRST:LAST, two steps from 1 on, such as 10:12, or empty",
+  ),
 }
 
 # Rules of the keys of one architecture.
@@ -175,7 +185,12 @@ _LATER_KEYS: dict[str, Any] = {
   "eval.retrieval_query_hits": 0,
   "eval.blend": False,
   "eval.baselines": (),
+  "track.wandb_project": "",
+  "track.mlflow_uri": "",
+  "track.mlflow_experiment": "vixml_jax",
+  "profile.steps": "",
 }
+_LATER_SECTIONS = ("track", "profile")
 
 # Keys, and sections with a dot at the end, that may differ when a run is continued, since they do not change what it
 # computes, or by rounding only.
@@ -183,6 +198,8 @@ _FREE_KEYS = (
   "mesh.",
   "eval.",
   "checkpoint.",
+  "track.",
+  "profile.",
   "dataset.raw_dir",
   "dataset.data_dir",
   "dataset.allow_empty_filter",
@@ -290,6 +307,9 @@ def read(path: Path) -> ConfigDict:
   config = ConfigDict(
     read_json_object(path, absent="set --workdir to the folder of a run", damaged="restore the file, or train again")
   )
+  for name in _LATER_SECTIONS:
+    if name not in config:
+      config[name] = ConfigDict()
   for key, value in _LATER_KEYS.items():
     *sections, name = key.split(".")
     section = config

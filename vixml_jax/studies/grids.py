@@ -8,7 +8,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vixml_jax.errors import InputError
-from vixml_jax.run.configuration import flatten_config
 
 _Changes = Mapping[str, Any]
 
@@ -46,6 +45,8 @@ def cells_of(study: str, config: ConfigDict) -> list[Cell]:
   Raises:
     InputError: The study does not exist, or the config lacks what it varies; the message says what to use.
   """
+  from vixml_jax.run.configuration import flatten_config  # Late: the help of a command lists the studies.
+
   if study not in STUDIES:
     raise InputError(f"--study={study}: must be one of {', '.join(STUDIES)}")
   flat = flatten_config(config)

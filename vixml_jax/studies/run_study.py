@@ -1,6 +1,6 @@
 """Trains and evaluates the runs of a study, and compares them with the config as it is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import logging
@@ -109,12 +109,15 @@ def folder_name(cell: Cell) -> str:
   return "_".join(words.split())
 
 
-def run_study(runs: Sequence[StudyRun], shard: tuple[int, int] = (0, 1)) -> None:
+def run_study(
+  runs: Sequence[StudyRun], shard: tuple[int, int] = (0, 1), show: Callable[[str], None] = lambda text: None
+) -> None:
   """Trains and evaluates the runs of a shard that are not finished. An interrupted run is continued.
 
   Args:
     runs: All runs of the study.
     shard: Number of this shard and number of all shards: run i belongs to shard i modulo the number.
+    show: Receives the table of each run.
 
   Raises:
     InputError: A workdir belongs to a run of another config; nothing was trained.
@@ -128,9 +131,9 @@ def run_study(runs: Sequence[StudyRun], shard: tuple[int, int] = (0, 1)) -> None
       continue
     _log.info("%s: %s", title, json.dumps(dict(run.cell.changes)))
     if run.trained:
-      evaluate_workdir(_with_chosen(run), run.workdir)
+      evaluate_workdir(_with_chosen(run), run.workdir, show)
     else:
-      train_and_evaluate(run.config, run.workdir)
+      train_and_evaluate(run.config, run.workdir, show)
       write_json(run.workdir / _RECORD, _recipe(run.config))
     with new_file(run.results) as partial:
       shutil.copyfile(run.workdir / PER_QUERY, partial)

@@ -1,37 +1,42 @@
 """The training loop: epochs of steps, with query clusters and label centroids refreshed between epochs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
 import logging
 from pathlib import Path
 import time
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 import numpy as np
-from tqdm import tqdm
 
 from vixml_jax.datasets.propensity import inverse_propensity
 from vixml_jax.encoding.item_encoder import ItemEncoder
-from vixml_jax.errors import Preempted
 from vixml_jax.input.batches import TrainingQueries, make_batch, steps_per_epoch
 from vixml_jax.mining.centroids import label_centroids
-from vixml_jax.mining.kmeans import balanced_kmeans
-from vixml_jax.mining.order import cluster_size_at, epoch_order, is_cluster_update, num_query_clusters
+from vixml_jax.mining.order import cluster_size_at, epoch_order, is_cluster_update
+from vixml_jax.mining.sampler import query_clusters
 from vixml_jax.prefetch import prefetched
+from vixml_jax.ragged import Ragged
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer
 from vixml_jax.run.data import RunData
+from vixml_jax.run.goodput import current_shares
 from vixml_jax.run.state import TrainedModel, TrainState, abstract_state, model_part, trained_model
 from vixml_jax.sharded_rows import ShardedRows
+from vixml_jax.stages import stage
 from vixml_jax.training.metric_writer import MetricWriter
 from vixml_jax.training.preemption import Preemption
 from vixml_jax.training.start import initial_checkpoint
 from vixml_jax.training.step import device_batch, make_train_step, step_config
 from vixml_jax.training.step_metrics import StepMetrics
+from vixml_jax.training.step_profiler import StepProfiler
+from vixml_jax.training.trackers import Trackers
 
 _log = logging.getLogger(__name__)
+_ENDED_EARLY = "ended_early"  # Key of a checkpoint's meta.
 
 
 def train(
@@ -49,7 +54,8 @@ def train(
   Everything random is a function of the seed and the step, and a checkpoint holds all else. A run that was killed and
   started again therefore ends with the same parameters to the bit on the same topology.
 
-  Training is initialized by steps 10 to 14 of the list in `experiment.train_and_evaluate`.
+  Training is initialized by steps 10 to 14 of the list in `experiment.train_and_evaluate`. If a callback raises
+  `StopTraining`, training ends as after the last epoch, and the run that is started again does not train any further.
 
   Args:
     config: the whole config.
@@ -67,6 +73,7 @@ def train(
 
   Raises:
     Preempted: after SIGTERM, when the run has been saved.
+    KeyboardInterrupt: after Ctrl-C, when the run has been saved.
     InputError: the loss is not finite; the last good checkpoint is kept.
   """
   mesh = encoder.mesh
@@ -84,14 +91,15 @@ def train(
     checkpoint = checkpointer.restore(step, abstract, len(queries))
     _log.info("resuming at step %d of %d", step, total_steps)
   step, state, clusters, meta = step or 0, checkpoint.state, checkpoint.query_clusters, dict(checkpoint.meta)
-  train_embeddings = None
+  ended, train_embeddings = step == total_steps or ended_early(meta), None
 
   step_fn = make_train_step(how, abstract, mesh)
 
   def save() -> None:
     metrics.flush()  # A state is good only if its loss is finite.
     writer.sync()
-    checkpointer.save(step, Checkpoint(state, clusters, dict(meta)))
+    with stage("save a checkpoint", logged=False):
+      checkpointer.save(step, Checkpoint(state, clusters, dict(meta)))
 
   def save_or_stop() -> None:
     if step % config.checkpoint.every_steps == 0:
@@ -99,15 +107,16 @@ def train(
     if preemption.asked(step):
       save()
       checkpointer.wait()
-      raise Preempted(f"saved step {step}; start the same command again to continue")
+      raise preemption.error(step)
 
   with (
-    MetricWriter(workdir, step) as writer,
-    tqdm(total=total_steps, initial=step, desc="train", unit="step", disable=None) as progress,
+    MetricWriter(workdir, step, lambda: Trackers(config, workdir)) as writer,
+    StepProfiler(workdir, config.profile.steps) as profiler,
+    stage("train", total=total_steps, unit="step", done=step, logged=False) as progress,
     Preemption(checkpointer.reached_preemption) as preemption,
   ):
     metrics = StepMetrics(writer, progress, num_steps, config.train.log_every_steps, checkpointer.last_saved)
-    while step < total_steps:
+    while not ended:
       epoch, first = divmod(step, num_steps)
       order = epoch_order(config.seed, epoch, len(queries), clusters)
       make = functools.partial(
@@ -118,56 +127,80 @@ def train(
       with contextlib.closing(prefetched(made, "batches")) as batches:
         for batch in batches:
           on_mesh = device_batch(batch, encoder.features, mesh)
+          profiler.before(step + 1)
           with jax.transfer_guard("disallow"):
             state, values = step_fn(state, encoder.frozen, on_mesh)
           step += 1
+          profiler.after(step, values)
           meta["tokens"] += batch.items.num_tokens
           metrics.add(step, values)
+          if metrics.stop_asked:
+            break
           if step % num_steps:  # The last step of an epoch is saved with the clusters and centroids made after it.
             meta["train_seconds"] += time.monotonic() - started
             save_or_stop()
             started = time.monotonic()
 
       metrics.flush()
-      clusters = _refreshed_clusters(config, state, clusters, len(queries), epoch)
-      if encoder.model.has_centroids:
-        state.centroids.delete()  # Frees the memory for the new ones.
-      embedded, labels = state.bank, queries.labels
-      if step == total_steps:
-        state, train_embeddings = _embed_training_queries(encoder, state, data)
-        embedded, labels = train_embeddings.values, data.corpus.train_labels
-      if encoder.model.has_centroids:
-        state = dataclasses.replace(state, centroids=label_centroids(embedded, labels, data.num_labels))
-      loss = metrics.epoch_mean_loss()
+      ended = step == total_steps or metrics.stop_asked
+      if not metrics.stop_asked:
+        clusters = _refreshed_clusters(config, state, clusters, len(queries), epoch)
+      if ended:
+        state, train_embeddings = _with_final_centroids(encoder, state, data)
+      else:
+        state = _with_centroids(encoder, state, state.bank, queries.labels, data.num_labels)
       meta["train_seconds"] += time.monotonic() - started
-      writer.write(step, epoch, "epoch", {"mean_loss": loss, "train_seconds": meta["train_seconds"]})
+      loss = metrics.end_epoch(step, epoch, meta["train_seconds"])
+      if shares := current_shares():
+        writer.write(step, epoch, "goodput", shares)
       _log.info("epoch %d of %d: mean loss %.4f", epoch + 1, config.train.epochs, loss)
-      if _is_evaluated(config, epoch) and step < total_steps:
-        writer.write(
-          step, epoch, config.eval.split, evaluate(trained_model(step, meta, model_part(state), data.num_labels))
-        )
+      if _is_evaluated(config, epoch) and not ended:
+        model = trained_model(step, meta, model_part(state), data.num_labels)
+        metrics.evaluated(step, epoch, config.eval.split, evaluate(model))
+        if metrics.stop_asked:
+          ended, (state, train_embeddings) = True, _with_final_centroids(encoder, state, data)
+      if step < total_steps and ended:
+        meta[_ENDED_EARLY] = True
       save_or_stop()
 
     if not total_steps:
-      state, train_embeddings = _embed_training_queries(encoder, state, data)
-      if encoder.model.has_centroids:
-        centroids = label_centroids(train_embeddings.values, data.corpus.train_labels, data.num_labels)
-        state = dataclasses.replace(state, centroids=centroids)
+      state, train_embeddings = _with_final_centroids(encoder, state, data)
     if checkpointer.latest_step() != step:
       save()
   checkpointer.wait()
   return trained_model(step, meta, model_part(state), data.num_labels, train_embeddings)
 
 
-def _embed_training_queries(encoder: ItemEncoder, state: TrainState, data: RunData) -> tuple[TrainState, ShardedRows]:
-  """Returns embeddings of all training queries, and the state.
+def ended_early(meta: Mapping[str, Any]) -> bool:
+  """Returns whether a callback ended the run of a checkpoint, which then does not train any further."""
+  return meta.get(_ENDED_EARLY, False)
+
+
+def _with_final_centroids(encoder: ItemEncoder, state: TrainState, data: RunData) -> tuple[TrainState, ShardedRows]:
+  """Returns the state with centroids from a fresh encoding of all training queries, and their embeddings.
 
   Where the bank has a row for each of them, in float32, it receives the embeddings: no other memory is needed.
   """
+  if encoder.model.has_centroids:
+    state.centroids.delete()  # Frees the memory for the embeddings.
   items = data.items["train"]
   fits = len(data.train_rows) == len(items) and state.bank.dtype == np.float32
   embeddings = encoder.embed_rows(state.params, items, "training queries", into=state.bank if fits else None)
-  return dataclasses.replace(state, bank=embeddings.values) if fits else state, embeddings
+  if fits:
+    state = dataclasses.replace(state, bank=embeddings.values)
+  state = _with_centroids(encoder, state, embeddings.values, data.corpus.train_labels, data.num_labels)
+  return state, embeddings
+
+
+def _with_centroids(
+  encoder: ItemEncoder, state: TrainState, embeddings: jax.Array, labels: Ragged, num_labels: int
+) -> TrainState:
+  """Returns the state with the label centroids of embedded queries, if the method has centroids."""
+  if not encoder.model.has_centroids:
+    return state
+  if not state.centroids.is_deleted():
+    state.centroids.delete()  # Frees the memory for the new ones.
+  return dataclasses.replace(state, centroids=label_centroids(embeddings, labels, num_labels))
 
 
 def training_queries(config: ConfigDict, data: RunData) -> TrainingQueries:
@@ -190,8 +223,7 @@ def _refreshed_clusters(
   if not is_cluster_update(epoch, mining.start_epoch, mining.update_epochs):
     return clusters
   size = cluster_size_at(epoch, mining.cluster_size, tuple(mining.doubling_epochs))
-  num_clusters = num_query_clusters(num_queries, size)
-  return balanced_kmeans(state.bank, num_clusters, seed=config.seed + epoch, num_rows=num_queries)
+  return query_clusters(state.bank, num_queries, size, config.seed + epoch)
 
 
 def _is_evaluated(config: ConfigDict, epoch: int) -> bool:

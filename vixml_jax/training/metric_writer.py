@@ -1,5 +1,6 @@
-"""Writes metrics to `metrics.jsonl` and TensorBoard; a resumed run continues both without repeats."""
+"""Writes metrics to `metrics.jsonl`, TensorBoard and trackers; a resumed run continues without repeats in the files."""
 
+from collections.abc import Callable
 import contextlib
 import json
 import logging
@@ -12,6 +13,7 @@ import jax
 from vixml_jax.files import new_file, writing
 from vixml_jax.run.workdir import METRICS, TENSORBOARD
 from vixml_jax.training.tensorboard import TensorboardFile
+from vixml_jax.training.trackers import Trackers
 
 _log = logging.getLogger(__name__)
 
@@ -19,8 +21,14 @@ _log = logging.getLogger(__name__)
 class MetricWriter:
   """Writes one JSON object a line: `step`, `epoch`, `split`, `values`. Only the first process writes."""
 
-  def __init__(self, workdir: Path, first_step: int):
-    """Opens the files; lines of steps after `first_step`, written by a run that was killed, are dropped."""
+  def __init__(self, workdir: Path, first_step: int, open_trackers: Callable[[], Trackers] | None = None):
+    """Opens the files; lines of steps after `first_step`, written by a run that was killed, are dropped.
+
+    Args:
+      workdir: folder of the run.
+      first_step: step of the checkpoint that the run continues from.
+      open_trackers: returns trackers that receive the metrics as well; it is called in the first process.
+    """
     self._active = jax.process_index() == 0
     if not self._active:
       return
@@ -31,6 +39,7 @@ class MetricWriter:
     with writing(self._path):
       self._file = self._path.open("a", encoding="utf-8")
     self._tensorboard = TensorboardFile(workdir / TENSORBOARD, first_step + 1)
+    self._trackers = open_trackers() if open_trackers else None
 
   def __enter__(self) -> Self:
     return self
@@ -38,7 +47,7 @@ class MetricWriter:
   def __exit__(self, *exception: object) -> None:
     if not self._active:
       return
-    with contextlib.closing(self._tensorboard), writing(self._path):
+    with self._trackers or contextlib.nullcontext(), contextlib.closing(self._tensorboard), writing(self._path):
       self._file.close()
 
   def write(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None:
@@ -54,6 +63,8 @@ class MetricWriter:
       self._file.write(json.dumps({"step": step, "epoch": epoch, "split": split, "values": values}) + "\n")
       self._file.flush()
     self._tensorboard.add(step, {f"{split}/{name}": value for name, value in values.items()})
+    if self._trackers:
+      self._trackers.log(step, split, values)
 
   def sync(self) -> None:
     """Waits until all lines are on the disk: a checkpoint that survives a power cut must not lack its metrics.

@@ -1,17 +1,25 @@
-"""SIGTERM: a run that the scheduler stops ends its step, saves itself and exits with status 0."""
+"""SIGTERM and Ctrl-C: a run that is asked to stop ends its step and saves itself, so that it can be continued."""
 
 from collections.abc import Callable
+import logging
 import signal
+import threading
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import jax
 
+from vixml_jax.errors import Preempted
+
+_log = logging.getLogger(__name__)
+
 
 class Preemption:
-  """Notices SIGTERM while the `with` block runs.
+  """Notices SIGTERM and Ctrl-C (SIGINT) while the `with` block runs, and restores the former handlers afterwards.
 
-  Several processes must stop at the same step: the handler of `jax.distributed` takes care of that and stays.
+  A second Ctrl-C stops the run at once; it then continues from its last checkpoint. Python allows only the main thread
+  to receive signals: in another thread, nothing is noticed and nothing is changed. Several processes must stop at the
+  same step: the handler of `jax.distributed` takes care of SIGTERM and stays.
 
   Args:
     reached: whether the processes agreed to stop at a step; used with several processes.
@@ -20,20 +28,33 @@ class Preemption:
   def __init__(self, reached: Callable[[int], bool]):
     self._reached = reached
     self._alone = jax.process_count() == 1
-    self._received = False
+    self._received: int | None = None
+    self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> Self:
-    if self._alone:
-      self._previous = signal.signal(signal.SIGTERM, self._receive)
+    if self._alone and threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        # A shell ignores the Ctrl-C of its background jobs, and a handler outside of Python cannot be restored.
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+          self._previous[number] = signal.signal(number, self._receive)
     return self
 
   def __exit__(self, *exception: object) -> None:
-    if self._alone:
-      signal.signal(signal.SIGTERM, self._previous)
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
 
   def asked(self, step: int) -> bool:
     """Returns whether the run must stop after this step."""
-    return self._received if self._alone else self._reached(step)
+    return self._received is not None if self._alone else self._reached(step)
+
+  def error(self, step: int) -> Preempted | KeyboardInterrupt:
+    """Returns what a run raises after it has saved a step."""
+    message = f"saved step {step}; start the same command again to continue"
+    return KeyboardInterrupt(message) if self._received == signal.SIGINT else Preempted(message)
 
   def _receive(self, number: int, frame: FrameType | None) -> None:
-    self._received = True
+    if number == signal.SIGINT:
+      if self._received == signal.SIGINT:
+        raise KeyboardInterrupt
+      _log.warning("the run is saved after this step, and then stops; Ctrl-C again stops it at once")
+    self._received = number

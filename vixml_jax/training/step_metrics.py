@@ -1,4 +1,4 @@
-"""Metrics of training steps: fetched one step late, checked to be finite, averaged over the epoch, written."""
+"""Metrics of training steps: fetched a step late, checked to be finite, averaged over epochs, written and reported."""
 
 from collections.abc import Callable
 import logging
@@ -6,9 +6,9 @@ import math
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, StopTraining
+from vixml_jax.stages import Stage, report_evaluation, report_step
 from vixml_jax.training.metric_writer import MetricWriter
 
 _log = logging.getLogger(__name__)
@@ -21,20 +21,24 @@ class StepMetrics:
 
   Args:
     writer: where metrics go.
-    progress: progress bar of the run; its total is the number of steps.
+    progress: the stage of training; its units are steps.
     steps_per_epoch: batches in an epoch.
     log_every_steps: steps from one written line to the next.
     last_saved: returns the step of the newest checkpoint once everything is on disk; for the error message.
+
+  Attributes:
+    stop_asked: whether a callback has raised `StopTraining`.
   """
 
   def __init__(
     self,
     writer: MetricWriter,
-    progress: tqdm,
+    progress: Stage,
     steps_per_epoch: int,
     log_every_steps: int,
     last_saved: Callable[[], int | None],
   ):
+    self.stop_asked = False
     self._writer, self._progress = writer, progress
     self._steps_per_epoch, self._log_every_steps = steps_per_epoch, log_every_steps
     self._last_saved = last_saved
@@ -45,7 +49,7 @@ class StepMetrics:
     """Takes the metrics of a step that was started, and fetches those of the step before."""
     self.flush()
     self._pending = step, metrics
-    self._progress.update()
+    self._progress.advance()
 
   def flush(self) -> None:
     """Fetches the metrics of the last step. A state may only be saved after this: its loss was finite.
@@ -66,12 +70,26 @@ class StepMetrics:
     self._losses.append(values["loss"])
     if step % self._log_every_steps == 0:
       self._writer.write(step, (step - 1) // self._steps_per_epoch, "train", values)
-      if self._progress.disable:
-        _log.info("step %d of %d: loss %.4f", step, self._progress.total, values["loss"])
-    self._progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+    try:
+      report_step(step, values)
+    except StopTraining as stop:
+      self._stop(stop)
 
-  def epoch_mean_loss(self) -> float:
-    """Returns the mean loss of the epoch's steps in this process, and starts the next epoch; nan without steps."""
+  def evaluated(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None:
+    """Writes and reports the metrics of an evaluation between epochs."""
+    self._writer.write(step, epoch, split, values)
+    try:
+      report_evaluation(step, values)
+    except StopTraining as stop:
+      self._stop(stop)
+
+  def end_epoch(self, step: int, epoch: int, train_seconds: float) -> float:
+    """Writes and returns the mean loss of the epoch's steps in this process; nan without steps."""
     mean = float(np.mean(self._losses)) if self._losses else math.nan
     self._losses = []
+    self._writer.write(step, epoch, "epoch", {"mean_loss": mean, "train_seconds": train_seconds})
     return mean
+
+  def _stop(self, reason: StopTraining) -> None:
+    self.stop_asked = True
+    _log.info("training ends early%s", f": {reason}" if str(reason) else "")

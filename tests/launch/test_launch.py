@@ -12,105 +12,11 @@ import time
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-LAUNCH = ROOT / "launch"
-SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+from tests.launch.machine import CONFIG, FAKE, FIELDS, LAUNCH, POD, ROOT, TRAINING, WHERE, commands_of, option
 
-WHERE = ["--project=p", "--zone=us-a1-z"]
-POD = [*WHERE, "--name=pod", "--bucket=gs://b"]
-CONFIG = "--config=configs/lf_amazon_1.3m.py:encoder=bert,images=3"
-FIELDS = """--config.dataset.text_fields=('title', "it's $HOME")"""
-TRAINING = ["--", CONFIG, FIELDS]
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 DESCRIBE = ["gcloud", "compute", "tpus", "queued-resources", "describe", "pod", *WHERE, "--format=value(state.state)"]
 DELETE = ["gcloud", "compute", "tpus", "queued-resources", "delete", "pod", *WHERE, "--force", "--quiet"]
-
-# Replaces every program that a launcher calls: records its arguments and prints the next line of its file of answers
-# (";" is a new line, "!" a failure). The last line of the file is repeated.
-FAKE = r"""#!/usr/bin/env bash
-program=$(basename "$0")
-{ printf '%s' "$program"; printf '\037%s' "$@"; printf '\n'; } >> "$FAKE/calls"
-case "$program $*" in
-  *" ssh "*) answers=$FAKE/ssh ;;
-  *"queued-resources describe"*) answers=$FAKE/describe ;;
-  *"storage cat"*) answers=$FAKE/cat ;;
-  *) answers=$FAKE/$program ;;
-esac
-[[ -s $answers ]] || exit 0
-answer=$(head -n 1 "$answers")
-[[ $(wc -l < "$answers") == 1 ]] || sed -i 1d "$answers"
-[[ $answer != '!'* ]] || exit "${answer#!}"
-printf '%s\n' "${answer//;/$'\n'}"
-"""
-
-
-class Machine:
-  """A folder of replaced programs with their answers and the calls that they received."""
-
-  def __init__(self, folder: Path):
-    self.folder = folder
-    self.bin = folder / "bin"
-    self.bin.mkdir()
-    self.env = {
-      "PATH": f"{self.bin}:{os.environ['PATH']}",
-      "HOME": str(folder),
-      "FAKE": str(folder),
-      "HOSTNAME": "host",
-      "TMPDIR": str(folder),
-    }
-
-  def replace(self, *programs: str) -> None:
-    for program in programs:
-      (self.bin / program).write_text(FAKE)
-      (self.bin / program).chmod(0o755)
-
-  def answer(self, what: str, *lines: str) -> None:
-    (self.folder / what).write_text("".join(f"{line}\n" for line in lines))
-
-  def calls(self) -> list[list[str]]:
-    path = self.folder / "calls"
-    return [line.split("\037") for line in path.read_text().splitlines()] if path.exists() else []
-
-  def run(self, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-      ["bash", LAUNCH / script, *arguments], env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-
-
-@pytest.fixture
-def machine(tmp_path):
-  machine = Machine(tmp_path)
-  # No test may reach the real programs.
-  machine.replace(
-    "git",
-    "gcloud",
-    "xpk",
-    "kubectl",
-    "docker",
-    "sbatch",
-    "srun",
-    "scontrol",
-    "sudo",
-    "systemctl",
-    "systemd-run",
-    "curl",
-    "mountpoint",
-    "gcsfuse",
-    "uv",
-    "python3",
-  )
-  return machine
-
-
-def _printed(result: subprocess.CompletedProcess) -> list[list[str]]:
-  """Returns the commands of a dry run, as a shell parses them."""
-  assert result.returncode == 0, result.stderr
-  return [shlex.split(line) for line in result.stdout.splitlines() if not line.startswith("#")]
-
-
-def _option(command: list[str], name: str) -> str:
-  (value,) = (word.partition("=")[2] for word in command if word.startswith(f"--{name}="))
-  return value
-
 
 # All scripts.
 
@@ -130,7 +36,7 @@ def test_shellcheck_finds_nothing():
 
 # Script, arguments, and words of its error.
 REFUSED = {
-  "no command": ("tpu_pod.sh", [], "must be one of run, create, wait"),
+  "no command": ("tpu_pod.sh", [], "must be one of run, check, create"),
   "unknown command": ("tpu_pod.sh", ["launch"], "'launch'"),
   "no project": ("tpu_pod.sh", ["create", "--zone=z", "--name=n"], "--project: must be given, or VIXML_PROJECT"),
   "no zone": ("tpu_pod.sh", ["wait", "--project=p", "--name=n"], "--zone: must be given"),
@@ -149,6 +55,22 @@ REFUSED = {
   "no number": ("tpu_pod.sh", ["run", *POD, "--max_restarts=many"], "--max_restarts=many: must be a whole number"),
   "no cluster": ("gke_xpk.sh", ["list", *WHERE], "--cluster: must be given"),
   "no image": ("gke_xpk.sh", ["submit", *WHERE, "--cluster=c", "--name=w", "--type=v6e-16"], "--image: must be given"),
+  "slices": ("gke_xpk.sh", ["cluster", *WHERE, "--num_slices=0"], "--num_slices=0: must be at least 1"),
+  "hours": ("tpu_pod.sh", ["run", *POD, "--max_hours=0"], "--max_hours=0: must be a number above 0"),
+  "price": ("gke_xpk.sh", ["submit", *WHERE, "--price_per_chip_hour=$3"], "must be a number above 0"),
+  "compile cache": (
+    "tpu_pod.sh",
+    ["run", *POD, "--compile_cache=gs://other/x"],
+    "must be a folder of the bucket, as gs",
+  ),
+  "every run": ("tpu_pod.sh", ["train", *POD, "--run=*", *TRAINING], "--run=*: must be letters, digits"),
+  "name with a space": ("gke_xpk.sh", ["delete", *WHERE, "--cluster=c", "--name=my run"], "--name=my run: must be"),
+  "weights of every name": ("tpu_pod.sh", ["stage", *POD, "--data_dir=/*"], "--data_dir=/*: no such folder"),
+  "training flag": (
+    "slurm.sh",
+    ["--time=1", "--workdir=w", "--data_dir=d", "--", CONFIG, "train.epochs=3"],
+    "is not a",
+  ),
   "unknown command of GKE": ("gke_xpk.sh", ["run"], "'run': must be cluster, image"),
   "nothing to stage": ("gke_xpk.sh", ["stage", *WHERE, "--bucket=b"], "nothing to stage"),
   "no time": ("slurm.sh", ["--workdir=w", "--data_dir=d"], "--time: must be given"),
@@ -181,11 +103,27 @@ def test_help_names_every_flag(script, machine):
   assert "--dry-run" in told
 
 
+@pytest.mark.parametrize("flag", ["--dry-run", "--dry_run", "-dry-run", "--help", "--max_restarts=3"])
+@pytest.mark.parametrize(
+  ("script", "flags"),
+  [
+    ("tpu_pod.sh", ["run", *POD, "--type=v5litepod-16"]),
+    ("gke_xpk.sh", ["submit", *WHERE, "--cluster=c", "--name=w", "--type=v6e-16", "--image=i", "--bucket=b"]),
+    ("slurm.sh", ["--time=1", "--workdir=w", "--data_dir=d"]),
+  ],
+)
+def test_a_flag_of_the_launcher_after_the_training_flags_starts_nothing(script, flags, flag, machine):
+  result = machine.run(script, *flags, *TRAINING, flag)
+  assert result.returncode == 1 and machine.calls() == []
+  name = flag.partition("=")[0]
+  assert result.stderr == f"error: {name}: is a flag of {script}, not of training; put it before --\n"
+
+
 def test_environment_gives_defaults_and_flags_win(machine):
   result = machine.run(
     "tpu_pod.sh", "delete", "--dry-run", "--zone=there", VIXML_PROJECT="p", VIXML_ZONE="here", VIXML_NAME="pod"
   )
-  assert _printed(result) == [[*DELETE[:6], "--project=p", "--zone=there", "--force", "--quiet"]]
+  assert commands_of(result) == [[*DELETE[:6], "--project=p", "--zone=there", "--force", "--quiet"]]
 
 
 # Cloud TPU.
@@ -201,7 +139,7 @@ def test_environment_gives_defaults_and_flags_win(machine):
   ],
 )
 def test_a_pod_is_asked_for_with_the_image_of_its_snapshot(type_, runtime, machine):
-  assert _printed(machine.run("tpu_pod.sh", "create", "--dry-run", *POD, f"--type={type_}")) == [
+  assert commands_of(machine.run("tpu_pod.sh", "create", "--dry-run", *POD, f"--type={type_}")) == [
     [
       "gcloud",
       "compute",
@@ -219,7 +157,7 @@ def test_a_pod_is_asked_for_with_the_image_of_its_snapshot(type_, runtime, machi
 
 
 def test_a_pod_is_asked_for_as_the_flags_say(machine):
-  (command,) = _printed(
+  (command,) = commands_of(
     machine.run(
       "tpu_pod.sh",
       "create",
@@ -232,14 +170,14 @@ def test_a_pod_is_asked_for_as_the_flags_say(machine):
       "--service-account=a@p",
       "--network=n",
       "--subnetwork=s",
-      "--reservation=r",
+      "--reserved",
       "--internal-ips",
     )
   )
   assert "--runtime-version=new" in command
   assert command[-7:] == [
     "--spot",
-    "--reservation=r",
+    "--reserved",
     "--valid-until-duration=24h",
     "--service-account=a@p",
     "--network=n",
@@ -251,7 +189,7 @@ def test_a_pod_is_asked_for_as_the_flags_say(machine):
 def test_staging_copies_code_data_and_weights(machine):
   for name in ("data", "raw", "my weights"):
     (machine.folder / name).mkdir()
-  printed = _printed(
+  printed = commands_of(
     machine.run(
       "tpu_pod.sh",
       "stage",
@@ -263,10 +201,9 @@ def test_staging_copies_code_data_and_weights(machine):
       f"--weights={machine.folder}/my weights",
     )
   )
-  archive = f"{machine.folder}/vixml-pod.tar.gz"
+  code = f"git -C {ROOT} archive --format=tar.gz v1 | gcloud storage cp - gs://b/code/pod.tar.gz"
   assert printed == [
-    ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={archive}", "v1"],
-    ["gcloud", "storage", "cp", archive, "gs://b/code/pod.tar.gz"],
+    code.split(),
     [
       "gcloud",
       "storage",
@@ -283,33 +220,22 @@ def test_staging_copies_code_data_and_weights(machine):
 
 def test_dry_run_of_a_whole_run_prints_its_commands_in_order_and_runs_none(machine):
   result = machine.run("tpu_pod.sh", "run", "--dry-run", *POD, "--type=v5litepod-16", "--spot", "--delete", *TRAINING)
-  printed = _printed(result)
-  words = ("archive", "cp", "create", "describe", "ssh", "rm", "cat", "delete")
+  printed = commands_of(result)
+  checks = ["auth", "projects", "buckets", "accelerator-types", "ls"]
+  words = [*checks, "archive", "create", "describe", "ssh", "rm", "cat", "delete"]
   kinds = [next(word for word in words if word in line) for line in printed]
-  assert kinds == [
-    "archive",
-    "cp",
-    "create",
-    "describe",
-    "ssh",
-    "rm",
-    "ssh",
-    "describe",
-    "cat",
-    "delete",
-    "create",
-    "delete",
-  ]
+  run = ["archive", "create", "describe", "ssh", "rm", "ssh", "describe", "cat", "delete", "create", "delete"]
+  assert kinds == [*checks, "ls", *run]
   assert all("--worker=all" in line for line in printed if "ssh" in line)
   assert "# when the pod is preempted, at most 20 times" in result.stdout
   assert machine.calls() == []
 
 
 def test_training_flags_reach_the_worker_as_they_were_typed(machine):
-  printed = _printed(machine.run("tpu_pod.sh", "train", "--dry-run", *POD, "--weights=/w/qwen 3b", *TRAINING))
+  printed = commands_of(machine.run("tpu_pod.sh", "train", "--dry-run", *POD, "--weights=/w/qwen 3b", *TRAINING))
   assert printed[0] == ["gcloud", "storage", "rm", "--quiet", "gs://b/runs/pod/state/*"]
   # The remote shell reads the command once more.
-  assert shlex.split(_option(printed[1], "command")) == [
+  assert shlex.split(option(printed[1], "command")) == [
     "bash",
     "vixml/code/launch/tpu_worker.sh",
     "start",
@@ -321,29 +247,29 @@ def test_training_flags_reach_the_worker_as_they_were_typed(machine):
 
 def test_what_is_run_is_what_the_dry_run_prints(machine):
   flags = ["train", *POD, "--run=first", "--internal-ips", *TRAINING]
-  printed = _printed(machine.run("tpu_pod.sh", *flags[:-3], "--dry-run", *TRAINING))
+  printed = commands_of(machine.run("tpu_pod.sh", *flags[:-3], "--dry-run", *TRAINING))
   assert machine.run("tpu_pod.sh", *flags).returncode == 0
   assert machine.calls() == printed
-  assert printed[-1][-1] == "--tunnel-through-iap"
+  assert printed[-1][-1] == "--internal-ip"
 
 
 def test_setup_fetches_the_code_and_runs_its_worker_script(machine):
-  (command,) = _printed(machine.run("tpu_pod.sh", "setup", "--dry-run", *POD))
-  remote = _option(command, "command")
+  (command,) = commands_of(machine.run("tpu_pod.sh", "setup", "--dry-run", *POD))
+  remote = option(command, "command")
   assert "gcloud storage cat gs://b/code/pod.tar.gz | tar -xzf - -C vixml/code" in remote
   assert remote.startswith("set -o pipefail; ")
   assert remote.endswith("bash vixml/code/launch/tpu_worker.sh setup b")
 
 
 def test_logs_status_and_stop(machine):
-  assert _printed(machine.run("tpu_pod.sh", "status", "--dry-run", *POD)) == [
+  assert commands_of(machine.run("tpu_pod.sh", "status", "--dry-run", *POD)) == [
     DESCRIBE,
     ["gcloud", "storage", "cat", "gs://b/runs/pod/state/*"],
   ]
-  (logs,) = _printed(machine.run("tpu_pod.sh", "logs", "--dry-run", *POD, "--worker=3"))
-  assert "--worker=3" in logs and _option(logs, "command") == "tail -n 100 -F vixml/runs/pod/logs/worker-3.log"
-  (stop,) = _printed(machine.run("tpu_pod.sh", "stop", "--dry-run", *POD))
-  assert "--worker=all" in stop and _option(stop, "command") == "bash vixml/code/launch/tpu_worker.sh stop"
+  (logs,) = commands_of(machine.run("tpu_pod.sh", "logs", "--dry-run", *POD, "--worker=3"))
+  assert "--worker=3" in logs and option(logs, "command") == "tail -n 100 -F vixml/runs/pod/logs/worker-3.log"
+  (stop,) = commands_of(machine.run("tpu_pod.sh", "stop", "--dry-run", *POD))
+  assert "--worker=all" in stop and option(stop, "command") == "bash vixml/code/launch/tpu_worker.sh stop"
 
 
 def test_wait_looks_until_the_pod_is_active(machine):
@@ -380,7 +306,7 @@ def _kinds(machine):
   kinds = []
   for call in machine.calls():
     if "ssh" in call:
-      kinds.append("setup" if "setup" in _option(call, "command") else "start")
+      kinds.append("setup" if "setup" in option(call, "command") else "start")
     elif call[3:4] == ["queued-resources"]:
       kinds += [names[call[4]]] if call[4] in names else []
   return kinds
@@ -474,6 +400,8 @@ def test_setup_of_a_worker_mounts_copies_and_installs(vm):
     ["gcloud", "storage", "rsync", "--recursive", f"gs://b/{name}", str(home / name)] for name in ("data", "weights")
   ]
   assert calls[-1][-4:] == ["-c", "constraints.txt", "-e", ".[tpu,scann]"]
+  (uv,) = (call for call in calls if call[0] == "python3")
+  assert re.fullmatch(r"uv==\d+\.\d+\.\d+", uv[-1])
   assert not list((home / "bucket").glob(".probe*"))
 
 
@@ -546,8 +474,8 @@ def test_what_an_earlier_attempt_said_does_not_count(machine):
 
 
 def test_the_words_of_a_preempted_run_are_those_that_the_worker_looks_for():
-  loop = (ROOT / "vixml_jax/training/loop.py").read_text()
-  assert re.search(r'Preempted\(f"saved step \{[\w.]+\}; start the same command again', loop)
+  preemption = (ROOT / "vixml_jax/training/preemption.py").read_text()
+  assert re.search(r'f"saved step \{[\w.]+\}; start the same command again', preemption)
   assert "'^saved step .*start the same command again'" in (LAUNCH / "train_worker.sh").read_text()
 
 
@@ -622,12 +550,20 @@ def test_a_worker_copies_data_once(machine):
 
 # GKE.
 
-GKE = [*WHERE, "--cluster=c", "--name=work", "--type=v5litepod-16", "--image=us-docker.pkg.dev/p/r/vixml:1"]
+GKE = [
+  *WHERE,
+  "--cluster=c",
+  "--name=work",
+  "--type=v5litepod-16",
+  "--bucket=b",
+  "--image=us-docker.pkg.dev/p/r/vixml:1",
+]
 
 
 def test_a_workload_runs_the_worker_with_the_bucket_mounted(machine):
   flags = [*GKE, "--run=first", "--weights=/w/qwen", "--max_restarts=7", *TRAINING]
-  (command,) = _printed(machine.run("gke_xpk.sh", "submit", "--dry-run", *flags))
+  *checks, command = commands_of(machine.run("gke_xpk.sh", "submit", "--dry-run", *flags))
+  assert all(check[0] == "gcloud" for check in checks)
   assert command[:-1] == [
     "xpk",
     "workload",
@@ -642,7 +578,7 @@ def test_a_workload_runs_the_worker_with_the_bucket_mounted(machine):
     "--termination-grace-period-seconds=600",
     *WHERE,
   ]
-  assert shlex.split(_option(command, "command")) == [
+  assert shlex.split(option(command, "command")) == [
     "exec",
     "bash",
     "launch/train_worker.sh",
@@ -661,11 +597,11 @@ def test_a_workload_runs_the_worker_with_the_bucket_mounted(machine):
     "--distributed",
   ]
   assert machine.run("gke_xpk.sh", "submit", *flags).returncode == 0
-  assert machine.calls() == [command]
+  assert machine.calls() == [*checks, command]
 
 
 def test_cluster_storage_and_image(machine):
-  (cluster,) = _printed(machine.run("gke_xpk.sh", "cluster", "--dry-run", *GKE, "--spot"))
+  (cluster,) = commands_of(machine.run("gke_xpk.sh", "cluster", "--dry-run", *GKE, "--spot"))
   assert cluster == [
     "xpk",
     "cluster",
@@ -678,16 +614,18 @@ def test_cluster_storage_and_image(machine):
     "--enable-workload-identity",
     "--enable-gcsfuse-csi-driver",
   ]
-  (storage,) = _printed(machine.run("gke_xpk.sh", "storage", "--dry-run", *GKE, "--bucket=gs://b"))
+  (storage,) = commands_of(machine.run("gke_xpk.sh", "storage", "--dry-run", *GKE, "--bucket=gs://b"))
   assert storage[:5] == ["xpk", "storage", "attach", "vixml-bucket", "--type=gcsfuse"]
   assert {"--bucket=b", "--mount-point=/bucket", "--readonly=false", "--no-prefetch-metadata"} <= set(storage)
-  assert _option(storage, "mount-options").split(",") == [
+  assert option(storage, "mount-options").split(",") == [
     "implicit-dirs",
     "metadata-cache:ttl-secs:0",
     "metadata-cache:negative-ttl-secs:0",
     "file-system:rename-dir-limit:0",
+    "uid=1000",
+    "gid=1000",
   ]
-  (image,) = _printed(machine.run("gke_xpk.sh", "image", "--dry-run", *GKE))
+  (image,) = commands_of(machine.run("gke_xpk.sh", "image", "--dry-run", *GKE))
   assert image == [
     "docker",
     "buildx",
@@ -701,26 +639,25 @@ def test_cluster_storage_and_image(machine):
 
 
 def test_list_logs_and_delete(machine):
-  assert _printed(machine.run("gke_xpk.sh", "list", "--dry-run", *GKE)) == [
+  assert commands_of(machine.run("gke_xpk.sh", "list", "--dry-run", *GKE)) == [
     ["xpk", "workload", "list", "--cluster=c", *WHERE]
   ]
-  credentials, logs = _printed(machine.run("gke_xpk.sh", "logs", "--dry-run", *GKE))
+  credentials, logs = commands_of(machine.run("gke_xpk.sh", "logs", "--dry-run", *GKE))
   assert credentials[:5] == ["gcloud", "container", "clusters", "get-credentials", "c"]
   assert "--region=us-a1" in credentials
   assert logs[:3] == ["kubectl", "logs", "--selector=xpk.google.com/workload=work"]
-  assert _printed(machine.run("gke_xpk.sh", "delete", "--dry-run", *GKE)) == [
+  assert commands_of(machine.run("gke_xpk.sh", "delete", "--dry-run", *GKE)) == [
     ["xpk", "workload", "delete", "--cluster=c", "--workload=work", *WHERE, "--force"]
   ]
 
 
-def test_the_image_gets_what_its_dockerfile_copies():
-  copied = [
-    word
-    for line in (LAUNCH / "Dockerfile").read_text().splitlines()
-    if line.startswith("COPY ")
-    for word in line.split()[1:-1]
-  ]
-  allowed = {line[1:] for line in (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cuda"])
+def test_the_image_gets_what_its_dockerfile_copies_and_does_not_run_as_root(name):
+  lines = (LAUNCH / name).read_text().splitlines()
+  copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+  assert "ARG user=vixml" in lines and "USER ${user}" in lines
+  assert re.fullmatch(r"FROM python:3\.11\.\d+-slim-\w+", next(line for line in lines if line.startswith("FROM")))
+  allowed = {line[1:] for line in (LAUNCH / f"{name}.dockerignore").read_text().splitlines() if line[:1] == "!"}
   assert set(copied) == allowed
   assert not [name for name in copied if not (ROOT / name).exists()]
 
@@ -735,7 +672,7 @@ def test_a_job_is_submitted_with_time_to_save_and_leave_to_requeue(machine):
   flags = [*SLURM, f"--workdir={workdir}", "--partition=gpu", "--account=a", "--max_restarts=3"]
   result = machine.run("slurm.sh", *flags, "--dry-run", *TRAINING)
   assert not workdir.exists()
-  printed = _printed(result)
+  printed = commands_of(result)
   assert printed == [
     ["mkdir", "-p", str(workdir)],
     [
@@ -757,6 +694,7 @@ def test_a_job_is_submitted_with_time_to_save_and_leave_to_requeue(machine):
       "/venv/bin/python",
       str(workdir),
       "3",
+      "",
       CONFIG,
       FIELDS,
       "--config.dataset.data_dir=/d ata",
@@ -770,7 +708,9 @@ def test_a_job_is_submitted_with_time_to_save_and_leave_to_requeue(machine):
 def _job(machine, **env):
   workdir = machine.folder / "run"
   (workdir / "state").mkdir(parents=True, exist_ok=True)
-  return machine.run("slurm.sbatch", "/venv/bin/python", str(workdir), "3", CONFIG, FIELDS, SLURM_JOB_ID="12", **env)
+  return machine.run(
+    "slurm.sbatch", "/venv/bin/python", str(workdir), "3", "", CONFIG, FIELDS, SLURM_JOB_ID="12", **env
+  )
 
 
 def test_a_job_prepares_once_and_trains_on_all_gpus(machine):

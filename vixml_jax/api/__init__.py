@@ -1,0 +1,1 @@
+"""The Python interface on which the commands stand: data sets, training, trained models."""

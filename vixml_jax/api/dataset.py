@@ -1,0 +1,214 @@
+"""Data sets for `train`: a raw folder, a table, or the set in this package."""
+
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import functools
+import hashlib
+import os
+from pathlib import Path
+import tempfile
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vixml_jax import datasets
+from vixml_jax.datasets import raw, raw_rows
+from vixml_jax.datasets.builders import BUILDERS
+from vixml_jax.datasets.prepared import EMBEDDED
+from vixml_jax.datasets.records import Record, Records
+from vixml_jax.errors import InputError
+from vixml_jax.files import fingerprint_of, locked, make_folder
+
+_DATA = Path("data")  # As `dataset.data_dir` of the configs.
+
+
+class LabeledQuery(NamedTuple):
+  """A query of a data set.
+
+  Attributes:
+    query: The query as `Model.predict` takes it; `deny` has the labels that are not scored for it.
+    labels: Uids of its labels.
+  """
+
+  query: dict[str, Any]
+  labels: list[str]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Dataset:
+  """Training queries, test queries and labels, with texts and optional images.
+
+  One of `from_table`, `from_folder` and `embedded` makes it. Nothing is converted until the set is used.
+
+  Attributes:
+    name: Name of the data set: "custom", or that of a published one.
+    raw_dir: Folder of the raw files.
+    data_dir: Folder for what is made from them: the converted set, tokens, vectors of images.
+  """
+
+  name: str
+  raw_dir: Path
+  data_dir: Path
+
+  @classmethod
+  def from_table(
+    cls,
+    data: Any,
+    labels: Any = None,
+    *,
+    test: Any = None,
+    columns: Mapping[str, str | None] | None = None,
+    separator: str | None = None,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+  ) -> "Dataset":
+    """Makes a data set from a table with a row for each query: its text, its labels, and optionally more.
+
+    Args:
+      data: A file of CSV, JSON lines or Parquet, or a table in memory; see `vixml_jax.tables.write_raw_folder`.
+      labels: Table of the labels; None if the names in `data` are all that is known about them.
+      test: Table of the test queries; None to take a share of `data`.
+      columns: Names of the columns, if they are not found by themselves.
+      separator: What separates the labels in a text, such as "|".
+      test_fraction: Share of the rows that become test queries.
+      seed: Seed of their choice.
+      folder: Folder that the data set is written to; None for one in `data/` that is named by a hash of the contents.
+
+    Raises:
+      InputError: The table cannot be used; the message names the row or the column.
+
+    Example:
+      >>> table = [{"text": "red wool socks", "labels": ["socks", "red"]}, {"text": "rain boots", "labels": ["boots"]}]
+      >>> Dataset.from_table(table, folder=tmp / "shoes").num_labels
+      3
+    """
+    from vixml_jax.tables import write_raw_folder
+
+    def write(to: Path) -> None:
+      write_raw_folder(
+        data, to, labels=labels, test=test, columns=columns, separator=separator, test_fraction=test_fraction, seed=seed
+      )
+
+    if folder is None:
+      folder = _written_by_contents(write)
+    else:
+      write(Path(folder) / "raw")
+    return cls.from_folder(Path(folder) / "raw", data_dir=folder)
+
+  @classmethod
+  def from_folder(
+    cls, raw_dir: str | os.PathLike[str], *, data_dir: str | os.PathLike[str] | None = None, name: str = "custom"
+  ) -> "Dataset":
+    """Opens a raw folder with `trn.json.gz`, `tst.json.gz` and `lbl.json.gz`, or the archives of a published set.
+
+    Args:
+      raw_dir: The folder, or an archive.
+      data_dir: Folder for what is made from the raw files. None for a folder of its own in `data/`, or for `data/`
+        itself if the set is a published one.
+      name: "custom", or the name of a published data set, whose numbers of rows are then checked.
+
+    Raises:
+      InputError: The folder or one of its files is missing, or the name is unknown.
+
+    Example:
+      >>> Dataset.from_folder(raw_folder).num_labels
+      24
+    """
+    raw_dir = Path(raw_dir)
+    if name not in BUILDERS:
+      raise InputError(f"name={name!r}: there is no such data set; choose from {', '.join(BUILDERS)}")
+    raw.find_files(raw_dir)
+    if data_dir is None:
+      data_dir = _DATA
+      if name == "custom":
+        data_dir /= f"{raw_dir.name}-{hashlib.sha256(os.fsencode(raw_dir.absolute())).hexdigest()[:8]}"
+    return cls(name, raw_dir, Path(data_dir))
+
+  @classmethod
+  def embedded(cls, data_dir: str | os.PathLike[str] = _DATA) -> "Dataset":
+    """Opens MM-Icons-9K, the data set in this package: from names and images of icons to their tags.
+
+    Args:
+      data_dir: Folder for what is made from it.
+
+    Example:
+      >>> Dataset.embedded()
+      Dataset('mm_icons_9k', queries=17083, test_queries=5646, labels=9527, images=True)
+    """
+    ((name, folder),) = EMBEDDED.items()
+    return cls(name, folder, Path(data_dir))
+
+  @property
+  def num_queries(self) -> int:
+    """Number of training queries."""
+    return self._counts["train"]
+
+  @property
+  def num_test_queries(self) -> int:
+    """Number of test queries."""
+    return self._counts["test"]
+
+  @property
+  def num_labels(self) -> int:
+    """Number of labels."""
+    return self._counts["labels"]
+
+  @property
+  def has_images(self) -> bool:
+    """Whether the raw files have images."""
+    return any(files.images is not None for files in raw.find_files(self.raw_dir).values())
+
+  def __repr__(self) -> str:
+    return (
+      f"Dataset({self.name!r}, queries={self.num_queries}, test_queries={self.num_test_queries}, "
+      f"labels={self.num_labels}, images={self.has_images})"
+    )
+
+  def queries(self, split: str = "test") -> Iterator[LabeledQuery]:
+    """Yields the queries of a split with their labels, in the order of the raw files.
+
+    The set is converted first, if that has not been done.
+
+    Args:
+      split: "test" or "train".
+
+    Raises:
+      InputError: The raw files are wrong, or the split is unknown.
+
+    Example:
+      >>> first = next(Dataset.from_folder(raw_folder).queries("train"))
+      >>> first.query["title"], first.labels[:1]
+      ('arrow right file', ['label/0'])
+    """
+    if split not in ("test", "train"):
+      raise InputError(f"split={split!r}: must be test or train")
+    builder = datasets.prepare(self.name, self.raw_dir, self.data_dir)
+    uids = [record.text(("uid",)) for batch in Records(builder, "labels").batches() for record in batch]
+    for batch in Records(builder, split).batches():
+      yield from (_labeled_query(record, uids) for record in batch)
+
+  @functools.cached_property
+  def _counts(self) -> dict[str, int]:
+    return {split: raw_rows.count_rows(files) for split, files in raw.find_files(self.raw_dir).items()}
+
+
+def _labeled_query(record: Record, uids: list[str]) -> LabeledQuery:
+  query: dict[str, Any] = {key: record.text((key,)) for key in ("uid", "title", "content")}
+  images = [image for _, image in record.images()]
+  denied = [uids[label] for label in record.numbers("filter_ind", np.int32)]
+  query |= ({"images": images} if images else {}) | ({"deny": denied} if denied else {})
+  return LabeledQuery(query, [uids[label] for label in record.numbers("target_ind", np.int32)])
+
+
+def _written_by_contents(write: Callable[[Path], None]) -> Path:
+  """Writes a raw folder into one of `data/` whose name is a hash of its files, and returns that folder."""
+  make_folder(_DATA)
+  with tempfile.TemporaryDirectory(dir=_DATA, prefix="table-") as work:
+    write(Path(work) / "raw")
+    digest = fingerprint_of(raw.sha256_of_files(raw.find_files(Path(work) / "raw")))
+    folder = _DATA / f"table-{digest[:12]}"
+    with locked(folder / "raw.lock"):
+      if not (folder / "raw").exists():
+        (Path(work) / "raw").rename(folder / "raw")
+  return folder

@@ -1,0 +1,56 @@
+"""Copies what inference needs from a workdir to a folder of its own, which is a workdir without a training state."""
+
+from pathlib import Path
+import shutil
+
+from vixml_jax.errors import InputError
+from vixml_jax.files import new_folder
+from vixml_jax.manifest import MANIFEST, read_manifest, write_hashes
+from vixml_jax.run.workdir import (
+  CHECKPOINTS,
+  CONFIG,
+  EVALUATION,
+  FINAL_METRICS,
+  INDEX,
+  INFERENCE_INFO,
+  REPORT,
+  TOKENIZER,
+)
+from vixml_jax.search import snapshots
+
+# Items of a checkpoint that only training reads: optimizer state, embedding bank and query clusters.
+_TRAINING_ITEMS = ("training", "mining")
+
+
+def save_for_inference(workdir: Path, step: int, target: Path) -> None:
+  """Copies config, checkpoint, tokenizer, label index and results; the copy has no training state.
+
+  Args:
+    workdir: Folder of a run, or of an earlier copy.
+    step: Step of the checkpoint, whose files have been checked.
+    target: Folder to make.
+
+  Raises:
+    InputError: The target exists, or the disk is full.
+  """
+  if target.exists():
+    raise InputError(f"{target}: exists; give the path of a new folder")
+  with new_folder(target) as work:
+    for name in (CONFIG, INFERENCE_INFO):
+      shutil.copyfile(workdir / name, work / name)
+    for name in (FINAL_METRICS, EVALUATION, REPORT):
+      if (workdir / name).exists():
+        shutil.copyfile(workdir / name, work / name)
+    shutil.copytree(workdir / TOKENIZER, work / TOKENIZER)
+    _copy_checkpoint(workdir / CHECKPOINTS / str(step), work / CHECKPOINTS / str(step))
+    current = snapshots.read_current(workdir / INDEX)
+    shutil.copytree(current.path, work / INDEX / current.path.name)
+    (work / INDEX / snapshots.CURRENT).write_text(current.pointer, encoding="utf-8")
+
+
+def _copy_checkpoint(source: Path, target: Path) -> None:
+  """Copies a step without the items of training, and lists in its manifest what is left."""
+  shutil.copytree(source, target, ignore=lambda folder, names: set(names) & {*_TRAINING_ITEMS, MANIFEST})
+  if (source / MANIFEST).exists():
+    files = read_manifest(source)
+    write_hashes(target / MANIFEST, {name: files[name] for name in files if name.split("/")[0] not in _TRAINING_ITEMS})
