@@ -110,7 +110,7 @@ def folder_name(cell: Cell) -> str:
 
 
 def run_study(
-  runs: Sequence[StudyRun], shard: tuple[int, int] = (0, 1), show: Callable[[str], None] = lambda text: None
+  runs: Sequence[StudyRun], shard: tuple[int, int] = (0, 1), show: Callable[[str], object] = lambda table: None
 ) -> None:
   """Trains and evaluates the runs of a shard that are not finished. An interrupted run is continued.
 
