@@ -80,6 +80,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     InputError: If more than one size is -1, a size is below 1, or the product is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
+  sizes = mesh_sizes(data, fsdp, tensor, len(devices))
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int, int]:
+  """Returns the sizes of the mesh that `make_mesh` would make of a number of devices, which need not exist.
+
+  Raises:
+    InputError: As `make_mesh`.
+  """
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
   unknown = [name for name, size in sizes.items() if size == -1]
   for name, size in sizes.items():
@@ -89,14 +99,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     raise InputError(f"mesh.{unknown[0]} and mesh.{unknown[1]} are both -1; set one of them")
   if unknown:
     rest = math.prod(size for size in sizes.values() if size != -1)
-    sizes[unknown[0]] = max(len(devices) // rest, 1)
-  if math.prod(sizes.values()) != len(devices):
+    sizes[unknown[0]] = max(count // rest, 1)
+  if math.prod(sizes.values()) != count:
     raise InputError(
       "mesh: data x fsdp x tensor = "
       + " x ".join(str(size) for size in sizes.values())
-      + f" does not equal the number of devices, {len(devices)}; change mesh.data, mesh.fsdp or mesh.tensor"
+      + f" does not equal the number of devices, {count}; change mesh.data, mesh.fsdp or mesh.tensor"
     )
-  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 
 def row_axes() -> tuple[str, ...]:
