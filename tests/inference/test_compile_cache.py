@@ -27,22 +27,18 @@ def _run(home, **variables):
   return folder, hit == "True"
 
 
-def test_the_second_process_finds_what_the_first_compiled(tmp_path):
+def test_the_second_process_finds_what_the_first_compiled_and_compiles_what_is_damaged(tmp_path):
   (folder, first), (_, second) = _run(tmp_path), _run(tmp_path)
   assert folder.startswith(str(tmp_path / "vixml_jax" / "compiled"))
   assert (first, second) == (False, True)
+  for path in (tmp_path / "vixml_jax").rglob("*-cache"):
+    path.write_bytes(b"damaged")
+  assert _run(tmp_path) == (folder, False), "a damaged entry is compiled again, without a warning"
 
 
 def test_the_cache_of_the_user_is_used(tmp_path):
   assert _run(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))[0] == str(tmp_path / "mine")
   assert not (tmp_path / "vixml_jax").exists()
-
-
-def test_a_damaged_entry_is_compiled_again_without_a_warning(tmp_path):
-  folder, _ = _run(tmp_path)
-  for path in (tmp_path / "vixml_jax").rglob("*-cache"):
-    path.write_bytes(b"damaged")
-  assert _run(tmp_path) == (folder, False)
 
 
 def test_a_folder_that_cannot_be_made_is_not_an_error(tmp_path):
