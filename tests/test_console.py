@@ -47,7 +47,10 @@ def test_help_of_a_command_is_that_of_its_module(name):
 
 def test_help_shows_the_flags_of_the_command_with_their_defaults():
   shown = _vixml("predict", "--help").stdout
-  assert "--k: Number of labels for each query.\n    (a positive integer; default: 10)" in shown
+  assert (
+    "--image_batch_size: Number of images that the tower encodes at a time.\n    (a positive integer; default: 64)"
+    in shown
+  )
   assert "--[no]distributed" in shown
   assert "--config" not in shown and "--verbosity" not in shown
 
@@ -134,3 +137,16 @@ def test_zsh_script_knows_the_same_commands_flags_and_values():
   entries = [line.strip() for line in bash.splitlines() if line.endswith(";;")]
   assert len(entries) > len(MODULES)
   assert entries == [line.strip() for line in zsh.splitlines() if line.endswith(";;")]
+
+
+_TABLES = """
+from tools import flag_tables
+print(flag_tables.with_tables(flag_tables.PAGE.read_text("utf-8")), end="")
+"""
+
+
+def test_page_of_commands_has_every_flag_with_its_help():
+  result = _run(sys.executable, "-c", _TABLES)
+  assert result.returncode == 0, result.stderr
+  page = (ROOT / "docs" / "commands.md").read_text("utf-8")
+  assert result.stdout == page, "run: python -m tools.flag_tables"

@@ -95,8 +95,11 @@ MISTAKES = {
   "variant": ("flags", "```bash\npython -m vixml_jax.main --config=configs/custom.py:full\n```", "full"),
   "target of make": ("flags", "```bash\nmake quick-start\n```", "quick-start"),
   "variable of make": ("flags", "```bash\nmake test PYTEST_ARG=x\n```", "PYTEST_ARG"),
-  "program": ("programs", "```bash\nvixml train\n```", "vixml"),
-  "program in a session": ("programs", "```console\n$ vixml train\nstep 1\n```", "vixml"),
+  "program": ("programs", "```bash\nvixlm train\n```", "vixlm"),
+  "program in a session": ("programs", "```console\n$ vixml trian\nstep 1\n```", "vixml trian"),
+  "flag of a short name": ("flags", "Run `vixml predict --topology=v5e:4x4`.", "--topology"),
+  "config by name": ("flags", "```bash\nvixml train --config=quickstrat\n```", "quickstrat"),
+  "variant by name": ("flags", "```bash\nvixml train --config=quickstart:fulll\n```", "fulll"),
   "script": ("programs", "```bash\npython benchmarks/trian_step.py\n```", "benchmarks/trian_step.py"),
   "module in a command": ("programs", "```bash\npython -m vixml_jax.train --workdir=x\n```", "vixml_jax.train"),
   "module in prose": ("programs", "Run `python -m vixml_jax.trian`.", "vixml_jax.trian"),
@@ -121,13 +124,14 @@ CORRECT = {
     "```python\nconfig.train.update(dict(epochs=3))\n```"
   ),
   "flags": (
+    "`vixml train --config=quickstart:full,images=3 --config.train.epochs=3`, `vixml describe --devices=4`, "
     "`--workdir=runs/A`, `--noretrieval_augmented`, `launch/tpu_pod.sh run --dry-run`\n\n```bash\n"
     "python -m vixml_jax.main --config=configs/custom.py:encoder=qwen2.5-0.5b --config.encoder.lora_rank=8 \\\n"
     "  --distributed\n"
     "launch/slurm.sh --nodes=2 --dry-run -- --config=configs/custom.py --config.train.epochs=3\n"
     "make test PYTEST_ARGS=tests/test_losses.py && gcloud storage ls --any-flag\n```"
   ),
-  "programs": "```console\n$ python -m vixml_jax.main --help\nvixml is no program here\n```",
+  "programs": "```console\n$ python -m vixml_jax.main --help\nvixlm is no program here\n```",
   "files": (
     "# A title\n\n`final_metrics.json`, `docs/images.md`, `OUTPUT.stats.json`, `runs/NAME`, "
     "`{trn,tst,lbl}_images.parquet`, `mine.jsonl`, [here](#a-title), [there](https://example.org/x.md)\n\n```bash\n"

@@ -67,6 +67,20 @@ _CASES = {
   "unknown search": (("evaluate", "--workdir={folder}", "--search=faiss"), "--search=faiss"),
   "no topology": (("aot_compile", _CUSTOM), "--topology"),
   "unknown topology": (("aot_compile", "--config=configs/lf_amazon_1.3m.py", "--topology=v5e:x"), "--topology=v5e:x"),
+  "nothing to describe": (("describe",), "--config: must be given, or --workdir"),
+  "two things to describe": (("describe", _CUSTOM, "--workdir={folder}"), "and not both"),
+  "data set of an unknown size": (
+    ("describe", _CUSTOM, "--config.dataset.data_dir={folder}/none"),
+    "give --num_queries and --num_labels",
+  ),
+  "mesh of other devices": (
+    ("describe", "--config=quickstart", "--config.mesh.fsdp=3", "--devices=4"),
+    "does not equal the number of devices, 4",
+  ),
+  "no folder for a description": (
+    ("describe", "--config=quickstart", "--json={folder}/none/d.json"),
+    "{folder}/none/d.json: cannot be written",
+  ),
   "tokens out of range": (
     ("aot_compile", "--config=configs/lf_amazon_1.3m.py", "--topology=v5e:2x2", "--tokens_per_item=99"),
     "--tokens_per_item=99",

@@ -91,3 +91,10 @@ def test_installed_wheel_has_the_command(installed, tmp_path, arguments, starts)
   result = _run(installed / "vixml", *arguments, cwd=tmp_path)
   assert (result.returncode, result.stderr) == (0, "")
   assert result.stdout.startswith(starts)
+
+
+def test_installed_wheel_describes_a_config_in_an_empty_folder(installed, tmp_path):
+  result = _run(installed / "vixml", "describe", "--config=quickstart:images=3", "--devices=1", cwd=tmp_path)
+  assert (result.returncode, result.stderr) == (0, "")
+  assert result.stdout.startswith("quickstart-images3: bert encoder, method prime, 24,880,768 parameters")
+  assert not [*tmp_path.iterdir()]

@@ -26,12 +26,13 @@ MODULES = {
   "features": "extract_features",
   "study": "study",
   "compile": "aot_compile",
+  "describe": "describe",
 }
 """Short name -> module of the entry point; `vixml NAME` is the same as `python -m vixml_jax.MODULE`."""
 
 
 def main() -> None:
-  """Runs the command of the command line."""
+  """Runs the command of the command line; commands exit with their own status."""
   name, *arguments = sys.argv[1:] or ["--help"]
   own: dict[str, Callable[[list[str]], str]] = {
     "--help": lambda _: _overview(),
@@ -76,7 +77,7 @@ def _summary(module: str) -> str:
 
 def _completion(arguments: list[str]) -> str:
   if len(arguments) != 1 or arguments[0] not in completion.SHELLS:
-    _fail(f'vixml completion: give one of {", ".join(completion.SHELLS)}, as in: eval "$(vixml completion bash)"')
+    _fail(f"vixml completion: give one of {', '.join(completion.SHELLS)}, as in: . <(vixml completion bash)")
   return completion.script(arguments[0], MODULES)
 
 
@@ -87,3 +88,4 @@ def _fail(message: str) -> None:
 
 if __name__ == "__main__":
   main()
+  sys.exit(0)

@@ -11,6 +11,7 @@ weights. If the config does not fit, prints the nearest mesh and chunk size that
 prints the fastest that fits. docs/scaling.md explains the tables.
 """
 
+import os
 from pathlib import Path
 import sys
 
@@ -39,15 +40,11 @@ _SEARCH = flags.DEFINE_integer(
 
 def main() -> None:
   """Compiles the config of the flags; exits with status 1 if it does not fit."""
-  import jax
-
   from vixml_jax.ahead_of_time.report import check_fit, find_fastest
   from vixml_jax.ahead_of_time.sizes import data_size
   from vixml_jax.ahead_of_time.topology import machine_of
   from vixml_jax.run import configuration
 
-  # Programs are only traced on this machine, so neither libtpu nor CUDA must look for a device.
-  jax.config.update("jax_platforms", "cpu")
   config, topology = cli.required(_CONFIG), cli.required(_TOPOLOGY)
   configuration.check(config)
   size = data_size(config, _QUERIES.value, _LABELS.value, _TOKENS.value, _IMAGES.value)
@@ -61,4 +58,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+  # Programs are only traced on this machine, so neither libtpu nor CUDA must look for a device.
+  os.environ["JAX_PLATFORMS"] = "cpu"
   cli.run(main)

@@ -2,7 +2,7 @@
 
 Entry points import little at module level: their flags, and this module. JAX, Flax, transformers and what needs them
 take seconds to import, so `main` imports them when it is called. `--help` and errors in flags then come at once, and
-the environment that JAX reads when it is imported can be prepared before (`environment.prepare`).
+the variables that JAX reads when it is imported can be set before (`messages.set_up`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags
 
-from vixml_jax import command_help
+from vixml_jax import command_help, messages
 from vixml_jax.errors import InputError, Preempted
 from vixml_jax.files import disk_fault
 from vixml_jax.progress_lines import progress_lines
@@ -49,7 +49,9 @@ def run(main: Callable[[], None]) -> None:
     try:
       if len(argv) > 1:
         raise InputError(f"{argv[1]!r}: not a flag; flags start with --")
-      _set_up_logging()
+      messages.set_up()
+      # transformers and tensorboardX import torch where it is installed. No command needs it, and it takes two seconds.
+      sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
       _join_processes()
       with reporting(ProgressBars()), progress_lines():
         main()
@@ -113,24 +115,6 @@ def _fail(message: str) -> NoReturn:
   sys.unraisablehook = lambda _: None
   threading.excepthook = lambda _: None
   sys.exit(1)
-
-
-def _set_up_logging() -> None:
-  """Logs plain lines on stderr: messages of this package from INFO on, those of libraries from WARNING on."""
-  handler = logging.StreamHandler()
-  handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-  if sys.stderr.isatty():  # Progress bars show the same.
-    handler.addFilter(lambda record: record.name != "vixml_jax.progress_lines")
-  root = logging.getLogger()
-  root.handlers[:] = [handler]
-  root.setLevel(logging.WARNING)
-  logging.getLogger("vixml_jax").setLevel(logging.INFO)
-  # Orbax logs errors with a traceback before it raises them, and the exception is what users see.
-  logging.getLogger("absl").setLevel(logging.CRITICAL)
-  # When a checkpoint is damaged, Orbax abandons its other reads, and asyncio would log each of them.
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-  # When the disk is full, Orbax abandons its other writes, and each would be logged when TensorStore ends it.
-  logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)
 
 
 def _join_processes() -> None:

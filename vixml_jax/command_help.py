@@ -47,6 +47,6 @@ def _described(flag: flags.Flag) -> str:
   name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
   notes = [flag.parser.syntactic_help] if flag.parser.syntactic_help else []
   if flag.default is not None:
-    notes.append(f"default: {flag.default_as_str[1:-1]}")  # Without the quotes of absl.
+    notes.append(f"default: {(flag.default_as_str or '')[1:-1]}")  # Without the quotes of absl.
   lines = [flags.text_wrap(f"{name}: {flag.help}", indent="    ", firstline_indent="  ")]
   return "\n".join([*lines, f"    ({'; '.join(notes)})"] if notes else lines)

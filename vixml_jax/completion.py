@@ -12,7 +12,7 @@ SHELLS = ("bash", "zsh")
 
 # bash splits `--flag=value` into three words, since `=` is one of its word breaks.
 _BASH = """\
-# Completion of vixml for bash. To load it: eval "$(vixml completion bash)"
+# Completion of vixml for bash. To load it: . <(vixml completion bash)
 _vixml() {
   local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} flag="" values=""
   if [[ $COMP_CWORD == 1 ]]; then
@@ -43,7 +43,7 @@ complete -F _vixml vixml
 
 _ZSH = """\
 #compdef vixml
-# Completion of vixml for zsh. To load it, after compinit: eval "$(vixml completion zsh)"
+# Completion of vixml for zsh. To load it, after compinit: . <(vixml completion zsh)
 _vixml() {
   local flag="" values=""
   if (( CURRENT == 2 )); then
@@ -78,7 +78,7 @@ def script(shell: str, modules: Mapping[str, str]) -> str:
   """
   known, values = {"completion": list(SHELLS)}, []
   for command, module in modules.items():
-    found = _flags(module)
+    found = read_flags(module)
     known[command] = ["--help", *map(_word, found), *map(_word, command_help.flags_of_all())]
     values += [(f"{command} --{flag.name}", _values(flag)) for flag in found if _values(flag)]
   return (
@@ -90,7 +90,7 @@ def script(shell: str, modules: Mapping[str, str]) -> str:
   )
 
 
-def _flags(module: str) -> list[flags.Flag]:
+def read_flags(module: str) -> list[flags.Flag]:
   """Returns the flags of an entry point, and removes them again: the next one may have flags of the same name."""
   importlib.import_module(f"vixml_jax.{module}")
   found = command_help.flags_of(f"vixml_jax.{module}")

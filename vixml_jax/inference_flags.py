@@ -51,8 +51,10 @@ class ModelFlags:
     Raises:
       InputError: `--workdir` is missing, another flag is wrong, or the workdir cannot be loaded.
     """
+    from vixml_jax.inference.compile_cache import use_compile_cache
     from vixml_jax.inference.loading import load_predictor
 
+    use_compile_cache()
     searching = {} if search is None else {name: flag.value for name, flag in vars(search).items()}
     return load_predictor(
       Path(cli.required(self.workdir)),

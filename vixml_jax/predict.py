@@ -22,7 +22,7 @@ _MODEL = inference_flags.define_model_flags(image_batch_size=64)
 _SEARCH = inference_flags.define_search_flags()
 _QUERIES = flags.DEFINE_string("queries", None, "File of queries: .jsonl, .csv or .parquet.")
 _OUTPUT = flags.DEFINE_string("output", None, "File of predictions to write: .jsonl, .csv or .parquet.")
-_K = flags.DEFINE_integer("k", 10, "Number of labels for each query.", lower_bound=1)
+_K = flags.DEFINE_integer("k", 10, "Number of labels for each query; at most as many as there are.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 4096, "Number of queries that are encoded, searched and saved at a time.", lower_bound=1
 )
@@ -48,14 +48,12 @@ def main() -> None:
 
 
 def _print(statistics: dict[str, Any], output: Path) -> None:
+  from vixml_jax.inference.block_timings import describe
+
   print(f"{output}: predictions for {statistics['queries']:,} queries")
   for what in ("encode", "search"):
     if statistics[what]:
-      print(
-        "{}: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms per batch of {}; {queries_per_second:,.0f} queries/s".format(
-          what, statistics["batch_size"], **statistics[what]
-        )
-      )
+      print(describe(what, statistics[what], statistics["batch_size"]))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def ranges(starts: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
   return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Ragged:
   """Rows of integers with different lengths: row `i` is `values[offsets[i] : offsets[i + 1]]`.
 
@@ -62,6 +62,9 @@ class Ragged:
 
   values: np.ndarray
   offsets: np.ndarray
+
+  def __repr__(self) -> str:
+    return f"Ragged(rows={len(self)}, values={len(self.values)})"
 
   def __post_init__(self) -> None:
     if self.offsets.ndim != 1 or len(self.offsets) == 0 or self.offsets[0] != 0:

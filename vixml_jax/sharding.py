@@ -91,6 +91,19 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     NotImplementedError: If a mesh axis is not a product of axes of a TPU slice.
   """
   devices = jax.devices() if devices is None else devices
+  sizes, types = mesh_sizes(data, fsdp, tensor, len(devices)), (AxisType.Auto,) * 3
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices > 1:
+    return Mesh(_over_slices(sizes, slices, devices), MESH_AXES, axis_types=types)
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int, int]:
+  """Returns the sizes of the mesh that `make_mesh` would make of a number of devices, which need not exist.
+
+  Raises:
+    InputError: As `make_mesh`.
+  """
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
   unknown = [name for name, size in sizes.items() if size == -1]
   for name, size in sizes.items():
@@ -100,18 +113,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     raise InputError(f"mesh.{unknown[0]} and mesh.{unknown[1]} are both -1; set one of them")
   if unknown:
     rest = math.prod(size for size in sizes.values() if size != -1)
-    sizes[unknown[0]] = max(len(devices) // rest, 1)
-  if math.prod(sizes.values()) != len(devices):
+    sizes[unknown[0]] = max(count // rest, 1)
+  if math.prod(sizes.values()) != count:
     raise InputError(
       "mesh: data x fsdp x tensor = "
       + " x ".join(str(size) for size in sizes.values())
-      + f" does not equal the number of devices, {len(devices)}; change mesh.data, mesh.fsdp or mesh.tensor"
+      + f" does not equal the number of devices, {count}; change mesh.data, mesh.fsdp or mesh.tensor"
     )
-  types = (AxisType.Auto,) * 3
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if slices > 1:
-    return Mesh(_over_slices(tuple(sizes.values()), slices, devices), MESH_AXES, axis_types=types)
-  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+  return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 
 def _over_slices(sizes: tuple[int, int, int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:

@@ -205,8 +205,8 @@ def _add(folder: Path) -> None:
 class _Predictor(SimpleNamespace):
   """Answers each query with labels that depend on its text."""
 
-  def check_k(self, k: int) -> None:
-    pass
+  def capped_k(self, k: int) -> int:
+    return k
 
   def settings(self) -> dict[str, Any]:
     return {"model": 1}

@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import importlib.util
 from pathlib import Path
 import re
 
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 from configs.common import base_config
 from configs.encoders import ENCODERS
 from tests.helpers.documents import ROOT
+from vixml_jax.run import named_configs
 
 PACKAGE = ROOT / "vixml_jax"
 PROGRAMS = frozenset(
@@ -54,7 +54,7 @@ def entry_points() -> dict[str, Path]:
   for folder in ("vixml_jax", "benchmarks"):
     for path in sorted((ROOT / folder).glob("*.py")):
       if '__name__ == "__main__"' in path.read_text("utf-8"):
-        found[f"{folder}.{path.stem}"] = path
+        found[folder if path.stem == "__main__" else f"{folder}.{path.stem}"] = path
     for path in sorted((ROOT / folder).glob("*/__main__.py")):
       found[f"{folder}.{path.parent.name}"] = path
   return found
@@ -152,20 +152,12 @@ def sources() -> str:
 
 @functools.cache
 def load_config(argument: str) -> ConfigDict:
-  """Returns the config of `--config=ARGUMENT`, a file with its variant.
+  """Returns the config of `--config=ARGUMENT`, a name or a file, with its variant.
 
   Raises:
     ValueError: No such file, or no such variant.
   """
-  name, _, variant = argument.partition(":")
-  path = ROOT / name
-  if not path.is_file():
-    raise ValueError(f"no such config: {name}")
-  spec = importlib.util.spec_from_file_location("a_config_of_the_documents", path)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(variant or None)
+  return named_configs.load(f"{ROOT}/{argument}" if "/" in argument else argument)
 
 
 def is_name(dotted: str) -> bool:

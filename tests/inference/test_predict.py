@@ -113,6 +113,7 @@ def test_every_format_gives_what_the_api_gives(predictor, queries, expected, tmp
   assert statistics["queries"] == len(queries)
   for part in ("encode", "search"):
     assert 0 < statistics[part]["p50_ms"] <= statistics[part]["p99_ms"] and statistics[part]["queries_per_second"] > 0
+    assert statistics[part]["first_block"]["ms"] > 0 and statistics[part]["first_block"]["queries_per_second"] > 0
 
 
 class Killed(Exception):
@@ -328,21 +329,19 @@ def test_the_command_answers_a_file_and_refuses_bad_flags(texts_only, tmp_path):
   text = "title,deny\narrow up,label/3;label/4\ncloud,\n"
   (tmp_path / "q.csv").write_text(text)
   flags = ["predict", f"--workdir={texts_only.workdir}", f"--queries={tmp_path / 'q.csv'}"]
-  bad = {
-    "k": "--k=0",
-    "labels": "--k=25",
-    "mesh": "--mesh=3",
-    "lambda": "--retrieval_lambda=2",
-    "output": f"--output={tmp_path}",
-  }
+  bad = {"k": "--k=0", "mesh": "--mesh=3", "lambda": "--retrieval_lambda=2", "output": f"--output={tmp_path}"}
   commands = {
     name: [*flags, f"--output={tmp_path / name}.jsonl", "--retrieval_augmented", flag] for name, flag in bad.items()
   }
   commands |= {"good": [*flags, f"--output={tmp_path / 'top.jsonl'}", "--k=3"], "nothing": ["predict"]}
+  commands["all"] = [*flags, f"--output={tmp_path / 'all.jsonl'}", "--k=25"]
   done = run_commands(commands, tmp_path)
   status, stdout, stderr = done.pop("good")
   assert status == 0, stderr
-  assert "predictions for 2 queries" in stdout and "encode: p50" in stdout and "queries/s" in stdout
+  assert "predictions for 2 queries" in stdout and "encode: first batch" in stdout and "queries/s" in stdout
+  status, _, stderr = done.pop("all")
+  assert status == 0 and "k=25: there are 24 labels" in stderr
+  assert [len(labels) for _, labels in read_answers(tmp_path / "all.jsonl").values()] == [22, 24]
   found = read_answers(tmp_path / "top.jsonl")
   wanted = load_predictor(texts_only.workdir).predict(
     [{"title": "arrow up", "deny": ["label/3", "label/4"]}, "cloud"], 3
@@ -353,5 +352,5 @@ def test_the_command_answers_a_file_and_refuses_bad_flags(texts_only, tmp_path):
       name,
       stderr,
     )
-  assert "--k=0: 0 is not a positive integer" in done["k"][2] and "k=25: must be 1 to 24" in done["labels"][2]
+  assert "--k=0: 0 is not a positive integer" in done["k"][2]
   assert "--workdir" in done["nothing"][2] and Path(tmp_path / "q.csv").read_text() == text

@@ -310,17 +310,26 @@ def test_queries_that_the_model_or_the_index_cannot_take_are_refused(predictor):
     predictor.predict([{"title": "x", "images": []}])
   with pytest.raises(InputError, match="queries: must be a list"):
     predictor.predict("arrow up")
-  for k in (0, 25):
-    with pytest.raises(InputError, match=f"k={k}: must be 1 to 24"):
-      predictor.predict(["arrow up"], k=k)
+  with pytest.raises(InputError, match="k=0: must be at least 1"):
+    predictor.predict(["arrow up"], k=0)
+
+
+def test_more_labels_than_there_are_give_all_of_them(predictor, caplog):
+  (found,) = predictor.predict(["arrow up"], k=25)
+  assert found == predictor.predict(["arrow up"], k=24)[0] and len(found) == 24
+  assert [record.getMessage() for record in caplog.records] == [
+    "k=25: there are 24 labels, so each query gets no more than these"
+  ]
 
 
 def test_a_predictor_is_shown_in_one_short_line(texts_only, with_images):
   plain = load_predictor(texts_only.workdir, retrieval_augmented=True)
   assert repr(plain).startswith(f"Predictor(workdir='{texts_only.workdir}', step=")
   for predictor in (plain, load_predictor(with_images.workdir)):
-    for shown in (predictor, predictor.encoder):
-      assert len(repr(shown)) < 350 and "\n" not in repr(shown)
+    query = predictor.checked([{"title": "arrow up", "deny": ["label/1"]}])
+    parts = (predictor.encoder, predictor.encoder.definition, predictor.index, predictor.filters(query), query[0])
+    for shown in (predictor, *parts, predictor.encoder.tokenizer(["a", "b c"])):
+      assert len(repr(shown)) < 350 and "\n" not in repr(shown) and " at 0x" not in repr(shown)
 
 
 def test_queries_of_a_call_are_packed_once(predictor, monkeypatch):

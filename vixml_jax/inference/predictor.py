@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import logging
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -21,6 +22,8 @@ from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.filters import Filters
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
+
+_log = logging.getLogger(__name__)
 
 GivenQuery = str | Mapping[str, Any] | Query
 
@@ -111,7 +114,7 @@ class Predictor:
     Args:
       queries: Each a text, or a dict with `title` and optionally `content`, `images` (a list of paths, bytes, Pillow
         images or feature vectors [F]), `allow` and `deny` (lists of uids of labels) and `categories`.
-      k: Number of labels, 1 to the number of labels in the index.
+      k: Number of labels, at least 1; more than there are labels in the index gives all of them.
 
     Returns:
       For each query its labels, best first. There are fewer than k if filters leave fewer; with retrieval
@@ -122,7 +125,7 @@ class Predictor:
       InputError: A query is wrong (the message names its position from 0), or k is.
     """
     checked = self.checked(queries)
-    self.check_k(k)
+    k = self.capped_k(k)
     if not checked:
       return []
     texts = [query.text for query in checked]
@@ -145,14 +148,17 @@ class Predictor:
       query if isinstance(query, Query) else form.parse(query, f"query {i}") for i, query in enumerate(queries, first)
     ]
 
-  def check_k(self, k: int) -> None:
-    """Checks the number of labels that are asked for.
+  def capped_k(self, k: int) -> int:
+    """Returns the number of labels to find where k are asked for: at most as many as there are, which is logged.
 
     Raises:
-      InputError: It is out of range.
+      InputError: It is below 1.
     """
-    if not 1 <= k <= self.index.num_live:
-      raise InputError(f"k={k}: must be 1 to {self.index.num_live}, the number of labels")
+    if k < 1:
+      raise InputError(f"k={k}: must be at least 1")
+    if k > self.index.num_live:
+      _log.warning("k=%d: there are %d labels, so each query gets no more than these", k, self.index.num_live)
+    return min(k, self.index.num_live)
 
   def encode(
     self,

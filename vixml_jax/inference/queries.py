@@ -42,7 +42,7 @@ class Query:
   """
 
   text: str
-  images: tuple[QueryImage, ...] = ()
+  images: tuple[QueryImage, ...] = dataclasses.field(default=(), repr=False)
   allow: tuple[str, ...] | None = None
   deny: tuple[str, ...] = ()
   categories: tuple[str, ...] | None = None

@@ -1,9 +1,11 @@
 """A model without values: the start of abstract initialization, restoring and compilation."""
 
 import dataclasses
+import math
 from typing import Any
 
 from flax import nnx
+import jax
 
 from vixml_jax.models.dual_encoder import DualEncoder
 from vixml_jax.models.lora import split_lora
@@ -11,7 +13,7 @@ from vixml_jax.models.parameters import merge_params, split_params
 from vixml_jax.typing import Tree
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ModelDefinition:
   """A `DualEncoder` without values.
 
@@ -26,6 +28,12 @@ class ModelDefinition:
   graphdef: nnx.GraphDef[Any]
   shapes: Tree
   axes: Tree
+
+  def __repr__(self) -> str:
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))
+    return (
+      f"ModelDefinition({self.arguments['architecture']}, method={self.arguments['method']!r}, parameters={count:,})"
+    )
 
   def bind(self, params: Tree) -> DualEncoder:
     """Returns the module with these parameters; can be called under jit."""

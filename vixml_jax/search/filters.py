@@ -26,7 +26,7 @@ _MAX_WIDTH = 8_192
 _Key = TypeVar("_Key")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class IdSets:
   """A set of label ids for each query; queries may share one, so that a large category is stored once.
 
@@ -44,6 +44,9 @@ class IdSets:
 
   def __len__(self) -> int:
     return len(self.set_of_query)
+
+  def __repr__(self) -> str:
+    return f"IdSets(queries={len(self)}, sets={len(self.sets)})"
 
   @classmethod
   def from_ragged(cls, sets: Ragged, set_of_query: np.ndarray | None = None) -> "IdSets":

@@ -84,6 +84,11 @@ class LabelIndex:
       verify=verify,
     )
 
+  def __repr__(self) -> str:
+    return (
+      f"LabelIndex(folder={str(self.folder)!r}, labels={self.num_live}, dim={self.dim}, search={self.search_kind!r})"
+    )
+
   @property
   def num_labels(self) -> int:
     """Number of labels L, deleted ones included; ids are below it."""

@@ -105,9 +105,7 @@ class RequestParser:
     for i, query in enumerate(request.queries):  # type: ignore[attr-defined]
       _check_keys(query, f"queries[{i}].")
     given = request.model_dump(exclude_none=True)
-    k, num_labels = given["k"], model.index.num_live
-    if k > num_labels:
-      raise RequestError(422, f"must be 1 to {num_labels}, the number of labels", "k")
+    k = min(given["k"], model.index.num_live)
     dial = {name: given[name] for name in _DIAL if name in given}
     if dial and model.predictor.blend is None:
       name = next(iter(dial))

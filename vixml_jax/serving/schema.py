@@ -52,7 +52,7 @@ class Health(BaseModel):
   pictures: bool | None = Field(
     default=None, description="Whether images may be image files; otherwise they must be feature vectors."
   )
-  max_k: int | None = None
+  max_k: int | None = Field(default=None, description="Largest number of labels that a query gets.")
 
 
 class Error(BaseModel):
@@ -102,7 +102,9 @@ def request_model(limits: Limits) -> type[Strict]:
     """Queries, and filters for all of them."""
 
     queries: Annotated[list[PredictQuery], Field(fail_fast=True, min_length=1, max_length=limits.queries)]
-    k: Annotated[int, Field(ge=1, le=limits.k)] = Field(default=10, description="Number of labels for each query.")
+    k: Annotated[int, Field(ge=1, le=limits.k)] = Field(
+      default=10, description="Number of labels for each query; at most as many as there are, see /healthz."
+    )
     allow: names | None = Field(default=None, description="For queries without their own allow.")
     deny: names | None = Field(default=None, description="For queries without their own deny.")
     categories: names | None = Field(default=None, description="For queries without their own categories.")

@@ -71,6 +71,26 @@ def resolve(pretrained: str, *, weights: bool = True, tokenizer: bool = True) ->
   return folder
 
 
+def find_local(pretrained: str) -> Path | None:
+  """Returns the local folder of a model without the network; None if its files would be fetched from the hub.
+
+  Args:
+    pretrained: As for `resolve`.
+
+  Raises:
+    InputError: The package is not installed, or has no such folder.
+  """
+  if pretrained.startswith(_PACKAGE):
+    return _package_folder(pretrained)
+  if _is_folder(pretrained):
+    return Path(pretrained).expanduser()
+  name, _, revision = pretrained.partition("@")
+  try:
+    return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+  except (HfHubHTTPError, HFValidationError, OSError):
+    return None
+
+
 def check_hashes(folder: str | os.PathLike[str], wanted: dict[str, str]) -> None:
   """Checks the sha256 of files in a folder.
 
