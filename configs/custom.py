@@ -13,6 +13,7 @@ Hardware: a CPU for thousands of queries; any accelerator for more, and for deco
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.encoders import installed_weights
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
@@ -22,6 +23,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
   config.name = "custom"
   config.dataset.name = "custom"
   common.use_encoder(config, chosen["encoder"])
+  config.encoder.pretrained = installed_weights(chosen["encoder"]) or config.encoder.pretrained
   common.use_images(config, chosen["images"])
   if config.images:
     config.fusion.modality_dropout = 0.2  # So that the model also answers queries without images. The paper has 0.

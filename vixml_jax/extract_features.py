@@ -4,6 +4,7 @@
       [--variant=siglip2_so400m14_384] [--preprocessing=big_vision|huggingface|huggingface_bilinear]
       [--images=DIR|'DIR/{split}/*.parquet'] [--name=NAME] [--batch_size=64] [--dtype=float32|bfloat16]
   python -m vixml_jax.extract_features --config=configs/X.py --published=DIR [--name=NAME]
+  python -m vixml_jax.extract_features --data=products.csv --checkpoint=siglip2_b16_256.npz
 
 The features are written to config.dataset.data_dir as the TFDS data set DATASET_features/NAME. docs/images.md describes
 images in folders, from URLs and in parquet files, and what happens to images that cannot be read.
@@ -13,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vixml_jax import cli
+from vixml_jax.data_flags import define_data_flags, with_default_config
 from vixml_jax.datasets import prepare
 from vixml_jax.errors import InputError
 from vixml_jax.images.extraction import prepare_features
@@ -21,6 +23,7 @@ from vixml_jax.images.published_features import import_published
 from vixml_jax.run import configuration
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
+_DATA = define_data_flags()
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "SigLIP tower: an .npz of big_vision, a Hugging Face folder, or a name on the hub."
 )
@@ -50,6 +53,7 @@ def main() -> None:
   configuration.check(config)
   if _PUBLISHED.value and _CHECKPOINT.value:
     raise InputError("--published and --checkpoint: set only one of them, the features or the tower that makes them")
+  _DATA.set_raw_dir(config)
   checkpoint = "" if _PUBLISHED.value else cli.required(_CHECKPOINT)
   data = config.dataset
   builder = prepare(data.name, data.raw_dir, data.data_dir, data.allow_empty_filter)
@@ -70,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, with_default_config)

@@ -1,6 +1,7 @@
 """Trains a model and evaluates it.
 
   python -m vixml_jax.main --config=configs/quickstart.py [--workdir=runs/NAME] [--config.train.epochs=3 ...]
+  python -m vixml_jax.main --data=products.csv [--config=configs/custom.py] [--workdir=runs/NAME]
 
 If the data set is not prepared yet, it is prepared first. If the model reads images and config.features.checkpoint is
 set, missing image features are extracted. If the workdir contains a checkpoint, training continues from the newest one.
@@ -14,10 +15,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from vixml_jax import cli
+from vixml_jax.data_flags import define_data_flags, with_default_config
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.run import configuration
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; a variant follows after a colon.")
+_DATA = define_data_flags()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder for the outputs; default: runs/NAME, where NAME is config.name."
 )
@@ -27,8 +30,9 @@ def main() -> None:
   """Trains and evaluates the config of the flags."""
   config = cli.required(_CONFIG)
   configuration.check(config)
+  _DATA.set_raw_dir(config)
   train_and_evaluate(config, Path(_WORKDIR.value or f"runs/{config.name}"))
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, with_default_config)

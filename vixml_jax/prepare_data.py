@@ -1,6 +1,7 @@
 """Prepares the data set of a config from its raw files, if that has not been done.
 
   python -m vixml_jax.prepare_data --config=configs/custom.py --config.dataset.raw_dir=DIR
+  python -m vixml_jax.prepare_data --data=products.csv
 
 DIR has the published archives (.zip or .tar.gz, as downloaded or unpacked), or the files trn.json.gz, tst.json.gz,
 lbl.json.gz and, if there are any, filter_labels_{train,test}.txt and {trn,tst,lbl}_images.parquet. docs/data.md
@@ -10,19 +11,22 @@ describes all formats. The prepared data set is written to config.dataset.data_d
 from ml_collections import config_flags
 
 from vixml_jax import cli
+from vixml_jax.data_flags import define_data_flags, with_default_config
 from vixml_jax.datasets import prepare
 from vixml_jax.run import configuration
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
+_DATA = define_data_flags()
 
 
 def main() -> None:
   """Prepares the data set of the config in the flags."""
   config = cli.required(_CONFIG)
   configuration.check(config)
+  _DATA.set_raw_dir(config)
   data = config.dataset
   prepare(data.name, data.raw_dir, data.data_dir, data.allow_empty_filter)
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, with_default_config)

@@ -190,7 +190,7 @@ def log_choices(config: ConfigDict, result: ConfigDict) -> None:
 
 def _batch_rows(queries: Items, positives: Ragged, labels: Items, layout: PackedLayout, config: ConfigDict) -> int:
   """Returns the number of rows that hold a batch, from sampled batches."""
-  rng, batch_size = np.random.default_rng(config.seed), config.train.batch_size
+  rng, batch_size = np.random.default_rng(config.seed), min(config.train.batch_size, len(queries))
   one_by_one, rows = dataclasses.replace(layout, chunk_rows=1), 0
   for _ in range(_SAMPLED_BATCHES):
     drawn = queries.take(rng.integers(0, len(queries), batch_size))
