@@ -164,9 +164,11 @@ def _find_by_name(role: str, part: Part, kinds: dict[str, str], found: dict[str,
 def _find_by_contents(
   role: str, kind: str, part: Part, kinds: dict[str, str], found: dict[str, str], reasons: dict[str, str]
 ) -> None:
-  """Takes the only column of the kind that has no other role."""
-  taken = set(found.values())
-  fitting = [name for name in part.columns if kinds[name] == kind and name not in taken]
+  """Takes the only column of the kind that has no other role, and no name of one."""
+  named = {name for names in _NAMES.values() for name in names}
+  fitting = [
+    name for name in part.columns if kinds[name] == kind and name not in found.values() and name.lower() not in named
+  ]
   if len(fitting) == 1:
     what = "lists" if kind == "list" else "texts"
     found[role], reasons[role] = fitting[0], f"column {fitting[0]!r}, the only other one with {what}"

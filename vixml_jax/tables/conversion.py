@@ -198,7 +198,7 @@ class LabeledTable:
     labels: Labels = LabelNames() if self._labels is None else LabelTable(self._labels)
     first = read_first(self._sources, columns, self._separator, self._test_fraction, self._seed)
     reasons["labels"] += f", {first.label_form}"
-    summary = [f"{role}: {reason}" for role, reason in reasons.items() if role != "split"]
+    summary = [f"{role}: {reasons[role]}" for role in FLAGS if role in reasons and role != "split"]
     summary.append(f"split: {first.split_form}")
     if isinstance(labels, LabelTable):
       summary += [f"table of labels, {role}: {reason}" for role, reason in labels.reasons.items()]
