@@ -52,7 +52,6 @@ class DataFlags:
       return
     if config.dataset.raw_dir:
       raise InputError("--data and --config.dataset.raw_dir: both name the data; give one of them")
-    config.dataset.name = "custom"
     if is_raw(Path(self.data.value)):
       if given:
         raise InputError(f"--{next(iter(given))}: {self.data.value} is in the raw format, not a table; leave it out")
@@ -72,6 +71,7 @@ class DataFlags:
       separator="\t" if separator == r"\t" else separator,
       **settings,
     )
+    config.dataset.name = "custom"
     config.dataset.raw_dir, config.dataset.data_dir = str(converted.folder), str(converted.folder.parent)
     if converted.columns.content and "content" not in config.dataset.text_fields:
       _log.info(
@@ -91,9 +91,6 @@ class DataFlags:
 
 def define_data_flags() -> DataFlags:
   """Defines `--data`, and the flags that say how to read it."""
-  column = lambda name, what: flags.DEFINE_string(
-    name, None, f"Column of {what}; by default found by names and contents; empty for none."
-  )
   return DataFlags(
     data=flags.DEFINE_string(
       "data",
@@ -114,15 +111,19 @@ def define_data_flags() -> DataFlags:
       "test_fraction", None, "Share of the rows that are for testing, if the table does not say; by default 0.1."
     ),
     columns=dict(
-      text=column("text_column", "the texts"),
-      labels=column("label_column", "the names of the labels"),
-      content=column("content_column", "more text"),
-      uid=column("uid_column", "the uids"),
-      relevance=column("relevance_column", "a number for each label"),
-      images=column("image_column", "the images: paths or bytes"),
-      split=column("split_column", "train or test"),
+      text=flags.DEFINE_string("text_column", None, _column("the texts")),
+      labels=flags.DEFINE_string("label_column", None, _column("the names of the labels")),
+      content=flags.DEFINE_string("content_column", None, _column("more text")),
+      uid=flags.DEFINE_string("uid_column", None, _column("the uids")),
+      relevance=flags.DEFINE_string("relevance_column", None, _column("a number for each label")),
+      images=flags.DEFINE_string("image_column", None, _column("the images, as paths or bytes")),
+      split=flags.DEFINE_string("split_column", None, _column("the words train and test")),
     ),
   )
+
+
+def _column(what: str) -> str:
+  return f"Column of {what}; by default found by names and contents; empty for none."
 
 
 def with_default_config(argv: Sequence[str]) -> list[str]:

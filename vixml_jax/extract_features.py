@@ -13,8 +13,7 @@ images in folders, from URLs and in parquet files, and what happens to images th
 from absl import flags
 from ml_collections import config_flags
 
-from vixml_jax import cli
-from vixml_jax.data_flags import define_data_flags, with_default_config
+from vixml_jax import cli, data_flags
 from vixml_jax.datasets import prepare
 from vixml_jax.errors import InputError
 from vixml_jax.images.extraction import prepare_features
@@ -23,7 +22,7 @@ from vixml_jax.images.published_features import import_published
 from vixml_jax.run import configuration
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
-_DATA = define_data_flags()
+_DATA = data_flags.define_data_flags()
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "SigLIP tower: an .npz of big_vision, a Hugging Face folder, or a name on the hub."
 )
@@ -74,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, with_default_config)
+  cli.run(main, data_flags.with_default_config)

@@ -14,13 +14,12 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from vixml_jax import cli
-from vixml_jax.data_flags import define_data_flags, with_default_config
+from vixml_jax import cli, data_flags
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.run import configuration
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; a variant follows after a colon.")
-_DATA = define_data_flags()
+_DATA = data_flags.define_data_flags()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder for the outputs; default: runs/NAME, where NAME is config.name."
 )
@@ -35,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, with_default_config)
+  cli.run(main, data_flags.with_default_config)

@@ -10,13 +10,12 @@ describes all formats. The prepared data set is written to config.dataset.data_d
 
 from ml_collections import config_flags
 
-from vixml_jax import cli
-from vixml_jax.data_flags import define_data_flags, with_default_config
+from vixml_jax import cli, data_flags
 from vixml_jax.datasets import prepare
 from vixml_jax.run import configuration
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
-_DATA = define_data_flags()
+_DATA = data_flags.define_data_flags()
 
 
 def main() -> None:
@@ -29,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, with_default_config)
+  cli.run(main, data_flags.with_default_config)

@@ -47,7 +47,12 @@ _FILES = {
   "empty text": ("t.csv", _GOOD + '"  ",b\n', {}, ["t.csv:4, column 'text': is empty"]),
   "no labels": ("t.csv", _GOOD + "a,\n", {}, ["t.csv:4, column 'labels': has no labels"]),
   "empty label": ("t.csv", _GOOD + "a,b||c\n", {}, ["t.csv:4, column 'labels': has an empty name"]),
-  "two separators": ("t.csv", _GOOD + 'a,"b,c"\n', {}, ["t.csv: column 'labels'", "'|'", "','", "--label_separator"]),
+  "two separators": (
+    "t.csv",
+    _GOOD + 'a,"b,c"\n',
+    {},
+    ["column 'labels'", "'|'", "','", "t.csv:2", "t.csv:4", "--label_separator"],
+  ),
   "some JSON lists": ("t.csv", "text,labels\na,[1]\nb,c\n", {}, ["column 'labels'", "JSON", "--label_separator"]),
   "Python lists": ("t.csv", "text,labels\na,['b']\nb,['c']\n", {}, ["t.csv:2, column 'labels'", '["a", "b"]']),
   "broken JSON line": ("t.jsonl", '{"text": "a", "labels": ["b"]}\n{"text":\n', {}, ["t.jsonl:2: not valid JSON"]),

@@ -423,7 +423,7 @@ def test_columns_are_shown_with_their_reasons(tmp_path):
   found = write_raw_folder(rows, tmp_path / "raw")
   assert found.summary == (
     "text: column 'what', the only other one with texts",
-    "labels: column 'topics of it', the only other one with lists, a list in each row",
+    "labels: column 'topics of it', the only other one with lists",
     "uid: none; 'asin', 'sku' are possible: name one with --uid_column",
     "split: made here, 10% for testing (--test_fraction), texts that are nearly the same on one side",
   )

@@ -1,6 +1,6 @@
 """Checks and converts the values of a table: texts, uids, names of labels, relevance, images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 import math
 from pathlib import Path
@@ -19,6 +19,11 @@ _JSON_ADVICE = 'a list is written as ["a", "b"], in pandas by .map(json.dumps)'
 _URLS = ("http://", "https://")
 
 
+def is_absent(value: Any) -> bool:
+  """Returns whether a value stands for none: None, an empty text, or NaN, which pandas uses."""
+  return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value))
+
+
 def text_of(value: Any, *, may_be_empty: bool = False) -> str:
   """Returns a text without white space at its ends; None counts as empty.
 
@@ -31,7 +36,7 @@ def text_of(value: Any, *, may_be_empty: bool = False) -> str:
   """
   if isinstance(value, str):
     text = value.strip()
-  elif value is None or value != value:  # NaN stands for an absent value in pandas.
+  elif is_absent(value):
     text = ""
   else:
     raise CellError(f"must be a text, not {_kind(value)}; convert the column")
@@ -79,8 +84,11 @@ class LabelCells:
       if mark in value:
         self._count(mark, row)
 
-  def decide(self) -> str:
-    """Decides how texts are read, and returns it in words.
+  def decide(self, place: Callable[[int], str]) -> str:
+    """Decides how texts are read, and returns it in words; "" if no cell is a text.
+
+    Args:
+      place: Returns the place of a row, for messages.
 
     Raises:
       CellError: Cells have several separators, or some are JSON lists and others are not.
@@ -88,10 +96,10 @@ class LabelCells:
     if self._given is not None:
       return f"separated by {_quoted(self._given)}" if self._given else "one in each row"
     if not self._texts:
-      return "a list in each row"
+      return ""
     if len(self._seen) > 1:
       found = " and ".join(
-        f"{_quoted(mark)} ({count:,} rows, first in row {first})" for mark, (count, first) in self._seen.items()
+        f"{_quoted(mark)} ({count:,} rows, first {place(first)})" for mark, (count, first) in self._seen.items()
       )
       raise CellError(f"cells have {found}; say with --label_separator what separates labels")
     if not self._seen:
@@ -102,8 +110,8 @@ class LabelCells:
       return f"separated by {_quoted(mark)}, which {count:,} of {self._texts:,} rows have"
     if count < self._texts:
       raise CellError(
-        f"{count:,} of {self._texts:,} cells look like JSON lists (first in row {first}); write all so, or "
-        f"say with --label_separator what separates labels"
+        f"{count:,} of {self._texts:,} cells look like JSON lists (first {place(first)}); write all so, or "
+        "say with --label_separator what separates labels"
       )
     self._is_json = True
     return "a JSON list in each row"
@@ -137,7 +145,7 @@ class LabelCells:
     return numbers
 
   def _items(self, value: Any) -> Sequence[Any]:
-    if value is None or value != value or value == "":
+    if is_absent(value):
       return []
     if isinstance(value, list | tuple):
       return value
@@ -165,7 +173,7 @@ def images_of(value: Any, folder: Path) -> list[tuple[bytes, Path | None]]:
   Raises:
     CellError: An image is a URL, is missing, or is not an image.
   """
-  if value is None or value != value or value == "":
+  if is_absent(value):
     return []
   if isinstance(value, str):
     if value.lstrip().startswith("["):

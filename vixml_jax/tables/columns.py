@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 from vixml_jax.errors import InputError
+from vixml_jax.tables.cells import is_absent
 from vixml_jax.tables.parts import Part
 
 FLAGS = {
@@ -43,6 +44,7 @@ _KINDS = {
   "images": ("text", "list", "image"),
   "split": ("text",),
 }
+_ALL_NAMES = frozenset(name for names in _NAMES.values() for name in names)
 _SAMPLED_ROWS = 100
 
 
@@ -117,7 +119,7 @@ def _kinds(part: Part) -> dict[str, str]:
 
 
 def _kind_of(values: Sequence[Any]) -> str:
-  kinds = {_kind(value) for value in values if value is not None and value != ""}
+  kinds = {_kind(value) for value in values if not is_absent(value)}
   return kinds.pop() if len(kinds) == 1 else "other" if kinds else "empty"
 
 
@@ -151,7 +153,7 @@ def _find_by_name(role: str, part: Part, kinds: dict[str, str], found: dict[str,
   fitting = [
     name
     for name in part.columns
-    if name.lower() in _NAMES[role] and name not in taken and kinds[name] in (*_KINDS[role], "empty")
+    if name.strip().lower() in _NAMES[role] and name not in taken and kinds[name] in (*_KINDS[role], "empty")
   ]
   if len(fitting) == 1:
     found[role], reasons[role] = fitting[0], f"column {fitting[0]!r}"
@@ -165,10 +167,8 @@ def _find_by_contents(
   role: str, kind: str, part: Part, kinds: dict[str, str], found: dict[str, str], reasons: dict[str, str]
 ) -> None:
   """Takes the only column of the kind that has no other role, and no name of one."""
-  named = {name for names in _NAMES.values() for name in names}
-  fitting = [
-    name for name in part.columns if kinds[name] == kind and name not in found.values() and name.lower() not in named
-  ]
+  taken = {*found.values(), *(name for name in part.columns if name.strip().lower() in _ALL_NAMES)}
+  fitting = [name for name in part.columns if kinds[name] == kind and name not in taken]
   if len(fitting) == 1:
     what = "lists" if kind == "list" else "texts"
     found[role], reasons[role] = fitting[0], f"column {fitting[0]!r}, the only other one with {what}"

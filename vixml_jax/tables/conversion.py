@@ -197,7 +197,7 @@ class LabeledTable:
     columns, reasons = find_columns(self._columns, parts, roles)
     labels: Labels = LabelNames() if self._labels is None else LabelTable(self._labels)
     first = read_first(self._sources, columns, self._separator, self._test_fraction, self._seed)
-    reasons["labels"] += f", {first.label_form}"
+    reasons["labels"] += f", {first.label_form}" if first.label_form else ""
     summary = [f"{role}: {reasons[role]}" for role in FLAGS if role in reasons and role != "split"]
     summary.append(f"split: {first.split_form}")
     if isinstance(labels, LabelTable):

@@ -63,43 +63,65 @@ def read_first(
   Raises:
     InputError: A row cannot be used, or one of the splits has no row.
   """
-  labels, codes = LabelCells(separator), array.array("b")
-  uids, words, lengths = array.array("q"), array.array("i"), array.array("i")
   is_open = not columns.split and not sources[0].split
+  kept = _Kept(columns, LabelCells(separator), is_open)
   for source in sources:
-    names = [name for name in (columns.text, columns.labels, columns.uid, columns.split) if name]
-    for batch in source.part.batches(names, ROWS_AT_ONCE):
-      start = len(codes)
-      texts = checked(batch, columns.text, text_of)
-      for row, value in enumerate(batch.columns[columns.labels or ""], start):
-        labels.look(value, row)
-      if columns.uid:
-        uids.extend(map(hash_of_uid, checked(batch, columns.uid, uid_of)))
-      if columns.split:
-        codes.extend(checked(batch, columns.split, _split_code))
-      else:
-        codes.extend(itertools.repeat(_CODES[source.split], len(texts)))
-      if is_open:
-        for text in texts:
-          ids = [zlib.crc32(word.encode()) % _WORD_IDS for word in _WORD.findall(text.lower())]
-          words.extend(ids)
-          lengths.append(len(ids))
-  if not codes:
-    raise InputError(f"{sources[0].part.name}: has no rows; add at least one")
-  found = np.frombuffer(codes, np.int8)
+    for batch in source.part.batches(kept.names, ROWS_AT_ONCE):
+      kept.add(batch, source.split)
+  parts = [source.part for source in sources]
+  if not kept.codes:
+    raise InputError(f"{parts[0].name}: has no rows; add at least one")
   if is_open:
-    tokens = Ragged.of_lengths(np.frombuffer(words, np.int32), np.frombuffer(lengths, np.int32))
-    is_test = _split(sources[0].part.name, tokens, test_fraction, seed)
+    is_test = _split(parts[0].name, kept.tokens(), test_fraction, seed)
     form = f"made here, {test_fraction:.0%} for testing (--test_fraction), texts that are nearly the same on one side"
   else:
-    is_test, form = _given(sources[0].part.name, found, columns.split)
-  hashes = np.frombuffer(uids, np.int64)
-  _check_unique(hashes, is_test, sources, columns)
+    is_test, form = _given(parts[0].name, np.frombuffer(kept.codes, np.int8), columns.split)
+  uids = np.frombuffer(kept.uids, np.int64)
+  _check_unique(uids, is_test, parts, columns)
   try:
-    label_form = labels.decide()
+    label_form = kept.labels.decide(lambda row: place_of_row(parts, columns.labels, row))
   except CellError as error:
-    raise InputError(f"{sources[0].part.name}: column {columns.labels!r}: {error}") from error
-  return FirstReading(is_test, hashes, labels, label_form, form)
+    raise InputError(f"column {columns.labels!r}: {error}") from error
+  return FirstReading(is_test, uids, kept.labels, label_form, form)
+
+
+class _Kept:
+  """What the first reading keeps of each row.
+
+  Attributes:
+    names: The columns that it reads.
+    labels: What it saw of the labels.
+    codes: Code of the split of each row.
+    uids: Hash of the uid of each row; empty without a column of uids.
+  """
+
+  def __init__(self, columns: Columns, labels: LabelCells, keeps_words: bool):
+    self._columns, self._keeps_words = columns, keeps_words
+    self.names = [name for name in (columns.text, columns.labels, columns.uid, columns.split) if name]
+    self.labels = labels
+    self.codes, self.uids = array.array("b"), array.array("q")
+    self._words, self._lengths = array.array("i"), array.array("i")
+
+  def add(self, batch: RowBatch, split: str) -> None:
+    """Checks the rows of a batch of a part with this split, and keeps what is needed of them."""
+    columns = self._columns
+    texts = checked(batch, columns.text, text_of)
+    for row, value in enumerate(batch.columns[columns.labels or ""], len(self.codes)):
+      self.labels.look(value, row)
+    if columns.uid:
+      self.uids.extend(map(hash_of_uid, checked(batch, columns.uid, uid_of)))
+    if columns.split:
+      self.codes.extend(checked(batch, columns.split, _split_code))
+    else:
+      self.codes.extend(itertools.repeat(_CODES[split], len(texts)))
+    for text in texts if self._keeps_words else ():
+      words = [zlib.crc32(word.encode()) % _WORD_IDS for word in _WORD.findall(text.lower())]
+      self._words.extend(words)
+      self._lengths.append(len(words))
+
+  def tokens(self) -> Ragged:
+    """Returns the hashes of the words of each row."""
+    return Ragged.of_lengths(np.frombuffer(self._words, np.int32), np.frombuffer(self._lengths, np.int32))
 
 
 def checked(batch: RowBatch, column: str | None, check: Callable[[Any], Any]) -> list[Any]:
@@ -179,14 +201,13 @@ def _given(name: str, codes: np.ndarray, column: str | None) -> tuple[np.ndarray
   return is_test, form
 
 
-def _check_unique(hashes: np.ndarray, is_test: np.ndarray, sources: Sequence[SourcePart], columns: Columns) -> None:
+def _check_unique(hashes: np.ndarray, is_test: np.ndarray, parts: Sequence[Part], columns: Columns) -> None:
   """Checks that no two rows for training, and no two for testing, have the same uid."""
   if not len(hashes):
     return
   for rows in (np.flatnonzero(~is_test), np.flatnonzero(is_test)):
     pair = first_repeated(hashes[rows])
     if pair:
-      parts = [source.part for source in sources]
       first, second = (place_of_row(parts, columns.uid, int(rows[place])) for place in pair)
       raise InputError(
         f"{second}, column {columns.uid!r}: the same uid as {first}; correct it, or name no uids with --uid_column="
