@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from vixml_jax.datasets.raw import is_raw
 from vixml_jax.errors import InputError
+from vixml_jax.run import configuration
+from vixml_jax.run.workdir import CONFIG
 from vixml_jax.tables import Columns, write_raw_folder_in
 
 flags.disclaim_key_flags()
@@ -36,14 +38,18 @@ class DataFlags:
   test_fraction: flags.FlagHolder[float | None]
   columns: dict[str, flags.FlagHolder[str | None]]
 
-  def set_raw_dir(self, config: ConfigDict) -> None:
+  def set_raw_dir(self, config: ConfigDict, workdir: Path | None = None) -> None:
     """Writes the table as a raw folder, if that has not been done, and sets the config to it.
 
     The folder is written below `dataset.data_dir`, which is set to a folder of this table, so that several tables can
     be prepared. A folder in the raw format becomes `dataset.raw_dir` itself. Without `--data`, nothing changes.
 
+    Args:
+      config: The whole config.
+      workdir: Folder of the run; None for commands without one.
+
     Raises:
-      InputError: The table cannot be used, or flags do not fit.
+      InputError: The table cannot be used, flags do not fit, or the run in the workdir was started with other data.
     """
     given = {flag.name: flag.value for flag in self._others() if flag.value is not None}
     if self.data.value is None:
@@ -58,6 +64,8 @@ class DataFlags:
       config.dataset.raw_dir = self.data.value
       return
     self._convert(config)
+    if workdir is not None:
+      _check_same_table(Path(config.dataset.raw_dir), workdir)
 
   def _convert(self, config: ConfigDict) -> None:
     settings: dict[str, Any] = {} if self.test_fraction.value is None else {"test_fraction": self.test_fraction.value}
@@ -120,6 +128,19 @@ def define_data_flags() -> DataFlags:
       split=flags.DEFINE_string("split_column", None, _column("the words train and test")),
     ),
   )
+
+
+def _check_same_table(raw_dir: Path, workdir: Path) -> None:
+  """Checks that a run was started with the table of a raw folder, before its config.json is written again."""
+  if not (workdir / CONFIG).is_file():
+    return
+  started = configuration.read(workdir / CONFIG).dataset.raw_dir
+  hashes = [path.parent.name.rpartition("-")[2] for path in (raw_dir, Path(started))]
+  if hashes[0] != hashes[1]:
+    raise InputError(
+      f"{workdir}: was started with {started or 'other data'}, and --data with these flags is {raw_dir}; use another "
+      "--workdir"
+    )
 
 
 def _column(what: str) -> str:

@@ -29,8 +29,9 @@ def main() -> None:
   """Trains and evaluates the config of the flags."""
   config = cli.required(_CONFIG)
   configuration.check(config)
-  _DATA.set_raw_dir(config)
-  train_and_evaluate(config, Path(_WORKDIR.value or f"runs/{config.name}"))
+  workdir = Path(_WORKDIR.value or f"runs/{config.name}")
+  _DATA.set_raw_dir(config, workdir)
+  train_and_evaluate(config, workdir)
 
 
 if __name__ == "__main__":

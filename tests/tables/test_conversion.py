@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import convert_table
 from vixml_jax import datasets
 from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.datasets.raw_images import read_images
@@ -427,3 +428,9 @@ def test_columns_are_shown_with_their_reasons(tmp_path):
     "uid: none; 'asin', 'sku' are possible: name one with --uid_column",
     "split: made here, 10% for testing (--test_fraction), texts that are nearly the same on one side",
   )
+
+
+def test_the_benchmark_converts_its_table(tmp_path):
+  convert_table.write(tmp_path / "table.csv", rows=300, labels=50)
+  measured = convert_table.measure(tmp_path / "table.csv", tmp_path / "raw")
+  assert measured["train"] + measured["test"] == 300 and 0 < measured["labels"] <= 50

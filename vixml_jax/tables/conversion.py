@@ -162,7 +162,7 @@ class LabeledTable:
       InputError: The table cannot be used, or the folder has something else.
     """
     with locked(f"{to}.lock"):
-      if to.exists() and any(to.iterdir()):
+      if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         return self._found(to)
       with new_folder(to) as work:
         conversion = self._write(work, to)
@@ -234,8 +234,8 @@ def _with_test(sources: list[SourcePart], test: Any) -> list[SourcePart]:
   """
   if test is None:
     # Files of training rows alone are a table that does not say which rows are for testing.
-    is_split = {source.split for source in sources} > {"train"}
-    return sources if is_split else [SourcePart(source.part, "") for source in sources]
+    only_train = {source.split for source in sources} == {"train"}
+    return [SourcePart(source.part, "") for source in sources] if only_train else sources
   if {source.split for source in sources} - {"", "train"}:
     raise InputError(f"--test_data: {sources[0].part.name} has files of test rows already; give one of them")
   tests = open_source(test, "the table of test rows")

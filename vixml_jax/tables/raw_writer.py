@@ -10,6 +10,7 @@ from typing import IO, Any, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.datasets.uids import hash_of_uid
@@ -104,10 +105,16 @@ def write_queries(
   """
   image_files = files if columns.images else None
   start, is_test = 0, first.is_test.tolist()
-  with SplitWriter(folder, "train", image_files) as train, SplitWriter(folder, "test", image_files) as test:
+  with (
+    SplitWriter(folder, "train", image_files) as train,
+    SplitWriter(folder, "test", image_files) as test,
+    tqdm(desc="write the raw folder", total=len(is_test), unit=" rows", disable=None) as bar,
+  ):
     for source in sources:
       for batch in source.part.batches(columns.chosen(), _IMAGES_AT_ONCE if columns.images else ROWS_AT_ONCE):
-        start += _write_batch(source.part, batch, columns, first, labels, (train, test), is_test, start)
+        written = _write_batch(source.part, batch, columns, first, labels, (train, test), is_test, start)
+        start += written
+        bar.update(written)
   return {name: {"rows": writer.count, "images": writer.images} for name, writer in (("train", train), ("test", test))}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import zlib
 
 import numpy as np
+from tqdm import tqdm
 
 from vixml_jax.datasets.uids import hash_of_uid
 from vixml_jax.errors import InputError
@@ -65,9 +66,10 @@ def read_first(
   """
   is_open = not columns.split and not sources[0].split
   kept = _Kept(columns, LabelCells(separator), is_open)
-  for source in sources:
-    for batch in source.part.batches(kept.names, ROWS_AT_ONCE):
-      kept.add(batch, source.split)
+  with tqdm(desc="read the table", unit=" rows", disable=None) as bar:
+    for source in sources:
+      for batch in source.part.batches(kept.names, ROWS_AT_ONCE):
+        bar.update(kept.add(batch, source.split))
   parts = [source.part for source in sources]
   if not kept.codes:
     raise InputError(f"{parts[0].name}: has no rows; add at least one")
@@ -102,8 +104,8 @@ class _Kept:
     self.codes, self.uids = array.array("b"), array.array("q")
     self._words, self._lengths = array.array("i"), array.array("i")
 
-  def add(self, batch: RowBatch, split: str) -> None:
-    """Checks the rows of a batch of a part with this split, and keeps what is needed of them."""
+  def add(self, batch: RowBatch, split: str) -> int:
+    """Checks the rows of a batch of a part with this split, keeps what is needed, and returns their number."""
     columns = self._columns
     texts = checked(batch, columns.text, text_of)
     for row, value in enumerate(batch.columns[columns.labels or ""], len(self.codes)):
@@ -118,6 +120,7 @@ class _Kept:
       words = [zlib.crc32(word.encode()) % _WORD_IDS for word in _WORD.findall(text.lower())]
       self._words.extend(words)
       self._lengths.append(len(words))
+    return len(texts)
 
   def tokens(self) -> Ragged:
     """Returns the hashes of the words of each row."""
