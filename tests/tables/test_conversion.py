@@ -165,6 +165,13 @@ def _saved_by_the_library(folder):
   return folder / "saved"
 
 
+def _as_data_set_in_memory(folder):
+  hf = pytest.importorskip("datasets")
+  tags = hf.Sequence(hf.ClassLabel(names=LABELS))
+  features = hf.Features({key: hf.Value("string") for key in ROWS[0]} | {"tags": tags})
+  return hf.Dataset.from_list(ROWS[::-1], features).select([3, 2, 1, 0])  # A selection has indices.
+
+
 FORMATS = [
   _as_csv,
   _as_packed_tsv,
@@ -181,6 +188,7 @@ FORMATS = [
   _as_saved_data_set,
   _as_saved_data_sets,
   _saved_by_the_library,
+  _as_data_set_in_memory,
 ]
 
 

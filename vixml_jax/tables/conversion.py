@@ -77,7 +77,7 @@ def write_raw_folder(
   Args:
     data: Path of a CSV, TSV, JSON lines (all also `.gz`), Parquet or Arrow file; of a folder with several, which may be
       those of train and test; or of a folder that `datasets.save_to_disk` wrote. Or a pyarrow.Table, a pandas
-      DataFrame, or a list of dicts.
+      DataFrame, a Hugging Face Dataset, or a list of dicts.
     to: Folder to write. It must not exist, or have been written from the same table with the same settings.
     labels: Table of labels, like `data`: `uid` (or `id`, `name`, `label`), by which rows name a label, `text` (or
       `title`, ...), and optionally `content` and `images`. Without it, the name of a label is its text.

@@ -48,8 +48,8 @@ def open_source(data: Any, name: str) -> list[SourcePart]:
   """Opens a table.
 
   Args:
-    data: Path of a file or a folder; or a pyarrow.Table, a pandas DataFrame, another object with Arrow's
-      `__arrow_c_stream__`, or a list of dicts.
+    data: Path of a file or a folder; or a pyarrow.Table, a pandas DataFrame, a Hugging Face Dataset,
+      another object with Arrow's `__arrow_c_stream__`, or a list of dicts.
     name: Name of data in memory, in messages.
 
   Returns:
@@ -100,7 +100,10 @@ def _in_memory(data: Any, name: str) -> Part:
   if isinstance(data, Sequence) and not isinstance(data, str | bytes):
     return RecordsPart(data, name)
   try:
-    if type(data).__module__.partition(".")[0] == "pandas":
+    library = type(data).__module__.partition(".")[0]
+    if library == "datasets" and hasattr(data, "with_format"):
+      data = data.with_format("arrow")[:].replace_schema_metadata(data.features.arrow_schema.metadata)
+    elif library == "pandas":
       data = pa.Table.from_pandas(data, preserve_index=False)
     elif not isinstance(data, pa.Table) and hasattr(data, "__arrow_c_stream__"):
       data = pa.table(data)
@@ -109,7 +112,8 @@ def _in_memory(data: Any, name: str) -> Part:
   if isinstance(data, pa.Table):
     return ArrowPart(data, name)
   raise InputError(
-    f"{name}: is {type(data).__name__}; it must be a path, a pyarrow.Table, a pandas DataFrame or a list of dicts"
+    f"{name}: is {type(data).__name__}; it must be a path, a pyarrow.Table, a pandas DataFrame, a Hugging Face Dataset "
+    "or a list of dicts"
   )
 
 
