@@ -1,18 +1,21 @@
-r"""Your own data: any folder with trn.json.gz, tst.json.gz and lbl.json.gz, filter files if there are any.
+r"""Your own data: a table of texts with the names of their labels, or a folder in the raw format.
 
+  python -m vixml_jax.main --data=products.csv --workdir=runs/NAME
   python -m vixml_jax.main --config=configs/custom.py --config.dataset.raw_dir=DIR --workdir=runs/NAME
-  python -m vixml_jax.main --config=configs/custom.py:encoder=distilbert,images=3 --config.dataset.raw_dir=DIR \
+  python -m vixml_jax.main --config=configs/custom.py:encoder=distilbert,images=3 --data=products.parquet \
       --config.features.checkpoint=siglip2_b16_256.npz --config.features.name=siglip2_b16_256 --config.features.dim=768
 
-The README describes the files. The encoder is all-MiniLM-L6-v2 by default. Set --config.encoder.pretrained=FOLDER to
-use weights on your disk. With encoder=qwen2.5-0.5b and the other decoders of configs/encoders.py, the base is frozen in
-bfloat16 and adapters of rank 256 (--config.encoder.lora_rank) are trained.
+docs/data.md describes tables and raw folders. The encoder is all-MiniLM-L6-v2 by default, from the Python package that
+the quickstart installs or else from the Hugging Face hub. Set --config.encoder.pretrained=FOLDER to use weights on your
+disk. With encoder=qwen2.5-0.5b and the other decoders of configs/encoders.py, the base is frozen in bfloat16 and
+adapters of rank 256 (--config.encoder.lora_rank) are trained.
 Hardware: a CPU for thousands of queries; any accelerator for more, and for decoders.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.encoders import installed_weights
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
@@ -22,6 +25,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
   config.name = "custom"
   config.dataset.name = "custom"
   common.use_encoder(config, chosen["encoder"])
+  config.encoder.pretrained = installed_weights(chosen["encoder"]) or config.encoder.pretrained
   common.use_images(config, chosen["images"])
   if config.images:
     config.fusion.modality_dropout = 0.2  # So that the model also answers queries without images. The paper has 0.

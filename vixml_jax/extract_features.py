@@ -4,6 +4,7 @@
       [--variant=siglip2_so400m14_384] [--preprocessing=big_vision|huggingface|huggingface_bilinear]
       [--images=DIR|'DIR/{split}/*.parquet'] [--name=NAME] [--batch_size=64] [--dtype=float32|bfloat16]
   python -m vixml_jax.extract_features --config=configs/X.py --published=DIR [--name=NAME]
+  python -m vixml_jax.extract_features --data=products.csv --checkpoint=siglip2_b16_256.npz
 
 The features are written to config.dataset.data_dir as the TFDS data set DATASET_features/NAME. docs/images.md describes
 images in folders, from URLs and in parquet files, and what happens to images that cannot be read.
@@ -11,11 +12,12 @@ images in folders, from URLs and in parquet files, and what happens to images th
 
 from absl import flags
 
-from vixml_jax import cli, config_flag
+from vixml_jax import cli, config_flag, data_flags
 from vixml_jax.errors import InputError
 from vixml_jax.images.preprocess import PREPROCESSING
 
 _CONFIG = config_flag.define()
+_DATA = data_flags.define_data_flags()
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "SigLIP tower: an .npz of big_vision, a Hugging Face folder, or a name on the hub."
 )
@@ -50,6 +52,7 @@ def main() -> None:
   configuration.check(config)
   if _PUBLISHED.value and _CHECKPOINT.value:
     raise InputError("--published and --checkpoint: set only one of them, the features or the tower that makes them")
+  _DATA.set_raw_dir(config)
   checkpoint = "" if _PUBLISHED.value else cli.required(_CHECKPOINT)
   data = config.dataset
   builder = prepare(data.name, data.raw_dir, data.data_dir, data.allow_empty_filter)
@@ -70,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, data_flags.with_default_config)

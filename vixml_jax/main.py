@@ -1,6 +1,7 @@
 """Trains a model and evaluates it.
 
   python -m vixml_jax.main --config=configs/quickstart.py [--workdir=runs/NAME] [--config.train.epochs=3 ...]
+  python -m vixml_jax.main --data=products.csv [--config=configs/custom.py] [--workdir=runs/NAME]
 
 If the data set is not prepared yet, it is prepared first. If the model reads images and config.features.checkpoint is
 set, missing image features are extracted. If the workdir contains a checkpoint, training continues from the newest one.
@@ -12,9 +13,10 @@ from pathlib import Path
 
 from absl import flags
 
-from vixml_jax import cli, config_flag
+from vixml_jax import cli, config_flag, data_flags
 
 _CONFIG = config_flag.define()
+_DATA = data_flags.define_data_flags()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder for the outputs; default: runs/NAME, where NAME is config.name."
 )
@@ -27,8 +29,10 @@ def main() -> None:
 
   config = cli.required(_CONFIG)
   configuration.check(config)
-  train_and_evaluate(config, Path(_WORKDIR.value or f"runs/{config.name}"), cli.show)
+  workdir = Path(_WORKDIR.value or f"runs/{config.name}")
+  _DATA.set_raw_dir(config, workdir)
+  train_and_evaluate(config, workdir, cli.show)
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, data_flags.with_default_config)

@@ -20,6 +20,7 @@ from tests.helpers.miniature import write_raw_folder, write_tokenizer
 from tests.helpers.miniature_runs import load_config
 from tests.helpers.search_cases import CHECKPOINT, index_contents, unit
 from vixml_jax import datasets
+from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.datasets.records import Records
 from vixml_jax.exporting.export import export
 from vixml_jax.images.decoding import REASONS
@@ -39,6 +40,7 @@ from vixml_jax.run.checkpoint import Checkpoint, Checkpointer, checkpoint_id
 from vixml_jax.run.state import TrainState
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.label_index_files import write_index
+from vixml_jax.tables import write_raw_folder as write_raw_folder_of_table
 from vixml_jax.training import metric_writer
 from vixml_jax.training.metric_writer import MetricWriter
 
@@ -283,6 +285,15 @@ def _save_again(folder: Path) -> None:
 _STATE = TrainState(*(jnp.arange(3.0) + i for i in range(6)))
 
 
+# The raw folder of a table
+
+
+def _convert(folder: Path) -> list[bytes]:
+  rows = [{"text": f"text {number}", "labels": [f"label {number % 2}"]} for number in range(4)]
+  raw = write_raw_folder_of_table(rows, folder / "table" / "raw").folder
+  return [(raw / files.rows).read_bytes() for files in SPLITS.values()]
+
+
 # A prepared set and its tokens
 
 
@@ -354,6 +365,7 @@ WRITERS: dict[str, Writer] = {
     _write_index(12), lambda folder: _open_index(folder).delete([3]), _read_index, again=_write_index_again
   ),
   "checkpoint": Writer(_save_checkpoints, _complete, _read_checkpoint, unsynced=("checkpoints/3",), again=_save_again),
+  "folder of a table": Writer(_nothing, _convert, _convert),
   "tokens": Writer(_prepare_outside, _tokenize, _tokenize),
   "prepared set": Writer(_raw, _prepare, _read_prepared),
   "export": Writer(_workdir, _export, _read_export),

@@ -120,3 +120,10 @@ def test_as_many_queries_are_held_out_as_suit_their_number(queries, expected, ca
   given = load_config("custom")
   given.dataset.validation_fraction = 0.3
   assert chosen.with_held_out(given, queries) == given
+
+
+@pytest.mark.parametrize(
+  ("labels", "devices", "expected"), [(9, 1, 2), (9, 8, 8), (1, 8, 8), (24, 6, 8), (100_000, 8, 16_384)]
+)
+def test_free_vectors_are_a_quarter_of_the_labels_and_one_for_each_device(labels, devices, expected):
+  assert chosen.with_free_vectors(load_config("custom"), labels, devices).train.free_vectors == expected

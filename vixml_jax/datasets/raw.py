@@ -89,6 +89,13 @@ _SET_RAW_DIR = "set --config.dataset.raw_dir to"
 _Place = dict[str, RawFile]
 
 
+def is_raw(path: Path) -> bool:
+  """Returns whether a path is an archive, or a folder with rows in the raw format in it or in a folder below it."""
+  return archives.is_archive(path) or (
+    path.is_dir() and any(map(_has_rows, map(_folder_place, (path, *filter(Path.is_dir, path.iterdir())))))
+  )
+
+
 def find_files(raw_dir: Path) -> dict[str, FoundFiles]:
   """Finds the raw files of every split.
 

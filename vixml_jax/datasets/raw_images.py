@@ -57,6 +57,11 @@ def unreadable_parquet(path: Path, error: Exception) -> InputError:
   return InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); copy or write it again")
 
 
+def is_encoded_image(blob: bytes) -> bool:
+  """Returns whether bytes start like a PNG, JPEG, WebP, GIF or BMP file."""
+  return blob.startswith(_IMAGE_MAGIC)
+
+
 def out_of_range(row: int | None, slot: int | None, num_rows: int) -> str:
   """Returns what is wrong with the row or the slot of an image of a split with `num_rows` rows."""
   return f"row {row}, slot {slot} is out of range; rows are 0 to {num_rows - 1} and slots start at 0"
@@ -92,5 +97,5 @@ def _check_image(path: Path, record: int, num_rows: int, row: Any, slot: Any, bl
       f"{path}: record {record}: row {row}, slot {slot} comes after row {last[0]}, slot {last[1]}; sort the file by "
       "row and slot, with each pair once"
     )
-  if not blob.startswith(_IMAGE_MAGIC):
+  if not is_encoded_image(blob):
     raise InputError(f"{path}: record {record}: row {row}, slot {slot} is not a PNG, JPEG, WebP, GIF or BMP image")

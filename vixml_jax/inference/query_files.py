@@ -3,11 +3,8 @@
 Every reader yields the queries in the order of the file. Errors name the file and the line (Parquet: the row).
 """
 
-import codecs
 from collections.abc import Callable, Iterator
-import csv
 import itertools
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +13,10 @@ import pyarrow.parquet as pq
 
 from vixml_jax.errors import InputError
 from vixml_jax.inference.queries import LISTS, Query, QueryFormat
+from vixml_jax.record_files import CsvFile, json_lines, parse_json
 
-_MAX_CELL = 2**26  # Characters of a CSV cell: vectors are long, and a quote that is not closed must end somewhere.
 _SEPARATOR = ";"
 _ROWS_AT_ONCE = 4096
-_JSON = json.JSONDecoder()
-_JSON_SPACE = " \t\n\r"
 
 
 class QueryFile(Protocol):
@@ -86,63 +81,32 @@ class _JsonLinesQueries:
     return _in_blocks(self._queries(), size)
 
   def _queries(self) -> Iterator[Query]:
-    folder = self._path.parent
-    with _opened(self._path, lambda: self._path.open("rb")) as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          where = f"{self._path}:{number}"
-          yield self._form.parse(_json(line, where, "is the file truncated?"), where, folder)
+    for line, value in json_lines(self._path):
+      yield self._form.parse(value, f"{self._path}:{line}", self._path.parent)
 
 
 class _CsvQueries:
   """A header, then a query per line; an empty cell counts as no value."""
 
   def __init__(self, path: Path, form: QueryFormat):
-    self._path, self._form = path, form
-    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
-    with _opened(path, lambda: path.open(newline="", encoding="utf-8-sig")) as file:
-      columns = self._next(csv.reader(file, strict=True))
-    if columns is None:
-      raise InputError(f"{path}: is empty; its first line must name the columns")
-    repeated = {name for name in columns if columns.count(name) > 1}
-    if repeated:
-      raise InputError(f"{path}:1: has two columns {min(repeated)!r}; remove or rename one")
-    form.check_keys(columns, f"{path}:1")
-    self._columns = columns
+    self._file, self._form = CsvFile(path), form
+    form.check_keys(self._file.columns, f"{path}:1")
 
   def check(self, look: Callable[[Query], None]) -> int:
-    return _count(self._path, self._queries(), look)
+    return _count(self._file.path, self._queries(), look)
 
   def blocks(self, size: int) -> Iterator[list[Query]]:
     return _in_blocks(self._queries(), size)
 
   def _queries(self) -> Iterator[Query]:
-    folder = self._path.parent
-    with _opened(self._path, lambda: self._path.open(newline="", encoding="utf-8-sig")) as file:
-      reader = csv.reader(file, strict=True)
-      self._next(reader)
-      while (cells := self._next(reader)) is not None:
-        if not cells:
-          continue
-        where = f"{self._path}:{reader.line_num}"
-        if len(cells) != len(self._columns):
-          raise InputError(
-            f"{where}: has {len(cells)} cells for {len(self._columns)} columns; is the file truncated, or is a comma "
-            "not in quotes?"
-          )
-        yield self._form.parse(self._record(cells, where), where, folder)
-
-  def _next(self, reader: Any) -> list[str] | None:
-    try:
-      return next(reader, None)
-    except (csv.Error, UnicodeDecodeError) as error:
-      raise InputError(
-        f"{self._path}:{reader.line_num}: not valid CSV in UTF-8 ({error}); is the file truncated?"
-      ) from error
+    path = self._file.path
+    for line, cells in self._file.rows():
+      where = f"{path}:{line}"
+      yield self._form.parse(self._record(cells, where), where, path.parent)
 
   def _record(self, cells: list[str], where: str) -> dict[str, Any]:
     record: dict[str, Any] = {self._form.required: ""}
-    for name, cell in zip(self._columns, cells, strict=True):
+    for name, cell in zip(self._file.columns, cells, strict=True):
       if cell:
         record[name] = _cell_list(cell, f"{where}: {name!r}") if name in LISTS else cell
     return record
@@ -245,23 +209,4 @@ def _cell_list(cell: str, where: str) -> list[Any]:
   """Returns the list in a CSV cell: JSON, or values separated by semicolons."""
   if not cell.lstrip().startswith("["):
     return [part.strip() for part in cell.split(_SEPARATOR)]
-  return _json(cell.encode(), where, "separate values by semicolons unless the cell is a JSON list")
-
-
-def _json(line: bytes, where: str, advice: str) -> Any:
-  try:
-    text = line.removeprefix(codecs.BOM_UTF8).decode().strip(_JSON_SPACE)
-    value, stop = _JSON.raw_decode(text)  # json.loads takes twice as long for a short line.
-    if stop < len(text):
-      raise json.JSONDecodeError("Extra data", text, stop)
-    return value
-  except (ValueError, RecursionError) as error:
-    reason = str(error) if isinstance(error, ValueError) else "nested too deep"
-    raise InputError(f"{where}: not valid JSON in UTF-8 ({reason}); {advice}") from error
-
-
-def _opened(path: Path, open_file: Callable[[], Any]) -> Any:
-  try:
-    return open_file()
-  except OSError as error:
-    raise InputError(f"{path}: cannot be read ({error.strerror}); use another file of queries") from error
+  return parse_json(cell.encode(), where, "separate values by semicolons unless the cell is a JSON list")

@@ -4,12 +4,13 @@ import numpy as np
 
 from vixml_jax.ragged import Ragged, ranges
 
+_ROWS_AT_ONCE = 1 << 16
+
 
 def hold_out(tokens: Ragged, fraction: float, seed: int) -> np.ndarray:
-  """Selects queries by a hash of the rarer two thirds of their distinct tokens.
+  """Selects queries by `near_duplicate_hashes`.
 
-  Queries that differ only in the order of their words or in a frequent word ("arrow left", "left arrow filled") are on
-  the same side. So held-out queries are about as new to the model as the test queries of a split by product.
+  So held-out queries are about as new to the model as the test queries of a split by product.
 
   Args:
     tokens: Token ids of all training queries, N rows.
@@ -21,19 +22,41 @@ def hold_out(tokens: Ragged, fraction: float, seed: int) -> np.ndarray:
   """
   if fraction <= 0:
     return np.zeros(len(tokens), bool)
+  return near_duplicate_hashes(tokens, seed) < np.uint64(min(fraction, 1.0) * 2**64)
+
+
+def near_duplicate_hashes(tokens: Ragged, seed: int) -> np.ndarray:
+  """Returns a hash of the rarer two thirds of the distinct tokens of each query, uint64 [N].
+
+  Queries that differ only in the order of their words or in a frequent word ("arrow left", "left arrow filled") have
+  the same hash. Hashes are uniform. Memory grows with the size of the vocabulary, not with N.
+
+  Args:
+    tokens: Token ids of all queries, N rows.
+    seed: Seed of the hash.
+  """
   vocabulary = int(tokens.values.max(initial=0)) + 1
   # The hash is the sum (mod 2**64) of a random number per token, so the order of the tokens does not matter.
-  rng = np.random.default_rng((seed, 2))
-  codes = rng.integers(0, 2**64, vocabulary, dtype=np.uint64)
-  rows, values = np.divmod(np.unique(tokens.row_ids() * vocabulary + tokens.values), vocabulary)
-  frequencies = np.bincount(values, minlength=vocabulary)
-  informative = frequencies[values] < len(tokens)  # Special tokens are in every row.
-  rows, values = rows[informative], values[informative]
-  order = np.lexsort((values, frequencies[values], rows))
-  rows, values = rows[order], values[order]
-  counts = np.bincount(rows, minlength=len(tokens))
-  rank = ranges(0, counts)
-  rare = rank < -(-2 * counts[rows] // 3)
+  codes = np.random.default_rng((seed, 2)).integers(0, 2**64, vocabulary, dtype=np.uint64)
+  frequencies = np.zeros(vocabulary, np.int64)
+  blocks = [slice(start, min(start + _ROWS_AT_ONCE, len(tokens))) for start in range(0, len(tokens), _ROWS_AT_ONCE)]
+  for block in blocks:
+    frequencies += np.bincount(_distinct(tokens, block, vocabulary)[1], minlength=vocabulary)
   sums = np.zeros(len(tokens), np.uint64)
-  np.add.at(sums, rows[rare], codes[values[rare]])
-  return sums < np.uint64(min(fraction, 1.0) * 2**64)
+  for block in blocks:
+    rows, values = _distinct(tokens, block, vocabulary)
+    informative = frequencies[values] < len(tokens)  # Special tokens are in every row.
+    rows, values = rows[informative], values[informative]
+    order = np.lexsort((values, frequencies[values], rows))
+    rows, values = rows[order], values[order]
+    counts = np.bincount(rows, minlength=block.stop - block.start)
+    rare = ranges(0, counts) < -(-2 * counts[rows] // 3)
+    np.add.at(sums[block], rows[rare], codes[values[rare]])
+  return sums
+
+
+def _distinct(tokens: Ragged, block: slice, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the rows of a block, counted from its start, and their distinct tokens, a pair each; ascending."""
+  part = tokens.take(np.arange(block.start, block.stop))
+  rows, values = np.divmod(np.unique(part.row_ids() * vocabulary + part.values), vocabulary)
+  return rows, values

@@ -16,6 +16,7 @@ from vixml_jax import sharding
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout, pack
 from vixml_jax.ragged import Ragged
+from vixml_jax.rounding import next_power_of_two
 from vixml_jax.run import configuration
 
 _HELD_OUT = "dataset.validation_fraction"  # Follows from the data alone.
@@ -112,15 +113,20 @@ def with_row_length(config: ConfigDict, longest: int, platform: str) -> ConfigDi
   return _updated(config, {"train.row_length": -(-wanted // multiple) * multiple})
 
 
-def with_free_vectors(config: ConfigDict, num_labels: int) -> ConfigDict:
+def with_free_vectors(config: ConfigDict, num_labels: int, devices: int = 1) -> ConfigDict:
   """Returns the config with `train.free_vectors` chosen where it is 0.
 
-  The choice is the power of two at or below a quarter of the labels, at most 65,536.
+  The choice is the power of two at or below a quarter of the labels, at most 65,536, and at least one for each device.
+
+  Args:
+    config: The whole config.
+    num_labels: L.
+    devices: Number of devices that the vectors are split over.
   """
   if config.train.free_vectors:
     return config
   number = min(2 ** (max(num_labels // 4, 1).bit_length() - 1), _MAX_FREE_VECTORS)
-  return _updated(config, {"train.free_vectors": number})
+  return _updated(config, {"train.free_vectors": max(number, next_power_of_two(devices))})
 
 
 def with_chunk_rows(
@@ -190,7 +196,7 @@ def log_choices(config: ConfigDict, result: ConfigDict) -> None:
 
 def _batch_rows(queries: Items, positives: Ragged, labels: Items, layout: PackedLayout, config: ConfigDict) -> int:
   """Returns the number of rows that hold a batch, from sampled batches."""
-  rng, batch_size = np.random.default_rng(config.seed), config.train.batch_size
+  rng, batch_size = np.random.default_rng(config.seed), min(config.train.batch_size, len(queries))
   one_by_one, rows = dataclasses.replace(layout, chunk_rows=1), 0
   for _ in range(_SAMPLED_BATCHES):
     drawn = queries.take(rng.integers(0, len(queries), batch_size))

@@ -14,6 +14,7 @@ from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.models.attention import choose
 from vixml_jax.models.attention_call import AttentionCall
 from vixml_jax.models.definition import ModelDefinition, define_model
+from vixml_jax.rounding import next_power_of_two
 
 
 def encoder_arguments(config: ConfigDict) -> dict[str, Any]:
@@ -129,7 +130,8 @@ def check_sizes(config: ConfigDict, num_labels: int, tokenizer_size: int, mesh: 
     InputError: naming the key that does not fit.
   """
   free_vectors = config.train.free_vectors
-  one_each = 1 << (num_labels - 1).bit_length()
+  # Vectors are split over the devices, so that there may be more than labels.
+  one_each = next_power_of_two(max(num_labels, sharding.row_devices(mesh)))
   if free_vectors > one_each and config.method in ("prime", "dexa"):
     raise InputError(
       f"train.free_vectors={free_vectors}: {one_each} give each of the {num_labels} labels its own; use a power of "
