@@ -8,8 +8,6 @@ The workdir receives config.json, metrics.jsonl, checkpoints/, final_metrics.jso
 predict and serve need.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from vixml_jax import cli, config_flag
@@ -26,8 +24,11 @@ def main() -> None:
   from vixml_jax.run import configuration
 
   config = cli.required(_CONFIG)
+  workdir = cli.local_path(_WORKDIR.value or f"runs/{config.name}", "workdir")
+  for key in ("raw_dir", "data_dir"):
+    cli.local_path(config.dataset[key], f"config.dataset.{key}")
   configuration.check(config)
-  train_and_evaluate(config, Path(_WORKDIR.value or f"runs/{config.name}"))
+  train_and_evaluate(config, workdir)
 
 
 if __name__ == "__main__":

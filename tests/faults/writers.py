@@ -25,8 +25,9 @@ from vixml_jax.exporting.export import export
 from vixml_jax.images.decoding import REASONS
 from vixml_jax.images.feature_parts import FeaturePart, FeatureParts
 from vixml_jax.images.features import load_image_features
-from vixml_jax.inference import batch_prediction
+from vixml_jax.inference import block_runner
 from vixml_jax.inference.batch_prediction import predict_file
+from vixml_jax.inference.block_runner import BatchFile
 from vixml_jax.inference.predictions import PredictionColumns
 from vixml_jax.inference.queries import QueryFormat
 from vixml_jax.inference.query_files import open_queries
@@ -233,8 +234,8 @@ def _predict(folder: Path) -> None:
   )
   form = QueryFormat(**_FORM)
   path = folder / "q.jsonl"
-  with mock.patch.object(batch_prediction, "tqdm"):
-    predict_file(predictor, open_queries(path, form), path, folder / "out" / "top.jsonl", k=2, batch_size=2)
+  with mock.patch.object(block_runner, "tqdm"):
+    predict_file(predictor, BatchFile(open_queries(path, form), path, 2), str(folder / "out" / "top.jsonl"), k=2)
 
 
 def _read_predictions(folder: Path) -> bytes:

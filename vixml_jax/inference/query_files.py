@@ -6,6 +6,7 @@ Every reader yields the queries in the order of the file. Errors name the file a
 import codecs
 from collections.abc import Callable, Iterator
 import csv
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -25,13 +26,22 @@ _JSON_SPACE = " \t\n\r"
 
 
 class QueryFile(Protocol):
-  """A file of queries."""
+  """A file of queries, cut into numbered blocks of consecutive queries.
 
-  def check(self, look: Callable[[Query], None]) -> int:
-    """Reads the whole file except for images, passes every query to `look`, and returns the number of queries."""
+  Of blocks that are not wanted, only the ends of lines or the numbers of rows are read.
+  """
 
-  def blocks(self, size: int) -> Iterator[list[Query]]:
-    """Yields all queries, `size` at a time."""
+  def check(self, size: int, wanted: Callable[[int], bool], look: Callable[[Query], None]) -> int:
+    """Checks queries, except for their images, and returns the number of all queries.
+
+    Args:
+      size: Number of queries in a block.
+      wanted: Returns whether the block of a number is to be read.
+      look: Called with every query of these blocks.
+    """
+
+  def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Query]]]:
+    """Yields number and queries of each wanted block; arguments as for `check`."""
 
 
 def open_queries(path: Path, form: QueryFormat) -> QueryFile:
@@ -58,15 +68,28 @@ def open_queries(path: Path, form: QueryFormat) -> QueryFile:
   return readers[path.suffix](path, form)
 
 
-def _in_blocks(queries: Iterator[Query], size: int) -> Iterator[list[Query]]:
-  while block := list(itertools.islice(queries, size)):
-    yield block
+# A row of a file that is parsed when it is wanted.
+_Row = Callable[[], Query]
 
 
-def _count(path: Path, queries: Iterator[Query], look: Callable[[Query], None]) -> int:
+def _in_blocks(rows: Iterator[_Row], size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Query]]]:
+  for number in itertools.count():
+    taken = itertools.islice(rows, size)
+    if wanted(number):
+      if not (block := [parse() for parse in taken]):
+        return
+      yield number, block
+    elif not sum(1 for _ in taken):
+      return
+
+
+def _count(
+  path: Path, rows: Iterator[_Row], size: int, wanted: Callable[[int], bool], look: Callable[[Query], None]
+) -> int:
   count = 0
-  for query in queries:
-    look(query)
+  for parse in rows:
+    if wanted(count // size):
+      look(parse())
     count += 1
   if not count:
     raise InputError(f"{path}: has no queries; add at least one")
@@ -79,19 +102,21 @@ class _JsonLinesQueries:
   def __init__(self, path: Path, form: QueryFormat):
     self._path, self._form = path, form
 
-  def check(self, look: Callable[[Query], None]) -> int:
-    return _count(self._path, self._queries(), look)
+  def check(self, size: int, wanted: Callable[[int], bool], look: Callable[[Query], None]) -> int:
+    return _count(self._path, self._rows(), size, wanted, look)
 
-  def blocks(self, size: int) -> Iterator[list[Query]]:
-    return _in_blocks(self._queries(), size)
+  def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Query]]]:
+    return _in_blocks(self._rows(), size, wanted)
 
-  def _queries(self) -> Iterator[Query]:
-    folder = self._path.parent
+  def _rows(self) -> Iterator[_Row]:
     with _opened(self._path, lambda: self._path.open("rb")) as file:
       for number, line in enumerate(file, 1):
         if line.strip():
-          where = f"{self._path}:{number}"
-          yield self._form.parse(_json(line, where, "is the file truncated?"), where, folder)
+          yield functools.partial(self._parse, line, number)
+
+  def _parse(self, line: bytes, number: int) -> Query:
+    where = f"{self._path}:{number}"
+    return self._form.parse(_json(line, where, "is the file truncated?"), where, self._path.parent)
 
 
 class _CsvQueries:
@@ -110,27 +135,28 @@ class _CsvQueries:
     form.check_keys(columns, f"{path}:1")
     self._columns = columns
 
-  def check(self, look: Callable[[Query], None]) -> int:
-    return _count(self._path, self._queries(), look)
+  def check(self, size: int, wanted: Callable[[int], bool], look: Callable[[Query], None]) -> int:
+    return _count(self._path, self._rows(), size, wanted, look)
 
-  def blocks(self, size: int) -> Iterator[list[Query]]:
-    return _in_blocks(self._queries(), size)
+  def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Query]]]:
+    return _in_blocks(self._rows(), size, wanted)
 
-  def _queries(self) -> Iterator[Query]:
-    folder = self._path.parent
+  def _rows(self) -> Iterator[_Row]:
     with _opened(self._path, lambda: self._path.open(newline="", encoding="utf-8-sig")) as file:
       reader = csv.reader(file, strict=True)
       self._next(reader)
       while (cells := self._next(reader)) is not None:
-        if not cells:
-          continue
-        where = f"{self._path}:{reader.line_num}"
-        if len(cells) != len(self._columns):
-          raise InputError(
-            f"{where}: has {len(cells)} cells for {len(self._columns)} columns; is the file truncated, or is a comma "
-            "not in quotes?"
-          )
-        yield self._form.parse(self._record(cells, where), where, folder)
+        if cells:
+          yield functools.partial(self._parse, cells, reader.line_num)
+
+  def _parse(self, cells: list[str], line: int) -> Query:
+    where = f"{self._path}:{line}"
+    if len(cells) != len(self._columns):
+      raise InputError(
+        f"{where}: has {len(cells)} cells for {len(self._columns)} columns; is the file truncated, or is a comma "
+        "not in quotes?"
+      )
+    return self._form.parse(self._record(cells, where), where, self._path.parent)
 
   def _next(self, reader: Any) -> list[str] | None:
     try:
@@ -154,7 +180,7 @@ class _ParquetQueries:
   def __init__(self, path: Path, form: QueryFormat):
     self._path, self._form = path, form
     with self._file() as file:
-      schema, num_rows = file.schema_arrow, file.metadata.num_rows
+      schema, self._num_rows = file.schema_arrow, file.metadata.num_rows
     form.check_keys(schema.names, str(path))
     for name in schema.names:
       if not _fits(name, schema.field(name).type):
@@ -162,28 +188,48 @@ class _ParquetQueries:
           f"{path}: column {name!r} is {schema.field(name).type}; it must be {_TYPES.get(name, 'string')}"
         )
     self._names = schema.names
-    if not num_rows:
+    if not self._num_rows:
       raise InputError(f"{path}: has no queries; add at least one")
 
-  def check(self, look: Callable[[Query], None]) -> int:
+  def check(self, size: int, wanted: Callable[[int], bool], look: Callable[[Query], None]) -> int:
     # Images may take gigabytes, and the schema has been checked already.
     names = [name for name in self._names if name != "images"]
-    return _count(self._path, self._queries(_ROWS_AT_ONCE, names), look)
+    for _, queries in self._pieces(size, wanted, names, _ROWS_AT_ONCE):
+      for query in queries:
+        look(query)
+    return self._num_rows
 
-  def blocks(self, size: int) -> Iterator[list[Query]]:
-    # A batch of pyarrow may end where a row group ends, so blocks are cut here.
-    return _in_blocks(self._queries(size, self._names), size)
+  def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Query]]]:
+    pieces = self._pieces(size, wanted, self._names, size)
+    for number, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
+      yield number, [query for _, queries in group for query in queries]
 
-  def _queries(self, size: int, names: list[str]) -> Iterator[Query]:
+  def _pieces(
+    self, size: int, wanted: Callable[[int], bool], names: list[str], rows: int
+  ) -> Iterator[tuple[int, list[Query]]]:
+    """Yields the wanted blocks in pieces: a block may end in another row group. Reads `rows` rows at a time."""
     row = 0
     with self._file() as file:
-      batches = file.iter_batches(batch_size=size, columns=names)
-      while (batch := self._reading(lambda: next(batches, None))) is not None:
-        columns = {name: _values(batch.column(name)) for name in names}
-        for i in range(batch.num_rows):
-          record = {name: values[i] for name, values in columns.items()}
-          yield self._form.parse(record, f"{self._path}: row {row}", self._path.parent)
-          row += 1
+      for group in range(file.metadata.num_row_groups):
+        end = row + file.metadata.row_group(group).num_rows
+        if any(map(wanted, range(row // size, -(-end // size)))):
+          batches = file.iter_batches(rows, row_groups=[group], columns=names)
+          while (batch := self._reading(functools.partial(next, batches, None))) is not None:
+            while len(batch):
+              number = row // size
+              taken = batch.slice(0, (number + 1) * size - row)
+              if wanted(number):
+                yield number, self._queries(taken, names, row)
+              row, batch = row + len(taken), batch.slice(len(taken))
+        row = end
+
+  def _queries(self, batch: pa.RecordBatch, names: list[str], row: int) -> list[Query]:
+    """Returns the queries of a batch whose first one is row `row` of the file."""
+    columns = [_values(batch.column(name)) for name in names]
+    return [
+      self._form.parse(dict(zip(names, values, strict=True)), f"{self._path}: row {number}", self._path.parent)
+      for number, values in enumerate(zip(*columns, strict=True), row)
+    ]
 
   def _file(self) -> pq.ParquetFile:
     return self._reading(lambda: pq.ParquetFile(self._path))
