@@ -20,6 +20,7 @@ import numpy as np
 from configs import quickstart
 from vixml_jax import sharding
 from vixml_jax.inference.batch_prediction import predict_file
+from vixml_jax.inference.block_runner import BatchFile
 from vixml_jax.inference.predictor import Predictor
 from vixml_jax.inference.queries import query_format
 from vixml_jax.inference.query_files import open_queries
@@ -94,9 +95,9 @@ def main() -> None:
   print("|---|---:|---:|")
   for suffix in arguments.formats.split(","):
     output = folder / f"top.{suffix}"
-    predict_file(predictor, open_queries(few, form), few, output, k=10, batch_size=4096)  # Compiles.
+    predict_file(predictor, BatchFile(open_queries(few, form), few, 4096), str(output), k=10)  # Compiles.
     started, cpu = time.perf_counter(), time.process_time()
-    predict_file(predictor, open_queries(queries, form), queries, output, k=10, batch_size=4096)
+    predict_file(predictor, BatchFile(open_queries(queries, form), queries, 4096), str(output), k=10)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     print(f"| {suffix} | {arguments.queries / seconds:,.0f} | {1000 * cpu / arguments.queries:.4f} |", flush=True)
 

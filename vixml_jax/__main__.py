@@ -18,6 +18,7 @@ from vixml_jax import command_help, completion
 MODULES = {
   "train": "main",
   "predict": "predict",
+  "encode": "encode",
   "serve": "serve",
   "evaluate": "evaluate",
   "add-labels": "add_labels",

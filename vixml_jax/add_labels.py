@@ -40,7 +40,7 @@ def main() -> None:
 
   if jax.process_count() > 1:
     raise InputError("--distributed: add_labels runs in one process, which uses all of its devices")
-  workdir = Path(cli.required(_MODEL.workdir))
+  workdir = cli.local_path(cli.required(_MODEL.workdir), "workdir")
   if _LABELS.value is None and _DELETE.value is None and _CATEGORIES.value is None:
     raise InputError("--labels: must be given, or --delete, or --categories")
   delete = read_uids(Path(_DELETE.value)) if _DELETE.value is not None else {}

@@ -8,6 +8,7 @@ the variables that JAX reads when it is imported can be set before (`messages.se
 from collections.abc import Callable, Sequence
 import logging
 import os
+from pathlib import Path
 import re
 import signal
 import sys
@@ -19,6 +20,7 @@ from absl import app, flags
 from vixml_jax import command_help, messages
 from vixml_jax.errors import InputError, Preempted
 from vixml_jax.files import disk_fault
+from vixml_jax.process_share import ProcessShare, joined_share
 from vixml_jax.progress_lines import progress_lines
 from vixml_jax.stages import ProgressBars, reporting
 
@@ -33,11 +35,18 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "HOST:PORT of process 0, for clusters that JAX does not detect; implies --distributed."
 )
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes; used with --coordinator.")
-_PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0; used with --coordinator.")
+_PROCESSES = flags.DEFINE_integer(
+  "num_processes",
+  None,
+  "Number of processes, with --coordinator; predict, encode and extract_features need no coordinator.",
+  lower_bound=1,
+)
+_PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.", lower_bound=0)
 
 
-def run(main: Callable[[], None], arguments: Callable[[Sequence[str]], Sequence[str]] = list) -> None:
+def run(
+  main: Callable[[], None], arguments: Callable[[Sequence[str]], Sequence[str]] = list, *, divides: bool = False
+) -> None:
   """Parses flags and calls `main`.
 
   Bad input (`InputError`), errors in flags and a disk that is full or fails become one line on stderr and exit status
@@ -47,6 +56,7 @@ def run(main: Callable[[], None], arguments: Callable[[Sequence[str]], Sequence[
   Args:
     main: The entry point.
     arguments: Returns the arguments to parse for those of the command line, of which the first is the program.
+    divides: Whether its processes can divide the work without a coordinator; see `process_share`.
   """
 
   def call(argv: Sequence[str]) -> None:
@@ -56,6 +66,7 @@ def run(main: Callable[[], None], arguments: Callable[[Sequence[str]], Sequence[
       messages.set_up()
       # transformers and tensorboardX import torch where it is installed. No command needs it, and it takes two seconds.
       sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+      _check_processes(divides)
       _join_processes()
       with reporting(ProgressBars()), progress_lines():
         main()
@@ -121,6 +132,28 @@ def _fail(message: str) -> NoReturn:
   sys.exit(1)
 
 
+def _check_processes(divides: bool) -> None:
+  """Checks `--num_processes` and `--process` before any work."""
+  count, index = _PROCESSES.value, _PROCESS.value
+  if count is None and index is None:
+    return
+  if count is None or index is None:
+    given, other = ("num_processes", "process") if index is None else ("process", "num_processes")
+    raise InputError(f"--{given}: must be given together with --{other}")
+  if index >= count:
+    raise InputError(f"--process={index}: must be 0 to {count - 1}, since --num_processes={count}")
+  if not (divides or _COORDINATOR.value):
+    raise InputError(f"--num_processes={count}: needs --coordinator=HOST:PORT, which joins the processes")
+
+
+def process_share() -> ProcessShare:
+  """Returns the share of this process: that of `jax.distributed`, or that of `--num_processes` and `--process`."""
+  count, index = _PROCESSES.value, _PROCESS.value
+  if _DISTRIBUTED.value or _COORDINATOR.value or count is None or index is None:
+    return joined_share()
+  return ProcessShare(index, count)
+
+
 def _join_processes() -> None:
   if not _COORDINATOR.value and not _DISTRIBUTED.value:
     return
@@ -155,18 +188,31 @@ def required(flag: flags.FlagHolder[Any]) -> Any:
   return flag.value
 
 
+def local_path(place: str, flag: str) -> Path:
+  """Returns the path of a place that must not be in a bucket.
+
+  Raises:
+    InputError: It is a URL; the message names the flag.
+  """
+  if "://" in place:
+    raise InputError(f"--{flag}={place}: must be a local path; only predict, encode and serve read buckets")
+  return Path(place)
+
+
 def mesh(flag: flags.FlagHolder[str | None]) -> "Mesh | None":
-  """Returns the mesh of a flag such as 4,1,2; None if the flag is not given.
+  """Returns the mesh of a flag such as 4,1,2, of this process's devices; None if the flag is not given.
 
   Raises:
     InputError: The value is not three whole numbers, or does not fit the devices.
   """
   if not flag.value:
     return None
+  import jax
+
   from vixml_jax import sharding
 
   data, fsdp, tensor = numbers(flag, 3)
-  return sharding.make_mesh(data, fsdp, tensor)
+  return sharding.make_mesh(data, fsdp, tensor, jax.local_devices())
 
 
 def numbers(flag: flags.FlagHolder[Any], count: int | None = None) -> list[int]:

@@ -58,7 +58,7 @@ def main() -> None:
   from vixml_jax.experiment import evaluate_workdir
   from vixml_jax.run import configuration
 
-  workdir = Path(cli.required(_WORKDIR))
+  workdir = cli.local_path(cli.required(_WORKDIR), "workdir")
   if _COMPARE.value is not None:
     _compare(workdir, _COMPARE.value)
     return

@@ -8,7 +8,6 @@ gives texts the same embeddings as evaluation. onnx: the same as a file for ONNX
 onnx must be installed). embeddings: the label prototypes as labels.npy and labels.parquet. No training data are needed.
 """
 
-from pathlib import Path
 import re
 
 from absl import flags
@@ -36,7 +35,13 @@ def main() -> None:
   from vixml_jax.exporting.export import export
 
   workdir, kind, output = (cli.required(flag) for flag in (_WORKDIR, _FORMAT, _OUTPUT))
-  export(Path(workdir), kind, Path(output), _DTYPE.value, _bytes(_MAX_SHARD_SIZE.value))
+  export(
+    cli.local_path(workdir, "workdir"),
+    kind,
+    cli.local_path(output, "output"),
+    _DTYPE.value,
+    _bytes(_MAX_SHARD_SIZE.value),
+  )
   print(f"{kind} in {output}")
 
 

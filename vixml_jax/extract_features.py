@@ -3,11 +3,13 @@
   python -m vixml_jax.extract_features --config=configs/X.py --checkpoint=siglip2_so400m14_384.npz
       [--variant=siglip2_so400m14_384] [--preprocessing=big_vision|huggingface|huggingface_bilinear]
       [--images=DIR|'DIR/{split}/*.parquet'] [--name=NAME] [--batch_size=64] [--dtype=float32|bfloat16]
+      [--num_processes=8 --process=0]
   python -m vixml_jax.extract_features --config=configs/X.py --published=DIR [--name=NAME]
   python -m vixml_jax.extract_features --data=products.csv --checkpoint=siglip2_b16_256.npz
 
 The features are written to config.dataset.data_dir as the TFDS data set DATASET_features/NAME. docs/images.md describes
-images in folders, from URLs and in parquet files, and what happens to images that cannot be read.
+images in folders, from URLs and in parquet files, and what happens to images that cannot be read. Several processes
+that see the same folders divide the images; each is started with its number.
 """
 
 from absl import flags
@@ -69,8 +71,9 @@ def main() -> None:
       images=_IMAGES.value,
       batch_size=_BATCH_SIZE.value,
       dtype=_DTYPE.value or "",
+      share=cli.process_share(),
     )
 
 
 if __name__ == "__main__":
-  cli.run(main, data_flags.with_default_config)
+  cli.run(main, data_flags.with_default_config, divides=True)

@@ -15,6 +15,8 @@ from vixml_jax.inference.rankings import RANKINGS
 
 if TYPE_CHECKING:
   from vixml_jax.inference.predictor import Predictor
+  from vixml_jax.inference.query_images import QueryImageEncoder
+  from vixml_jax.inference.trained_encoder import TrainedEncoder
 
 flags.disclaim_key_flags()
 
@@ -42,6 +44,16 @@ class ModelFlags:
   mesh: flags.FlagHolder[str | None]
   encoder: flags.FlagHolder[str | None]
 
+  def folder(self) -> Path:
+    """Returns the workdir, or the local copy of one in a bucket.
+
+    Raises:
+      InputError: `--workdir` is missing, or the bucket cannot be reached.
+    """
+    from vixml_jax.inference.remote_workdir import local_workdir
+
+    return local_workdir(cli.required(self.workdir))
+
   def load(self, search: SearchFlags | None = None) -> "Predictor":
     """Loads the workdir as the flags say.
 
@@ -57,12 +69,22 @@ class ModelFlags:
     use_compile_cache()
     searching = {} if search is None else {name: flag.value for name, flag in vars(search).items()}
     return load_predictor(
-      Path(cli.required(self.workdir)),
+      self.folder(),
       mesh=cli.mesh(self.mesh),
       image_checkpoint=self.image_checkpoint.value,
       image_batch_size=self.image_batch_size.value,
       encoder=self.encoder.value,
       **searching,
+    )
+
+  def load_encoder(self) -> "tuple[TrainedEncoder, QueryImageEncoder | None]":
+    """Loads the encoders of texts and of images alone, as the flags say; see `load`."""
+    from vixml_jax.inference.compile_cache import use_compile_cache
+    from vixml_jax.inference.loading import load_encoder
+
+    use_compile_cache()
+    return load_encoder(
+      self.folder(), cli.mesh(self.mesh), self.image_checkpoint.value, self.image_batch_size.value, self.encoder.value
     )
 
 

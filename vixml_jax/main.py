@@ -9,8 +9,6 @@ The workdir receives config.json, metrics.jsonl, checkpoints/, final_metrics.jso
 predict and serve need.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from vixml_jax import cli, config_flag, data_flags
@@ -28,8 +26,10 @@ def main() -> None:
   from vixml_jax.run import configuration
 
   config = cli.required(_CONFIG)
+  workdir = cli.local_path(_WORKDIR.value or f"runs/{config.name}", "workdir")
+  for key in ("raw_dir", "data_dir"):
+    cli.local_path(config.dataset[key], f"config.dataset.{key}")
   configuration.check(config)
-  workdir = Path(_WORKDIR.value or f"runs/{config.name}")
   _DATA.set_raw_dir(config, workdir)
   train_and_evaluate(config, workdir, cli.show)
 

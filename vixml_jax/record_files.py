@@ -91,10 +91,23 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
   Raises:
     InputError: The file cannot be read, or a line is not JSON in UTF-8.
   """
+  for line, raw in filled_lines(path):
+    yield line, parse_json(raw, f"{path}:{line}", "is the file truncated?")
+
+
+def filled_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+  """Yields number and bytes of every line that is not blank.
+
+  Args:
+    path: Path of the file; a name that ends in `.gz` is that of a packed file.
+
+  Raises:
+    InputError: The file cannot be read.
+  """
   with open_packed(path) as file:
     for line, raw in enumerate(file, 1):
       if raw.strip():
-        yield line, parse_json(raw, f"{path}:{line}", "is the file truncated?")
+        yield line, raw
 
 
 def parse_json(text: bytes, where: str, advice: str) -> Any:

@@ -27,6 +27,7 @@ from vixml_jax.images.decoding import REASONS
 from vixml_jax.images.feature_parts import FeaturePart, FeatureParts
 from vixml_jax.images.features import load_image_features
 from vixml_jax.inference.batch_prediction import predict_file
+from vixml_jax.inference.block_runner import BatchFile
 from vixml_jax.inference.predictions import PredictionColumns
 from vixml_jax.inference.queries import QueryFormat
 from vixml_jax.inference.query_files import open_queries
@@ -234,7 +235,7 @@ def _predict(folder: Path) -> None:
   )
   form = QueryFormat(**_FORM)
   path = folder / "q.jsonl"
-  predict_file(predictor, open_queries(path, form), path, folder / "out" / "top.jsonl", k=2, batch_size=2)
+  predict_file(predictor, BatchFile(open_queries(path, form), path, 2), str(folder / "out" / "top.jsonl"), k=2)
 
 
 def _read_predictions(folder: Path) -> bytes:

@@ -24,9 +24,11 @@ from vixml_jax.datasets.records import Records
 from vixml_jax.errors import InputError
 from vixml_jax.images import decoding, sources
 from vixml_jax.images.extraction import prepare_features
+from vixml_jax.images.feature_parts import FeatureParts
 from vixml_jax.images.tower import ImageTower
 from vixml_jax.models.parameters import merge_params
 from vixml_jax.models.siglip import define_siglip
+from vixml_jax.process_share import ProcessShare
 from vixml_jax.weights.siglip import save_npz
 
 # The miniature's images have 8 x 8 pixels, so that nothing is resized.
@@ -260,6 +262,7 @@ from vixml_jax import datasets
 from vixml_jax.images import sources
 from vixml_jax.images.feature_parts import FeatureParts
 from vixml_jax.images.extraction import prepare_features
+from vixml_jax.images.feature_parts import FeatureParts
 sources.ROWS_PER_PART = 8
 write = FeatureParts.write
 def slow(self, split, number, part):
@@ -424,6 +427,7 @@ from vixml_jax import datasets
 from vixml_jax.images import sources
 from vixml_jax.images.feature_parts import FeatureParts
 from vixml_jax.images.extraction import prepare_features
+from vixml_jax.images.feature_parts import FeatureParts
 sources.ROWS_PER_PART = 8
 write = FeatureParts.write
 def counted(self, split, number, part):
@@ -449,3 +453,27 @@ def test_two_processes_share_the_parts(shared, expected, tmp_path):
   # Five parts of train, two of test, three of labels.
   assert [len(lines) for lines in made] == [6, 4] and len({*made[0], *made[1]}) == 10
   _check(prepare_features(builder, tmp_path, tower), expected)
+
+
+def test_processes_that_are_not_joined_share_the_parts_in_any_number(shared, expected, tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(sources, "ROWS_PER_PART", 8)
+  made, write = [], FeatureParts.write
+
+  def killed_at_the_third(self, split, number, part):
+    if len(made) == 2:
+      raise KeyboardInterrupt
+    made.append((split, number))
+    write(self, split, number, part)
+
+  monkeypatch.setattr(FeatureParts, "write", killed_at_the_third)
+  with pytest.raises(KeyboardInterrupt):
+    prepare_features(shared[0], tmp_path, shared[1], batch_size=8, share=ProcessShare(1, 2))
+  monkeypatch.setattr(FeatureParts, "write", lambda self, *part: (made.append(part[:2]), write(self, *part))[1])
+  with caplog.at_level(logging.INFO, "vixml_jax"):
+    for index in (2, 0):
+      assert prepare_features(shared[0], tmp_path, shared[1], batch_size=8, share=ProcessShare(index, 3)) is None
+  assert "the process that finishes last writes" in caplog.text
+  assert not (tmp_path / "custom_features" / "tiny" / "1.0.0").exists()
+  features = prepare_features(shared[0], tmp_path, shared[1], batch_size=8, share=ProcessShare(1, 3))
+  _check(features, expected)
+  assert len(made) == len({*made}) == 10

@@ -15,11 +15,13 @@ import pytest
 from tests.helpers.damage import DAMAGES
 from tests.helpers.miniature_runs import run_commands
 from vixml_jax.errors import InputError
-from vixml_jax.inference import batch_prediction
+from vixml_jax.inference import part_store
 from vixml_jax.inference.batch_prediction import predict_file, prepare_output
+from vixml_jax.inference.block_runner import BatchFile
 from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.queries import query_format
 from vixml_jax.inference.query_files import open_queries
+from vixml_jax.process_share import ProcessShare
 
 BATCH = 3
 
@@ -87,9 +89,17 @@ def read_answers(path):
   }
 
 
-def answer(predictor, path, output, k=4, batch_size=BATCH):
+ALONE = ProcessShare()
+
+
+def answer(predictor, path, output, k=4, batch_size=BATCH, share=ALONE, **options):
   opened = open_queries(path, query_format(predictor.encoder.config))
-  return predict_file(predictor, opened, path, output, k=k, batch_size=batch_size)
+  return predict_file(predictor, BatchFile(opened, path, batch_size, share), str(output), k=k, **options)
+
+
+def finished_parts(partial):
+  """Paths of the parts in a folder of finished blocks, in order."""
+  return sorted(partial.glob("*/parts/*"))
 
 
 @pytest.mark.parametrize("source,target", [(".jsonl", ".jsonl"), (".csv", ".csv"), (".parquet", ".parquet")])
@@ -143,8 +153,7 @@ def test_killed_and_started_again_it_writes_the_same_file_to_the_bit(predictor, 
       answer(predictor, path, output)
     monkeypatch.undo()
     assert not output.exists()
-  parts = {part: part.stat().st_mtime_ns for part in (tmp_path / f"top{suffix}.partial").glob("part-*")}
-  assert len(parts) == 2
+  assert len(finished_parts(tmp_path / f"top{suffix}.partial")) == 2
   statistics = answer(predictor, path, output)
   assert statistics["queries_of_earlier_runs"] == 2 * BATCH
   assert output.read_bytes() == (tmp_path / f"undisturbed{suffix}").read_bytes()
@@ -159,11 +168,11 @@ def test_a_damaged_part_is_answered_again(predictor, queries, tmp_path, monkeypa
   with pytest.raises(Killed):
     answer(predictor, path, output)
   monkeypatch.undo()
-  finished = sorted((tmp_path / "top.jsonl.partial").glob("done-*"))
-  DAMAGES[kind](tmp_path / "top.jsonl.partial" / "part-00000000")
+  finished = finished_parts(tmp_path / "top.jsonl.partial")
+  DAMAGES[kind](finished[0])
   assert answer(predictor, path, output)["queries_of_earlier_runs"] == (len(finished) - 1) * BATCH
   assert output.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
-  assert "part-00000000: " in caplog.text and "so its queries are answered again" in caplog.text
+  assert f"{finished[0].name}: " in caplog.text and "so its queries are answered again" in caplog.text
 
 
 def test_a_part_that_was_not_recorded_is_answered_again(predictor, queries, tmp_path, monkeypatch):
@@ -172,7 +181,7 @@ def test_a_part_that_was_not_recorded_is_answered_again(predictor, queries, tmp_
   with pytest.raises(Killed):
     answer(predictor, path, output)
   monkeypatch.undo()
-  finished = sorted((tmp_path / "top.jsonl.partial").glob("done-*"))
+  finished = sorted((tmp_path / "top.jsonl.partial").glob("*/done/*"))
   finished[0].unlink()
   finished[1].write_text("{")
   assert answer(predictor, path, output)["queries_of_earlier_runs"] == (len(finished) - 2) * BATCH
@@ -180,17 +189,19 @@ def test_a_part_that_was_not_recorded_is_answered_again(predictor, queries, tmp_
 
 def test_a_full_disk_is_one_line_and_finished_parts_stay(predictor, queries, tmp_path, monkeypatch):
   path, output = write_queries(tmp_path / "q.jsonl", queries), tmp_path / "top.jsonl"
-  describe = batch_prediction.describe_file
+  describe, calls = part_store.describe_file, iter(range(1000))
 
   def full_at_the_second(part):
-    if part.name == "part-00000001":
+    if next(calls) == 1:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return describe(part)
 
   with monkeypatch.context() as patched, pytest.raises(InputError) as error:
-    patched.setattr(batch_prediction, "describe_file", full_at_the_second)
+    patched.setattr(part_store, "describe_file", full_at_the_second)
     answer(predictor, path, output)
-  assert "part-00000001: cannot be written (No space left on device); nothing that was stored" in str(error.value)
+  assert "top.00001-of-00006.jsonl: cannot be written (No space left on device); nothing that was stored" in str(
+    error.value
+  )
   assert answer(predictor, path, output)["queries_of_earlier_runs"] == BATCH
 
 
@@ -322,7 +333,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     (queries, "q.jsonl: is the file of queries"),
   ):
     with pytest.raises(InputError, match=message):
-      prepare_output(output, queries)
+      prepare_output(str(output), queries)
 
 
 def test_the_command_answers_a_file_and_refuses_bad_flags(texts_only, tmp_path):

@@ -40,6 +40,7 @@ def _write_one_by_one(path, rows):
     pq.write_table(pa.Table.from_pylist(records, result_files._SCHEMA), path)
   else:
     with path.open("w", encoding="utf-8", newline="") as file:
+      file.write("row,uid,rank,label,id,text,score\n")
       for record in records:
         for rank, found in enumerate(record["predictions"], 1):
           csv.writer(file, lineterminator="\n").writerow((record["row"], record["uid"], rank, *found.values()))
@@ -62,4 +63,4 @@ def test_scores_are_written_as_python_writes_them(tmp_path):
   found = PredictionColumns(_LABELS[:1], np.zeros(len(scores), np.int64), scores, np.array([len(scores)]))
   path = tmp_path / "top.csv"
   result_format(path).write(path, 0, [None], found)
-  assert [line.rsplit(",", 1)[1] for line in path.read_text().splitlines()] == [repr(x) for x in scores.tolist()]
+  assert [line.rsplit(",", 1)[1] for line in path.read_text().splitlines()[1:]] == [repr(x) for x in scores.tolist()]

@@ -7,9 +7,9 @@ import numpy as np
 
 from tests.helpers.compilations import counted_compilations
 from tests.helpers.http_server import LIMITS, expected, png
-import vixml_jax
 from vixml_jax import manifest
 from vixml_jax.files import sha256_of_file
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.queries import Query
 from vixml_jax.serving.engine import Engine, QueryRequest
 from vixml_jax.serving.metrics import Metrics
@@ -48,7 +48,7 @@ def test_warming_up_reaches_every_program_of_the_encoder(predictor, monkeypatch)
 def test_every_file_of_the_index_is_hashed_once_at_start(texts_only, monkeypatch):
   hashed = []
   monkeypatch.setattr(manifest, "sha256_of_file", lambda path: hashed.append(path) or sha256_of_file(path))
-  engine = Engine(functools.partial(vixml_jax.load, texts_only.workdir), LIMITS, Metrics())
+  engine = Engine(functools.partial(load_predictor, texts_only.workdir), LIMITS, Metrics())
   engine.start()
   assert not engine.reload_index()
   assert len(hashed) == len(set(hashed))  # Files of the checkpoint are hashed as well.

@@ -1,7 +1,6 @@
 """Makes image features of a data set: encodes the images part by part, and merges the parts to a feature set."""
 
 from collections.abc import Iterator
-import contextlib
 import json
 import logging
 import os
@@ -11,10 +10,9 @@ import time
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
-import numpy as np
 import tensorflow_datasets as tfds
 
+from vixml_jax import sharding
 from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.errors import InputError
 from vixml_jax.files import fingerprint_of, locked, new_file
@@ -24,6 +22,7 @@ from vixml_jax.images.feature_set import FeatureSet
 from vixml_jax.images.preprocess import PREPROCESSING
 from vixml_jax.images.sources import ImageSource
 from vixml_jax.images.tower import ImageTower
+from vixml_jax.process_share import ProcessShare, joined_share
 from vixml_jax.weights import siglip
 
 BAD_IMAGES = "bad_images.jsonl"
@@ -43,12 +42,13 @@ def prepare_features(
   images: str = "",
   batch_size: int = 64,
   dtype: str = "",
-) -> FeatureSet:
+  share: ProcessShare | None = None,
+) -> FeatureSet | None:
   """Makes features of the images of a data set if that has not been done, and opens them.
 
   A run that is killed and started again keeps its finished parts, of about 2,000 images each. If there are several
-  processes, each makes its share of the parts on its own devices, and the first process writes the feature set; they
-  must share the folder `data_dir`.
+  processes, each makes its share of the parts on its own devices, and the one that finds all parts finished writes the
+  feature set; they must share the folder `data_dir`. They may be started again in another number.
 
   Args:
     builder: Prepared data set.
@@ -60,9 +60,11 @@ def prepare_features(
     images: Place of the images, see `images.sources.open_sources`; "" for the images in the data set.
     batch_size: Number of images per step of each process, rounded up to a multiple of its devices.
     dtype: Type in which the tower computes; "" for float32 on CPUs and bfloat16 elsewhere.
+    share: Share of this process; None for the one that `jax.distributed` gives it.
 
   Returns:
-    The features. The file `bad_images.jsonl` next to them lists the images without features.
+    The features; None if they are not joined and other processes have parts to make. The file `bad_images.jsonl` next
+    to the features lists the images without features.
 
   Raises:
     InputError: The checkpoint or the images cannot be used, or other features with this name exist.
@@ -79,8 +81,9 @@ def prepare_features(
     "preprocessing": preprocessing,
     "images": fingerprint_of([source.identity for source in splits.values()]) if images else "dataset",
   }
-  # One run at a time. The first process of a run takes the lock for all of its processes.
-  with locked(f"{target.parent}.lock") if jax.process_index() == 0 else contextlib.nullcontext():
+  share = share or joined_share()
+  lock = f"{target.parent}.lock" if share.count == 1 else f"{target.parent}.{share.index}-of-{share.count}.lock"
+  with locked(lock):  # On one machine, a share is made by one process at a time.
     found = feature_set.find_features(builder, data_dir, name, made_by)
     if found:
       _log.info("%s: features of this checkpoint and preprocessing exist; nothing to do", target)
@@ -91,38 +94,41 @@ def prepare_features(
       [made_by, dtype, builder.info.metadata["sha256"], sources.IMAGES_PER_PART, sources.ROWS_PER_PART]
     )
     parts = FeatureParts(target.parent / f"parts-{key[:16]}", tower.dim)
-    _encode(tower, splits, parts)
-    if jax.process_index() == 0:
-      made_with = {"checkpoint": checkpoint, "variant": variant or "", "dtype": dtype, "dim": tower.dim}
-      _finish(builder, data_dir, name, parts, made_by | made_with)
-    _wait_for_all("features written")
-    return feature_set.open_features(builder, data_dir, name)
+    _encode(tower, splits, parts, share)
+    if share.joined:
+      sharding.wait_for_all_processes("parts written")
+    made_with = {"checkpoint": checkpoint, "variant": variant or "", "dtype": dtype, "dim": tower.dim}
+    if share.index == 0 if share.joined else not _unfinished(splits, parts):
+      with locked(f"{target.parent}.finish.lock"):
+        if not feature_set.find_features(builder, data_dir, name, made_by):
+          _finish(builder, data_dir, name, parts, made_by | made_with)
+    if share.joined:
+      sharding.wait_for_all_processes("features written")
+    found = feature_set.find_features(builder, data_dir, name, made_by)
+    if not found:
+      _log.info("the parts of this process are finished; the process that finishes last writes %s", target)
+    return found
 
 
-def _wait_for_all(point: str) -> None:
-  """Waits until all processes have reached a point of the program."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(point)
+def _unfinished(splits: dict[str, ImageSource], parts: FeatureParts) -> bool:
+  """Returns whether a part of any process is missing."""
+  return any(len(parts.finished(split)) < source.num_parts for split, source in splits.items())
 
 
-def _encode(tower: ImageTower, splits: dict[str, ImageSource], parts: FeatureParts) -> None:
-  """Makes this process's share of the missing parts."""
-  missing = {
-    split: np.setdiff1d(np.arange(source.num_parts), parts.finished(split)) for split, source in splits.items()
-  }
-  _wait_for_all("parts listed")  # All processes must divide the same list.
-  kept = sum(source.num_parts - len(missing[split]) for split, source in splits.items())
+def _encode(tower: ImageTower, splits: dict[str, ImageSource], parts: FeatureParts, share: ProcessShare) -> None:
+  """Makes this process's share of the parts that are missing."""
+  own = {split: list(filter(share.has, range(source.num_parts))) for split, source in splits.items()}
+  missing = {split: sorted(set(numbers) - set(parts.finished(split))) for split, numbers in own.items()}
+  kept = sum(len(own[split]) - len(missing[split]) for split in splits)
   if kept:
     _log.info("%d parts were finished by an earlier run and are kept", kept)
   start, count = time.monotonic(), 0
   for split, source in splits.items():
-    share = np.array_split(missing[split], jax.process_count())[jax.process_index()].tolist()
-    for number, part in tower.encode_parts(source, share, split):
+    for number, part in tower.encode_parts(source, missing[split], split):
       parts.write(split, number, part)
       count += sum(reason is None for reason in part.reasons)
   seconds = time.monotonic() - start
   _log.info("encoded %s images in %.1f s: %.1f images/s", f"{count:,}", seconds, count / max(seconds, 1e-9))
-  _wait_for_all("parts written")
 
 
 def _finish(

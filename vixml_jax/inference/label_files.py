@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -110,7 +109,8 @@ def read_labels(path: Path, form: LabelFormat) -> list[NewLabel]:
     raise InputError(f"{path}: files of labels end in .jsonl and have an object per line; convert or rename it")
   if not path.is_file():
     raise InputError(f"{path}: no such file; --labels must name one")
-  labels = list(itertools.chain.from_iterable(open_queries(path, form).blocks(_LINES_AT_ONCE)))
+  blocks = open_queries(path, form).blocks(_LINES_AT_ONCE, lambda number: True)
+  labels = [label for _, block in blocks for label in block]
   if not labels:
     raise InputError(f"{path}: has no labels; add at least one")
   return cast(list[NewLabel], labels)  # `LabelFormat.parse` returns these.

@@ -13,7 +13,7 @@ from vixml_jax.inference.predictor import Predictor
 from vixml_jax.inference.quantized_encoder import load_quantized_encoder
 from vixml_jax.inference.query_images import QueryImageEncoder
 from vixml_jax.inference.rankings import AUGMENTED, BLEND, PLAIN, RANKINGS
-from vixml_jax.inference.trained_encoder import load_trained_encoder
+from vixml_jax.inference.trained_encoder import TrainedEncoder, load_trained_encoder
 from vixml_jax.run.workdir import INDEX
 from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.label_index import LabelIndex
@@ -48,16 +48,11 @@ def load_predictor(
   for name, value in (("tail", tail), ("min_probability", min_probability)):
     if value and ranking != BLEND:
       raise InputError(f"{name}={value}: only the ranking blend has it, and the ranking is {ranking}")
-  if encoder not in ENCODERS:
-    raise InputError(f"encoder={encoder}: must be int8, or None for the encoder as trained")
   if ranking == BLEND:
     check_blend_libraries()
   workdir = Path(workdir)
-  trained = ENCODERS[encoder](workdir, mesh)
+  trained, image_encoder = load_encoder(workdir, mesh, image_checkpoint, image_batch_size, encoder)
   index = LabelIndex.open(workdir / INDEX, checkpoint=trained.checkpoint, search=search, mesh=trained.mesh)
-  image_encoder = None
-  if trained.images:
-    image_encoder = QueryImageEncoder(trained.config, trained.image_origin or {}, image_checkpoint, image_batch_size)
   predictor = Predictor(trained, index, image_encoder, None)
   if ranking == BLEND:
     return dataclasses.replace(predictor, blend=BlendRanking.open(index, tail, min_probability))
@@ -80,6 +75,30 @@ def with_ranking(predictor: Predictor, ranking: str) -> Predictor:
     settings = _retrieval_settings(predictor.index, predictor.encoder.workdir, None, None)
     return dataclasses.replace(predictor, retrieval=settings, blend=None)
   return dataclasses.replace(predictor, retrieval=None, blend=None)
+
+
+def load_encoder(
+  workdir: Path, mesh: Mesh | None, image_checkpoint: str | None, image_batch_size: int, encoder: str | None
+) -> tuple[TrainedEncoder, QueryImageEncoder | None]:
+  """Loads the encoders of texts and of images; None for the latter if the model reads texts only.
+
+  Args:
+    workdir: As for `load`, like the others.
+    mesh: Devices to use.
+    image_checkpoint: SigLIP tower that encodes images.
+    image_batch_size: Number of images that it encodes at a time.
+    encoder: "int8", or None for the encoder as trained.
+
+  Raises:
+    InputError: As for `load`.
+  """
+  if encoder not in ENCODERS:
+    raise InputError(f"encoder={encoder}: must be int8, or None for the encoder as trained")
+  trained = ENCODERS[encoder](workdir, mesh)
+  if not trained.images:
+    return trained, None
+  origin = trained.image_origin or {}
+  return trained, QueryImageEncoder(trained.config, origin, image_checkpoint, image_batch_size)
 
 
 def _ranking(ranking: str | None, retrieval_augmented: bool) -> str:

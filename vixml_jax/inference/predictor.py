@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import logging
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -14,7 +14,7 @@ from vixml_jax.files import fingerprint_of
 from vixml_jax.inference.blend_ranking import BlendRanking, Dials
 from vixml_jax.inference.predictions import Prediction, PredictionColumns
 from vixml_jax.inference.queries import Query, query_format
-from vixml_jax.inference.query_images import QueryImageEncoder
+from vixml_jax.inference.query_images import QueryImageEncoder, UnreadableImage, image_vectors
 from vixml_jax.inference.rankings import AUGMENTED, BLEND, PLAIN
 from vixml_jax.inference.trained_encoder import TrainedEncoder
 from vixml_jax.ragged import Ragged
@@ -26,20 +26,6 @@ from vixml_jax.search.retrieval_augmented import RetrievalSettings
 _log = logging.getLogger(__name__)
 
 GivenQuery = str | Mapping[str, Any] | Query
-
-
-class UnreadableImage(NamedTuple):
-  """An image without pixels.
-
-  Attributes:
-    query: Position of the query in the call, from 0.
-    image: Position of the image in the query, from 0.
-    reason: Why the image has no pixels.
-  """
-
-  query: int
-  image: int
-  reason: str
 
 
 class LabelSearch(Protocol):
@@ -281,28 +267,5 @@ class Predictor:
     Raises:
       InputError: An image has no pixels and `unreadable` is None.
     """
-    images = {
-      (i, j): image
-      for i, query in enumerate(queries)
-      for j, image in enumerate(query.images)
-      if not isinstance(image, np.ndarray)
-    }
-    vectors: dict[tuple[int, int], np.ndarray] = {}
-    if images:
-      assert self.image_encoder is not None  # A model that takes images has one.
-      values, reasons = self.image_encoder(list(images.values()))
-      for (i, j), value, reason in zip(images, values, reasons, strict=True):
-        if reason is None:
-          vectors[i, j] = value
-        elif unreadable is None:
-          raise InputError(f"{queries[i].where}: image {j}: {reason}; correct it or leave it out")
-        else:
-          unreadable.append(UnreadableImage(i, j, reason))
-    return [
-      [
-        image if isinstance(image, np.ndarray) else vectors[i, j]
-        for j, image in enumerate(query.images)
-        if isinstance(image, np.ndarray) or (i, j) in vectors
-      ]
-      for i, query in enumerate(queries)
-    ]
+    assert self.image_encoder is not None  # A model that takes images has one.
+    return image_vectors(self.image_encoder, queries, unreadable)

@@ -4,6 +4,7 @@ Every reader yields the queries in the order of the file. Errors name the file a
 """
 
 from collections.abc import Callable, Iterator
+import functools
 import itertools
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,20 +14,29 @@ import pyarrow.parquet as pq
 
 from vixml_jax.errors import InputError
 from vixml_jax.inference.queries import LISTS, Query, QueryFormat
-from vixml_jax.record_files import CsvFile, json_lines, parse_json
+from vixml_jax.record_files import CsvFile, filled_lines, parse_json
 
 _SEPARATOR = ";"
 _ROWS_AT_ONCE = 4096
 
 
 class QueryFile(Protocol):
-  """A file of queries."""
+  """A file of queries, cut into numbered blocks of consecutive queries.
 
-  def check(self, look: Callable[[Query], None]) -> int:
-    """Reads the whole file except for images, passes every query to `look`, and returns the number of queries."""
+  Of blocks that are not wanted, only the ends of lines or the numbers of rows are read.
+  """
 
-  def blocks(self, size: int) -> Iterator[list[Query]]:
-    """Yields all queries, `size` at a time."""
+  def check(self, size: int, wanted: Callable[[int], bool], look: Callable[[Query], None]) -> int:
+    """Checks queries, except for their images, and returns the number of all queries.
+
+    Args:
+      size: Number of queries in a block.
+      wanted: Returns whether the block of a number is to be read.
+      look: Called with every query of these blocks.
+    """
+
+  def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Query]]]:
+    """Yields number and queries of each wanted block; arguments as for `check`."""
 
 
 def open_queries(path: Path, form: QueryFormat) -> QueryFile:
@@ -53,15 +63,28 @@ def open_queries(path: Path, form: QueryFormat) -> QueryFile:
   return readers[path.suffix](path, form)
 
 
-def _in_blocks(queries: Iterator[Query], size: int) -> Iterator[list[Query]]:
-  while block := list(itertools.islice(queries, size)):
-    yield block
+# A row of a file that is parsed when it is wanted.
+_Row = Callable[[], Query]
 
 
-def _count(path: Path, queries: Iterator[Query], look: Callable[[Query], None]) -> int:
+def _in_blocks(rows: Iterator[_Row], size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Query]]]:
+  for number in itertools.count():
+    taken = itertools.islice(rows, size)
+    if wanted(number):
+      if not (block := [parse() for parse in taken]):
+        return
+      yield number, block
+    elif not sum(1 for _ in taken):
+      return
+
+
+def _count(
+  path: Path, rows: Iterator[_Row], size: int, wanted: Callable[[int], bool], look: Callable[[Query], None]
+) -> int:
   count = 0
-  for query in queries:
-    look(query)
+  for parse in rows:
+    if wanted(count // size):
+      look(parse())
     count += 1
   if not count:
     raise InputError(f"{path}: has no queries; add at least one")
@@ -74,15 +97,19 @@ class _JsonLinesQueries:
   def __init__(self, path: Path, form: QueryFormat):
     self._path, self._form = path, form
 
-  def check(self, look: Callable[[Query], None]) -> int:
-    return _count(self._path, self._queries(), look)
+  def check(self, size: int, wanted: Callable[[int], bool], look: Callable[[Query], None]) -> int:
+    return _count(self._path, self._rows(), size, wanted, look)
 
-  def blocks(self, size: int) -> Iterator[list[Query]]:
-    return _in_blocks(self._queries(), size)
+  def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Query]]]:
+    return _in_blocks(self._rows(), size, wanted)
 
-  def _queries(self) -> Iterator[Query]:
-    for line, value in json_lines(self._path):
-      yield self._form.parse(value, f"{self._path}:{line}", self._path.parent)
+  def _rows(self) -> Iterator[_Row]:
+    for line, raw in filled_lines(self._path):
+      yield functools.partial(self._parse, raw, line)
+
+  def _parse(self, raw: bytes, line: int) -> Query:
+    where = f"{self._path}:{line}"
+    return self._form.parse(parse_json(raw, where, "is the file truncated?"), where, self._path.parent)
 
 
 class _CsvQueries:
@@ -92,17 +119,20 @@ class _CsvQueries:
     self._file, self._form = CsvFile(path), form
     form.check_keys(self._file.columns, f"{path}:1")
 
-  def check(self, look: Callable[[Query], None]) -> int:
-    return _count(self._file.path, self._queries(), look)
+  def check(self, size: int, wanted: Callable[[int], bool], look: Callable[[Query], None]) -> int:
+    return _count(self._file.path, self._rows(), size, wanted, look)
 
-  def blocks(self, size: int) -> Iterator[list[Query]]:
-    return _in_blocks(self._queries(), size)
+  def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Query]]]:
+    return _in_blocks(self._rows(), size, wanted)
 
-  def _queries(self) -> Iterator[Query]:
-    path = self._file.path
+  def _rows(self) -> Iterator[_Row]:
     for line, cells in self._file.rows():
-      where = f"{path}:{line}"
-      yield self._form.parse(self._record(cells, where), where, path.parent)
+      yield functools.partial(self._parse, cells, line)
+
+  def _parse(self, cells: list[str], line: int) -> Query:
+    path = self._file.path
+    where = f"{path}:{line}"
+    return self._form.parse(self._record(cells, where), where, path.parent)
 
   def _record(self, cells: list[str], where: str) -> dict[str, Any]:
     record: dict[str, Any] = {self._form.required: ""}
@@ -118,7 +148,7 @@ class _ParquetQueries:
   def __init__(self, path: Path, form: QueryFormat):
     self._path, self._form = path, form
     with self._file() as file:
-      schema, num_rows = file.schema_arrow, file.metadata.num_rows
+      schema, self._num_rows = file.schema_arrow, file.metadata.num_rows
     form.check_keys(schema.names, str(path))
     for name in schema.names:
       if not _fits(name, schema.field(name).type):
@@ -126,28 +156,48 @@ class _ParquetQueries:
           f"{path}: column {name!r} is {schema.field(name).type}; it must be {_TYPES.get(name, 'string')}"
         )
     self._names = schema.names
-    if not num_rows:
+    if not self._num_rows:
       raise InputError(f"{path}: has no queries; add at least one")
 
-  def check(self, look: Callable[[Query], None]) -> int:
+  def check(self, size: int, wanted: Callable[[int], bool], look: Callable[[Query], None]) -> int:
     # Images may take gigabytes, and the schema has been checked already.
     names = [name for name in self._names if name != "images"]
-    return _count(self._path, self._queries(_ROWS_AT_ONCE, names), look)
+    for _, queries in self._pieces(size, wanted, names, _ROWS_AT_ONCE):
+      for query in queries:
+        look(query)
+    return self._num_rows
 
-  def blocks(self, size: int) -> Iterator[list[Query]]:
-    # A batch of pyarrow may end where a row group ends, so blocks are cut here.
-    return _in_blocks(self._queries(size, self._names), size)
+  def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Query]]]:
+    pieces = self._pieces(size, wanted, self._names, size)
+    for number, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
+      yield number, [query for _, queries in group for query in queries]
 
-  def _queries(self, size: int, names: list[str]) -> Iterator[Query]:
+  def _pieces(
+    self, size: int, wanted: Callable[[int], bool], names: list[str], rows: int
+  ) -> Iterator[tuple[int, list[Query]]]:
+    """Yields the wanted blocks in pieces: a block may end in another row group. Reads `rows` rows at a time."""
     row = 0
     with self._file() as file:
-      batches = file.iter_batches(batch_size=size, columns=names)
-      while (batch := self._reading(lambda: next(batches, None))) is not None:
-        columns = {name: _values(batch.column(name)) for name in names}
-        for i in range(batch.num_rows):
-          record = {name: values[i] for name, values in columns.items()}
-          yield self._form.parse(record, f"{self._path}: row {row}", self._path.parent)
-          row += 1
+      for group in range(file.metadata.num_row_groups):
+        end = row + file.metadata.row_group(group).num_rows
+        if any(map(wanted, range(row // size, -(-end // size)))):
+          batches = file.iter_batches(rows, row_groups=[group], columns=names)
+          while (batch := self._reading(functools.partial(next, batches, None))) is not None:
+            while len(batch):
+              number = row // size
+              taken = batch.slice(0, (number + 1) * size - row)
+              if wanted(number):
+                yield number, self._queries(taken, names, row)
+              row, batch = row + len(taken), batch.slice(len(taken))
+        row = end
+
+  def _queries(self, batch: pa.RecordBatch, names: list[str], row: int) -> list[Query]:
+    """Returns the queries of a batch whose first one is row `row` of the file."""
+    columns = [_values(batch.column(name)) for name in names]
+    return [
+      self._form.parse(dict(zip(names, values, strict=True)), f"{self._path}: row {number}", self._path.parent)
+      for number, values in enumerate(zip(*columns, strict=True), row)
+    ]
 
   def _file(self) -> pq.ParquetFile:
     return self._reading(lambda: pq.ParquetFile(self._path))

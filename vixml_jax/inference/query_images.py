@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import functools
 from pathlib import Path
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -12,9 +12,24 @@ import numpy as np
 
 from vixml_jax.errors import InputError
 from vixml_jax.images.tower import ImageTower, PreparedImage
+from vixml_jax.inference.queries import Query
 from vixml_jax.weights.siglip import checkpoint_hashes
 
 _PUBLISHED = "published"  # Preprocessing of downloaded features; no file records the hash of the tower that made them.
+
+
+class UnreadableImage(NamedTuple):
+  """An image without pixels.
+
+  Attributes:
+    query: Position of the query in the call, from 0.
+    image: Position of the image in the query, from 0.
+    reason: Why the image has no pixels.
+  """
+
+  query: int
+  image: int
+  reason: str
 
 
 class QueryImageEncoder:
@@ -99,6 +114,46 @@ class QueryImageEncoder:
       f"the image features {self._config.features.name} were made by {' or '.join(recorded) or 'a tower'}, which does "
       "not exist here; set --image_checkpoint to its npz file or folder, or give feature vectors instead of images"
     )
+
+
+def image_vectors(
+  encoder: QueryImageEncoder, queries: Sequence[Query], unreadable: list[UnreadableImage] | None
+) -> list[list[np.ndarray]]:
+  """Returns the feature vectors of each query's images; the images of all queries are encoded together.
+
+  Args:
+    encoder: Encoder of the images.
+    queries: Checked queries.
+    unreadable: List that images without pixels are appended to; their queries get no vector for them. None to raise an
+      error for such an image.
+
+  Raises:
+    InputError: An image has no pixels and `unreadable` is None.
+  """
+  images = {
+    (i, j): image
+    for i, query in enumerate(queries)
+    for j, image in enumerate(query.images)
+    if not isinstance(image, np.ndarray)
+  }
+  vectors: dict[tuple[int, int], np.ndarray] = {}
+  if images:
+    values, reasons = encoder(list(images.values()))
+    for (i, j), value, reason in zip(images, values, reasons, strict=True):
+      if reason is None:
+        vectors[i, j] = value
+      elif unreadable is None:
+        raise InputError(f"{queries[i].where}: image {j}: {reason}; correct it or leave it out")
+      else:
+        unreadable.append(UnreadableImage(i, j, reason))
+  return [
+    [
+      image if isinstance(image, np.ndarray) else vectors[i, j]
+      for j, image in enumerate(query.images)
+      if isinstance(image, np.ndarray) or (i, j) in vectors
+    ]
+    for i, query in enumerate(queries)
+  ]
 
 
 def _exists(place: str) -> bool:

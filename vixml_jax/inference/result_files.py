@@ -34,10 +34,13 @@ class ResultFormat(Protocol):
   """A format of predictions."""
 
   def write(self, path: Path, first_row: int, uids: Sequence[str | None], found: PredictionColumns) -> None:
-    """Writes one part: the predictions for consecutive queries, which start at row `first_row` of their file."""
+    """Writes one part: the predictions for consecutive queries, which start at row `first_row` of their file.
+
+    A part is a file of this format by itself.
+    """
 
   def join(self, parts: Iterable[Path], path: Path) -> None:
-    """Writes all parts to one file."""
+    """Writes all parts to one file, one after the other."""
 
 
 def result_format(path: Path) -> ResultFormat:
@@ -73,7 +76,7 @@ class _JsonLinesResults:
       f'{{"row": {row}, "uid": {"null" if uid is None else _quoted(uid)}, "predictions": ['
       for row, uid in enumerate(uids, first_row)
     ]
-    _write_texts(path, _joined("", _texts(heads), pc.binary_join(lists, pa.scalar(", ", _TEXT)), "]}\n"))
+    _write_texts(path, b"", _joined("", _texts(heads), pc.binary_join(lists, pa.scalar(", ", _TEXT)), "]}\n"))
 
   def join(self, parts: Iterable[Path], path: Path) -> None:
     _concatenate(b"", parts, path)
@@ -86,10 +89,10 @@ class _CsvResults:
     ranks = pa.array(ranges(1, found.lengths)).cast(_TEXT)
     labels = _texts(_csv_lines(found.labels)).take(pa.array(found.places))
     lines = _joined(",", heads, ranks, labels, _numbers(found.scores))
-    _write_texts(path, _joined("", lines, "\n"))
+    _write_texts(path, _csv_header(), _joined("", lines, "\n"))
 
   def join(self, parts: Iterable[Path], path: Path) -> None:
-    _concatenate("".join(f"{line}\n" for line in _csv_lines([_CSV_COLUMNS])).encode(), parts, path)
+    _concatenate(_csv_header(), parts, path)
 
 
 class _ParquetResults:
@@ -109,6 +112,10 @@ class _ParquetResults:
     with pq.ParquetWriter(path, _SCHEMA) as writer:
       for part in parts:
         writer.write_table(pq.read_table(part, schema=_SCHEMA))
+
+
+def _csv_header() -> bytes:
+  return "".join(f"{line}\n" for line in _csv_lines([_CSV_COLUMNS])).encode()
 
 
 def _csv_lines(rows: Iterable[Iterable[Any]]) -> list[str]:
@@ -140,14 +147,18 @@ def _numbers(values: np.ndarray) -> pa.Array:
   return pc.replace_with_mask(texts, pa.array(others), _texts([repr(value) for value in doubles[others].tolist()]))
 
 
-def _write_texts(path: Path, texts: pa.Array) -> None:
-  """Writes the texts one after the other, in UTF-8."""
+def _write_texts(path: Path, header: bytes, texts: pa.Array) -> None:
+  """Writes a header and the texts, one after the other, in UTF-8."""
   _, offsets, content = texts.buffers()
-  path.write_bytes(memoryview(content)[: np.frombuffer(offsets, np.int64)[len(texts)]] if content else b"")
+  with path.open("wb") as file:
+    file.write(header)
+    if content:
+      file.write(memoryview(content)[: np.frombuffer(offsets, np.int64)[len(texts)]])
 
 
 def _concatenate(header: bytes, parts: Iterable[Path], path: Path) -> None:
+  """Writes the parts, of which each starts with the header, to one file that has the header once."""
   with path.open("wb") as file:
     file.write(header)
     for part in parts:
-      file.write(part.read_bytes())
+      file.write(memoryview(part.read_bytes())[len(header) :])

@@ -174,7 +174,8 @@ def load_trained_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEnco
 
   Args:
     workdir: Folder that training, or `vixml_jax.evaluate`, wrote.
-    mesh: Devices to restore onto; None for all devices, in the layout of training if that fits their number.
+    mesh: Devices to restore onto; None for all devices of this process, in the layout of training if that fits their
+      number.
 
   Raises:
     InputError: A file is missing or damaged, or the frozen encoder is not the one of training.
@@ -209,12 +210,13 @@ def load_trained_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEnco
 
 
 def _mesh(config: ConfigDict) -> Mesh:
-  """Returns all devices in the layout of training, or else along the axis that is free for that architecture."""
+  """Returns this process's devices in the layout of training, or else along the axis free for that architecture."""
+  devices = jax.local_devices()
   try:
-    return sharding.make_mesh(**config.mesh.to_dict())
+    return sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
   except InputError:
-    decoder = config.encoder.architecture == "decoder"
-    return sharding.make_mesh(data=1, fsdp=len(jax.devices())) if decoder else sharding.make_mesh()
+    sizes = dict(data=1, fsdp=len(devices)) if config.encoder.architecture == "decoder" else {}
+    return sharding.make_mesh(**sizes, devices=devices)
 
 
 def _layout(config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh) -> PackedLayout:

@@ -136,7 +136,7 @@ def _load_features(
     return None, {}, ""
   data_dir, wanted = config.dataset.data_dir, config.features
   if extract and wanted.checkpoint:
-    found = prepare_features(
+    extracted = prepare_features(
       builder,
       data_dir,
       wanted.checkpoint,
@@ -144,6 +144,8 @@ def _load_features(
       variant=wanted.variant or None,
       preprocessing=wanted.preprocessing,
     )
+    assert extracted is not None  # The processes of a run are joined.
+    found = extracted
   else:
     found = open_features(builder, data_dir, wanted.name)
   if found.dim != wanted.dim:
