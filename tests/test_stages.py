@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vixml_jax import stages
+from vixml_jax.errors import StopTraining
 from vixml_jax.stages import (
   Callback,
   counted,
@@ -69,6 +70,17 @@ def test_callbacks_receive_the_start_progress_and_end_of_stages_while_they_are_a
   assert inner.stages == read and not inner.others
   assert outer.stages[:3] == read and outer.stages[-1] == ("spell", 2, 2, True, False)
   assert outer.others == [(3, {"loss": 0.5}), (4, {"P@1": 50.0})]
+
+
+def test_all_callbacks_are_called_though_one_stops_training():
+  class Stopper(Callback):
+    def on_step(self, step, metrics):
+      raise StopTraining("enough")
+
+  kept = Kept()
+  with reporting(Stopper(), kept), pytest.raises(StopTraining, match="enough"):
+    report_step(1, {})
+  assert kept.others == [(1, {})]
 
 
 def test_many_advances_are_reported_a_few_times_per_second():

@@ -74,7 +74,9 @@ def run(
       _fail(str(error))
     except Preempted as stop:
       print(stop, file=sys.stderr)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+      if str(stop):  # A training run says what it saved.
+        print(stop, file=sys.stderr)
       sys.exit(128 + signal.SIGINT)
     except OSError as error:
       reason = disk_fault(error)

@@ -14,7 +14,8 @@ class Preempted(Exception):
 
 
 class StopTraining(Exception):
-  """A callback raises it to end training early: the model is then evaluated and saved as if all epochs had ended.
+  """Ends training early: the model is then evaluated and saved as if all epochs had ended.
 
-  The run is finished. The same call evaluates it again and does not train any further.
+  A callback raises it in `on_step` or `on_evaluation`. The run is finished: the same call evaluates it again and does
+  not train any further.
   """

@@ -1,6 +1,7 @@
 """Trains and evaluates a run, and writes its outputs: the functions behind `api.train` and the commands."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from vixml_jax import sharding
 from vixml_jax.blend.libraries import check_blend_libraries
 from vixml_jax.encoding.item_encoder import ItemEncoder
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, StopTraining
 from vixml_jax.evaluation.baseline_rows import baseline_rows
 from vixml_jax.evaluation.baselines import BaselineTask, check_baselines
 from vixml_jax.evaluation.evaluate_model import (
@@ -201,7 +202,8 @@ def _evaluate_and_write(
     show(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines))
   _write_embeddings(workdir / EMBEDDINGS, config.eval.split, encoder, model, evaluation)
   _write_for_inference(setup, workdir, evaluation, model)
-  report_evaluation(model.step, final)
+  with contextlib.suppress(StopTraining):  # Training has ended.
+    report_evaluation(model.step, final)
   if jax.process_index() == 0:
     with Trackers(config, workdir) as trackers:
       trackers.log(model.step, "final", final)

@@ -4,7 +4,7 @@ Log lines, progress bars and the callbacks of users all receive the same reports
 active in a block; `LogLines` always is, and the commands add `ProgressBars`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import contextvars
 import dataclasses
@@ -15,6 +15,8 @@ import time
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from vixml_jax.errors import StopTraining
 
 LONG = 100_000
 """Number of rows from which on a stage between epochs takes long enough to be of interest."""
@@ -241,15 +243,33 @@ def counted(items: Iterable[_Item], name: str, *, total: int | None, unit: str) 
 
 
 def report_step(step: int, metrics: Mapping[str, float]) -> None:
-  """Reports a training step; see `Callback.on_step`."""
-  for callback in _callbacks.get():
-    callback.on_step(step, metrics)
+  """Reports a training step; see `Callback.on_step`.
+
+  Raises:
+    StopTraining: A callback has raised it; the others were called as well.
+  """
+  _call_all(lambda callback: callback.on_step(step, metrics))
 
 
 def report_evaluation(step: int, metrics: Mapping[str, float]) -> None:
-  """Reports an evaluation; see `Callback.on_evaluation`."""
+  """Reports an evaluation; see `Callback.on_evaluation`.
+
+  Raises:
+    StopTraining: A callback has raised it; the others were called as well.
+  """
+  _call_all(lambda callback: callback.on_evaluation(step, metrics))
+
+
+def _call_all(call: Callable[[Callback], None]) -> None:
+  """Calls all callbacks, and raises the last `StopTraining` of theirs afterwards."""
+  stop = None
   for callback in _callbacks.get():
-    callback.on_evaluation(step, metrics)
+    try:
+      call(callback)
+    except StopTraining as asked:
+      stop = asked
+  if stop is not None:
+    raise stop
 
 
 def peak_memory() -> int:

@@ -42,6 +42,26 @@ def test_queries_have_texts_images_filters_and_the_uids_of_their_labels(raw, tmp
       assert query.query == wanted | ({"deny": denied} if denied else {})
 
 
+def test_a_table_in_memory_and_in_a_file_give_the_same_set(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  rows = [("red wool socks", ["socks", "wool"]), ("rain boots", ["boots"]), ("wool hat", ["hat", "wool"])]
+  table = [{"text": text, "labels": labels} for text, labels in rows]
+  (tmp_path / "products.csv").write_text("text,labels\n" + "".join(f"{t},{'|'.join(ls)}\n" for t, ls in rows))
+  sets = [vixml_jax.Dataset.from_table(data, test_fraction=0.34) for data in (table, table, "products.csv")]
+  assert sets[0] == sets[1] and sets[0].data_dir != sets[2].data_dir
+  assert str(sets[2].data_dir).startswith("data/products-")
+  for dataset in sets:
+    assert dataset.num_queries > 0 and dataset.num_test_queries > 0
+    assert (dataset.num_queries + dataset.num_test_queries, dataset.num_labels) == (3, 4)
+    found = [(query.query["title"], query.labels) for split in ("train", "test") for query in dataset.queries(split)]
+    assert sorted((title, sorted(labels)) for title, labels in found) == sorted((t, sorted(ls)) for t, ls in rows)
+
+
+def test_a_wrong_table_is_an_input_error(tmp_path):
+  with pytest.raises(vixml_jax.InputError, match="cannot tell which column has the text"):
+    vixml_jax.Dataset.from_table([{"text": "a", "labels": ["x"]}, {"text": 5.5, "labels": ["y"]}], data_dir=tmp_path)
+
+
 def test_the_embedded_set_is_mm_icons():
   dataset = vixml_jax.Dataset.embedded()
   assert (dataset.name, dataset.num_queries, dataset.num_labels) == ("mm_icons_9k", 17_083, 9_527)

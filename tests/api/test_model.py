@@ -83,8 +83,9 @@ def test_labels_are_added_replaced_and_deleted_in_the_workdir(model):
   model.add_labels([{"uid": "otter", "title": "horse fish", "positives": ["brown horse fish"]}])
   for each in (model, vixml_jax.load(model.workdir)):
     assert each.num_labels == 25
-    assert each.predict(["brown horse fish"], k=1)[0][0].label == "otter"
-    assert "otter" in {label.label for label in each.predict(["brown horse fish"], k=5, ranking="blend")[0]}
+    assert each.predict(["brown horse fish"], k=1, ranking="retrieval_augmented")[0][0].label == "otter"
+    for ranking in ("plain", "blend"):
+      assert "otter" in {label.label for label in each.predict(["brown horse fish"], k=25, ranking=ranking)[0]}
   with pytest.raises(vixml_jax.InputError, match="label 0: uid 'otter' belongs to a label .* or replace=True"):
     model.add_labels([{"uid": "otter", "title": "sea otter"}])
   model.add_labels([{"uid": "otter", "title": "cake cup"}], replace=True)

@@ -76,6 +76,7 @@ def test_overrides_and_the_data_set_are_in_the_config_of_the_run_and_the_given_c
     ("custom", {"train__epoch": 1}, "config.train.epoch: there is no such key; did you mean epochs"),
     ("custom", {"train__epochs": "many"}, "config.train.epochs='many': must be int, not str"),
     ("custom", {"train__epochs": -1}, "config.train.epochs=-1: must not be negative"),
+    ("custom", {"dataset__raw_dir": "x"}, "config.dataset.raw_dir='x': is set by the data set"),
     (None, {"train__epoch": 1}, "config.train.epoch: there is no such key"),
   ],
 )
@@ -123,6 +124,7 @@ def test_in_another_thread_a_callback_ends_training_early_and_the_run_is_finishe
   assert not again.steps and same.metrics["P@5"] == model.metrics["P@5"]
 
 
+@pytest.mark.slow
 def test_stopping_at_an_evaluation_between_epochs_ends_the_run_there(trained, tmp_path):
   class StopAtOnce(Recorder):
     def on_evaluation(self, step, metrics):

@@ -33,14 +33,16 @@ from vixml_jax.inference.queries import QueryFormat
 from vixml_jax.inference.query_files import open_queries
 from vixml_jax.input.corpus import load_corpus
 from vixml_jax.input.tokenizer import Tokenizer
-from vixml_jax.manifest import MANIFEST
+from vixml_jax.manifest import MANIFEST, check_folder
 from vixml_jax.ragged import Ragged
 from vixml_jax.row_files import RowFiles, remove_shares, write_shares
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer, checkpoint_id
+from vixml_jax.run.saved_model import save_for_inference
 from vixml_jax.run.state import TrainState
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.label_index_files import write_index
+from vixml_jax.search.snapshots import check_files, read_current
 from vixml_jax.tables import write_raw_folder as write_raw_folder_of_table
 from vixml_jax.training import metric_writer
 from vixml_jax.training.metric_writer import MetricWriter
@@ -347,6 +349,30 @@ def _read_export(folder: Path) -> list[str] | None:
   return files_of(folder / "out")
 
 
+# A model that is saved for inference
+
+
+def _inference_workdir(folder: Path) -> None:
+  _workdir(folder)
+  workdir = folder.parent / "run"
+  (workdir / "tokenizer").mkdir()
+  for name in ("config.json", "inference.json", "tokenizer/tokenizer.json", "final_metrics.json"):
+    (workdir / name).write_text("{}")
+
+
+def _save_model(folder: Path) -> None:
+  save_for_inference(folder.parent / "run", 3, folder / "out")
+
+
+def _read_saved(folder: Path) -> list[str] | None:
+  if not (folder / "out").exists():
+    return None
+  check_folder(folder / "out" / "checkpoints" / "3", "it was damaged", contents=True)
+  current = read_current(folder / "out" / "index")
+  check_files(current.path, current.info["files"], contents=True)
+  return files_of(folder / "out")
+
+
 _FORM: dict[str, Any] = dict(text_fields=("title",), images=0, feature_dim=0)
 
 _nothing = lambda folder: None
@@ -367,6 +393,7 @@ WRITERS: dict[str, Writer] = {
   ),
   "checkpoint": Writer(_save_checkpoints, _complete, _read_checkpoint, unsynced=("checkpoints/3",), again=_save_again),
   "folder of a table": Writer(_nothing, _convert, _convert),
+  "saved model": Writer(_inference_workdir, _save_model, _read_saved),
   "tokens": Writer(_prepare_outside, _tokenize, _tokenize),
   "prepared set": Writer(_raw, _prepare, _read_prepared),
   "export": Writer(_workdir, _export, _read_export),

@@ -171,5 +171,8 @@ def is_name(dotted: str) -> bool:
   if not parts:
     return True
   source = (path if path.suffix else path / "__init__.py").read_text("utf-8")
+  imported = re.search(rf"(?m)^\s*from vixml_jax\.([\w.]+) import [^\n]*\b{parts[0]}\b", source)
+  if imported and len(parts) > 1:  # A method of a class that the package offers.
+    return is_name(".".join([imported[1], *parts]))
   defined = r"(?m)^\s*(?:def|class) {0}\b|^\s*{0}\b[^=\n]*=|import .*\b{0}\b|^  {0},$|['\"]{0}['\"]"
   return all(re.search(defined.replace("{0}", re.escape(part)), source) for part in parts)

@@ -1,6 +1,8 @@
 """SIGTERM and Ctrl-C while a run trains."""
 
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -55,3 +57,10 @@ def test_another_thread_installs_no_handlers(handlers):
   thread.start()
   thread.join()
   assert seen == [False, *handlers]
+
+
+@pytest.mark.parametrize("said", ["", "saved step 3"])
+def test_a_command_that_is_interrupted_says_what_it_saved(said):
+  code = f"from vixml_jax import cli\ndef main():\n  raise KeyboardInterrupt({said!r})\ncli.run(main)"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", said)

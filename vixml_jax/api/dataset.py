@@ -1,13 +1,12 @@
 """Data sets for `train`: a raw folder, a table, or the set in this package."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
 import hashlib
 import os
 from pathlib import Path
-import tempfile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +16,10 @@ from vixml_jax.datasets.builders import BUILDERS
 from vixml_jax.datasets.prepared import EMBEDDED
 from vixml_jax.datasets.records import Record, Records
 from vixml_jax.errors import InputError
-from vixml_jax.files import fingerprint_of, locked, make_folder
+from vixml_jax.search.text_table import TextTable
+
+if TYPE_CHECKING:
+  from vixml_jax.tables import Columns
 
 _DATA = Path("data")  # As `dataset.data_dir` of the configs.
 
@@ -57,44 +59,46 @@ class Dataset:
     labels: Any = None,
     *,
     test: Any = None,
-    columns: Mapping[str, str | None] | None = None,
+    columns: "Columns | Mapping[str, str | None] | None" = None,
     separator: str | None = None,
     test_fraction: float = 0.1,
     seed: int = 0,
-    folder: str | os.PathLike[str] | None = None,
+    data_dir: str | os.PathLike[str] = _DATA,
   ) -> "Dataset":
     """Makes a data set from a table with a row for each query: its text, its labels, and optionally more.
 
     Args:
-      data: A file of CSV, JSON lines or Parquet, or a table in memory; see `vixml_jax.tables.write_raw_folder`.
+      data: A file or folder of CSV, TSV, JSON lines, Parquet or Arrow, or a table in memory: a list of dicts, a
+        pyarrow.Table or a pandas DataFrame. `vixml_jax.tables.write_raw_folder` describes the columns.
       labels: Table of the labels; None if the names in `data` are all that is known about them.
       test: Table of the test queries; None to take a share of `data`.
-      columns: Names of the columns, if they are not found by themselves.
+      columns: Names of the columns, if they are not found by names and contents.
       separator: What separates the labels in a text, such as "|".
       test_fraction: Share of the rows that become test queries.
       seed: Seed of their choice.
-      folder: Folder that the data set is written to; None for one in `data/` that is named by a hash of the contents.
+      data_dir: Folder in which the data set gets a folder of its own, named by a hash of the table and the settings.
 
     Raises:
       InputError: The table cannot be used; the message names the row or the column.
 
     Example:
       >>> table = [{"text": "red wool socks", "labels": ["socks", "red"]}, {"text": "rain boots", "labels": ["boots"]}]
-      >>> Dataset.from_table(table, folder=tmp / "shoes").num_labels
+      >>> Dataset.from_table(table).num_labels
       3
     """
-    from vixml_jax.tables import write_raw_folder
+    from vixml_jax.tables import write_raw_folder_in  # Late, since the readers of tables take time to import.
 
-    def write(to: Path) -> None:
-      write_raw_folder(
-        data, to, labels=labels, test=test, columns=columns, separator=separator, test_fraction=test_fraction, seed=seed
-      )
-
-    if folder is None:
-      folder = _written_by_contents(write)
-    else:
-      write(Path(folder) / "raw")
-    return cls.from_folder(Path(folder) / "raw", data_dir=folder)
+    converted = write_raw_folder_in(
+      data_dir,
+      data,
+      labels=labels,
+      test=test,
+      columns=columns,
+      separator=separator,
+      test_fraction=test_fraction,
+      seed=seed,
+    )
+    return cls("custom", converted.folder, converted.folder.parent)
 
   @classmethod
   def from_folder(
@@ -179,12 +183,13 @@ class Dataset:
     Example:
       >>> first = next(Dataset.from_folder(raw_folder).queries("train"))
       >>> first.query["title"], first.labels[:1]
-      ('arrow right file', ['label/0'])
+      ('arrow up pen left', ['label/0'])
     """
     if split not in ("test", "train"):
       raise InputError(f"split={split!r}: must be test or train")
     builder = datasets.prepare(self.name, self.raw_dir, self.data_dir)
-    uids = [record.text(("uid",)) for batch in Records(builder, "labels").batches() for record in batch]
+    batches = Records(builder, "labels").batches()
+    uids = TextTable.from_blocks([record.text(("uid",)) for record in batch] for batch in batches)
     for batch in Records(builder, split).batches():
       yield from (_labeled_query(record, uids) for record in batch)
 
@@ -193,22 +198,9 @@ class Dataset:
     return {split: raw_rows.count_rows(files) for split, files in raw.find_files(self.raw_dir).items()}
 
 
-def _labeled_query(record: Record, uids: list[str]) -> LabeledQuery:
+def _labeled_query(record: Record, uids: TextTable) -> LabeledQuery:
   query: dict[str, Any] = {key: record.text((key,)) for key in ("uid", "title", "content")}
   images = [image for _, image in record.images()]
-  denied = [uids[label] for label in record.numbers("filter_ind", np.int32)]
+  denied = uids.take(record.numbers("filter_ind", np.int32))
   query |= ({"images": images} if images else {}) | ({"deny": denied} if denied else {})
-  return LabeledQuery(query, [uids[label] for label in record.numbers("target_ind", np.int32)])
-
-
-def _written_by_contents(write: Callable[[Path], None]) -> Path:
-  """Writes a raw folder into one of `data/` whose name is a hash of its files, and returns that folder."""
-  make_folder(_DATA)
-  with tempfile.TemporaryDirectory(dir=_DATA, prefix="table-") as work:
-    write(Path(work) / "raw")
-    digest = fingerprint_of(raw.sha256_of_files(raw.find_files(Path(work) / "raw")))
-    folder = _DATA / f"table-{digest[:12]}"
-    with locked(folder / "raw.lock"):
-      if not (folder / "raw").exists():
-        (Path(work) / "raw").rename(folder / "raw")
-  return folder
+  return LabeledQuery(query, uids.take(record.numbers("target_ind", np.int32)))

@@ -1,6 +1,6 @@
 """A trained model: it answers queries, encodes, is evaluated, takes new labels and is saved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import functools
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from vixml_jax.api.dataset import Dataset, LabeledQuery
-from vixml_jax.api.scoring import score
+from vixml_jax.api.scoring import Labeled, score
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation.metrics import PRECISION_KS, RECALL_KS
 from vixml_jax.files import read_json_object
@@ -33,8 +33,8 @@ class Model:
     >>> model = vixml_jax.load(workdir)
     >>> model
     Model('run', labels=24, ranking='plain')
-    >>> [label.label for label in model.predict(["arrow circle"], k=2)[0]]
-    ['label/0', 'label/2']
+    >>> [len(labels) for labels in model.predict(["arrow circle", "sun"], k=2)]
+    [2, 2]
   """
 
   def __init__(self, predictor: Predictor):
@@ -101,7 +101,7 @@ class Model:
       >>> [len(labels) for labels in found]
       [3, 3]
       >>> [label.text for label in model.predict(["arrow circle"], k=1, ranking="blend")[0]]
-      ['arrow right']
+      ['circle bell']
     """
     return self._with_ranking(ranking).predict(queries, k)
 
@@ -156,11 +156,11 @@ class Model:
     if isinstance(queries, Dataset):
       if labels is not None:
         raise InputError("labels: must not be given with a data set, which has its own")
-      labeled = queries.queries("test")
+      labeled: Iterable[Labeled] = self._readable(queries.queries("test"))
     else:
       if labels is None or len(labels) != len(queries):
         raise InputError(f"labels: must have one list of uids for each of the {len(queries)} queries")
-      labeled = (LabeledQuery(query, list(uids)) for query, uids in zip(queries, labels, strict=True))
+      labeled = zip(queries, labels, strict=True)
     return score(self._with_ranking(ranking), labeled, ks=ks, recall_ks=recall_ks)
 
   def add_labels(self, labels: Sequence[Mapping[str, Any]], *, replace: bool = False) -> None:
@@ -176,7 +176,7 @@ class Model:
 
     Example:
       >>> model.add_labels([{"uid": "otter", "title": "horse fish", "positives": ["brown horse fish"]}])
-      >>> model.predict(["brown horse fish"], k=1)[0][0].label
+      >>> model.predict(["brown horse fish"], k=1, ranking="retrieval_augmented")[0][0].label
       'otter'
     """
     form, index = label_format(self._predictor.encoder.config), self._predictor.index
@@ -228,6 +228,12 @@ class Model:
     target = Path(folder)
     save_for_inference(self.workdir, self._predictor.encoder.checkpoint["step"], target)
     return target
+
+  def _readable(self, queries: Iterable[LabeledQuery]) -> Iterator[Labeled]:
+    """Yields queries of a data set without images if the model takes none."""
+    skipped = () if self._predictor.encoder.images else ("images",)
+    for query, labels in queries:
+      yield {key: value for key, value in query.items() if key not in skipped}, labels
 
   def _with_ranking(self, ranking: str | None) -> Predictor:
     """Returns the predictor of a ranking; a ranking is opened once for each snapshot of the index."""

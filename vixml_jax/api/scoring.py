@@ -5,19 +5,20 @@ import itertools
 
 import numpy as np
 
-from vixml_jax.api.dataset import LabeledQuery
 from vixml_jax.datasets.propensity import inverse_propensity
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation.metrics import QueryMetrics, query_metrics
-from vixml_jax.inference.predictor import Predictor
+from vixml_jax.inference.predictor import GivenQuery, Predictor
 from vixml_jax.ragged import Ragged
 from vixml_jax.search.label_index import LabelIndex
 
+Labeled = tuple[GivenQuery, Sequence[str]]
+"""A query, and the uids of its labels."""
 _QUERIES_AT_ONCE = 4096
 
 
 def score(
-  predictor: Predictor, queries: Iterable[LabeledQuery], *, ks: Sequence[int], recall_ks: Sequence[int]
+  predictor: Predictor, queries: Iterable[Labeled], *, ks: Sequence[int], recall_ks: Sequence[int]
 ) -> dict[str, float]:
   """Returns the metrics of `evaluation.metrics` over all queries, in percent.
 
@@ -48,28 +49,26 @@ def score(
   return found if propensity is not None else {name: found[name] for name in found if not name.startswith("PS")}
 
 
-def _ranked(predictor: Predictor, block: Sequence[LabeledQuery], first: int, depth: int) -> np.ndarray:
+def _ranked(predictor: Predictor, block: Sequence[Labeled], first: int, depth: int) -> np.ndarray:
   """Returns the ids of the best labels of each query, int32 [Q, depth]; -1 in places without a label."""
-  skipped = () if predictor.encoder.images else ("images",)
-  given = [{key: value for key, value in query.query.items() if key not in skipped} for query in block]
-  checked = predictor.checked(given, first)
+  checked = predictor.checked([query for query, _ in block], first)
   k = min(depth, predictor.index.num_live)
   texts = [query.text for query in checked]
   _, ids = predictor.search(predictor.encode(checked), k, predictor.filters(checked), texts=texts)
   return np.pad(ids, [(0, 0), (0, depth - ids.shape[1])], constant_values=-1)
 
 
-def _truth(index: LabelIndex, block: Sequence[LabeledQuery], first: int) -> Ragged:
+def _truth(index: LabelIndex, block: Sequence[Labeled], first: int) -> Ragged:
   """Returns the ids of the labels of each query."""
-  uids = [uid for query in block for uid in query.labels]
+  uids = [uid for _, labels in block for uid in labels]
   known = index.has(uids)
   if not known.all():
     wrong = int(np.argmin(known))
-    row = int(np.searchsorted(np.cumsum([len(query.labels) for query in block]), wrong, side="right"))
+    row = int(np.searchsorted(np.cumsum([len(labels) for _, labels in block]), wrong, side="right"))
     raise InputError(
       f"query {first + row}: the model has no label {uids[wrong]!r}; add it with add_labels, or leave it out"
     )
-  return Ragged.of_lengths(index.ids_of(uids), [len(query.labels) for query in block])
+  return Ragged.of_lengths(index.ids_of(uids), [len(labels) for _, labels in block])
 
 
 def _propensity(predictor: Predictor) -> np.ndarray | None:

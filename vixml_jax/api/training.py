@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from vixml_jax.api.dataset import Dataset
 from vixml_jax.api.model import Model, load
+from vixml_jax.errors import InputError
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.run import configuration, named_configs
 from vixml_jax.stages import Callback, reporting
@@ -28,7 +29,7 @@ def train(
   the run ends its step and is saved before `KeyboardInterrupt` is raised; a second Ctrl-C stops it at once, and it
   continues from its last checkpoint. Outside of the main thread, Python receives no Ctrl-C; there, a callback can stop
   the run by raising an exception. Nothing is printed: messages go to the logger `vixml_jax`, and `ProgressBars` is a
-  callback.
+  callback. A run in several processes is started with `python -m vixml_jax.main`.
 
   Args:
     dataset: Training queries, test queries and labels.
@@ -63,11 +64,14 @@ def train(
 def _configured(config: str | ConfigDict, dataset: Dataset, overrides: dict[str, Any]) -> ConfigDict:
   """Returns the whole config of a run."""
   values = {key.replace("__", "."): value for key, value in overrides.items()}
-  values |= {
+  of_data = {
     "dataset.name": dataset.name,
     "dataset.raw_dir": str(dataset.raw_dir),
     "dataset.data_dir": str(dataset.data_dir),
   }
+  for key in of_data.keys() & values.keys():
+    raise InputError(f"config.{key}={values[key]!r}: is set by the data set; leave it out")
+  values |= of_data
   if isinstance(config, ConfigDict):
     return named_configs.with_overrides(config, values)
   return named_configs.load(config, **values)
