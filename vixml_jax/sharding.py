@@ -110,7 +110,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
   types = (AxisType.Auto,) * 3
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices > 1:
-    return Mesh(_over_slices(tuple(sizes.values()), slices, devices), MESH_AXES, axis_types=types)
+    return Mesh(
+      _over_slices((sizes["data"], sizes["fsdp"], sizes["tensor"]), slices, devices), MESH_AXES, axis_types=types
+    )
   return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
 
 
