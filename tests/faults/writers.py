@@ -38,6 +38,7 @@ from vixml_jax.ragged import Ragged
 from vixml_jax.row_files import RowFiles, remove_shares, write_shares
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer, checkpoint_id
+from vixml_jax.run.goodput import Goodput
 from vixml_jax.run.saved_model import save_for_inference
 from vixml_jax.run.state import TrainState
 from vixml_jax.search.label_index import LabelIndex
@@ -108,6 +109,23 @@ def _read_metrics(folder: Path) -> list[tuple[int, float]]:
     pass
   lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
   return [(line["step"], line["values"]["loss"]) for line in lines]
+
+
+# goodput.json
+
+
+def _count_steps(seconds: float) -> Callable[[Path], None]:
+  def write(folder: Path) -> None:
+    _write_config(10)(folder)
+    with mock.patch("vixml_jax.run.goodput.time.monotonic", return_value=0.0), Goodput(folder) as goodput:
+      goodput._seconds["steps"] += seconds
+      goodput.save()
+
+  return write
+
+
+def _read_goodput(folder: Path) -> float:
+  return Goodput(folder)._seconds["steps"]
 
 
 # A bank of image features
@@ -381,6 +399,7 @@ WRITERS: dict[str, Writer] = {
   "config.json, first": Writer(_nothing, _write_config(20), _read_config),
   "config.json, again": Writer(_write_config(10), _write_config(20), _read_config),
   "metrics.jsonl": Writer(_write_metrics(range(1, 6), 0), _write_metrics(range(4, 7), 3), _read_metrics),
+  "goodput.json": Writer(_count_steps(1.0), _count_steps(2.0), _read_goodput),
   "embeddings": Writer(_write_embeddings(1.0), _write_embeddings(5.0), _read_embeddings, may_be_missing=True),
   "bank of features": Writer(_nothing, _load_bank, _load_bank),
   "bank of features, damaged": Writer(_damaged_bank, _load_bank, _load_bank),

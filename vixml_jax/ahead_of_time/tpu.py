@@ -93,8 +93,7 @@ def tpu_slices(kind: str, shape: str, slices: int = 1) -> Machine:
   Args:
     kind: A key of `TPUS`.
     shape: Number of chips along each axis of a slice, such as "4x4".
-    slices: Number of slices. Exchanges between them are timed as if they were within a slice, so that times are lower
-      bounds.
+    slices: Number of slices. What they send to each other is not timed, so that lower bounds hold.
 
   Raises:
     InputError: If libtpu is not installed, or does not know the slice.

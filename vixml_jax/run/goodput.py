@@ -1,12 +1,11 @@
 """Goodput: the share of a run's wall time that training steps take, and where the rest goes, over all its starts."""
 
-from collections import Counter
 import contextlib
 import contextvars
 import json
 from pathlib import Path
 import time
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.monitoring
@@ -70,7 +69,7 @@ class Goodput(Callback):
 
   def __init__(self, workdir: Path):
     self._path = workdir / GOODPUT
-    self._seconds: Counter[str] = Counter()
+    self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     with contextlib.suppress(OSError, ValueError):
       known = json.loads(self._path.read_text())
       self._seconds.update({kind: float(known[kind]) for kind in KINDS if kind in known})
@@ -120,9 +119,9 @@ class Goodput(Callback):
     self._seconds[kind_of(self._stack[-1].name) if self._stack else "other"] += now - self._since
     self._since = now
 
-  def _on_duration(self, event: str, seconds: float, **_: Any) -> None:
+  def _on_duration(self, event: str, duration_secs: float, **_: str | int) -> None:
     """Moves the time of a compilation from the stage in which it happened."""
     if event == _COMPILED:
       self._count()
-      self._seconds[kind_of(self._stack[-1].name) if self._stack else "other"] -= seconds
-      self._seconds["compile"] += seconds
+      self._seconds[kind_of(self._stack[-1].name) if self._stack else "other"] -= duration_secs
+      self._seconds["compile"] += duration_secs

@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 _SECONDS_TO_CLOSE = 60.0  # For values that are not sent yet when a run ends.
 # The libraries report how they are used and their errors to their makers, unless their user has chosen that.
 _NO_REPORTS = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
+_PARAMS_AT_ONCE = 100  # The most that MLflow accepts.
 _LONGEST_VALUE = 500  # Characters of a config value that MLflow accepts by default on every database.
 
 
@@ -159,23 +160,25 @@ class _MlflowTracker:
     from mlflow import MlflowClient
 
     self._client = MlflowClient(config.track.mlflow_uri)
-    self._run_id = _known_run(workdir, "mlflow")
-    if self._run_id is None:
-      name = config.track.mlflow_experiment
-      found = self._client.get_experiment_by_name(name)
-      experiment = found.experiment_id if found else self._client.create_experiment(name)
-      self._run_id = self._client.create_run(experiment, run_name=config.name).info.run_id
-      self._log_config(config)
-      _remember_run(workdir, "mlflow", self._run_id)
+    known = _known_run(workdir, "mlflow")
+    self._run_id = known or self._new_run(config)
+    if known:
+      self._client.update_run(known, status="RUNNING")
     else:
-      self._client.update_run(self._run_id, status="RUNNING")
+      _remember_run(workdir, "mlflow", self._run_id)
 
-  def _log_config(self, config: ConfigDict) -> None:
+  def _new_run(self, config: ConfigDict) -> str:
+    """Returns the id of a new run, which has the values of the config."""
     from mlflow.entities import Param
 
+    name = config.track.mlflow_experiment
+    found = self._client.get_experiment_by_name(name)
+    experiment = found.experiment_id if found else self._client.create_experiment(name)
+    run_id = self._client.create_run(experiment, run_name=config.name).info.run_id
     params = [Param(key, str(value)[:_LONGEST_VALUE]) for key, value in flatten_config(config).items()]
-    self._client.log_batch(self._run_id, params=params[:100])
-    self._client.log_batch(self._run_id, params=params[100:])
+    for first in range(0, len(params), _PARAMS_AT_ONCE):
+      self._client.log_batch(run_id, params=params[first : first + _PARAMS_AT_ONCE])
+    return run_id
 
   def log(self, step: int, values: dict[str, float]) -> None:
     from mlflow.entities import Metric
