@@ -17,6 +17,7 @@ from vixml_jax.run.workdir import INDEX
 from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
+from vixml_jax.search.vector_form import VectorForm
 
 # Value of `encoder` -> the function that loads the encoder.
 ENCODERS = {None: load_trained_encoder, "int8": load_quantized_encoder}
@@ -36,6 +37,8 @@ def load(
   image_checkpoint: str | None = None,
   image_batch_size: int = 8,
   encoder: str | None = None,
+  index_dtype: str = "float32",
+  dims: int | None = None,
 ) -> Predictor:
   """Loads a trained workdir. No training data are needed.
 
@@ -56,6 +59,11 @@ def load(
     image_checkpoint: SigLIP tower that encodes images; None for the one that made the features of the training data.
     image_batch_size: Number of images that the tower encodes at a time. A smaller batch takes as long as a full one.
     encoder: "int8" for an encoder in int8 on the CPU, which needs the extra `onnx`; None for the encoder as trained.
+    index_dtype: Vectors that are held in memory for search: "float32", "int8" (a quarter of the memory, the same
+      results) or "bit" (a thirty-second; some labels may be missed). Codes need exact search; the best labels by codes
+      are scored again with the float32 vectors, which stay on disk.
+    dims: Number of first dimensions of the vectors to search, at unit norm; None for all. The model should have been
+      trained with it among `train.matryoshka_dims`. The blend needs all.
 
   Raises:
     InputError: A file is missing, damaged, or of another checkpoint.
@@ -68,10 +76,13 @@ def load(
   if encoder not in ENCODERS:
     raise InputError(f"encoder={encoder}: must be int8, or None for the encoder as trained")
   if ranking == BLEND:
+    if dims is not None:
+      raise InputError(f"dims={dims}: the ranking blend needs all dimensions, on which it was fitted; leave out dims")
     check_blend_libraries()
   workdir = Path(workdir)
   trained = ENCODERS[encoder](workdir, mesh)
-  index = LabelIndex.open(workdir / INDEX, checkpoint=trained.checkpoint, search=search, mesh=trained.mesh)
+  form = VectorForm(index_dtype, dims)
+  index = LabelIndex.open(workdir / INDEX, checkpoint=trained.checkpoint, search=search, mesh=trained.mesh, form=form)
   image_encoder = None
   if trained.images:
     image_encoder = QueryImageEncoder(trained.config, trained.image_origin or {}, image_checkpoint, image_batch_size)
