@@ -23,6 +23,7 @@ from vixml_jax.evaluation.evaluate_model import (
   evaluation_config,
   retrieval_settings,
 )
+from vixml_jax.evaluation.small_vectors import evaluate_small_vectors
 from vixml_jax.files import write_json
 from vixml_jax.input.batches import steps_per_epoch
 from vixml_jax.report.run_report import results_table, write_evaluation, write_report_files
@@ -153,7 +154,10 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
   evaluation = _evaluate(setup, workdir, encoder, model)
   fewer_images = evaluate_with_fewer_images(config, data, encoder, model, evaluation)
   baselines = _baselines(setup, encoder, model, evaluation)
+  index, queries = evaluation.index, evaluation.queries
+  small = evaluate_small_vectors(config.eval.small_vectors, index.prototypes, queries, index.inverse_propensity)
   final = _final_metrics(evaluation, model.meta)
+  final |= {f"{form}/{name}": value for form, metrics in small.items() for name, value in metrics.items()}
   split, rows = data.evaluated_queries(config.eval.split)
   if jax.process_index() == 0:
     write_evaluation(
@@ -166,6 +170,7 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
       has_images=data.items[split].images.lengths[rows] > 0 if config.images else None,
       bootstrap_samples=config.eval.bootstrap_samples,
       baselines=baselines,
+      small_vectors=small,
     )
     write_json(workdir / FINAL_METRICS, final)
     write_report_files(
@@ -178,7 +183,7 @@ def _evaluate_and_write(setup: RunSetup, workdir: Path, encoder: ItemEncoder, mo
       propensity=(config.dataset.propensity_a, config.dataset.propensity_b),
       learning_rates=learning_rates(config, _total_steps(setup)),
     )
-    print(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines), flush=True)
+    print(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines, small), flush=True)
   _write_embeddings(workdir / EMBEDDINGS, config.eval.split, encoder, model, evaluation)
   _write_for_inference(setup, workdir, evaluation, model)
   return final
