@@ -1,6 +1,6 @@
 """Measures search over float32, int8 and bit vectors: bytes, memory, speed, and recall against float32.
 
-  .venv/bin/python -m benchmarks.small_vectors --output=DIR [--labels=1305265] [--dim=768] [--groups=10000]
+  .venv/bin/python -m benchmarks.small_vectors --output=DIR [--labels=1305265] [--dim=768] [--groups=1000]
       [--queries=512] [--k=100]
 
 Each type is searched by a process of its own, through `VectorForm` over a memory-mapped file of float32 vectors, which
@@ -86,7 +86,7 @@ def main() -> None:
   parser.add_argument("--output", type=Path, required=True, help="folder of the vectors")
   parser.add_argument("--labels", type=int, default=1_305_265)
   parser.add_argument("--dim", type=int, default=768)
-  parser.add_argument("--groups", type=int, default=10_000)
+  parser.add_argument("--groups", type=int, default=1_000)
   parser.add_argument("--queries", type=int, default=512)
   parser.add_argument("--k", type=int, default=100)
   parser.add_argument("--dtype", choices=DTYPES, help="measure one type in this process, with vectors that exist")

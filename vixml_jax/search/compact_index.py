@@ -5,6 +5,7 @@ With int8 codes, the results are proven to be those of a search in float32 (`vec
 proof are searched in float32 on the host. With bit codes, a label that the codes rank too low is not found.
 """
 
+import collections
 from collections.abc import Iterator
 import functools
 import math
@@ -16,15 +17,18 @@ import numpy as np
 
 from vixml_jax.errors import InputError
 from vixml_jax.rounding import next_power_of_two
-from vixml_jax.search.exact import QUERIES_PER_CHUNK, block_size, padded_queries, write_rows
+from vixml_jax.search.exact import block_size, padded_queries, write_rows
 from vixml_jax.search.first_pass import LABELS_MULTIPLE
 from vixml_jax.search.host_search import search_rows, top_k_positions
 from vixml_jax.search.prefixes import UnitPrefixes, release_rows
 from vixml_jax.search.top_k import block_top_k, empty_top_k, merge_top_k, top_k_of_shares
 from vixml_jax.search.vector_codes import Extremes, LabelCodes, empty_codes, encode, encode_queries, scores
 
-LABELS_PER_BLOCK = 16_384
-"""Maximum number of labels that a device scores at once; decoded bits of a block fit the cache of a core."""
+LABELS_PER_BLOCK = 32_768
+"""Maximum number of labels that a device scores at once."""
+QUERIES_PER_CHUNK = 128
+"""Number of queries in a chunk. XLA multiplies int8 on one core of a CPU, so several chunks are scored at a time."""
+_CHUNKS_AT_ONCE = 4
 _ROWS_PER_COPY = 65_536
 _MEAN_SAMPLE = 65_536  # Number of labels that the mean direction is computed of.
 _RESCORED_BYTES = 2**26  # Of the vectors of candidates that are in memory at once.
@@ -32,6 +36,7 @@ _RESCORED_BYTES = 2**26  # Of the vectors of candidates that are in memory at on
 # least. Those of int8 are scored in two steps.
 _CANDIDATES = {"int8": 8, "bit": 16}
 _LEAST = 64
+_NEW_CANDIDATES = (32, 256)  # Numbers of a block's labels that may become candidates, for which programs are compiled.
 _FIRST_STEP = 4  # Fraction of the candidates of int8 that is scored first.
 
 
@@ -61,7 +66,7 @@ class CompactIndex:
       mesh: Devices to search on; None uses all devices.
       rows: Ids of the labels to search, ascending; None searches all.
       block: Maximum number of labels that a device scores at once.
-      query_chunk: Number of queries that are scored at once.
+      query_chunk: Number of queries in a chunk.
 
     Raises:
       InputError: There is no label.
@@ -106,17 +111,16 @@ class CompactIndex:
     """Yields chunks of queries, and scores and places [q, C] of their candidates, and the slack of each query."""
     program = _search_program(self._mesh, self._axes, self._dtype, self.num_labels, count, self._block)
     width = min(self._query_chunk, padded_queries(len(queries)))
-    pending = None
+    pending: collections.deque[tuple[slice, tuple[jax.Array, ...]]] = collections.deque()
     for start in range(0, len(queries), width):
       part = slice(start, min(start + width, len(queries)))
       chunk = np.pad(queries[part], ((0, width - (part.stop - start)), (0, 0)))
       placed = jax.device_put(chunk, NamedSharding(self._mesh, PartitionSpec()))
-      started = part, program(self._codes, placed, self._direction, self._extremes)
-      if pending is not None:
-        yield pending[0], _on_host(*pending)
-      pending = started  # The devices work on it while the former one is scored.
-    if pending is not None:
-      yield pending[0], _on_host(*pending)
+      pending.append((part, program(self._codes, placed, self._direction, self._extremes)))
+      if len(pending) == _CHUNKS_AT_ONCE:  # The devices work on the others while it is scored.
+        yield pending[0][0], _on_host(*pending.popleft())
+    for started in pending:
+      yield started[0], _on_host(*started)
 
   def _rescored(
     self, queries: np.ndarray, k: int, upper: np.ndarray, places: np.ndarray, slack: np.ndarray
@@ -239,8 +243,17 @@ def _search_share(
   def step(best: tuple[jax.Array, jax.Array], number: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
     start = jnp.minimum(number * block, share - block)  # The last block overlaps the one before.
     found = scores(dtype, encoded, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block), codes))
-    values, positions = block_top_k(found, min(count, block), number * block - start, num_labels - first - start)
-    return merge_top_k(best, (values, first + start + positions), count), None
+    # Few labels of a later block are better than the candidates so far.
+    new = jnp.max(jnp.sum(found > best[0][:, -1:], axis=1))
+    widths = sorted({min(width, count, block) for width in (*_NEW_CANDIDATES, count)})
+
+    def merged(width: int) -> tuple[jax.Array, jax.Array]:
+      values, positions = block_top_k(found, width, number * block - start, num_labels - first - start)
+      return merge_top_k(best, (values, first + start + positions), count)
+
+    enough = jnp.searchsorted(jnp.asarray(widths), new)
+    branches = [functools.partial(merged, width) for width in widths]
+    return jax.lax.switch(jnp.minimum(enough, len(widths) - 1), branches), None
 
   best, _ = jax.lax.scan(step, empty_top_k(len(queries), count), jnp.arange(math.ceil(share / block)))
   return *top_k_of_shares(*best, axes, count), encoded.slack
