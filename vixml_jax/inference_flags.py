@@ -117,7 +117,7 @@ def define_search_flags() -> SearchFlags:
       "index_dtype",
       "float32",
       ["float32", "int8", "bit"],
-      "Vectors that are held in memory for exact search: int8 takes a quarter of the memory, bit a thirty-second.",
+      "Vectors that are held in memory for exact search: int8 takes a quarter of the memory, bit a thirtieth.",
     ),
     dims=flags.DEFINE_integer(
       "dims", None, "Number of first dimensions of the vectors to search; by default all.", lower_bound=1

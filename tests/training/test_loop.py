@@ -51,6 +51,7 @@ def test_a_run_stopped_by_sigterm_continues_to_the_same_bits(finished, config, t
   assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 9)), "each step has one line"
 
 
+@pytest.mark.slow
 def test_a_run_with_matryoshka_dims_continues_to_the_same_bits_and_logs_the_loss_of_each_prefix(
   config, tmp_path, monkeypatch
 ):

@@ -60,7 +60,7 @@ def load(
     image_batch_size: Number of images that the tower encodes at a time. A smaller batch takes as long as a full one.
     encoder: "int8" for an encoder in int8 on the CPU, which needs the extra `onnx`; None for the encoder as trained.
     index_dtype: Vectors that are held in memory for search: "float32", "int8" (a quarter of the memory, the same
-      results) or "bit" (a thirty-second; some labels may be missed). Codes need exact search; the best labels by codes
+      results) or "bit" (a thirtieth; some labels may be missed). Codes need exact search; the best labels by codes
       are scored again with the float32 vectors, which stay on disk.
     dims: Number of first dimensions of the vectors to search, at unit norm; None for all. The model should have been
       trained with it among `train.matryoshka_dims`. The blend needs all.

@@ -1,5 +1,6 @@
 """The jitted training step: encode the batch in chunks, loss over all of it, update, refresh the bank."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 
@@ -173,11 +174,8 @@ def batch_loss(
   queries = l2_normalize(query_pooled)
   is_prime = model.method == "prime"
   embeddings = (queries, l2_normalize(label_pooled), prototypes) if is_prime else (queries, prototypes)
-
-  def loss_of(*embeddings: Array) -> tuple[Array, dict[str, Array]]:
-    function = prime_loss if is_prime else siamese_loss
-    return function(*embeddings, batch.positives, batch.valid, loss_key, config.loss)
-
+  function: Callable[..., tuple[Array, dict[str, Array]]] = prime_loss if is_prime else siamese_loss
+  loss_of = functools.partial(function, positives=batch.positives, valid=batch.valid, key=loss_key, config=config.loss)
   if config.matryoshka_dims:
     loss, parts = matryoshka_loss(loss_of, embeddings, config.matryoshka_dims, l2_normalize)
   else:
