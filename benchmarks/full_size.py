@@ -89,13 +89,13 @@ def main() -> None:
   parser.add_argument("settings", nargs="*", help="further config keys, as KEY=VALUE")
   arguments = parser.parse_args()
   arguments.output.mkdir(parents=True, exist_ok=True)
-  print(f"float32 products of 4096 x 4096: {_matmul_rate():.0f} GFLOP/s", flush=True)
+  print(f"float32 products of 4096 x 4096: {matmul_rate():.0f} GFLOP/s", flush=True)
   workdir = arguments.output / "run"
   _train(arguments, workdir)
   _use_index(arguments.output, workdir)
 
 
-def _matmul_rate() -> float:
+def matmul_rate() -> float:
   """Returns the rate of float32 matrix products on this machine, in GFLOP/s."""
   square = np.random.default_rng(0).standard_normal((4096, 4096), np.float32)
   square @ square

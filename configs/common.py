@@ -108,6 +108,9 @@ def base_config() -> ConfigDict:
       # each "layer". "layer" recomputes every product once, also with encoder.remat, and keeps the inputs of all layers
       # for the whole batch.
       chunks_in="encoder",
+      # Lengths of prefixes of the embeddings, descending, such as (384, 192, 96): the loss is the mean of that of each
+      # prefix, so that a prefix can be searched by itself. Empty for whole embeddings only (docs/small_vectors.md).
+      matryoshka_dims=(),
       bank_dtype="float32",
       rng_impl="threefry2x32",  # Or "unsafe_rbg": faster dropout, but the numbers depend on the mesh.
       log_every_steps=50,
@@ -149,6 +152,8 @@ def base_config() -> ConfigDict:
       # (needs the extra `baselines`). Their settings are chosen on the validation queries.
       baselines=(),
       test_images=(),  # Also evaluates with at most each of these numbers of images per test query.
+      # Also evaluates plain search with each of these numbers of dimensions, in float32, int8 and bits.
+      small_vectors=(),
     )
   )
   config.checkpoint = ConfigDict(

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from vixml_jax import losses
+from vixml_jax.models.dual_encoder import l2_normalize
 
 CONFIG = losses.LossConfig(num_negatives=4)
 
@@ -128,3 +130,66 @@ def test_positives_are_drawn_uniformly():
   draws = jax.vmap(lambda key: losses.draw_positive(key, positives)[0])(jax.random.split(jax.random.key(0), 3000))
   shares = np.bincount(draws, minlength=4) / 3000
   np.testing.assert_allclose(shares, [1 / 3, 0, 1 / 3, 1 / 3], atol=0.03)
+
+
+def bound_loss(which, positives, valid, key):
+  """Returns the loss of PRIME (three embeddings) or that of NGAME and DEXA (two) as a function of embeddings alone."""
+  function = losses.prime_loss if which == 3 else losses.siamese_loss
+  return lambda *embeddings: function(*embeddings, jnp.asarray(positives), jnp.asarray(valid), key, CONFIG)
+
+
+@pytest.mark.parametrize("which", [2, 3])
+def test_the_matryoshka_loss_is_the_mean_of_the_loss_in_numpy_on_normalized_prefixes(which):
+  q, u, p, positives = batch(3)
+  valid = np.arange(len(q)) < 10
+  key = jax.random.key(5)
+  embeddings = (q, u, p)[:which]
+  loss, parts = losses.matryoshka_loss(
+    bound_loss(which, positives, valid, key), [*map(jnp.asarray, embeddings)], (6, 4, 2), l2_normalize
+  )
+  both_valid = positives & valid[:, None] & valid[None, :]
+  keys = jax.random.split(key, 4 if which == 3 else 2)
+  drawn = [np.asarray(losses.draw_positive(k, jnp.asarray(both_valid))) for k in keys]
+  drawn_labels = np.asarray(losses.draw_positive(keys[2 if which == 3 else 1], jnp.asarray(both_valid.T)))
+  expected = []
+  for dim in (6, 4, 2):
+    prefixes = [x[:, :dim] / np.linalg.norm(x[:, :dim], axis=1, keepdims=True) for x in embeddings]
+    sims = [prefixes[0] @ other.T for other in prefixes[1:]]
+    total = sum(numpy_triplet(sim, both_valid, drawn[i], CONFIG, valid)[0] for i, sim in enumerate(sims))
+    total += numpy_triplet(sims[0].T, both_valid.T, drawn_labels, CONFIG, valid)[0]
+    if which == 3:
+      total += 0.1 * float(
+        losses.prototype_regulariser(
+          *map(jnp.asarray, (*sims, both_valid, valid, valid)), keys[3], CONFIG
+        )  # Compared with numpy above.
+      )
+    expected.append(total)
+    np.testing.assert_allclose(parts[f"loss_of_{dim}"], total, rtol=1e-5)
+  np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
+  np.testing.assert_allclose(parts["loss"], loss, rtol=1e-6)
+
+
+def test_the_matryoshka_loss_of_whole_embeddings_has_the_bits_of_the_loss_itself():
+  q, u, p, positives = batch(1)
+  loss_of = bound_loss(3, positives, np.ones(len(q), bool), jax.random.key(0))
+  of_prefixes = lambda *x: losses.matryoshka_loss(loss_of, x, (6,), l2_normalize)[0]
+  for found, wanted in zip(
+    jax.value_and_grad(of_prefixes, argnums=(0, 1, 2))(*map(jnp.asarray, (q, u, p))),
+    jax.value_and_grad(lambda *x: loss_of(*x)[0], argnums=(0, 1, 2))(*map(jnp.asarray, (q, u, p))),
+    strict=True,
+  ):
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_the_gradient_of_the_matryoshka_loss_equals_that_of_torch_through_prefixes_and_norms():
+  q, u, _, _ = batch(2)
+  cosines = lambda a, b: (jnp.sum(jnp.square(1 - jnp.sum(a * b, axis=1))), {})
+  of_prefixes = lambda *x: losses.matryoshka_loss(cosines, x, (5, 2), l2_normalize)[0]
+  found = jax.grad(of_prefixes, argnums=(0, 1))(jnp.asarray(q), jnp.asarray(u))
+  leaves = [torch.tensor(x, requires_grad=True) for x in (q, u)]
+  terms = [
+    (1 - torch.nn.functional.cosine_similarity(leaves[0][:, :dim], leaves[1][:, :dim])).square().sum() for dim in (5, 2)
+  ]
+  (sum(terms) / 2).backward()
+  for ours, theirs in zip(found, leaves, strict=True):
+    np.testing.assert_allclose(ours, theirs.grad, atol=1e-5)

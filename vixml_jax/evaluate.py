@@ -2,7 +2,7 @@
 
   python -m vixml_jax.evaluate --workdir=runs/NAME [--search=exact|scann] [--[no]retrieval_augmented]
       [--retrieval_lambda=0.9] [--retrieval_temperature=0.05] [--[no]blend] [--baselines=tfidf,untrained]
-      [--split=test|validation] [--test_images=0,1,2,3]
+      [--split=test|validation] [--test_images=0,1,2,3] [--small_vectors=384,96]
   python -m vixml_jax.evaluate --workdir=runs/NAME --compare=runs/OTHER[,runs/THIRD]
 
 The first command evaluates the newest checkpoint without training, for example with another search, other settings of
@@ -41,6 +41,11 @@ _TEST_IMAGES = flags.DEFINE_string(
   None,
   "Numbers of images; also evaluates with at most each number of images per query, such as 0,1,2,3.",
 )
+_SMALL_VECTORS = flags.DEFINE_string(
+  "small_vectors",
+  None,
+  "Numbers of dimensions; also evaluates plain search with each of them, in float32, int8 and bits, such as 384,96.",
+)
 _SPLIT = flags.DEFINE_enum(
   "split", None, ["test", "validation"], "Queries to evaluate on; default: those of the config."
 )
@@ -72,7 +77,8 @@ def _compare(workdir: Path, others: Sequence[str]) -> None:
   """Compares evaluated workdirs; flags of the evaluation are errors."""
   from vixml_jax.report.compare import compare_workdirs
 
-  for flag in (_SEARCH, _AUGMENTED, _LAMBDA, _TEMPERATURE, _BLEND, _BASELINES, _TEST_IMAGES, _SPLIT, _MESH, _DATA_DIR):
+  searches = (_SEARCH, _AUGMENTED, _LAMBDA, _TEMPERATURE, _BLEND, _BASELINES, _TEST_IMAGES, _SMALL_VECTORS)
+  for flag in (*searches, _SPLIT, _MESH, _DATA_DIR):
     if flag.present:
       raise InputError(
         f"--{flag.name}: cannot be used with --compare, which evaluates nothing; evaluate each workdir with it first"
@@ -98,6 +104,8 @@ def _override(config: ConfigDict) -> None:
     config.eval.baselines = tuple(_BASELINES.value)
   if _TEST_IMAGES.value is not None:
     config.eval.test_images = tuple(cli.numbers(_TEST_IMAGES))
+  if _SMALL_VECTORS.value is not None:
+    config.eval.small_vectors = tuple(cli.numbers(_SMALL_VECTORS))
   if _DATA_DIR.value is not None:
     config.dataset.data_dir = _DATA_DIR.value
   if _MESH.value is not None:

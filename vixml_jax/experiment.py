@@ -26,6 +26,7 @@ from vixml_jax.evaluation.evaluate_model import (
   retrieval_settings,
 )
 from vixml_jax.evaluation.shown_queries import shown_queries
+from vixml_jax.evaluation.small_vectors import evaluate_small_vectors
 from vixml_jax.files import write_json
 from vixml_jax.input.batches import steps_per_epoch
 from vixml_jax.ragged import Ragged
@@ -170,7 +171,10 @@ def _evaluate_and_write(
   evaluation = _evaluate(setup, workdir, encoder, model)
   fewer_images = evaluate_with_fewer_images(config, data, encoder, model, evaluation)
   baselines = _baselines(setup, encoder, model, evaluation)
+  index, queries = evaluation.index, evaluation.queries
+  small = evaluate_small_vectors(config.eval.small_vectors, index.prototypes, queries, index.inverse_propensity)
   final = _final_metrics(evaluation, model.meta)
+  final |= {f"{form}/{name}": value for form, metrics in small.items() for name, value in metrics.items()}
   split, rows = data.evaluated_queries(config.eval.split)
   shown = shown_queries(evaluation.result, evaluation.index, evaluation.queries, evaluation.config)
   mapped, prototypes = _mapped_prototypes(data.corpus.train_labels, evaluation)
@@ -186,6 +190,7 @@ def _evaluate_and_write(
       bootstrap_samples=config.eval.bootstrap_samples,
       baselines=baselines,
       confusions=describe_confusions(data.corpus, evaluation.result, evaluation.queries.labels),
+      small_vectors=small,
     )
     write_json(workdir / FINAL_METRICS, final)
     write_report_files(
@@ -199,7 +204,7 @@ def _evaluate_and_write(
       propensity=(config.dataset.propensity_a, config.dataset.propensity_b),
       learning_rates=learning_rates(config, _total_steps(setup)),
     )
-    show(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines))
+    show(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines, small))
   _write_embeddings(workdir / EMBEDDINGS, config.eval.split, encoder, model, evaluation)
   _write_for_inference(setup, workdir, evaluation, model)
   with contextlib.suppress(StopTraining):  # Training has ended.

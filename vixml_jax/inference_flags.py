@@ -32,6 +32,8 @@ class SearchFlags:
   retrieval_augmented: flags.FlagHolder[bool]
   retrieval_lambda: flags.FlagHolder[float | None]
   retrieval_temperature: flags.FlagHolder[float | None]
+  index_dtype: flags.FlagHolder[str]
+  dims: flags.FlagHolder[int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,5 +141,14 @@ def define_search_flags() -> SearchFlags:
       "retrieval_temperature",
       None,
       "Temperature of retrieval-augmented inference; by default as in the run's evaluation.",
+    ),
+    index_dtype=flags.DEFINE_enum(
+      "index_dtype",
+      "float32",
+      ["float32", "int8", "bit"],
+      "Vectors that are held in memory for exact search: int8 takes a quarter of the memory, bit a thirtieth.",
+    ),
+    dims=flags.DEFINE_integer(
+      "dims", None, "Number of first dimensions of the vectors to search; by default all.", lower_bound=1
     ),
   )

@@ -1,9 +1,12 @@
 """The losses: triplet losses with online hard negatives, alone (NGAME, DEXA) or with the regularizer of PRIME.
 
+`matryoshka_loss` computes one of them on several prefixes of the embeddings.
+
 All functions take similarities in float32 whose rows and columns belong to one global batch, so every pair of the
 batch counts, whatever the number of devices.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
 
 import jax
@@ -244,6 +247,45 @@ def siamese_loss(
     parts["triplet_reverse"], _ = triplet_loss(sim.T, positives.T, valid, valid, keys[1], config)
     loss = loss + config.reverse_weight * parts["triplet_reverse"]
   return loss, {"loss": loss, **parts}
+
+
+def matryoshka_loss(
+  loss: Callable[..., tuple[Array, dict[str, Array]]],
+  embeddings: Sequence[Float[Array, "B D"]],
+  dims: Sequence[int],
+  normalize: Callable[[Array], Array],
+) -> tuple[Array, dict[str, Array]]:
+  """Computes the mean of a loss over prefixes of the embeddings, so that a prefix can be searched by itself.
+
+  The vectors of a batch are encoded once, and only the loss sees their prefixes. Each prefix is normalized again. All
+  terms of the loss use the prefixes. All prefixes use the same random key, so the same positives are drawn; the hard
+  negatives are those of each prefix. With the dimension D alone, the result is that of the loss itself.
+
+  >>> sum_of_first = lambda x: (x[:, 0].sum(), {"loss": x[:, 0].sum()})
+  >>> unit = lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True)
+  >>> matryoshka_loss(sum_of_first, [jnp.asarray([[0.6, 0.8]])], (2, 1), unit)[0].round(3)  # The mean of 0.6 and 1.
+  Array(0.8, dtype=float32)
+
+  Args:
+    loss: Function of the embeddings that returns the scalar loss and its parts, such as `prime_loss` with its other
+      arguments bound.
+    embeddings: Unit-norm vectors, the arguments of the loss.
+    dims: Lengths of the prefixes, each at most D.
+    normalize: Scales rows to unit norm.
+
+  Returns:
+    The scalar loss, and the mean of each part over the prefixes. `loss_of_N` is the loss of the first N dimensions.
+
+  Reference: Matryoshka representation learning (arXiv 2205.13147), with equal weights.
+  """
+  losses, all_parts = [], []
+  for dim in dims:
+    value, parts = loss(*(x if dim == x.shape[1] else normalize(x[:, :dim]) for x in embeddings))
+    losses.append(value)
+    all_parts.append(parts)
+  means = {name: jnp.mean(jnp.stack([parts[name] for parts in all_parts])) for name in all_parts[0]}
+  by_dim = {f"loss_of_{dim}": value for dim, value in zip(dims, losses, strict=True)}
+  return jnp.mean(jnp.stack(losses)), means | by_dim
 
 
 def _hardest(sim: Float[Array, "A B"], negatives: Bool[Array, "A B"], k: int) -> tuple[Array, Array]:

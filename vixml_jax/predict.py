@@ -2,7 +2,8 @@
 
   python -m vixml_jax.predict --workdir=runs/NAME --queries=q.jsonl --k=10 --output=top.jsonl
       [--search=exact|scann] [--ranking=plain|retrieval_augmented|blend] [--tail=0.2] [--min_probability=0.1]
-      [--retrieval_lambda=0.9] [--retrieval_temperature=0.05] [--keep_parts] [--num_processes=8 --process=0]
+      [--retrieval_lambda=0.9] [--retrieval_temperature=0.05] [--index_dtype=int8|bit] [--dims=96] [--encoder=int8]
+      [--keep_parts] [--num_processes=8 --process=0]
 
 No training data are needed. Queries are JSON lines, CSV or Parquet: title, and optionally uid, content, images (paths,
 bytes or feature vectors), allow and deny (uids of labels) and categories. The file may be larger than memory. A run

@@ -2,6 +2,7 @@
 
   python -m vixml_jax.serve --workdir=runs/NAME --port=8080 [--host=127.0.0.1]
       [--search=exact|scann] [--ranking=plain|retrieval_augmented|blend] [--reload_index=10]
+      [--index_dtype=int8|bit] [--dims=96]
 
 No training data are needed. The serve extra must be installed. POST /v1/predict takes queries and returns their
 labels; /openapi.json describes the API; /healthz says whether the server is ready; /metrics is for Prometheus; / is

@@ -44,6 +44,12 @@ from vixml_jax.run import configuration
     ),
     ({"encoder.remat_saved": ("up",)}, "config.encoder.remat_saved=('up',): needs config.encoder.remat=True"),
     ({"train.chunks_in": "row"}, "config.train.chunks_in='row': must be one of encoder, layer"),
+    ({"train.matryoshka_dims": (96, 96)}, "config.train.matryoshka_dims=(96, 96): must be empty, or whole numbers"),
+    ({"train.matryoshka_dims": (64, 0)}, "config.train.matryoshka_dims=(64, 0): must be empty, or whole numbers"),
+    (
+      {"train.matryoshka_dims": (512, 96)},
+      "config.train.matryoshka_dims=(512, 96): must be at most config.encoder.embed_dim=384",
+    ),
     ({"train.chunks_in": "layer", "train.remat": False}, "config.train.chunks_in='layer': needs config.train.remat"),
     (
       {"encoder.remat": True, "encoder.remat_saved": ("up",), "train.chunks_in": "layer"},
@@ -149,6 +155,7 @@ def test_a_config_of_the_first_release_gets_the_keys_that_were_added_since(tmp_p
     "loss.reverse_weight": 1.0,
     "train.decay_layer_norms": False,
     "train.chunks_in": "encoder",
+    "train.matryoshka_dims": (),
   }
   older = config.copy_and_resolve_references()
   for key in wanted:

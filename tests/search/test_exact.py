@@ -8,10 +8,10 @@ import pytest
 
 from tests.helpers.compilations import counted_compilations
 from tests.helpers.search_cases import brute_force, integers
-from vixml_jax.array_file import release_pages
 from vixml_jax.errors import InputError
 from vixml_jax.search import exact
 from vixml_jax.search.exact import ExactIndex, block_top_k
+from vixml_jax.search.prefixes import release_rows
 
 
 def _mesh(shape=(1,), axes=("data",)):
@@ -62,7 +62,7 @@ def test_a_memory_mapped_file_is_placed_block_by_block_and_its_pages_are_freed(t
   np.save(tmp_path / "labels.npy", labels)
   mapped = np.load(tmp_path / "labels.npy", mmap_mode="r")
   freed = []
-  monkeypatch.setattr(exact, "release_pages", lambda array: freed.append(array) or release_pages(array))
+  monkeypatch.setattr(exact, "release_rows", lambda array: freed.append(array) or release_rows(array))
   found = ExactIndex(mapped, rows=rows).search(queries, 7)
   wanted = ExactIndex(jnp.asarray(labels if rows is None else labels[rows])).search(queries, 7)
   np.testing.assert_array_equal(found[0], wanted[0])

@@ -85,6 +85,17 @@ def test_a_run_stopped_by_sigterm_continues_to_the_same_bits(finished, config, t
   assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 9)), "each step has one line"
 
 
+@pytest.mark.slow
+def test_a_run_with_matryoshka_dims_continues_to_the_same_bits_and_logs_the_loss_of_each_prefix(
+  config, tmp_path, monkeypatch
+):
+  config.train.matryoshka_dims = (32, 16, 8)
+  train_and_evaluate(config, tmp_path / "undisturbed")
+  assert_sigterm_changes_no_bit(config, tmp_path / "undisturbed", tmp_path / "stopped", monkeypatch)
+  values = json.loads((tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()[0])["values"]
+  np.testing.assert_allclose(values["loss"], np.mean([values[f"loss_of_{dim}"] for dim in (32, 16, 8)]), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
 @pytest.mark.parametrize("bad_step", [2, 4], ids=["within an epoch", "last step of an epoch"])
 def test_a_run_stops_at_a_metric_that_is_not_finite_and_keeps_the_checkpoint_before(

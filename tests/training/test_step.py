@@ -77,6 +77,15 @@ def test_eight_devices_give_the_loss_gradients_and_embeddings_of_one(parts_of, m
   assert_close(one, loss_and_gradients(parts, mesh, features and features.placed(mesh, where)))
 
 
+def test_the_loss_over_prefixes_is_the_mean_of_their_losses_and_leaves_the_bank_its_whole_embeddings(parts_of):
+  parts, (whole, embeddings, _) = parts_of("bert")
+  of_dims = lambda *dims: dataclasses.replace(parts, step=dataclasses.replace(parts.step, matryoshka_dims=dims))
+  (short, *_), (both, others, _) = (loss_and_gradients(of_dims(*dims), _one_device()) for dims in ((8,), (32, 8)))
+  assert abs(short - whole) > 1e-4
+  np.testing.assert_allclose(both, (whole + short) / 2, rtol=1e-5)
+  np.testing.assert_allclose(others, embeddings, atol=1e-6)
+
+
 @pytest.mark.parametrize("model", ["bert with early images", "bert with late images", "decoder with images"])
 def test_all_parameters_of_images_and_adapters_have_gradients_and_a_frozen_base_has_none(parts_of, model):
   gradients = parts_of(model)[1][2]

@@ -263,6 +263,8 @@ def load(
   image_checkpoint: str | None = None,
   image_batch_size: int = 8,
   encoder: str | None = None,
+  index_dtype: str = "float32",
+  dims: int | None = None,
 ) -> Model:
   """Loads a trained model from the folder of a run, or from one that `Model.save` made. No training data are needed.
 
@@ -283,6 +285,11 @@ def load(
     image_checkpoint: SigLIP tower that encodes images; None for the one that made the features of the training data.
     image_batch_size: Number of images that the tower encodes at a time. A smaller batch takes as long as a full one.
     encoder: "int8" for an encoder in int8 on the CPU, which needs the extra `onnx`; None for the encoder as trained.
+    index_dtype: Vectors that are held in memory for search: "float32", "int8" (a quarter of the memory, the same
+      results) or "bit" (a thirtieth; some labels may be missed). Codes need exact search; the best labels by codes
+      are scored again with the float32 vectors, which stay on disk.
+    dims: Number of first dimensions of the vectors to search, at unit norm; None for all. The model should have been
+      trained with it among `train.matryoshka_dims`. The blend needs all.
 
   Returns:
     The model.
@@ -308,5 +315,7 @@ def load(
       image_checkpoint=image_checkpoint,
       image_batch_size=image_batch_size,
       encoder=encoder,
+      index_dtype=index_dtype,
+      dims=dims,
     )
   )

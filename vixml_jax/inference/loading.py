@@ -18,6 +18,7 @@ from vixml_jax.run.workdir import INDEX
 from vixml_jax.search import retrieval_augmented
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
+from vixml_jax.search.vector_form import VectorForm
 
 # Value of `encoder` -> the function that loads the encoder.
 ENCODERS = {None: load_trained_encoder, "int8": load_quantized_encoder}
@@ -37,6 +38,8 @@ def load_predictor(
   image_checkpoint: str | None = None,
   image_batch_size: int = 8,
   encoder: str | None = None,
+  index_dtype: str = "float32",
+  dims: int | None = None,
 ) -> Predictor:
   """Loads encoder and label index of a workdir; the arguments are those of `vixml_jax.load`.
 
@@ -49,10 +52,11 @@ def load_predictor(
     if value and ranking != BLEND:
       raise InputError(f"{name}={value}: only the ranking blend has it, and the ranking is {ranking}")
   if ranking == BLEND:
-    check_blend_libraries()
+    _check_blend(dims)
   workdir = Path(workdir)
   trained, image_encoder = load_encoder(workdir, mesh, image_checkpoint, image_batch_size, encoder)
-  index = LabelIndex.open(workdir / INDEX, checkpoint=trained.checkpoint, search=search, mesh=trained.mesh)
+  form = VectorForm(index_dtype, dims)
+  index = LabelIndex.open(workdir / INDEX, checkpoint=trained.checkpoint, search=search, mesh=trained.mesh, form=form)
   predictor = Predictor(trained, index, image_encoder, None)
   if ranking == BLEND:
     return dataclasses.replace(predictor, blend=BlendRanking.open(index, tail, min_probability))
@@ -69,7 +73,7 @@ def with_ranking(predictor: Predictor, ranking: str) -> Predictor:
     InputError: The ranking is unknown, or needs something that the index or this environment lacks.
   """
   if _ranking(ranking, retrieval_augmented=False) == BLEND:
-    check_blend_libraries()
+    _check_blend(predictor.index.form.dims)
     return dataclasses.replace(predictor, retrieval=None, blend=BlendRanking.open(predictor.index))
   if ranking == AUGMENTED:
     settings = _retrieval_settings(predictor.index, predictor.encoder.workdir, None, None)
@@ -99,6 +103,13 @@ def load_encoder(
     return trained, None
   origin = trained.image_origin or {}
   return trained, QueryImageEncoder(trained.config, origin, image_checkpoint, image_batch_size)
+
+
+def _check_blend(dims: int | None) -> None:
+  """Checks that the blend can rank: its libraries are installed, and vectors have all dimensions."""
+  if dims is not None:
+    raise InputError(f"dims={dims}: the ranking blend needs all dimensions, on which it was fitted; leave out dims")
+  check_blend_libraries()
 
 
 def _ranking(ranking: str | None, retrieval_augmented: bool) -> str:

@@ -247,6 +247,7 @@ class Predictor:
 
   def settings(self) -> dict[str, Any]:
     """Returns all that determines an answer besides the query, as JSON."""
+    form = self.index.form
     return {
       **self.encoder.settings(),
       "index": fingerprint_of(self.index.info),
@@ -255,6 +256,7 @@ class Predictor:
       "mesh": dict(self.mesh.shape),
       "platform": jax.default_backend(),
       "search": self.index.search_kind,
+      **({} if form.is_whole else {"index_dtype": form.dtype, "dims": form.dims}),
     }
 
   def image_vectors(self, queries: Sequence[Query], unreadable: list[UnreadableImage] | None) -> list[list[np.ndarray]]:

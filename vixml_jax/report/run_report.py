@@ -11,6 +11,7 @@ from vixml_jax.evaluation.evaluator import EvaluationConfig
 from vixml_jax.evaluation.per_query import PerQuery, describe_queries
 from vixml_jax.evaluation.results import Evaluation
 from vixml_jax.evaluation.shown_queries import ShownQueries
+from vixml_jax.evaluation.small_vectors import BYTES, METRICS
 from vixml_jax.files import write_json
 from vixml_jax.input.corpus import Corpus
 from vixml_jax.ragged import Ragged
@@ -35,6 +36,7 @@ def write_evaluation(
   bootstrap_samples: int,
   baselines: Mapping[str, Mapping[str, float]],
   confusions: Mapping[str, Sequence[Mapping[str, Any]]],
+  small_vectors: Mapping[str, Mapping[str, float]],
 ) -> None:
   """Writes evaluation.json: a description of the evaluated queries, and all results in detail.
 
@@ -49,6 +51,7 @@ def write_evaluation(
     bootstrap_samples: Number of bootstrap samples for the intervals of both groups.
     baselines: Metrics of each baseline in percent, by name.
     confusions: Labels that are ranked first in place of true ones (`describe_confusions`).
+    small_vectors: Metrics and size of smaller vectors, by name.
   """
   write_json(
     workdir / EVALUATION,
@@ -69,6 +72,7 @@ def write_evaluation(
       "baselines": baselines,
       "confusions": confusions,
       "environment": describe_environment(),
+      **({"small_vectors": small_vectors} if small_vectors else {}),
     },
   )
 
@@ -138,6 +142,7 @@ def results_table(
   fewer_images: Mapping[int, Evaluation],
   config: EvaluationConfig,
   baselines: Mapping[str, Mapping[str, float]],
+  small_vectors: Mapping[str, Mapping[str, float]],
 ) -> str:
   """Returns the table for the terminal: the rows of the run, and the baselines below them.
 
@@ -147,6 +152,7 @@ def results_table(
     fewer_images: Results on the same queries with at most a number of images, by this number.
     config: Settings of the evaluation.
     baselines: Metrics of each baseline in percent, by name.
+    small_vectors: Metrics and size of smaller vectors, by name.
   """
   settings = config.retrieval
   retrieval = settings and f"+ retrieval (lambda {settings.lambda_:g}, T {settings.temperature:g})"
@@ -167,6 +173,8 @@ def results_table(
   parts = [table]
   if result.blend is not None:
     parts.append(_dial_text(result.blend))
+  if small_vectors:
+    parts.append(_small_vectors_text(small_vectors))
   found = ", ".join(f"{key} {value:.1f}" for key, value in result.scann_recall.items())
   return "\n".join([*parts, *([f"ScaNN against exact search: {found}"] if found else [])])
 
@@ -177,6 +185,14 @@ def _dial_text(blend: BlendResults) -> str:
   rows += [[name, *(f"{point[name]:.2f}" for point in blend.dial)] for name in ("P@1", "PSP@1")]
   calibration = f"expected calibration error of its probabilities: {blend.ece:.2f} %"
   return "\n".join(["", "blend by its dial from frequent to rare labels:", *aligned(rows), calibration])
+
+
+def _small_vectors_text(small_vectors: Mapping[str, Mapping[str, float]]) -> str:
+  """Returns metrics and sizes of smaller vectors as a table."""
+  rows = [["", *METRICS, BYTES]]
+  for name, values in small_vectors.items():
+    rows.append([name, *(f"{values[metric]:.2f}" for metric in METRICS), f"{values[BYTES]:,.0f}"])
+  return "\n".join(["", "plain search with smaller vectors:", *aligned(rows)])
 
 
 def _by_images(result: Evaluation, has_images: np.ndarray, bootstrap_samples: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Checks the values of a config, and writes and reads it as JSON."""
 
 from collections.abc import Callable
+import itertools
 import json
 from pathlib import Path
 import re
@@ -105,6 +106,10 @@ _CHECKS: dict[str, _Check] = {
   "train.row_length": _NOT_NEGATIVE,
   "train.chunk_rows": _NOT_NEGATIVE,
   "train.chunks_in": _one_of("encoder", "layer"),
+  "train.matryoshka_dims": (
+    lambda xs: all(isinstance(x, int) and x > 0 for x in xs) and all(a > b for a, b in itertools.pairwise(xs)),
+    "must be empty, or whole numbers above 0 in descending order, each once",
+  ),
   "train.bank_dtype": _one_of("float32", "bfloat16"),
   "train.rng_impl": _one_of("threefry2x32", "rbg", "unsafe_rbg"),
   "train.log_every_steps": _POSITIVE,
@@ -121,6 +126,7 @@ _CHECKS: dict[str, _Check] = {
   "eval.bootstrap_samples": _NOT_NEGATIVE,
   "eval.blend": _TRUE_OR_FALSE,
   "eval.baselines": _some_of("tfidf", "untrained", "plt"),
+  "eval.small_vectors": (lambda xs: all(x > 0 for x in xs), "must be a list of numbers of dimensions above 0"),
   "eval.test_images": (lambda xs: all(x >= 0 for x in xs), "must be a list of numbers of images, 0 or more"),
   "eval.retrieval_search": _one_of("separate", "joint"),
   "eval.retrieval_hits": _POSITIVE,
@@ -177,6 +183,7 @@ _LATER_KEYS: dict[str, Any] = {
   "encoder.remat_saved": (),
   "train.chunks_in": "encoder",
   "train.new_init": "fan_in",
+  "train.matryoshka_dims": (),
   "encoder.attention": "auto",
   "loss.reverse_weight": 1.0,
   "train.decay_layer_norms": False,
@@ -189,6 +196,7 @@ _LATER_KEYS: dict[str, Any] = {
   "track.mlflow_uri": "",
   "track.mlflow_experiment": "vixml_jax",
   "profile.steps": "",
+  "eval.small_vectors": (),
 }
 _LATER_SECTIONS = ("track", "profile")
 

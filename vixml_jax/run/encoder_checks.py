@@ -6,7 +6,7 @@ from vixml_jax.errors import InputError
 
 
 def check_encoder(values: dict[str, Any]) -> None:
-  """Checks heads, recomputation, the frozen base and adapters.
+  """Checks heads, prefixes of the embeddings, recomputation, the frozen base and adapters.
 
   Args:
     values: The values of a config by their dotted keys. Each is valid by itself.
@@ -15,6 +15,7 @@ def check_encoder(values: dict[str, Any]) -> None:
     InputError: Values do not fit together; the message names the keys.
   """
   _check_heads(values)
+  _check_prefixes(values)
   _check_recomputation(values)
   _check_base_dtype(values)
   if values["encoder.architecture"] == "decoder":
@@ -32,6 +33,14 @@ def _check_heads(values: dict[str, Any]) -> None:
   for heads, shared in split:
     if values[shared] % values[heads]:
       raise InputError(f"config.{heads}={values[heads]}: must divide config.{shared}={values[shared]}")
+
+
+def _check_prefixes(values: dict[str, Any]) -> None:
+  """Checks that no prefix is longer than the embedding."""
+  width = values["encoder.embed_dim"]
+  for key in ("train.matryoshka_dims", "eval.small_vectors"):
+    if max(values[key], default=0) > width:
+      raise InputError(f"config.{key}={tuple(values[key])!r}: must be at most config.encoder.embed_dim={width}")
 
 
 def _check_recomputation(values: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from vixml_jax import sharding
-from vixml_jax.array_file import release_pages
 from vixml_jax.errors import InputError
 from vixml_jax.rounding import next_power_of_two
 from vixml_jax.search.first_pass import (
@@ -21,6 +20,7 @@ from vixml_jax.search.first_pass import (
   num_candidates,
   rounded_labels,
 )
+from vixml_jax.search.prefixes import UnitPrefixes, release_rows
 from vixml_jax.search.top_k import block_top_k, empty_top_k, merge_top_k, top_k_of_shares
 from vixml_jax.sharded_rows import ShardedRows
 
@@ -52,7 +52,7 @@ class ExactIndex:
 
   def __init__(
     self,
-    embeddings: np.ndarray | jax.Array | ShardedRows,
+    embeddings: np.ndarray | jax.Array | ShardedRows | UnitPrefixes,
     mesh: Mesh | None = None,
     *,
     rows: np.ndarray | None = None,
@@ -179,7 +179,7 @@ class ExactIndex:
   def _replicated(self) -> NamedSharding:
     return NamedSharding(self._mesh, PartitionSpec())
 
-  def _place(self, embeddings: np.ndarray | jax.Array) -> jax.Array:
+  def _place(self, embeddings: np.ndarray | jax.Array | UnitPrefixes) -> jax.Array:
     """[L, D] -> [L rounded up, D], padded with zeros and split by rows over all devices."""
     where = NamedSharding(self._mesh, PartitionSpec(self._axes))
     multiple = LABELS_MULTIPLE if self.num_labels >= _PADDED_FROM * self._mesh.size else 1
@@ -195,16 +195,16 @@ class ExactIndex:
     ]
     return jax.make_array_from_single_device_arrays((num_rows, self._dim), where, shards)
 
-  def _place_share(self, embeddings: np.ndarray, device: jax.Device, first: int, last: int) -> jax.Array:
+  def _place_share(self, embeddings: np.ndarray | UnitPrefixes, device: jax.Device, first: int, last: int) -> jax.Array:
     """Copies rows to a device; the host needs memory for a block only, memory-mapped files included."""
     share = jnp.zeros((last - first, self._dim), embeddings.dtype, device=device)
     end = min(last, self.num_labels)
     for start in range(first, end, _ROWS_PER_COPY):
       own = slice(start, min(start + _ROWS_PER_COPY, end))
       rows = embeddings[own if self._rows is None else self._rows[own]]
-      share = _write_rows(share, jax.device_put(np.asarray(rows), device), np.int32(start - first))
+      share = write_rows(share, jax.device_put(np.asarray(rows), device), np.int32(start - first))
       share.block_until_ready()
-      release_pages(embeddings)
+      release_rows(embeddings)
     return share
 
   def _place_masks(self, masks: np.ndarray) -> jax.Array:
@@ -228,7 +228,8 @@ def padded_queries(number: int) -> int:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_rows(share: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+def write_rows(share: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+  """Returns an array with rows replaced from `start` on; the memory of the array is reused."""
   return jax.lax.dynamic_update_slice_in_dim(share, rows, start, axis=0)
 
 

@@ -14,6 +14,7 @@ from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.host_search import search_rows
 from vixml_jax.search.index import Index, search_excluding
 from vixml_jax.search.membership import is_in_row
+from vixml_jax.search.prefixes import UnitPrefixes
 
 GATHER_AT_MOST = 16_384
 """Largest number of allowed labels that are scored one by one on the host."""
@@ -149,7 +150,7 @@ def keep_permitted(scores: np.ndarray, ids: np.ndarray, permitted: np.ndarray, k
 
 
 def search_filtered(
-  index: Index, embeddings: np.ndarray, live: np.ndarray, queries: np.ndarray, k: int, filters: Filters
+  index: Index, embeddings: np.ndarray | UnitPrefixes, live: np.ndarray, queries: np.ndarray, k: int, filters: Filters
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the k best labels among those that each query may have.
 
@@ -162,11 +163,12 @@ def search_filtered(
   3. Mask, for other queries of an exact index: all labels are scored on the devices and those outside A get -inf, for
      up to `MASKS_PER_PASS` different sets in a pass. Queries that differ only in a few denied labels share a mask; the
      denied labels are overfetched as in 2.
-  4. Widen, for other queries of ScaNN: w labels are searched for, where w is twice the number that would suffice if A
-     were spread evenly. It is doubled for queries that find fewer than k labels of A. If k are found, they are the k
-     best of A that the index can find: results are listed by score, so labels that a greater w adds score no higher.
+  4. Widen, for other queries of another index: w labels are searched for, where w is twice the number that would
+     suffice if A were spread evenly. It is doubled for queries that find fewer than k labels of A. If k are found, they
+     are the k best of A that the index can find: results are listed by score, so labels that a greater w adds score no
+     higher.
 
-  ScaNN searches only some of its leaves, so 2 and 4 may find fewer than k labels of A. Then A is scored on the host as
+  An approximate index may find fewer than k labels of A with 2 and 4. Then A is scored on the host as
   in 1. A row therefore has fewer than k labels only if A has.
 
   Args:
@@ -211,7 +213,13 @@ class _FilteredSearch:
   """
 
   def __init__(
-    self, index: Index, embeddings: np.ndarray, live: np.ndarray, queries: np.ndarray, k: int, filters: Filters
+    self,
+    index: Index,
+    embeddings: np.ndarray | UnitPrefixes,
+    live: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    filters: Filters,
   ):
     self.scores = np.full((len(queries), k), -np.inf, np.float32)
     self.ids = np.full((len(queries), k), -1, np.int32)

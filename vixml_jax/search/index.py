@@ -60,7 +60,7 @@ def make_index(
   if kind == "exact":
     return ExactIndex(embeddings, mesh, rows=rows, allowed=allowed)
   if kind == "scann":
-    on_host = _on_host(embeddings) if isinstance(embeddings, ShardedRows) else embeddings
+    on_host = rows_on_host(embeddings) if isinstance(embeddings, ShardedRows) else embeddings
     scann = ScannIndex(on_host, rows=rows if allowed is None else np.flatnonzero(allowed))
     if goal is not None and scann.parameters.reorder:  # Without reordering it is brute force, which finds everything.
       reach_recall(scann, ExactIndex(embeddings, mesh, rows=rows, allowed=allowed), goal)
@@ -68,9 +68,9 @@ def make_index(
   raise InputError(f"search={kind!r} is not known: use one of {', '.join(KINDS)}")
 
 
-def _on_host(rows: ShardedRows) -> np.ndarray:
+def rows_on_host(rows: ShardedRows) -> np.ndarray:
   """Returns all rows on the host of every process, float32 [L, D]."""
-  _log.info("ScaNN: copying %s embeddings of %d dimensions to the host", f"{len(rows):,}", rows.shape[1])
+  _log.info("copying %s embeddings of %d dimensions to the host", f"{len(rows):,}", rows.shape[1])
   host = np.empty(rows.shape, np.float32)
   for start, block in rows.blocks():
     host[start : start + len(block)] = block

@@ -17,6 +17,7 @@ from vixml_jax.search.index import Index, make_index
 from vixml_jax.search.label_index_blend import StoredBlend, WordVectors
 from vixml_jax.search.label_index_files import IndexContents, IndexFiles, open_current
 from vixml_jax.search.scann_index import ScannIndex
+from vixml_jax.search.vector_form import WHOLE, VectorForm
 
 _MAX_NAMES_SHOWN = 10
 
@@ -37,18 +38,17 @@ class LabelIndex:
     label_clusters: int32 [L], the free vector of each label.
     cluster_means: float32 [C, D], mean embedding of the labels of each free vector.
     search_kind: How the index is searched, "exact" or "scann".
+    form: How vectors are held for search.
   """
 
-  def __init__(self, files: IndexFiles, search: str, mesh: Mesh | None):
+  def __init__(self, files: IndexFiles, search: str, mesh: Mesh | None, form: VectorForm = WHOLE):
     """Wraps the files of a snapshot; use `open`."""
     self.folder = files.folder
-    self.current = files.snapshot.pointer
-    self.info = files.info
-    self.embeddings = files.embeddings
-    self.deleted = files.deleted
-    self.label_clusters = files.label_clusters
-    self.cluster_means = files.cluster_means
-    self.search_kind = search
+    self.current, self.info = files.snapshot.pointer, files.info
+    self.embeddings, self.deleted = files.embeddings, files.deleted
+    self.label_clusters, self.cluster_means = files.label_clusters, files.cluster_means
+    form.check(self.dim, search)
+    self.search_kind, self.form = search, form
     self._files, self._mesh = files, mesh
     if search == "scann":
       _ = self.label_index  # Loaded now, because the next snapshot removes its files.
@@ -61,6 +61,7 @@ class LabelIndex:
     checkpoint: dict[str, Any] | None,
     search: str | None = None,
     mesh: Mesh | None = None,
+    form: VectorForm = WHOLE,
     verify: bool = True,
   ) -> Self:
     """Opens the current snapshot.
@@ -71,15 +72,16 @@ class LabelIndex:
       search: "exact" or "scann"; None searches as the index was written for. ScaNN that is not stored is built in
         memory.
       mesh: Devices of the exact search; None uses all devices.
+      form: How vectors are held for search. Codes are made from the float32 vectors when a search first needs them.
       verify: Whether to compare the sha256 of every file, which reads all of them; otherwise only sizes are compared.
 
     Raises:
-      InputError: There is no index, a file is missing or damaged, the index has another format or checkpoint, or ScaNN
-        was asked for and cannot run here.
+      InputError: There is no index, a file is missing or damaged, the index has another format or checkpoint, ScaNN was
+        asked for and cannot run here, or the index cannot have the form.
     """
     return open_current(
       Path(folder),
-      lambda files: cls(files, search or files.info["search"]["kind"], mesh),
+      lambda files: cls(files, search or files.info["search"]["kind"], mesh, form),
       checkpoint=checkpoint,
       verify=verify,
     )
@@ -125,7 +127,7 @@ class LabelIndex:
     if self.search_kind == "scann" and self._files.has_scann:
       return ScannIndex.load(self._files.snapshot.path / "scann")
     live = np.flatnonzero(~self.deleted) if self.deleted.any() else None
-    return make_index(self.search_kind, self.embeddings, self._mesh, live, goal=self._files.recall_goal)
+    return self._make_index(self.embeddings, live)
 
   @functools.cached_property
   def query_index(self) -> Index:
@@ -137,7 +139,7 @@ class LabelIndex:
     queries, _ = self._training_queries()
     if self.search_kind == "scann" and self._files.has_scann:
       return ScannIndex.load(self._files.snapshot.path / "scann_queries")
-    return make_index(self.search_kind, queries, self._mesh, goal=self._files.recall_goal)
+    return self._make_index(queries)
 
   @functools.cached_property
   def query_labels(self) -> Ragged:
@@ -225,8 +227,8 @@ class LabelIndex:
     """
     if filters is None or (filters.allow is None and filters.deny is None):
       return self.label_index.search(queries, k)
-    queries = np.asarray(queries, np.float32)
-    return search_filtered(self.label_index, self.embeddings, ~self.deleted, queries, k, filters)
+    queries = np.asarray(self.form.queries(queries), np.float32)
+    return search_filtered(self.label_index, self.form.vectors(self.embeddings), ~self.deleted, queries, k, filters)
 
   def add(
     self,
@@ -299,9 +301,15 @@ class LabelIndex:
     label_index_editing.set_categories(self._files, np.asarray(ids, np.int64), categories)
     return self._reopened()
 
+  def _make_index(self, vectors: np.ndarray, rows: np.ndarray | None = None) -> Index:
+    if self.search_kind == "exact":
+      return self.form.make_index(vectors, self._mesh, rows)
+    return make_index(self.search_kind, vectors, self._mesh, rows, goal=self._files.recall_goal)
+
   def _reopened(self) -> "LabelIndex":
+    checkpoint = self.info["checkpoint"]
     return LabelIndex.open(
-      self.folder, checkpoint=self.info["checkpoint"], search=self.search_kind, mesh=self._mesh, verify=False
+      self.folder, checkpoint=checkpoint, search=self.search_kind, mesh=self._mesh, form=self.form, verify=False
     )
 
   def _training_queries(self) -> tuple[np.ndarray, Ragged]:

@@ -174,6 +174,7 @@ class Engine:
         checkpoint=model.predictor.encoder.checkpoint,
         search=former.search_kind,
         mesh=model.predictor.mesh,
+        form=former.form,
       )
       self.model = self._serve(model.predictor, labels, model.reads_images)
     except Exception as error:  # Whatever is wrong, the former snapshot still answers.

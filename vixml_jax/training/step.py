@@ -1,5 +1,6 @@
 """The jitted training step: encode the batch in chunks, loss over all of it, update, refresh the bank."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 
@@ -14,7 +15,7 @@ from vixml_jax.encoding.inputs import EncoderInputs, image_tokens, inputs_on_mes
 from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.batches import Batch
 from vixml_jax.input.packing import PackedLayout
-from vixml_jax.losses import LossConfig, prime_loss, siamese_loss
+from vixml_jax.losses import LossConfig, matryoshka_loss, prime_loss, siamese_loss
 from vixml_jax.models.chunks import map_chunks, map_chunks_recomputed
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.models.dual_encoder import l2_normalize
@@ -65,6 +66,7 @@ class StepConfig:
     rng_impl: implementation of JAX's random numbers, such as "threefry2x32".
     remat: recompute chunks in the backward pass, so that memory does not grow with the batch.
     chunks_in: where the chunks of a batch are run one after another: the whole "encoder", or each "layer" of it.
+    matryoshka_dims: lengths of the prefixes of the embeddings that the loss is the mean over; empty for the whole ones.
   """
 
   model: ModelDefinition
@@ -75,6 +77,7 @@ class StepConfig:
   rng_impl: str
   remat: bool
   chunks_in: str = "encoder"
+  matryoshka_dims: tuple[int, ...] = ()
 
   @property
   def base_key(self) -> Array:
@@ -93,6 +96,7 @@ def step_config(config: ConfigDict, model: ModelDefinition, layout: PackedLayout
     rng_impl=config.train.rng_impl,
     remat=config.train.remat,
     chunks_in=config.train.chunks_in,
+    matryoshka_dims=tuple(config.train.matryoshka_dims),
   )
 
 
@@ -154,7 +158,11 @@ def encode_batch(config: StepConfig, mesh: Mesh, params: Tree, batch: DeviceBatc
 def batch_loss(
   config: StepConfig, mesh: Mesh, params: Tree, state: TrainState, batch: DeviceBatch, key: Array
 ) -> tuple[Array, tuple[dict[str, Array], Array]]:
-  """Returns the loss of a batch, its parts, and the query embeddings [B, D] for the bank."""
+  """Returns the loss of a batch, its parts, and the query embeddings [B, D] for the bank.
+
+  With `matryoshka_dims`, the loss sees prefixes of queries, labels and prototypes. Everything else uses whole vectors:
+  the free vectors and centroids that make prototypes, and the bank, on which query clusters and centroids are computed.
+  """
   dropout_key, prototype_key, loss_key = jax.random.split(key, 3)
   pooled = encode_batch(config, mesh, params, batch, dropout_key)
   pooled = jax.lax.with_sharding_constraint(pooled, sharding.named_sharding(mesh, "batch", "vector"))
@@ -164,12 +172,14 @@ def batch_loss(
     label_pooled, state.label_clusters[batch.label_ids], state.centroids[batch.label_ids], prototype_key
   )
   queries = l2_normalize(query_pooled)
-  if model.method == "prime":
-    loss, parts = prime_loss(
-      queries, l2_normalize(label_pooled), prototypes, batch.positives, batch.valid, loss_key, config.loss
-    )
+  is_prime = model.method == "prime"
+  embeddings = (queries, l2_normalize(label_pooled), prototypes) if is_prime else (queries, prototypes)
+  function: Callable[..., tuple[Array, dict[str, Array]]] = prime_loss if is_prime else siamese_loss
+  loss_of = functools.partial(function, positives=batch.positives, valid=batch.valid, key=loss_key, config=config.loss)
+  if config.matryoshka_dims:
+    loss, parts = matryoshka_loss(loss_of, embeddings, config.matryoshka_dims, l2_normalize)
   else:
-    loss, parts = siamese_loss(queries, prototypes, batch.positives, batch.valid, loss_key, config.loss)
+    loss, parts = loss_of(*embeddings)
   return loss, (parts, queries)
 
 

@@ -1,0 +1,58 @@
+"""Evaluates smaller vectors: plain search with fewer dimensions, in float32, in int8 and in bits."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from vixml_jax.evaluation.evaluator import QUERIES_PER_BLOCK, EvaluationQueries
+from vixml_jax.evaluation.metrics import QueryMetrics, query_metrics
+from vixml_jax.search.index import Index, rows_on_host, search_excluding
+from vixml_jax.search.vector_codes import DTYPES
+from vixml_jax.search.vector_form import VectorForm
+from vixml_jax.sharded_rows import ShardedRows
+from vixml_jax.stages import stage
+
+PRECISION_K, RECALL_K = 1, 100
+METRICS = (f"P@{PRECISION_K}", f"R@{RECALL_K}")
+"""Metrics of smaller vectors, in percent."""
+BYTES = "bytes per label"
+"""Size of a label's vector in the memory that is searched."""
+
+
+def evaluate_small_vectors(
+  dims: Sequence[int], prototypes: ShardedRows | np.ndarray, queries: EvaluationQueries, propensity: np.ndarray
+) -> dict[str, dict[str, float]]:
+  """Returns metrics and size of each number of dimensions in each type, by names such as "dims128/int8".
+
+  Every process copies the prototypes to its host, as a file of an index has them, and searches on its own devices.
+
+  Args:
+    dims: Numbers of dimensions, each at most D; without any, nothing is done.
+    prototypes: [L, D], label prototypes.
+    queries: The queries; all processes must call this together.
+    propensity: Inverse propensities [L].
+  """
+  if not dims:
+    return {}
+  labels = rows_on_host(prototypes) if isinstance(prototypes, ShardedRows) else prototypes
+  mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
+  results = {}
+  for count in dims:
+    for dtype in DTYPES:
+      form = VectorForm(dtype, count)
+      with stage(f"evaluate {len(queries):,} queries with {count} dimensions in {dtype}"):
+        means = _metrics(form.make_index(labels, mesh), queries, propensity).mean()
+      size = {BYTES: float(form.bytes_per_label(labels.shape[1]))}
+      results[f"dims{count}/{dtype}"] = {name: means[name] for name in METRICS} | size
+  return results
+
+
+def _metrics(index: Index, queries: EvaluationQueries, propensity: np.ndarray) -> QueryMetrics:
+  """Returns the metrics of plain search in an index."""
+  blocks = []
+  for _, block in queries.blocks(QUERIES_PER_BLOCK):
+    _, ids = search_excluding(index, np.asarray(block.embeddings), RECALL_K, block.filter)
+    blocks.append(query_metrics(ids, block.labels, propensity, precision_ks=(PRECISION_K,), recall_ks=(RECALL_K,)))
+  return QueryMetrics.concatenate(blocks)
