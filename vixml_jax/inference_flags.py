@@ -39,16 +39,19 @@ class ModelFlags:
   mesh: flags.FlagHolder[str | None]
   encoder: flags.FlagHolder[str | None]
 
-  def load(self, search: SearchFlags | None = None) -> Predictor:
+  def load(self, search: SearchFlags | None = None, default_ranking: str | None = None) -> Predictor:
     """Loads the workdir as the flags say.
 
     Args:
       search: Flags of the search; None for plain search of the kind that the index was written for.
+      default_ranking: The ranking if no flag names one; None for plain.
 
     Raises:
       InputError: `--workdir` is missing, another flag is wrong, or the workdir cannot be loaded.
     """
     searching = {} if search is None else {name: flag.value for name, flag in vars(search).items()}
+    if searching and searching["ranking"] is None and not searching["retrieval_augmented"]:
+      searching["ranking"] = default_ranking
     return load(
       Path(cli.required(self.workdir)),
       mesh=cli.mesh(self.mesh),
@@ -84,15 +87,17 @@ def define_model_flags(image_batch_size: int) -> ModelFlags:
   )
 
 
-def define_search_flags() -> SearchFlags:
-  """Defines `--search`, `--ranking`, and the settings of rankings."""
+def define_search_flags(default_ranking: str = "plain, by their cosine with the query") -> SearchFlags:
+  """Defines `--search`, `--ranking`, and the settings of rankings.
+
+  Args:
+    default_ranking: How labels are ranked by default, for the help text.
+  """
   return SearchFlags(
     search=flags.DEFINE_enum(
       "search", None, ["exact", "scann"], "Kind of search; by default the kind that the index was written for."
     ),
-    ranking=flags.DEFINE_enum(
-      "ranking", None, list(RANKINGS), "How labels are ranked; by default plain, by their cosine with the query."
-    ),
+    ranking=flags.DEFINE_enum("ranking", None, list(RANKINGS), f"How labels are ranked; by default {default_ranking}."),
     tail=flags.DEFINE_float(
       "tail", 0.0, "How much more rare labels count when the blend ranks, 0 to 1: 0 is best for P@k, 1 for PSP@k."
     ),

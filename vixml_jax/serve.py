@@ -1,7 +1,7 @@
 """Answers queries over HTTP with a trained workdir, and serves a page to try it.
 
   python -m vixml_jax.serve --workdir=runs/NAME --port=8080 [--host=127.0.0.1]
-      [--search=exact|scann] [--ranking=plain|retrieval_augmented|blend] [--reload_index=10]
+      [--search=exact|scann] [--ranking=plain|retrieval_augmented|blend] [--rankings=plain,blend] [--reload_index=10]
 
 No training data are needed. The serve extra must be installed. POST /v1/predict takes queries and returns their
 labels; /openapi.json describes the API; /healthz says whether the server is ready; /metrics is for Prometheus; / is
@@ -11,17 +11,25 @@ snapshot of the label index.
 
 import gc
 import io
+from pathlib import Path
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 import jax
 
 from vixml_jax import cli, inference_flags
 from vixml_jax.errors import InputError
-from vixml_jax.inference.predictor import Predictor
+from vixml_jax.inference.predictor import AUGMENTED, RANKINGS
+
+if TYPE_CHECKING:
+  from vixml_jax.serving.rankings import Rankings
 
 _MODEL = inference_flags.define_model_flags(image_batch_size=8)
-_SEARCH = inference_flags.define_search_flags()
+_SEARCH = inference_flags.define_search_flags("the ranking of highest P@1 in the run's evaluation")
+_RANKINGS = flags.DEFINE_list(
+  "rankings", list(RANKINGS), "Rankings that requests may name, of those that the index has; others use no memory."
+)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all addresses of this machine.")
 _PORT = flags.DEFINE_integer("port", 8080, "Port to listen on; 0 for a free one.", 0, 65_535)
 _RELOAD = flags.DEFINE_float(
@@ -60,6 +68,7 @@ def main() -> None:
     raise InputError(
       f"serving needs the package {error.name}; install the serve extra: pip install -e '.[serve]' in a clone"
     ) from error
+  _check_rankings()
   if _MAX_QUERIES.value > _MAX_QUEUE.value:
     raise InputError(f"--max_queries={_MAX_QUERIES.value}: must be at most --max_queue={_MAX_QUEUE.value}")
   cli.mesh(_MODEL.mesh)  # Errors in flags are reported before the server listens.
@@ -75,13 +84,42 @@ def main() -> None:
     queue=_MAX_QUEUE.value,
   )
 
-  def load() -> Predictor:
-    predictor = _MODEL.load(_SEARCH)
+  def load() -> "Rankings":
+    rankings = _load_rankings(Path(_MODEL.workdir.value))
     # A collection that visits the million objects of the libraries would stop every request for a second.
     gc.freeze()
-    return predictor
+    return rankings
 
   Server(load, _HOST.value, _PORT.value, limits, _RELOAD.value or None).run()
+
+
+def _check_rankings() -> None:
+  unknown = [name for name in _RANKINGS.value if name not in RANKINGS]
+  if unknown or not _RANKINGS.value:
+    given = ",".join(_RANKINGS.value)
+    raise InputError(f"--rankings={given}: must be some of {', '.join(RANKINGS)}, separated by commas")
+  if (asked := _asked_ranking()) and asked not in _RANKINGS.value:
+    raise InputError(f"--ranking={asked}: must be one of --rankings={','.join(_RANKINGS.value)}")
+
+
+def _asked_ranking() -> str | None:
+  """Returns the default ranking that the flags name; None if they leave it to the run's evaluation."""
+  return AUGMENTED if _SEARCH.retrieval_augmented.value else _SEARCH.ranking.value
+
+
+def _load_rankings(workdir: Path) -> "Rankings":
+  from vixml_jax.serving.rankings import Rankings, best_ranking
+
+  best = None if _asked_ranking() else best_ranking(workdir, _RANKINGS.value)
+  return Rankings.of(
+    _MODEL.load(_SEARCH, best and best.name),
+    _RANKINGS.value,
+    best.reason if best else "the server was started with it",
+    tail=_SEARCH.tail.value,
+    min_probability=_SEARCH.min_probability.value,
+    retrieval_lambda=_SEARCH.retrieval_lambda.value,
+    retrieval_temperature=_SEARCH.retrieval_temperature.value,
+  )
 
 
 if __name__ == "__main__":

@@ -12,16 +12,18 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from vixml_jax.inference.predictor import RANKINGS
 from vixml_jax.serving.limits import Limits
+from vixml_jax.serving.rankings import Rankings
 from vixml_jax.serving.server import Server
 
 LIMITS = Limits(body_bytes=200_000, body_values=2_000, queries=5, k=20, text_chars=200, images=3, names=6, batch=16)
 
 
 @contextlib.contextmanager
-def running(load, limits=LIMITS, ready=True):
-  """Runs a server in a thread; at the end it waits for requests in flight."""
-  server = Server(load, limits=limits)
+def running(load, limits=LIMITS, ready=True, rankings=RANKINGS, **options):
+  """Runs a server of the predictor that `load` returns in a thread; at the end it waits for requests in flight."""
+  server = Server(lambda: Rankings.of(load(), rankings), limits=limits, **options)
   thread = threading.Thread(target=server.run)
   thread.start()
   try:

@@ -75,12 +75,41 @@ def load(
   image_encoder = None
   if trained.images:
     image_encoder = QueryImageEncoder(trained.config, trained.image_origin or {}, image_checkpoint, image_batch_size)
+  plain = Predictor(trained, index, image_encoder, None)
+  return with_ranking(
+    plain,
+    ranking,
+    tail=tail,
+    min_probability=min_probability,
+    retrieval_lambda=retrieval_lambda,
+    retrieval_temperature=retrieval_temperature,
+  )
+
+
+def with_ranking(
+  predictor: Predictor,
+  ranking: str,
+  *,
+  tail: float = 0.0,
+  min_probability: float = 0.0,
+  retrieval_lambda: float | None = None,
+  retrieval_temperature: float | None = None,
+) -> Predictor:
+  """Returns a predictor that ranks in another way, with the same encoder and the same opened index.
+
+  Args:
+    predictor: A loaded predictor.
+    ranking: One of `RANKINGS`; it and the settings are those of `load`. Other rankings ignore a setting.
+
+  Raises:
+    InputError: The index lacks what the ranking needs, or a setting is out of range.
+  """
   settings = blend = None
   if ranking == AUGMENTED:
-    settings = _retrieval_settings(index, workdir, retrieval_lambda, retrieval_temperature)
+    settings = _retrieval_settings(predictor.index, predictor.encoder.workdir, retrieval_lambda, retrieval_temperature)
   if ranking == BLEND:
-    blend = BlendRanking.open(index, tail, min_probability)
-  return Predictor(trained, index, image_encoder, settings, blend)
+    blend = BlendRanking.open(predictor.index, tail, min_probability)
+  return dataclasses.replace(predictor, retrieval=settings, blend=blend)
 
 
 def _ranking(ranking: str | None, retrieval_augmented: bool) -> str:

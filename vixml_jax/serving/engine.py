@@ -23,6 +23,7 @@ from vixml_jax.search.filters import Filters
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
+from vixml_jax.serving.rankings import Rankings
 from vixml_jax.serving.request_error import RequestError
 from vixml_jax.serving.request_filters import join_filters
 from vixml_jax.serving.served_index import ServedIndex
@@ -42,6 +43,7 @@ class QueryRequest:
     row: Position of the query in the request.
     tail: The dial of the blend from frequent to rare labels; None for that of the server.
     min_probability: The least probability of a label; None for that of the server.
+    ranking: How labels are ranked; None for the default of the server.
   """
 
   query: Query
@@ -51,6 +53,7 @@ class QueryRequest:
   row: int = 0
   tail: float | None = None
   min_probability: float | None = None
+  ranking: str | None = None
 
   @property
   def size(self) -> int:
@@ -63,18 +66,23 @@ class ServedModel:
   """A model that answers queries; it is replaced as a whole.
 
   Attributes:
-    predictor: Predictor that searches with `index`.
+    rankings: Predictors that search with `index`, by ranking.
     form: Form of queries that the model takes.
     index: Search of the label index.
     pointer: Content of the index's CURRENT when its last snapshot was opened, or could not be opened.
     reads_images: Whether the model has a tower for image files.
   """
 
-  predictor: Predictor
+  rankings: Rankings
   form: QueryFormat
   index: ServedIndex
   pointer: str
   reads_images: bool
+
+  @property
+  def predictor(self) -> Predictor:
+    """Predictor of the default ranking."""
+    return self.rankings.first
 
   @property
   def labels(self) -> LabelIndex:
@@ -89,11 +97,11 @@ class Engine:
     model: The model; None until all programs are compiled.
   """
 
-  def __init__(self, load: Callable[[], Predictor], limits: Limits, metrics: Metrics):
+  def __init__(self, load: Callable[[], Rankings], limits: Limits, metrics: Metrics):
     """Does not load yet.
 
     Args:
-      load: Function that returns the predictor.
+      load: Function that loads a model with the rankings to offer.
       limits: Limits of batches and of the number of labels.
       metrics: Metrics to record times and sizes in.
     """
@@ -109,13 +117,15 @@ class Engine:
       InputError: A file of the workdir is missing or damaged.
     """
     started = time.monotonic()
-    predictor = self._load()
+    rankings = self._load()
+    predictor, default = rankings.first, rankings.default
     if predictor.mesh.size > 1:
       self._devices = threading.Lock()
     reads_images = self._warm_up_tower(predictor)
     for program in predictor.encoder.warm_up(self._limits.batch):
       program()
-    self.model = self._serve(predictor, predictor.index, reads_images)
+    self.model = self._serve(rankings, predictor.index, reads_images)
+    _log.info("rankings: %s; default %s: %s", ", ".join(rankings.predictors), default.name, default.reason)
     _log.info(
       "ready after %.1f s: %d labels, step %d",
       time.monotonic() - started,
@@ -131,21 +141,12 @@ class Engine:
     queries = [request.query for request in requests]
     lengths = [len(request.tokens) for request in requests]
     tokens = Ragged.of_lengths(np.concatenate([request.tokens for request in requests]), lengths)
-    filters = join_filters([(request.filters, request.row) for request in requests])
     self._metrics.batch_queries.observe(len(queries))
     with self._devices:
       with self._metrics.encode_seconds.time():
         embeddings = predictor.encode(queries, tokens=tokens, unreadable=bad)
       with self._metrics.search_seconds.time():
-        found = predictor.named(
-          *predictor.search(
-            embeddings,
-            max(request.k for request in requests),
-            filters,
-            texts=[query.text for query in queries],
-            dials=_dials(predictor.blend, requests),
-          )
-        )
+        found = _ranked(model.rankings, requests, embeddings)
     answers: list[list[Prediction] | Exception] = [
       labels[: request.k] for labels, request in zip(found, requests, strict=True)
     ]
@@ -175,7 +176,7 @@ class Engine:
         search=former.search_kind,
         mesh=model.predictor.mesh,
       )
-      self.model = self._serve(model.predictor, labels, model.reads_images)
+      self.model = self._serve(model.rankings, labels, model.reads_images)
     except Exception as error:  # Whatever is wrong, the former snapshot still answers.
       self._metrics.reloads.labels("failed").inc()
       _log.warning("the new label index is not used: %s", error, exc_info=not isinstance(error, InputError))
@@ -185,16 +186,17 @@ class Engine:
     _log.info("new label index: %d labels", labels.num_live)
     return True
 
-  def _serve(self, predictor: Predictor, labels: LabelIndex, reads_images: bool) -> ServedModel:
+  def _serve(self, rankings: Rankings, labels: LabelIndex, reads_images: bool) -> ServedModel:
     """Compiles the search of an opened index and returns the model that uses it."""
     index, limits = ServedIndex(labels), self._limits
-    label_hits, query_hits = predictor.hits
-    for program in index.warm_up(max(limits.k, label_hits) + limits.names, limits.batch, query_hits or None):
+    label_hits, query_hits = rankings.hits
+    for program in index.warm_up(max(limits.k, label_hits) + limits.names, limits.batch, query_hits):
       with self._devices:
         program()
     self._metrics.labels.set(labels.num_live)
-    predictor = predictor.with_index(labels, index.search)
-    return ServedModel(predictor, query_format(predictor.encoder.config), index, labels.current, reads_images)
+    rankings = rankings.with_index(labels, index.search)
+    form = query_format(rankings.first.encoder.config)
+    return ServedModel(rankings, form, index, labels.current, reads_images)
 
   def _warm_up_tower(self, predictor: Predictor) -> bool:
     if predictor.image_encoder is None:
@@ -205,6 +207,25 @@ class Engine:
       _log.warning("image files are refused, feature vectors are accepted: %s", error)
       return False
     return True
+
+
+def _ranked(rankings: Rankings, requests: Sequence[QueryRequest], embeddings: np.ndarray) -> list[list[Prediction]]:
+  """Returns the labels of each query; queries of the same ranking are searched together."""
+  names = [request.ranking or rankings.default.name for request in requests]
+  found: list[list[Prediction]] = [[] for _ in requests]
+  for name in dict.fromkeys(names):
+    rows = [row for row, own in enumerate(names) if own == name]
+    some, predictor = [requests[row] for row in rows], rankings.predictors[name]
+    scores, ids = predictor.search(
+      embeddings if len(some) == len(requests) else embeddings[rows],
+      max(request.k for request in some),
+      join_filters([(request.filters, request.row) for request in some]),
+      texts=[request.query.text for request in some],
+      dials=_dials(predictor.blend, some),
+    )
+    for row, labels in zip(rows, predictor.named(scores, ids), strict=True):
+      found[row] = labels
+  return found
 
 
 def _dials(blend: BlendRanking | None, requests: Sequence[QueryRequest]) -> Dials | None:

@@ -13,11 +13,13 @@ from starlette.requests import ClientDisconnect, Request
 from vixml_jax.errors import InputError
 from vixml_jax.images.decoding import BadImage, from_data_uri
 from vixml_jax.images.tower import PreparedImage
+from vixml_jax.inference.predictor import BLEND
 from vixml_jax.inference.queries import Query, QueryFormat
 from vixml_jax.inference.query_images import QueryImageEncoder
 from vixml_jax.serving import request_filters
 from vixml_jax.serving.engine import QueryRequest, ServedModel
 from vixml_jax.serving.limits import Limits
+from vixml_jax.serving.rankings import Rankings
 from vixml_jax.serving.request_error import RequestError, shortened
 from vixml_jax.serving.schema import Strict, request_model
 
@@ -108,15 +110,24 @@ class RequestParser:
     k, num_labels = given["k"], model.index.num_live
     if k > num_labels:
       raise RequestError(422, f"must be 1 to {num_labels}, the number of labels", "k")
-    dial = {name: given[name] for name in _DIAL if name in given}
-    if dial and model.predictor.blend is None:
-      name = next(iter(dial))
-      raise RequestError(422, "needs a server that was started with --ranking=blend; leave it out", name)
+    settings = _settings(given, model.rankings)
     filters = request_filters.resolve_filters(given, model.labels)
     encoder = model.predictor.image_encoder if model.reads_images else None
     queries = [_query(query, f"queries[{i}]", model.form, encoder) for i, query in enumerate(given["queries"])]
     tokens = model.predictor.encoder.tokenizer([query.text for query in queries])
-    return [QueryRequest(query, tokens[i], k, filters, i, **dial) for i, query in enumerate(queries)]
+    return [QueryRequest(query, tokens[i], k, filters, i, **settings) for i, query in enumerate(queries)]
+
+
+def _settings(given: dict[str, Any], rankings: Rankings) -> dict[str, Any]:
+  """Returns the ranking of a request, and the dial if it has one."""
+  offered, ranking = ", ".join(rankings.predictors), given.get("ranking", rankings.default.name)
+  if ranking not in rankings.predictors:
+    raise RequestError(422, f"this server does not offer {ranking}; it offers {offered}", "ranking")
+  dial = {name: given[name] for name in _DIAL if name in given}
+  if dial and ranking != BLEND:
+    advice = "set ranking to blend" if BLEND in rankings.predictors else f"this server offers {offered}"
+    raise RequestError(422, f"only the ranking blend has it, and the ranking is {ranking}; {advice}", next(iter(dial)))
+  return {"ranking": ranking, **dial}
 
 
 def _query(given: dict[str, Any], where: str, form: QueryFormat, encoder: QueryImageEncoder | None) -> Query:

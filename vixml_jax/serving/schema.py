@@ -45,7 +45,9 @@ class Health(BaseModel):
   step: int | None = Field(default=None, description="Step of the checkpoint.")
   labels: int | None = Field(default=None, description="Number of labels that can be found.")
   search: str | None = None
-  ranking: str | None = Field(default=None, description="How labels are ranked: plain, retrieval_augmented or blend.")
+  ranking: str | None = Field(default=None, description="The ranking of requests that name none.")
+  ranking_reason: str | None = Field(default=None, description="Why it is the default.")
+  rankings: list[str] | None = Field(default=None, description="The rankings that a request may name.")
   retrieval_augmented: bool | None = None
   texts: list[str] | None = Field(default=None, description="Fields of a query that the model reads.")
   images: int | None = Field(default=None, description="Maximum number of images of a query that the model uses.")
@@ -106,11 +108,12 @@ def request_model(limits: Limits) -> type[Strict]:
     allow: names | None = Field(default=None, description="For queries without their own allow.")
     deny: names | None = Field(default=None, description="For queries without their own deny.")
     categories: names | None = Field(default=None, description="For queries without their own categories.")
-    tail: share | None = Field(
-      default=None, description="How much more rare labels count, if the server ranks by the blend."
+    ranking: Literal["plain", "retrieval_augmented", "blend"] | None = Field(
+      default=None, description="How labels are ranked; by default as /healthz says, which also names those on offer."
     )
+    tail: share | None = Field(default=None, description="For the blend: how much more rare labels count.")
     min_probability: share | None = Field(
-      default=None, description="Labels of a lower probability are left out, if the server ranks by the blend."
+      default=None, description="For the blend: labels of a lower probability are left out."
     )
 
   return PredictRequest

@@ -1,6 +1,6 @@
 """Search of a label index that compiles few programs, all of them before the first request."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 import functools
 
 import jax
@@ -31,17 +31,17 @@ class ServedIndex:
     self.num_live = labels.num_live
     self._widths: tuple[int, ...] = ()
 
-  def warm_up(self, k: int, queries: int, hits: int | None) -> Iterator[Callable[[], object]]:
+  def warm_up(self, k: int, queries: int, hits: Collection[int] = ()) -> Iterator[Callable[[], object]]:
     """Yields functions to call one after the other; after that no search compiles a program or reads a new file.
 
     Args:
       k: Maximum number of labels that a search finds, denied ones included.
       queries: Maximum number of queries in a search.
-      hits: Number of training queries that a search finds; None for no retrieval augmentation.
+      hits: Numbers of training queries that the rankings look up.
     """
     labels = self.labels
     yield lambda: labels.filters(deny=[labels.uids([0])])  # Sorts the hashes of the uids.
-    if hits is not None:
+    if hits:
       yield lambda: labels.query_labels
     self._widths = _widths(min(k, self.num_live))
     largest = labels.filters(categories=[labels.categories]) if labels.categories else Filters()
@@ -50,8 +50,8 @@ class ServedIndex:
       zeros = np.zeros((count, labels.dim), np.float32)
       for width in self._widths:
         yield functools.partial(self.search, zeros, width)
-      if hits is not None:
-        yield functools.partial(self._search_queries, zeros, hits)
+      for number in hits:
+        yield functools.partial(self._search_queries, zeros, number)
     for width in self._widths if masked else ():
       yield functools.partial(self.search, np.zeros((1, labels.dim), np.float32), width, largest)
 

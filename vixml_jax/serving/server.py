@@ -11,12 +11,12 @@ import uvicorn
 
 from vixml_jax.errors import InputError
 from vixml_jax.inference.predictions import Prediction
-from vixml_jax.inference.predictor import Predictor
 from vixml_jax.serving.app import make_app
 from vixml_jax.serving.batching import Batcher
 from vixml_jax.serving.engine import Engine, QueryRequest
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
+from vixml_jax.serving.rankings import Rankings
 
 _STOP_SECONDS = 30
 
@@ -32,7 +32,7 @@ class Server:
 
   def __init__(
     self,
-    load: Callable[[], Predictor],
+    load: Callable[[], Rankings],
     host: str = "127.0.0.1",
     port: int = 0,
     limits: Limits | None = None,
@@ -41,8 +41,8 @@ class Server:
     """Starts to listen.
 
     Args:
-      load: Function that returns the predictor; called after the server listens, so that /healthz can say that it is
-        starting.
+      load: Function that loads a model with the rankings to offer; called after the server listens, so that /healthz
+        can say that it is starting.
       host: Address or name of this machine.
       port: Port; 0 for a free one.
       limits: Limits of requests; None for the defaults.
