@@ -4,9 +4,9 @@
       [--search=exact|scann] [--ranking=plain|retrieval_augmented|blend] [--rankings=plain,blend] [--reload_index=10]
 
 No training data are needed. The serve extra must be installed. POST /v1/predict takes queries and returns their
-labels; /openapi.json describes the API; /healthz says whether the server is ready; /metrics is for Prometheus; / is
-the page. SIGTERM stops the server after it has answered the requests in flight. SIGHUP makes it look for a new
-snapshot of the label index.
+labels, and POST /v1/embeddings answers clients of OpenAI's API; /openapi.json describes the API; /readyz says whether
+the server is ready; /metrics is for Prometheus; / is the page. SIGTERM stops the server after it has answered the
+requests in flight. SIGHUP makes it look for a new snapshot of the label index.
 """
 
 import gc
@@ -23,7 +23,10 @@ from vixml_jax.errors import InputError
 from vixml_jax.inference.predictor import AUGMENTED, RANKINGS
 
 if TYPE_CHECKING:
+  from collections.abc import Callable
+
   from vixml_jax.serving.rankings import Rankings
+  from vixml_jax.serving.request_record import RequestRecord
 
 _MODEL = inference_flags.define_model_flags(image_batch_size=8)
 _SEARCH = inference_flags.define_search_flags("the ranking of highest P@1 in the run's evaluation")
@@ -46,6 +49,28 @@ _MAX_QUERIES = flags.DEFINE_integer("max_queries", 64, "Maximum number of querie
 _MAX_TEXT = flags.DEFINE_integer("max_text_chars", 10_000, "Maximum number of characters of a text.", 1)
 _MAX_IMAGES = flags.DEFINE_integer("max_images", 8, "Maximum number of images of a query.", 1)
 _MAX_NAMES = flags.DEFINE_integer("max_filter_names", 1_000, "Maximum number of names in a filter's list.", 1)
+_KEY_FILE = flags.DEFINE_string(
+  "api_key_file",
+  None,
+  "File with the API keys that requests must have one of, one a line; by default the variable VIXML_API_KEY, if set.",
+)
+_ALLOWED_HOSTS = flags.DEFINE_list(
+  "allowed_hosts",
+  [],
+  "Names of this server in the Host header of requests, besides localhost, --host and, if that is 0.0.0.0, the name of "
+  "this machine and all IP addresses; * for any name.",
+)
+_ORIGINS = flags.DEFINE_list(
+  "cors_origins", [], "Origins of other web pages that may call the API, such as https://shop.example; * for all."
+)
+_LOG_FORMAT = flags.DEFINE_enum(
+  "log_format", "text", ["text", "json"], "json: log lines are JSON objects, and every request has one."
+)
+_CACHE = flags.DEFINE_string(
+  "compile_cache",
+  None,
+  "Folder for compiled programs, for the next start; by default .compile_cache beside the workdir; empty for none.",
+)
 
 
 class _NoTerminal(io.TextIOWrapper):
@@ -59,9 +84,11 @@ def main() -> None:
   """Serves until a signal stops the server."""
   if jax.process_count() > 1:
     raise InputError("--distributed: serve runs in one process; start one on each machine")
-  cli.required(_MODEL.workdir)
+  workdir = Path(cli.required(_MODEL.workdir))
   sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)
   try:
+    from vixml_jax.serving import access, request_log, tracing
+    from vixml_jax.serving.compile_cache import use_compile_cache
     from vixml_jax.serving.limits import Limits
     from vixml_jax.serving.server import Server
   except ImportError as error:
@@ -85,12 +112,27 @@ def main() -> None:
   )
 
   def load() -> "Rankings":
-    rankings = _load_rankings(Path(_MODEL.workdir.value))
+    if _CACHE.value != "" and workdir.is_dir():
+      use_compile_cache(Path(_CACHE.value or workdir.parent / ".compile_cache"))
+    rankings = _load_rankings(workdir)
     # A collection that visits the million objects of the libraries would stop every request for a second.
     gc.freeze()
     return rankings
 
-  Server(load, _HOST.value, _PORT.value, limits, _RELOAD.value or None).run()
+  observers: list[Callable[[RequestRecord], None]] = []
+  if _LOG_FORMAT.value == "json":
+    request_log.use_json_lines()
+    observers.append(request_log.log_request)
+  provider = tracing.provider_from_environment()
+  if provider is not None:
+    observers.append(tracing.span_recorder(provider))
+  keys = access.read_keys(_KEY_FILE.value)
+  allowed = access.Access.of(_HOST.value, _ALLOWED_HOSTS.value, _ORIGINS.value, keys)
+  try:
+    Server(load, _HOST.value, _PORT.value, limits, _RELOAD.value or None, access=allowed, observers=observers).run()
+  finally:
+    if provider is not None:
+      provider.shutdown()
 
 
 def _check_rankings() -> None:
@@ -112,7 +154,7 @@ def _load_rankings(workdir: Path) -> "Rankings":
 
   best = None if _asked_ranking() else best_ranking(workdir, _RANKINGS.value)
   return Rankings.of(
-    _MODEL.load(_SEARCH, best and best.name),
+    _MODEL.load(_SEARCH, best.name if best else None),
     _RANKINGS.value,
     best.reason if best else "the server was started with it",
     tail=_SEARCH.tail.value,

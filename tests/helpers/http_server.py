@@ -28,7 +28,7 @@ def running(load, limits=LIMITS, ready=True, rankings=RANKINGS, **options):
   thread.start()
   try:
     if ready:
-      wait_for(lambda: call(server, "/healthz").status == 200)
+      wait_for(lambda: call(server, "/readyz").status == 200)
     yield server
   finally:
     server.stop()
@@ -58,8 +58,11 @@ def connect(server):
 
 
 def call(server, path, body=None, method=None, **headers):
-  """Sends one request on its own connection."""
+  """Sends one request on its own connection; a body is declared as JSON, and `_` in the name of a header is a dash."""
   connection = connect(server)
+  headers = {name.replace("_", "-"): value for name, value in headers.items()}
+  if body is not None:
+    headers = {"Content-Type": "application/json"} | headers
   try:
     connection.request(method or ("GET" if body is None else "POST"), path, body, headers)
     return Reply(connection.getresponse())

@@ -25,7 +25,7 @@ def test_an_image_that_breaks_late_fails_its_own_query_only(predictor):
   tokens = predictor.encoder.tokenizer([query.text for query in queries])
   asked = [QueryRequest(query, tokens[i], (3, 3, 5)[i]) for i, query in enumerate(queries)]
   first, second, third = engine.answer(asked)
-  assert [tuple(x[:3]) for x in first] == expected(predictor, ["sun"], 3)[0] and len(third) == 5
+  assert [tuple(x[:3]) for x in first.labels] == expected(predictor, ["sun"], 3)[0] and len(third.labels) == 5
   assert isinstance(second, RequestError) and (second.status, second.field) == (422, "queries[4].images[1]")
 
 

@@ -48,7 +48,7 @@ def test_a_batch_may_mix_rankings_and_is_encoded_once(predictors, texts_only):
   tokens = predictor.encoder.tokenizer([query.text for query in queries])
   ks = (3, 7, 5, 20, 9)
   asked = [QueryRequest(queries[i], tokens[i], ks[i], ranking=names[i]) for i in range(5)]
-  found = [[tuple(label[:3]) for label in answer] for answer in engine.answer(asked)]
+  found = [[tuple(label[:3]) for label in outcome.labels] for outcome in engine.answer(asked)]
   assert found == [expected(predictors[name or "plain"], [queries[i]], ks[i])[0] for i, name in enumerate(names)]
   assert metrics.registry.get_sample_value("vixml_encode_seconds_count") == 1
 

@@ -1,13 +1,15 @@
 """A loaded and compiled model with its label index: answers batches of queries, and switches to new snapshots."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
 import io
 import logging
+import os
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,12 +23,15 @@ from vixml_jax.ragged import Ragged
 from vixml_jax.search import snapshots
 from vixml_jax.search.filters import Filters
 from vixml_jax.search.label_index import LabelIndex
+from vixml_jax.serving.explanations import Why, explain
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.rankings import Rankings
 from vixml_jax.serving.request_error import RequestError
 from vixml_jax.serving.request_filters import join_filters
+from vixml_jax.serving.request_record import BatchTimes
 from vixml_jax.serving.served_index import ServedIndex
+from vixml_jax.serving.suggestions import example_queries
 
 _log = logging.getLogger(__name__)
 
@@ -44,21 +49,41 @@ class QueryRequest:
     tail: The dial of the blend from frequent to rare labels; None for that of the server.
     min_probability: The least probability of a label; None for that of the server.
     ranking: How labels are ranked; None for the default of the server.
+    embed: Whether to return the embedding instead of labels.
+    explain: Whether to say why each label was found.
   """
 
   query: Query
   tokens: np.ndarray
-  k: int
+  k: int = 0
   filters: Filters | None = None
   row: int = 0
   tail: float | None = None
   min_probability: float | None = None
   ranking: str | None = None
+  embed: bool = False
+  explain: bool = False
 
   @property
   def size(self) -> int:
     """Number of tokens, of which each image is one."""
     return len(self.tokens) + len(self.query.images)
+
+
+class Outcome(NamedTuple):
+  """What a batch gives for one of its queries.
+
+  Attributes:
+    labels: Labels, best first; empty if only the embedding was asked for.
+    embedding: float32 [D], of unit norm.
+    times: Times of the batch.
+    why: Why each label was found; None if that was not asked for.
+  """
+
+  labels: list[Prediction]
+  embedding: np.ndarray
+  times: BatchTimes
+  why: list[Why] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +96,7 @@ class ServedModel:
     index: Search of the label index.
     pointer: Content of the index's CURRENT when its last snapshot was opened, or could not be opened.
     reads_images: Whether the model has a tower for image files.
+    examples: Queries to try.
   """
 
   rankings: Rankings
@@ -78,11 +104,22 @@ class ServedModel:
   index: ServedIndex
   pointer: str
   reads_images: bool
+  examples: list[str]
+
+  @property
+  def explains(self) -> bool:
+    """Whether training queries are at hand, which explain answers."""
+    return bool(self.rankings.hits[1])
 
   @property
   def predictor(self) -> Predictor:
     """Predictor of the default ranking."""
     return self.rankings.first
+
+  @property
+  def name(self) -> str:
+    """Name of the workdir."""
+    return self.predictor.encoder.workdir.resolve().name
 
   @property
   def labels(self) -> LabelIndex:
@@ -122,9 +159,12 @@ class Engine:
     if predictor.mesh.size > 1:
       self._devices = threading.Lock()
     reads_images = self._warm_up_tower(predictor)
-    for program in predictor.encoder.warm_up(self._limits.batch):
-      program()
-    self.model = self._serve(rankings, predictor.index, reads_images)
+    programs = list(predictor.encoder.warm_up(self._limits.batch))
+    # Several threads compile, unless programs of several devices would have to wait for each other.
+    threads = 1 if predictor.mesh.size > 1 else os.cpu_count() or 1
+    self._compile(programs[:1])  # It makes what all of them share.
+    self._compile(programs[1:], threads)
+    self.model = self._serve(rankings, predictor.index, reads_images, threads)
     _log.info("rankings: %s; default %s: %s", ", ".join(rankings.predictors), default.name, default.reason)
     _log.info(
       "ready after %.1f s: %d labels, step %d",
@@ -133,22 +173,27 @@ class Engine:
       predictor.encoder.checkpoint["step"],
     )
 
-  def answer(self, requests: Sequence[QueryRequest]) -> list[list[Prediction] | Exception]:
-    """Returns the labels of each query of a batch; `RequestError` for a query with an image that cannot be read."""
+  def answer(self, requests: Sequence[QueryRequest]) -> list[Outcome | Exception]:
+    """Returns what each query of a batch gets; `RequestError` for a query with an image that cannot be read."""
     model = self.model
     assert model is not None  # Requests are refused until the model is there.
-    predictor, bad = model.predictor, list[UnreadableImage]()
+    bad = list[UnreadableImage]()
     queries = [request.query for request in requests]
     lengths = [len(request.tokens) for request in requests]
     tokens = Ragged.of_lengths(np.concatenate([request.tokens for request in requests]), lengths)
     self._metrics.batch_queries.observe(len(queries))
+    started = time.perf_counter()
     with self._devices:
-      with self._metrics.encode_seconds.time():
-        embeddings = predictor.encode(queries, tokens=tokens, unreadable=bad)
-      with self._metrics.search_seconds.time():
-        found = _ranked(model.rankings, requests, embeddings)
-    answers: list[list[Prediction] | Exception] = [
-      labels[: request.k] for labels, request in zip(found, requests, strict=True)
+      embeddings = model.predictor.encode(queries, tokens=tokens, unreadable=bad)
+      encoded = time.perf_counter()
+      found = _ranked(model.rankings, requests, embeddings)
+      whys = _explained(model, requests, embeddings, found) if any(request.explain for request in requests) else {}
+    times = BatchTimes(started, encoded, time.perf_counter())
+    self._metrics.encode_seconds.observe(times.encoded - times.started)
+    self._metrics.search_seconds.observe(times.searched - times.encoded)
+    answers: list[Outcome | Exception] = [
+      Outcome(labels, embedding, times, whys.get(row))
+      for row, (labels, embedding) in enumerate(zip(found, embeddings, strict=True))
     ]
     for image in reversed(bad):  # So that the first bad image of a query is named.
       answers[image.query] = RequestError(422, image.reason, f"{queries[image.query].where}.images[{image.image}]")
@@ -186,17 +231,31 @@ class Engine:
     _log.info("new label index: %d labels", labels.num_live)
     return True
 
-  def _serve(self, rankings: Rankings, labels: LabelIndex, reads_images: bool) -> ServedModel:
+  def _serve(self, rankings: Rankings, labels: LabelIndex, reads_images: bool, threads: int = 1) -> ServedModel:
     """Compiles the search of an opened index and returns the model that uses it."""
     index, limits = ServedIndex(labels), self._limits
     label_hits, query_hits = rankings.hits
-    for program in index.warm_up(max(limits.k, label_hits) + limits.names, limits.batch, query_hits):
-      with self._devices:
-        program()
+    index.open_parts(query_hits)
+    most = max(limits.k, label_hits) + limits.names
+    programs = list(index.warm_up(most, limits.batch, query_hits))
+    own = 1 + len(query_hits)
+    self._compile(programs[:own])  # They make what all of them share, for queries and for labels.
+    self._compile(programs[own:], threads)
     self._metrics.labels.set(labels.num_live)
     rankings = rankings.with_index(labels, index.search)
     form = query_format(rankings.first.encoder.config)
-    return ServedModel(rankings, form, index, labels.current, reads_images)
+    return ServedModel(rankings, form, index, labels.current, reads_images, example_queries(labels))
+
+  def _compile(self, programs: Iterable[Callable[[], object]], threads: int = 1) -> None:
+    """Calls functions, which compile a program each, in some threads."""
+
+    def call(program: Callable[[], object]) -> None:
+      with self._devices:
+        program()
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="compiler") as pool:
+      for compiled in [pool.submit(call, program) for program in programs]:
+        compiled.result()
 
   def _warm_up_tower(self, predictor: Predictor) -> bool:
     if predictor.image_encoder is None:
@@ -210,10 +269,10 @@ class Engine:
 
 
 def _ranked(rankings: Rankings, requests: Sequence[QueryRequest], embeddings: np.ndarray) -> list[list[Prediction]]:
-  """Returns the labels of each query; queries of the same ranking are searched together."""
-  names = [request.ranking or rankings.default.name for request in requests]
+  """Returns the labels of each query, none if it asks for its embedding. Each ranking searches its queries together."""
+  names = ["" if request.embed else request.ranking or rankings.default.name for request in requests]
   found: list[list[Prediction]] = [[] for _ in requests]
-  for name in dict.fromkeys(names):
+  for name in filter(None, dict.fromkeys(names)):
     rows = [row for row, own in enumerate(names) if own == name]
     some, predictor = [requests[row] for row in rows], rankings.predictors[name]
     scores, ids = predictor.search(
@@ -224,8 +283,20 @@ def _ranked(rankings: Rankings, requests: Sequence[QueryRequest], embeddings: np
       dials=_dials(predictor.blend, some),
     )
     for row, labels in zip(rows, predictor.named(scores, ids), strict=True):
-      found[row] = labels
+      found[row] = labels[: requests[row].k]
   return found
+
+
+def _explained(
+  model: ServedModel, requests: Sequence[QueryRequest], embeddings: np.ndarray, found: Sequence[list[Prediction]]
+) -> dict[int, list[Why]]:
+  """Returns why each label was found, for the queries that ask for it, by their position in the batch."""
+  rows = [row for row, request in enumerate(requests) if request.explain]
+  texts = [requests[row].query.text for row in rows]
+  hits = max(model.rankings.hits[1])  # A number that is compiled.
+  return dict(
+    zip(rows, explain(model.labels, hits, texts, embeddings[rows], [found[row] for row in rows]), strict=True)
+  )
 
 
 def _dials(blend: BlendRanking | None, requests: Sequence[QueryRequest]) -> Dials | None:

@@ -19,7 +19,6 @@ from vixml_jax.inference.query_images import QueryImageEncoder
 from vixml_jax.serving import request_filters
 from vixml_jax.serving.engine import QueryRequest, ServedModel
 from vixml_jax.serving.limits import Limits
-from vixml_jax.serving.rankings import Rankings
 from vixml_jax.serving.request_error import RequestError, shortened
 from vixml_jax.serving.schema import Strict, request_model
 
@@ -110,7 +109,7 @@ class RequestParser:
     k, num_labels = given["k"], model.index.num_live
     if k > num_labels:
       raise RequestError(422, f"must be 1 to {num_labels}, the number of labels", "k")
-    settings = _settings(given, model.rankings)
+    settings = _settings(given, model)
     filters = request_filters.resolve_filters(given, model.labels)
     encoder = model.predictor.image_encoder if model.reads_images else None
     queries = [_query(query, f"queries[{i}]", model.form, encoder) for i, query in enumerate(given["queries"])]
@@ -118,8 +117,11 @@ class RequestParser:
     return [QueryRequest(query, tokens[i], k, filters, i, **settings) for i, query in enumerate(queries)]
 
 
-def _settings(given: dict[str, Any], rankings: Rankings) -> dict[str, Any]:
-  """Returns the ranking of a request, and the dial if it has one."""
+def _settings(given: dict[str, Any], model: ServedModel) -> dict[str, Any]:
+  """Returns the ranking of a request, whether to explain it, and the dial if it has one."""
+  rankings = model.rankings
+  if given["explain"] and not model.explains:
+    raise RequestError(422, "this server has no training queries at hand, which explain answers", "explain")
   offered, ranking = ", ".join(rankings.predictors), given.get("ranking", rankings.default.name)
   if ranking not in rankings.predictors:
     raise RequestError(422, f"this server does not offer {ranking}; it offers {offered}", "ranking")
@@ -127,7 +129,7 @@ def _settings(given: dict[str, Any], rankings: Rankings) -> dict[str, Any]:
   if dial and ranking != BLEND:
     advice = "set ranking to blend" if BLEND in rankings.predictors else f"this server offers {offered}"
     raise RequestError(422, f"only the ranking blend has it, and the ranking is {ranking}; {advice}", next(iter(dial)))
-  return {"ranking": ranking, **dial}
+  return {"ranking": ranking, "explain": given["explain"], **dial}
 
 
 def _query(given: dict[str, Any], where: str, form: QueryFormat, encoder: QueryImageEncoder | None) -> Query:

@@ -17,12 +17,29 @@ class Label(BaseModel):
   text: str
 
 
+class Neighbor(BaseModel):
+  """A training query that is similar to the query."""
+
+  row: int = Field(description="Its row in the training data.")
+  score: float = Field(description="Cosine of both queries.")
+  words: list[str] = Field(description="Words that both have; empty if the index has no blend.")
+  labels: list[Label] = Field(description="Its first labels.")
+
+
+class Why(BaseModel):
+  """Why a label was found."""
+
+  words: list[str] = Field(description="Words that the query and the label's text have in common.")
+  neighbors: list[Neighbor] = Field(description="The nearest training queries that have the label.")
+
+
 class ScoredLabel(Label):
   """A label that was found for a query."""
 
   score: float = Field(
     description="Cosine; with retrieval augmentation a share of probability; with the blend a probability."
   )
+  why: Why | None = Field(default=None, description="Only if the request has explain.")
 
 
 class Answer(BaseModel):
@@ -55,6 +72,14 @@ class Health(BaseModel):
     default=None, description="Whether images may be image files; otherwise they must be feature vectors."
   )
   max_k: int | None = None
+  explain: bool | None = Field(default=None, description="Whether requests may have explain.")
+
+
+class Suggestions(BaseModel):
+  """What a user may start with."""
+
+  queries: list[str] = Field(description="Texts of labels that many training queries have.")
+  categories: list[str] = Field(description="The first categories of the index.")
 
 
 class Error(BaseModel):
@@ -115,5 +140,6 @@ def request_model(limits: Limits) -> type[Strict]:
     min_probability: share | None = Field(
       default=None, description="For the blend: labels of a lower probability are left out."
     )
+    explain: bool = Field(default=False, description="Whether to say for each label why it was found.")
 
   return PredictRequest
