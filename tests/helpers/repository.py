@@ -14,8 +14,9 @@ from tests.helpers.documents import ROOT
 
 PACKAGE = ROOT / "vixml_jax"
 PROGRAMS = frozenset(
-  {".", "apt-get", "cat", "cd", "curl", "docker", "echo", "export", "gcloud", "gh", "git", "head", "img2dataset", "ls"}
-  | {"make", "mkdir", "mypy", "pip", "pipx", "pre-commit", "pytest", "python", "rm", "ruff", "sed", "tail", "xpk"}
+  {".", "apt-get", "cat", "cd", "curl", "docker", "echo", "export", "gcloud", "gh", "git", "head", "img2dataset"}
+  | {"kubectl", "ls", "make", "mkdir", "mypy", "pip", "pipx", "pre-commit", "pytest", "python", "rm", "ruff", "sed"}
+  | {"tail", "xpk"}
 )
 """Programs of others that a page may call."""
 MODULES = frozenset({"pip", "pytest", "mypy", "venv", "doctest", "ruff"})

@@ -7,6 +7,7 @@ import numpy as np
 import openai
 import pytest
 
+from tests.helpers.documents import ROOT, Document
 from tests.helpers.http_server import call
 
 
@@ -37,6 +38,15 @@ def test_the_client_of_openai_gets_the_embeddings_of_the_model(client, model, pr
   assert (found.usage.prompt_tokens, found.usage.total_tokens) == (tokens, tokens)
   alone = client.embeddings.create(model=model, input="cloud", dimensions=wanted.shape[1], user="someone")
   np.testing.assert_allclose(alone.data[0].embedding, wanted[1], atol=1e-6)
+
+
+def test_the_example_of_the_page_runs(server, predictor):
+  (code,) = [block.code for block in Document.read(ROOT / "docs/serving.md").blocks if block.language == "python"]
+  names = {}
+  exec(code.replace("http://127.0.0.1:8080", server.url), names)
+  names["client"].close()
+  wanted = predictor.encode(["arrow up", "cloud"])
+  np.testing.assert_allclose([each.embedding for each in names["response"].data], wanted, atol=1e-6)
 
 
 def test_the_models_are_listed(client, model, with_images):
@@ -76,3 +86,8 @@ def test_a_body_without_json_is_refused(server):
   for body in (b"{", b"[]", b"\xff", b"3"):
     reply = call(server, "/v1/embeddings", body)
     assert reply.status == 400 and reply.json["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_of_many_values_is_refused_before_it_is_parsed(server, model):
+  reply = call(server, "/v1/embeddings", b"[" + b"0," * 2_001 + b"0]")
+  assert reply.status == 413 and "more than 2,000 values" in reply.json["error"]["message"]

@@ -100,10 +100,10 @@ def test_the_page_finds_labels_by_text_and_images(with_images, predictor, server
   page.locator("#labels .score", has_text=f"{wanted[0].score:.3f}").first.wait_for()
   assert uids(page) == [found.label for found in wanted]
   check_accessibility(page)
-  page.get_by_label("Images", exact=False).first.set_input_files(other)
+  page.locator("#pictures").set_input_files(other)
   page.get_by_text("Only image files can be added.").wait_for()
   other.with_suffix(".png").write_bytes(b"no image")
-  page.get_by_label("Images", exact=False).first.set_input_files(other.with_suffix(".png"))
+  page.locator("#pictures").set_input_files(other.with_suffix(".png"))
   page.get_by_label("Query").press("Enter")
   page.get_by_text("notes.png: not a PNG").wait_for()
   assert uids(page) == []  # Those of the last query are gone.
@@ -178,7 +178,7 @@ def test_the_page_fits_a_phone_and_is_accessible_in_every_state(blend, open_page
   page.get_by_text("Options").click()
   check_accessibility(page)
   held = []
-  page.route("**/v1/predict", held.append)
+  page.route("**/v1/predict", lambda route: held.append(route))
   page.locator("#chips button").first.click()
   page.get_by_text("Searching").wait_for()
   assert page.get_by_role("button", name="Find", exact=True).is_disabled() and uids(page) == []

@@ -13,6 +13,7 @@ from vixml_jax.inference.queries import Query
 from vixml_jax.serving.engine import QueryRequest, ServedModel
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.request_error import RequestError, shortened
+from vixml_jax.serving.request_parser import check_values
 
 
 class EmbeddingsRequest(BaseModel):
@@ -106,6 +107,7 @@ def parse_texts(body: bytes, model: ServedModel, limits: Limits) -> TextsToEmbed
   Raises:
     RequestError: The body is wrong; the message says what to change.
   """
+  check_values(body, limits)
   try:
     given = from_json(body, allow_inf_nan=False)
   except ValueError as error:

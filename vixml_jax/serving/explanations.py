@@ -1,6 +1,6 @@
 """Why a label was found: similar training queries that have it, and words that it shares with the query."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import re
 from typing import Any
 
@@ -43,13 +43,19 @@ def _explain_query(
   labels_of = index.query_labels.take(ids)
   queries_with = labels_of.row_ids()
   words = _words(text)
+  columns = _columns(index, words)
   described: dict[int, dict[str, Any]] = {}
   explanations = []
   for label in labels:
     places = queries_with[labels_of.values == label.id][:_MOST_NEIGHBORS].tolist()
     for place in places:
       if place not in described:
-        described[place] = _describe(index, int(ids[place]), float(scores[place]), labels_of[place], words)
+        described[place] = {
+          "row": int(ids[place]),
+          "score": float(scores[place]),
+          "words": _shared_with_query(index, int(ids[place]), columns),
+          "labels": _describe_labels(index, labels_of[place][:_MOST_LABELS]),
+        }
     own = set(_words(label.text))
     explanations.append(
       {"words": [word for word in words if word in own], "neighbors": [described[place] for place in places]}
@@ -57,28 +63,29 @@ def _explain_query(
   return explanations
 
 
-def _describe(index: LabelIndex, row: int, score: float, labels: np.ndarray, words: Sequence[str]) -> dict[str, Any]:
-  """Returns the JSON of a `schema.Neighbor`."""
-  first = labels[:_MOST_LABELS]
-  return {
-    "row": row,
-    "score": score,
-    "words": _shared_with_query(index, row, words),
-    "labels": [
-      {"label": uid, "id": label, "text": text}
-      for uid, label, text in zip(index.uids(first), first.tolist(), index.texts(first), strict=True)
-    ],
-  }
+def _describe_labels(index: LabelIndex, ids: np.ndarray) -> list[dict[str, Any]]:
+  """Returns the JSON of a `schema.Label` for each label."""
+  return [
+    {"label": uid, "id": label, "text": text}
+    for uid, label, text in zip(index.uids(ids), ids.tolist(), index.texts(ids), strict=True)
+  ]
 
 
-def _shared_with_query(index: LabelIndex, row: int, words: Sequence[str]) -> list[str]:
-  """Returns which words a training query has. The index has its words as columns of the blend, not its text."""
+def _columns(index: LabelIndex, words: Sequence[str]) -> dict[int, str]:
+  """Returns each word by its column of the blend's vectors; nothing if the index has no blend."""
   if index.blend is None or not words:
+    return {}
+  counts = count_ngrams([words], index.blend.words.queries.shape[1])  # One word a row, so one column.
+  return dict(zip(counts.indices.tolist(), words, strict=True))
+
+
+def _shared_with_query(index: LabelIndex, row: int, columns: Mapping[int, str]) -> list[str]:
+  """Returns which words a training query has. The index has its words as columns of the blend, not its text."""
+  if index.blend is None or not columns:
     return []
   vectors = index.blend.words.queries
-  columns = vectors.indices[vectors.indptr[row] : vectors.indptr[row + 1]]
-  own = count_ngrams([words], vectors.shape[1]).indices  # One word a row, so one column.
-  return [word for word, column in zip(words, own, strict=True) if column in columns]
+  own = set(vectors.indices[vectors.indptr[row] : vectors.indptr[row + 1]].tolist())
+  return [word for column, word in columns.items() if column in own]
 
 
 def _words(text: str) -> list[str]:
