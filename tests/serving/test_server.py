@@ -21,6 +21,7 @@ import vixml_jax
 from vixml_jax.errors import InputError
 from vixml_jax.inference.predictor import Predictor
 from vixml_jax.search.label_index import LabelIndex
+from vixml_jax.serving.batching import Batcher
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.server import Server
 
@@ -66,6 +67,14 @@ def test_health_is_starting_and_then_ready(predictor):
     health = call(server, "/healthz").json
     assert health["labels"] == 24 and health["images"] == 2 and health["pictures"] and health["search"] == "exact"
     assert predict(server, {"title": "sun"}).status == 200
+
+
+def test_health_fails_if_no_thread_answers_queries(predictor, monkeypatch):
+  with running(lambda: predictor) as server:
+    monkeypatch.setattr(Batcher, "alive", False)
+    for path in ("/healthz", "/readyz"):
+      reply = call(server, path)
+      assert reply.status == 500 and "restart the server" in reply.json["error"]["message"]
 
 
 def test_an_error_while_loading_stops_the_server_with_the_reason(tmp_path):

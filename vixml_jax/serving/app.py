@@ -259,6 +259,8 @@ def _add_operations(
   @app.get("/healthz")
   async def health() -> schema.Health:
     """Says that the server runs, and which model it has."""
+    if not batcher.alive:
+      raise RequestError(500, "the thread that answers queries has ended; restart the server")
     model = engine.model
     if model is None:
       return schema.Health(status="starting")
