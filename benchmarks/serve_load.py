@@ -99,11 +99,8 @@ class Client:
     if self._images and rng.random() < self._image_share:
       query["images"] = [self._images[rng.integers(len(self._images))]]
     body = json.dumps({"queries": [query], "k": 10}).encode() if good else self._bad[rng.integers(len(self._bad))]
-    return good, b"POST /v1/predict HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n\r\n%s" % (
-      self._host.encode(),
-      len(body),
-      body,
-    )
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n"
+    return good, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def load(address: tuple[str, int], number: int, seconds: float, bad: float, images: float) -> list[tuple[bool, float]]:

@@ -45,6 +45,7 @@ class ModelFlags:
   image_batch_size: flags.FlagHolder[int]
   mesh: flags.FlagHolder[str | None]
   encoder: flags.FlagHolder[str | None]
+  compile_cache: flags.FlagHolder[str | None]
 
   def folder(self) -> Path:
     """Returns the workdir, or the local copy of one in a bucket.
@@ -56,11 +57,12 @@ class ModelFlags:
 
     return local_workdir(cli.required(self.workdir))
 
-  def load(self, search: SearchFlags | None = None) -> "Predictor":
+  def load(self, search: SearchFlags | None = None, default_ranking: str | None = None) -> "Predictor":
     """Loads the workdir as the flags say.
 
     Args:
       search: Flags of the search; None for plain search of the kind that the index was written for.
+      default_ranking: The ranking if no flag names one; None for plain.
 
     Raises:
       InputError: `--workdir` is missing, another flag is wrong, or the workdir cannot be loaded.
@@ -68,8 +70,10 @@ class ModelFlags:
     from vixml_jax.inference.compile_cache import use_compile_cache
     from vixml_jax.inference.loading import load_predictor
 
-    use_compile_cache()
+    use_compile_cache(self.compile_cache.value)
     searching = {} if search is None else {name: flag.value for name, flag in vars(search).items()}
+    if searching and searching["ranking"] is None and not searching["retrieval_augmented"]:
+      searching["ranking"] = default_ranking
     return load_predictor(
       self.folder(),
       mesh=cli.mesh(self.mesh),
@@ -84,14 +88,14 @@ class ModelFlags:
     from vixml_jax.inference.compile_cache import use_compile_cache
     from vixml_jax.inference.loading import load_encoder
 
-    use_compile_cache()
+    use_compile_cache(self.compile_cache.value)
     return load_encoder(
       self.folder(), cli.mesh(self.mesh), self.image_checkpoint.value, self.image_batch_size.value, self.encoder.value
     )
 
 
 def define_model_flags(image_batch_size: int) -> ModelFlags:
-  """Defines `--workdir`, `--image_checkpoint`, `--image_batch_size`, `--mesh` and `--encoder`.
+  """Defines `--workdir`, and the flags that say how to load it.
 
   Args:
     image_batch_size: Default of `--image_batch_size`.
@@ -112,18 +116,25 @@ def define_model_flags(image_batch_size: int) -> ModelFlags:
     encoder=flags.DEFINE_enum(
       "encoder", None, ["int8"], "int8: the encoder in int8, on CPUs; it needs the extra onnx. By default as trained."
     ),
+    compile_cache=flags.DEFINE_string(
+      "compile_cache",
+      None,
+      "Folder for compiled programs, for the next start; by default ~/.cache/vixml_jax/compiled; empty for none.",
+    ),
   )
 
 
-def define_search_flags() -> SearchFlags:
-  """Defines `--search`, `--ranking`, and the settings of rankings."""
+def define_search_flags(default_ranking: str = "plain, by their cosine with the query") -> SearchFlags:
+  """Defines `--search`, `--ranking`, and the settings of rankings.
+
+  Args:
+    default_ranking: How labels are ranked by default, for the help text.
+  """
   return SearchFlags(
     search=flags.DEFINE_enum(
       "search", None, ["exact", "scann"], "Kind of search; by default the kind that the index was written for."
     ),
-    ranking=flags.DEFINE_enum(
-      "ranking", None, list(RANKINGS), "How labels are ranked; by default plain, by their cosine with the query."
-    ),
+    ranking=flags.DEFINE_enum("ranking", None, list(RANKINGS), f"How labels are ranked; by default {default_ranking}."),
     tail=flags.DEFINE_float(
       "tail", 0.0, "How much more rare labels count when the blend ranks, 0 to 1: 0 is best for P@k, 1 for PSP@k."
     ),

@@ -1,17 +1,18 @@
 """Answers queries over HTTP with a trained workdir, and serves a page to try it.
 
   python -m vixml_jax.serve --workdir=runs/NAME --port=8080 [--host=127.0.0.1]
-      [--search=exact|scann] [--ranking=plain|retrieval_augmented|blend] [--reload_index=10]
+      [--search=exact|scann] [--ranking=plain|retrieval_augmented|blend] [--rankings=plain,blend] [--reload_index=10]
       [--index_dtype=int8|bit] [--dims=96]
 
 No training data are needed. The serve extra must be installed. POST /v1/predict takes queries and returns their
-labels; /openapi.json describes the API; /healthz says whether the server is ready; /metrics is for Prometheus; / is
-the page. SIGTERM stops the server after it has answered the requests in flight. SIGHUP makes it look for a new
-snapshot of the label index.
+labels, and POST /v1/embeddings answers clients of OpenAI's API; /openapi.json describes the API; /readyz says whether
+the server is ready; /metrics is for Prometheus; / is the page. SIGTERM stops the server after it has answered the
+requests in flight. SIGHUP makes it look for a new snapshot of the label index.
 """
 
 import gc
 import io
+from pathlib import Path
 import sys
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,19 @@ from absl import flags
 
 from vixml_jax import cli, inference_flags
 from vixml_jax.errors import InputError
+from vixml_jax.inference.rankings import AUGMENTED, RANKINGS
 
 if TYPE_CHECKING:
-  from vixml_jax.inference.predictor import Predictor
+  from collections.abc import Callable
+
+  from vixml_jax.serving.rankings import Rankings
+  from vixml_jax.serving.request_record import RequestRecord
 
 _MODEL = inference_flags.define_model_flags(image_batch_size=8)
-_SEARCH = inference_flags.define_search_flags()
+_SEARCH = inference_flags.define_search_flags("the ranking of highest P@1 in the run's evaluation")
+_RANKINGS = flags.DEFINE_list(
+  "rankings", list(RANKINGS), "Rankings that requests may name, of those that the index has; others use no memory."
+)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all addresses of this machine.")
 _PORT = flags.DEFINE_integer("port", 8080, "Port to listen on; 0 for a free one.", 0, 65_535)
 _RELOAD = flags.DEFINE_float(
@@ -41,6 +49,23 @@ _MAX_QUERIES = flags.DEFINE_integer("max_queries", 64, "Maximum number of querie
 _MAX_TEXT = flags.DEFINE_integer("max_text_chars", 10_000, "Maximum number of characters of a text.", 1)
 _MAX_IMAGES = flags.DEFINE_integer("max_images", 8, "Maximum number of images of a query.", 1)
 _MAX_NAMES = flags.DEFINE_integer("max_filter_names", 1_000, "Maximum number of names in a filter's list.", 1)
+_KEY_FILE = flags.DEFINE_string(
+  "api_key_file",
+  None,
+  "File with the API keys that requests must have one of, one a line; by default the variable VIXML_API_KEY, if set.",
+)
+_ALLOWED_HOSTS = flags.DEFINE_list(
+  "allowed_hosts",
+  [],
+  "Names of this server in the Host header of requests, besides localhost, --host and, if that is 0.0.0.0, the name of "
+  "this machine and all IP addresses; * for any name.",
+)
+_ORIGINS = flags.DEFINE_list(
+  "cors_origins", [], "Origins of other web pages that may call the API, such as https://shop.example; * for all."
+)
+_LOG_FORMAT = flags.DEFINE_enum(
+  "log_format", "text", ["text", "json"], "json: log lines are JSON objects, and every request has one."
+)
 
 
 class _NoTerminal(io.TextIOWrapper):
@@ -59,12 +84,14 @@ def main() -> None:
   cli.required(_MODEL.workdir)
   sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)
   try:
+    from vixml_jax.serving import access, request_log, tracing
     from vixml_jax.serving.limits import Limits
     from vixml_jax.serving.server import Server
   except ImportError as error:
     raise InputError(
       f"serving needs the package {error.name}; install the serve extra: pip install -e '.[serve]' in a clone"
     ) from error
+  _check_rankings()
   if _MAX_QUERIES.value > _MAX_QUEUE.value:
     raise InputError(f"--max_queries={_MAX_QUERIES.value}: must be at most --max_queue={_MAX_QUEUE.value}")
   cli.mesh(_MODEL.mesh)  # Errors in flags are reported before the server listens.
@@ -80,13 +107,55 @@ def main() -> None:
     queue=_MAX_QUEUE.value,
   )
 
-  def load() -> "Predictor":
-    predictor = _MODEL.load(_SEARCH)
+  def load() -> "Rankings":
+    rankings = _load_rankings(_MODEL.folder())
     # A collection that visits the million objects of the libraries would stop every request for a second.
     gc.freeze()
-    return predictor
+    return rankings
 
-  Server(load, _HOST.value, _PORT.value, limits, _RELOAD.value or None).run()
+  observers: list[Callable[[RequestRecord], None]] = []
+  if _LOG_FORMAT.value == "json":
+    request_log.use_json_lines()
+    observers.append(request_log.log_request)
+  provider = tracing.provider_from_environment()
+  if provider is not None:
+    observers.append(tracing.span_recorder(provider))
+  keys = access.read_keys(_KEY_FILE.value)
+  allowed = access.Access.of(_HOST.value, _ALLOWED_HOSTS.value, _ORIGINS.value, keys)
+  try:
+    Server(load, _HOST.value, _PORT.value, limits, _RELOAD.value or None, access=allowed, observers=observers).run()
+  finally:
+    if provider is not None:
+      provider.shutdown()
+
+
+def _check_rankings() -> None:
+  unknown = [name for name in _RANKINGS.value if name not in RANKINGS]
+  if unknown or not _RANKINGS.value:
+    given = ",".join(_RANKINGS.value)
+    raise InputError(f"--rankings={given}: must be some of {', '.join(RANKINGS)}, separated by commas")
+  if (asked := _asked_ranking()) and asked not in _RANKINGS.value:
+    raise InputError(f"--ranking={asked}: must be one of --rankings={','.join(_RANKINGS.value)}")
+
+
+def _asked_ranking() -> str | None:
+  """Returns the default ranking that the flags name; None if they leave it to the run's evaluation."""
+  return AUGMENTED if _SEARCH.retrieval_augmented.value else _SEARCH.ranking.value
+
+
+def _load_rankings(workdir: Path) -> "Rankings":
+  from vixml_jax.serving.rankings import Rankings, best_ranking
+
+  best = None if _asked_ranking() else best_ranking(workdir, _RANKINGS.value)
+  return Rankings.of(
+    _MODEL.load(_SEARCH, best.name if best else None),
+    _RANKINGS.value,
+    best.reason if best else "the server was started with it",
+    tail=_SEARCH.tail.value,
+    min_probability=_SEARCH.min_probability.value,
+    retrieval_lambda=_SEARCH.retrieval_lambda.value,
+    retrieval_temperature=_SEARCH.retrieval_temperature.value,
+  )
 
 
 if __name__ == "__main__":

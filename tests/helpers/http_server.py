@@ -12,21 +12,23 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from vixml_jax.inference.rankings import RANKINGS
 from vixml_jax.serving.limits import Limits
+from vixml_jax.serving.rankings import Rankings
 from vixml_jax.serving.server import Server
 
 LIMITS = Limits(body_bytes=200_000, body_values=2_000, queries=5, k=20, text_chars=200, images=3, names=6, batch=16)
 
 
 @contextlib.contextmanager
-def running(load, limits=LIMITS, ready=True):
-  """Runs a server in a thread; at the end it waits for requests in flight."""
-  server = Server(load, limits=limits)
+def running(load, limits=LIMITS, ready=True, rankings=RANKINGS, **options):
+  """Runs a server of the predictor that `load` returns in a thread; at the end it waits for requests in flight."""
+  server = Server(lambda: Rankings.of(load(), rankings), limits=limits, **options)
   thread = threading.Thread(target=server.run)
   thread.start()
   try:
     if ready:
-      wait_for(lambda: call(server, "/healthz").status == 200)
+      wait_for(lambda: call(server, "/readyz").status == 200)
     yield server
   finally:
     server.stop()
@@ -56,8 +58,11 @@ def connect(server):
 
 
 def call(server, path, body=None, method=None, **headers):
-  """Sends one request on its own connection."""
+  """Sends one request on its own connection; a body is declared as JSON, and `_` in the name of a header is a dash."""
   connection = connect(server)
+  headers = {name.replace("_", "-"): value for name, value in headers.items()}
+  if body is not None:
+    headers = {"Content-Type": "application/json"} | headers
   try:
     connection.request(method or ("GET" if body is None else "POST"), path, body, headers)
     return Reply(connection.getresponse())

@@ -31,7 +31,7 @@ PROGRAMS = frozenset(
     "vixml",
     "vixml completion",
   }
-  | {"xpk"}
+  | {"kubectl", "xpk"}
 )
 """Programs of others that a page may call."""
 MODULES = frozenset({"pip", "pytest", "mypy", "venv", "doctest", "ruff"})

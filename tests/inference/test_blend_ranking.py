@@ -181,8 +181,8 @@ def test_the_server_ranks_by_the_blend_with_the_dial_of_each_request(texts_only,
     assert reply.status == 422 and reply.json["error"]["field"] == "tail"
 
 
-def test_a_server_without_the_blend_refuses_its_dial(texts_only):
+def test_the_server_refuses_the_dial_of_the_blend_with_another_ranking(texts_only):
   with running(functools.partial(load_predictor, texts_only.workdir)) as server:
     reply = predict(server, {"title": "arrow up"}, min_probability=0.5)
   assert reply.status == 422 and reply.json["error"]["field"] == "min_probability"
-  assert "--ranking=blend" in reply.json["error"]["message"]
+  assert "the ranking is plain; set ranking to blend" in reply.json["error"]["message"]

@@ -1,7 +1,6 @@
 """The engine compiles every program before the first request, and keeps failures to their own query."""
 
 import dataclasses
-import functools
 
 import numpy as np
 
@@ -13,19 +12,20 @@ from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.queries import Query
 from vixml_jax.serving.engine import Engine, QueryRequest
 from vixml_jax.serving.metrics import Metrics
+from vixml_jax.serving.rankings import Rankings
 from vixml_jax.serving.request_error import RequestError
 from vixml_jax.serving.request_filters import join_filters, resolve_filters
 
 
 def test_an_image_that_breaks_late_fails_its_own_query_only(predictor):
-  engine = Engine(lambda: predictor, LIMITS, Metrics())
+  engine = Engine(lambda: Rankings.of(predictor), LIMITS, Metrics())
   engine.start()
   broken = Query("sun", (png(8, 8), b"broken"), where="queries[4]")
   queries = [Query("sun"), broken, Query("rain")]
   tokens = predictor.encoder.tokenizer([query.text for query in queries])
   asked = [QueryRequest(query, tokens[i], (3, 3, 5)[i]) for i, query in enumerate(queries)]
   first, second, third = engine.answer(asked)
-  assert [tuple(x[:3]) for x in first] == expected(predictor, ["sun"], 3)[0] and len(third) == 5
+  assert [tuple(x[:3]) for x in first.labels] == expected(predictor, ["sun"], 3)[0] and len(third.labels) == 5
   assert isinstance(second, RequestError) and (second.status, second.field) == (422, "queries[4].images[1]")
 
 
@@ -48,7 +48,7 @@ def test_warming_up_reaches_every_program_of_the_encoder(predictor, monkeypatch)
 def test_every_file_of_the_index_is_hashed_once_at_start(texts_only, monkeypatch):
   hashed = []
   monkeypatch.setattr(manifest, "sha256_of_file", lambda path: hashed.append(path) or sha256_of_file(path))
-  engine = Engine(functools.partial(load_predictor, texts_only.workdir), LIMITS, Metrics())
+  engine = Engine(lambda: Rankings.of(load_predictor(texts_only.workdir)), LIMITS, Metrics())
   engine.start()
   assert not engine.reload_index()
   assert len(hashed) == len(set(hashed))  # Files of the checkpoint are hashed as well.

@@ -177,6 +177,7 @@ def test_a_bad_request_is_refused_with_its_field_while_good_ones_are_answered(se
 def test_a_huge_body_is_refused_before_it_has_arrived_and_the_client_gets_the_response(server, length):
   connection = connect(server)
   connection.putrequest("POST", "/v1/predict")
+  connection.putheader("Content-Type", "application/json")
   if length:
     connection.putheader("Content-Length", str(length))
   else:
@@ -241,4 +242,14 @@ def test_the_openapi_description_is_complete_and_has_the_limits(server):
   schemas = described["components"]["schemas"]
   assert schemas["PredictRequest"]["properties"]["k"]["maximum"] == LIMITS.k
   assert schemas["PredictRequest"]["properties"]["queries"]["items"]["$ref"].endswith("/PredictQuery")
-  assert set(described["paths"]) == {"/v1/predict", "/v1/labels/{uid}", "/healthz", "/metrics"}
+  assert set(described["paths"]) == {
+    "/v1/predict",
+    "/v1/embeddings",
+    "/v1/models",
+    "/v1/models/{name}",
+    "/v1/labels/{uid}",
+    "/v1/suggestions",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+  }

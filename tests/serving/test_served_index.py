@@ -30,7 +30,8 @@ def test_few_programs_find_what_exact_search_finds(tmp_path, monkeypatch, gather
   )
   labels_of_index = LabelIndex.open(tmp_path / "index", checkpoint=None)
   index = ServedIndex(labels_of_index)
-  for program in index.warm_up(40, 13, None):
+  index.open_parts()
+  for program in index.warm_up(40, 13):
     program()
   with counted_compilations() as compiled:
     for k in (1, 9, 17, 30):

@@ -21,6 +21,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.predictor import Predictor
 from vixml_jax.search.label_index import LabelIndex
+from vixml_jax.serving.batching import Batcher
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.server import Server
 
@@ -34,6 +35,7 @@ def test_slow_bodies_and_too_many_queries_are_refused(predictor):
     assert labels_of(predict(server, *[{"title": "sun"}] * 2))
     connection = connect(server)
     connection.putrequest("POST", "/v1/predict")
+    connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", "100")
     connection.endheaders(b'{"que')
     assert connection.getresponse().status == 408
@@ -44,6 +46,7 @@ def test_bodies_share_their_memory(predictor):
   with running(lambda: predictor, Limits(bodies_bytes=1_000)) as server:
     slow = connect(server)
     slow.putrequest("POST", "/v1/predict")
+    slow.putheader("Content-Type", "application/json")
     slow.putheader("Content-Length", "900")
     slow.endheaders(b"{")
     body = json.dumps({"queries": [{"title": "sun" + " " * 200}]})
@@ -56,13 +59,22 @@ def test_health_is_starting_and_then_ready(predictor):
   loaded = threading.Event()
   with running(lambda: loaded.wait() and predictor, ready=False) as server:
     wait_for(lambda: call(server, "/healthz").json["status"] == "starting")
-    assert call(server, "/healthz").status == 503
+    assert call(server, "/healthz").status == 200  # It lives, so it must not be restarted.
+    assert call(server, "/readyz").status == 503
     assert predict(server, {"title": "sun"}).status == 503
     loaded.set()
-    wait_for(lambda: call(server, "/healthz").status == 200)
+    wait_for(lambda: call(server, "/readyz").status == 200)
     health = call(server, "/healthz").json
     assert health["labels"] == 24 and health["images"] == 2 and health["pictures"] and health["search"] == "exact"
     assert predict(server, {"title": "sun"}).status == 200
+
+
+def test_health_fails_if_no_thread_answers_queries(predictor, monkeypatch):
+  with running(lambda: predictor) as server:
+    monkeypatch.setattr(Batcher, "alive", False)
+    for path in ("/healthz", "/readyz"):
+      reply = call(server, path)
+      assert reply.status == 500 and "restart the server" in reply.json["error"]["message"]
 
 
 def test_an_error_while_loading_stops_the_server_with_the_reason(tmp_path):
@@ -171,10 +183,10 @@ def start_command(workdir, *flags):
   lines = []
   for line in process.stderr:
     lines.append(line)
-    if " ready after" in line:
+    if re.search(r"[ \"]ready after", line):
       break
   assert process.poll() is None, "".join(lines)
-  return process, re.search(r"listening on (\S+)", "".join(lines))[1]
+  return process, re.search(r"listening on ([^\s\"]+)", "".join(lines))[1]
 
 
 class _Address:
@@ -200,3 +212,25 @@ def test_the_command_reloads_on_sighup_or_at_intervals_and_stops_on_sigterm(text
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
   assert process.returncode == 0 and "Traceback" not in stderr, stderr
+
+
+@pytest.mark.slow
+def test_the_command_keeps_its_programs_and_takes_keys_names_origins_and_a_format_of_its_log(texts_only, tmp_path):
+  keys, cache = tmp_path / "keys", tmp_path / "cache"
+  keys.write_text("secret\n")
+  flags = (f"--api_key_file={keys}", "--allowed_hosts=shop.example", "--cors_origins=https://shop.example")
+  process, url = start_command(
+    texts_only.workdir, *flags, "--log_format=json", "--rankings=plain,blend", f"--compile_cache={cache}"
+  )
+  try:
+    server = _Address(url)
+    assert call(server, "/metrics", Host="shop.example").status == 401
+    body = json.dumps({"queries": [{"title": "sun"}], "ranking": "blend"})
+    reply = call(server, "/v1/predict", body, Origin="https://shop.example", Authorization="Bearer secret")
+    assert labels_of(reply) and reply.headers["Access-Control-Allow-Origin"] == "https://shop.example"
+    assert call(server, "/healthz").json["rankings"] == ["plain", "blend"]
+  finally:
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+  lines = [json.loads(line) for line in stderr.splitlines()]
+  assert {line["status"] for line in lines if line["message"] == "request"} == {200, 401}

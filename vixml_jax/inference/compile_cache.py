@@ -1,40 +1,57 @@
-"""Keeps the compiled programs of inference between processes, so that a first answer does not wait for the compiler."""
+"""Keeps the compiled programs of inference between processes, so that a start does not wait for the compiler."""
 
 import hashlib
 import logging
 import os
 from pathlib import Path
 import platform
+import stat
 import warnings
 
 import jax
 
 _MAX_BYTES = 2**30
-_LEAST_SECONDS = 0.1  # A program that compiles in less time is not stored.
 
 _log = logging.getLogger(__name__)
 
 
-def use_compile_cache() -> None:
-  """Lets JAX store compiled programs in `~/.cache/vixml_jax/compiled`, of which the least recently used are removed.
+def use_compile_cache(folder: str | None = None) -> None:
+  """Lets JAX store compiled programs in a folder, of which the least recently used are removed.
 
-  Nothing is changed where the user has set up JAX's cache (`JAX_COMPILATION_CACHE_DIR`,
-  `JAX_ENABLE_COMPILATION_CACHE=0`), or if the folder cannot be written. `XDG_CACHE_HOME` replaces `~/.cache`.
+  Compiled programs are machine code that is run without further checks. So a folder is used only if no other user can
+  write to it; otherwise a warning says why, and programs are compiled by every process. Nothing is changed where the
+  user has set up JAX's cache (`JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE=0`).
+
+  Args:
+    folder: The folder, which is made if it is missing; "" for no cache; None for `~/.cache/vixml_jax/compiled`, in
+      which `XDG_CACHE_HOME` replaces `~/.cache`.
   """
   settings = jax.config.values
-  if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
+  if folder == "" or settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
     return
-  folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vixml_jax" / "compiled" / _machine()
-  try:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-  except OSError as error:
-    _log.debug("%s: cannot be made (%s); programs are compiled by every process", folder, error.strerror)
+  path = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vixml_jax" / "compiled")
+  if (problem := _problem_with(path)) is not None:
+    _log.warning("compiled programs are not kept: %s; name another folder with --compile_cache", problem)
     return
   # An entry that another process is writing, or that was cut off, is compiled again.
   warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
-  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_compilation_cache_dir", str(path / _machine()))
   jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _problem_with(folder: Path) -> str | None:
+  """Returns why a folder cannot be used; None if it can."""
+  try:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+  except OSError as error:
+    return f"{folder}: {error.strerror}"
+  if not os.access(folder, os.W_OK | os.X_OK):
+    return f"{folder}: cannot be written to"
+  if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    return f"{folder}: others than this user can write to it"
+  return None
 
 
 def _machine() -> str:

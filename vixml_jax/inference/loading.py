@@ -57,28 +57,45 @@ def load_predictor(
   trained, image_encoder = load_encoder(workdir, mesh, image_checkpoint, image_batch_size, encoder)
   form = VectorForm(index_dtype, dims)
   index = LabelIndex.open(workdir / INDEX, checkpoint=trained.checkpoint, search=search, mesh=trained.mesh, form=form)
-  predictor = Predictor(trained, index, image_encoder, None)
-  if ranking == BLEND:
-    return dataclasses.replace(predictor, blend=BlendRanking.open(index, tail, min_probability))
-  if ranking == AUGMENTED:
-    settings = _retrieval_settings(index, workdir, retrieval_lambda, retrieval_temperature)
-    return dataclasses.replace(predictor, retrieval=settings)
-  return predictor
+  return with_ranking(
+    Predictor(trained, index, image_encoder, None),
+    ranking,
+    tail=tail,
+    min_probability=min_probability,
+    retrieval_lambda=retrieval_lambda,
+    retrieval_temperature=retrieval_temperature,
+  )
 
 
-def with_ranking(predictor: Predictor, ranking: str) -> Predictor:
-  """Returns a predictor with the same encoder and index that ranks labels in another way, by the run's settings.
+def with_ranking(
+  predictor: Predictor,
+  ranking: str,
+  *,
+  tail: float = 0.0,
+  min_probability: float = 0.0,
+  retrieval_lambda: float | None = None,
+  retrieval_temperature: float | None = None,
+) -> Predictor:
+  """Returns a predictor that ranks in another way, with the same encoder and the same opened index.
+
+  Args:
+    predictor: A loaded predictor.
+    ranking: One of `RANKINGS`; it and the settings are those of `load`. Other rankings ignore a setting.
+    tail: As for `load`, like the others.
+    min_probability: For the blend.
+    retrieval_lambda: For retrieval augmentation.
+    retrieval_temperature: For retrieval augmentation.
 
   Raises:
-    InputError: The ranking is unknown, or needs something that the index or this environment lacks.
+    InputError: The ranking is unknown, the index or this environment lacks what it needs, or a setting is out of range.
   """
-  if _ranking(ranking, retrieval_augmented=False) == BLEND:
+  settings = blend = None
+  if _ranking(ranking, retrieval_augmented=False) == AUGMENTED:
+    settings = _retrieval_settings(predictor.index, predictor.encoder.workdir, retrieval_lambda, retrieval_temperature)
+  if ranking == BLEND:
     _check_blend(predictor.index.form.dims)
-    return dataclasses.replace(predictor, retrieval=None, blend=BlendRanking.open(predictor.index))
-  if ranking == AUGMENTED:
-    settings = _retrieval_settings(predictor.index, predictor.encoder.workdir, None, None)
-    return dataclasses.replace(predictor, retrieval=settings, blend=None)
-  return dataclasses.replace(predictor, retrieval=None, blend=None)
+    blend = BlendRanking.open(predictor.index, tail, min_probability)
+  return dataclasses.replace(predictor, retrieval=settings, blend=blend)
 
 
 def load_encoder(

@@ -1,12 +1,11 @@
 """Routes of the server: the JSON API with its OpenAPI description, health, metrics and the page."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import os
-from pathlib import Path
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute
@@ -14,53 +13,50 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic.json_schema import models_json_schema
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 import vixml_jax
 from vixml_jax.errors import InputError
-from vixml_jax.inference.predictions import Prediction
-from vixml_jax.serving import schema
+from vixml_jax.run.workdir import CHECKPOINTS
+from vixml_jax.serving import embeddings, schema
+from vixml_jax.serving.access import Access
 from vixml_jax.serving.batching import Batcher, QueueFull
-from vixml_jax.serving.engine import Engine, QueryRequest, ServedModel
+from vixml_jax.serving.engine import Engine, Outcome, QueryRequest, ServedModel
+from vixml_jax.serving.failures import failure
+from vixml_jax.serving.gate import AsgiApp, Gate
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
+from vixml_jax.serving.page_files import add_page
 from vixml_jax.serving.request_error import RequestError
 from vixml_jax.serving.request_parser import RequestParser, is_quick
+from vixml_jax.serving.request_record import RequestRecord
+from vixml_jax.serving.suggestions import first_categories
 
-_PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = {
-  "/": ("page.html", "text/html"),
-  "/page.css": ("page.css", "text/css"),
-  "/page.js": ("page.js", "text/javascript"),
-}
-# The page loads nothing from other hosts, and no text of a data set can run a script.
-_PAGE_HEADERS = {
-  "Content-Security-Policy": (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob: data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-  ),
-  "X-Content-Type-Options": "nosniff",
-  "Cache-Control": "no-cache",
-}
 _FAILURES: dict[int | str, dict[str, Any]] = {
   status: {"model": schema.Failure, "description": description}
   for status, description in (
     (400, "The body is not JSON."),
+    (401, "The API key is missing or wrong."),
     (408, "The body arrived too slowly."),
     (413, "The body is too large."),
+    (415, "The body is not declared as JSON."),
     (422, "A field is wrong."),
     (503, "The server is starting or overloaded; try again."),
   )
 }
-_LINGER_SECONDS = 5.0
-_PREDICT = "/v1/predict"
+_PREDICT, _EMBED = "/v1/predict", "/v1/embeddings"
 
-_AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+_Parsed = TypeVar("_Parsed")
 
 
 def make_app(
-  engine: Engine, batcher: Batcher[QueryRequest, list[Prediction]], limits: Limits, metrics: Metrics
-) -> _AsgiApp:
+  engine: Engine,
+  batcher: Batcher[QueryRequest, Outcome],
+  limits: Limits,
+  metrics: Metrics,
+  access: Access,
+  observers: Sequence[Callable[[RequestRecord], None]] = (),
+) -> AsgiApp:
   """Returns the application.
 
   Args:
@@ -68,6 +64,8 @@ def make_app(
     batcher: Batcher that gathers queries for the engine.
     limits: Limits of requests.
     metrics: Metrics to record requests in, and to publish.
+    access: Who may use the server.
+    observers: Functions that get the record of each request after its response was sent.
   """
   app = FastAPI(
     title="vixml_jax",
@@ -77,11 +75,11 @@ def make_app(
     docs_url=None,
     redoc_url=None,
   )
-  predict = _add_api(app, engine, batcher, limits)
+  predict = _add_api(app, _Answering(engine, batcher, RequestParser(limits)), limits)
   _add_operations(app, engine, batcher, limits, metrics)
-  _add_page(app)
+  add_page(app)
   _add_errors(app)
-  return _CountRequests(_PredictFirst(app, predict), metrics)
+  return Gate(_PredictFirst(app, predict), access, metrics, observers)
 
 
 class _PlainRoute(APIRoute):
@@ -100,7 +98,7 @@ class _PredictFirst:
 
   path = _PREDICT
 
-  def __init__(self, app: _AsgiApp, predict: Callable[[Request], Awaitable[Response]]):
+  def __init__(self, app: AsgiApp, predict: Callable[[Request], Awaitable[Response]]):
     self._app, self._predict = app, predict
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,9 +110,9 @@ class _PredictFirst:
     try:
       response = await self._predict(request)
     except (RequestError, InputError) as error:
-      response = _failure(error)
+      response = failure(error, _PREDICT)
     except Exception as error:
-      await _failure(error)(scope, receive, send)
+      await failure(error, _PREDICT)(scope, receive, send)
       raise
     await response(scope, receive, send)
 
@@ -125,44 +123,78 @@ def _ready(engine: Engine) -> ServedModel:
   return engine.model
 
 
-def _add_api(
-  app: FastAPI, engine: Engine, batcher: Batcher[QueryRequest, list[Prediction]], limits: Limits
-) -> Callable[[Request], Awaitable[Response]]:
-  """Adds the routes of the API and returns the function that answers queries."""
-  parser = RequestParser(limits)
-  pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="parser")  # Bounds the images decoded at a time.
+class _Answering:
+  """Reads requests, puts their queries into the queue, and waits for what they get."""
 
-  router = APIRouter(route_class=_PlainRoute)
+  def __init__(self, engine: Engine, batcher: Batcher[QueryRequest, Outcome], parser: RequestParser):
+    self.engine, self.parser, self._batcher = engine, parser, batcher
+    # Bounds the images decoded at a time.
+    self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="parser")
 
-  @router.post(
-    _PREDICT,
-    response_model=schema.Answers,
-    responses=_FAILURES,
-    openapi_extra={
-      "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(parser.model)}}}
-    },
-  )
-  async def predict(request: Request) -> Response:
-    """Returns the labels of highest score for each query."""
-    model = _ready(engine)
-    async with parser.body(request) as body:
+  async def __call__(
+    self,
+    request: Request,
+    parse: Callable[[bytes, ServedModel], _Parsed],
+    queries_of: Callable[[_Parsed], Sequence[QueryRequest]],
+  ) -> tuple[_Parsed, list[Outcome]]:
+    """Returns the parsed body of a request, and what each of its queries gets.
+
+    Raises:
+      RequestError: The request is wrong, or must wait.
+    """
+    model, record = _ready(self.engine), RequestRecord.of(request.scope)
+    async with self.parser.body(request) as body:
       if is_quick(body):
-        queries = parser.parse(body, model)
+        parsed = parse(body, model)
       else:
-        queries = await asyncio.get_running_loop().run_in_executor(pool, parser.parse, body, model)
+        parsed = await asyncio.get_running_loop().run_in_executor(self._pool, parse, body, model)
       del body
+      queries = queries_of(parsed)
+      record.queries = len(queries)
       try:
-        waiting = batcher.submit(queries)
+        waiting = self._batcher.submit(queries)
       except QueueFull as error:
         raise RequestError(503, "too many queries are waiting; send this request again later") from error
-      answers = [await asyncio.wrap_future(answer) for answer in waiting]
+      record.submitted = time.perf_counter()
+      outcomes = [await asyncio.wrap_future(answer) for answer in waiting]
+    record.answered_by([outcome.times for outcome in outcomes])
+    return parsed, outcomes
+
+
+def _add_api(app: FastAPI, answer: _Answering, limits: Limits) -> Callable[[Request], Awaitable[Response]]:
+  """Adds the routes of the API and returns the function that answers queries."""
+  parser, engine = answer.parser, answer.engine
+  router = APIRouter(route_class=_PlainRoute)
+
+  @router.post(_PREDICT, response_model=schema.Answers, responses=_FAILURES, openapi_extra=_body(parser.model))
+  async def predict(request: Request) -> Response:
+    """Returns the labels of highest score for each query."""
+    queries, outcomes = await answer(request, parser.parse, list)
     found = [
-      {"uid": each.query.uid, "predictions": [label._asdict() for label in labels]}
-      for each, labels in zip(queries, answers, strict=True)
+      {"uid": each.query.uid, "predictions": _labels(outcome)} for each, outcome in zip(queries, outcomes, strict=True)
     ]
     return Response(to_json({"answers": found}), media_type="application/json")
 
+  @router.post(_EMBED, response_model=embeddings.EmbeddingList, openapi_extra=_body(embeddings.EmbeddingsRequest))
+  async def embed(request: Request) -> Response:
+    """Returns the embeddings of texts, as OpenAI's API does."""
+    parse = lambda body, model: embeddings.parse_texts(body, model, limits)
+    texts, outcomes = await answer(request, parse, lambda parsed: parsed.queries)
+    return Response(texts.response([outcome.embedding for outcome in outcomes]), media_type="application/json")
+
   app.include_router(router)
+
+  @app.get("/v1/models")
+  def models() -> embeddings.ModelList:
+    """Returns the only model of the server."""
+    return embeddings.ModelList(data=[_describe_model(_ready(engine))])
+
+  @app.get("/v1/models/{name}")
+  def model(name: str) -> embeddings.Model:
+    """Returns the model of a name."""
+    served = _ready(engine)
+    embeddings.check_model(name, served)
+    return _describe_model(served)
 
   @app.get("/v1/labels/{uid:path}", responses={404: {"model": schema.Failure, "description": "No such label."}})
   def label(uid: str) -> schema.Label:
@@ -174,11 +206,18 @@ def _add_api(
       raise RequestError(404, "there is no such label", "uid") from error
     return schema.Label(label=uid, id=found, text=labels.texts([found])[0])
 
+  @app.get("/v1/suggestions")
+  def suggestions() -> schema.Suggestions:
+    """Returns queries to try, and categories to choose from."""
+    model = _ready(engine)
+    return schema.Suggestions(queries=model.examples, categories=first_categories(model.labels))
+
   describe = app.openapi
 
   def openapi() -> dict[str, Any]:
     described = describe()
-    _, definitions = models_json_schema([(parser.model, "validation")], ref_template="#/components/schemas/{model}")
+    models = [(parser.model, "validation"), (embeddings.EmbeddingsRequest, "validation")]
+    _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     described["components"]["schemas"] |= definitions["$defs"]
     return described
 
@@ -186,21 +225,44 @@ def _add_api(
   return predict
 
 
-def _reference(model: type) -> dict[str, str]:
-  return {"$ref": f"#/components/schemas/{model.__name__}"}
+def _labels(outcome: Outcome) -> list[dict[str, Any]]:
+  """Returns the JSON of the labels of a query."""
+  if outcome.why is None:
+    return [label._asdict() for label in outcome.labels]
+  return [label._asdict() | {"why": why} for label, why in zip(outcome.labels, outcome.why, strict=True)]
+
+
+def _body(model: type) -> dict[str, Any]:
+  """Returns the description of a request's body."""
+  reference = {"$ref": f"#/components/schemas/{model.__name__}"}
+  return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+
+
+def _describe_model(model: ServedModel) -> embeddings.Model:
+  encoder = model.predictor.encoder
+  written = (encoder.workdir / CHECKPOINTS).stat().st_mtime
+  return embeddings.Model(id=model.name, created=int(written))
 
 
 def _add_operations(
-  app: FastAPI, engine: Engine, batcher: Batcher[QueryRequest, list[Prediction]], limits: Limits, metrics: Metrics
+  app: FastAPI, engine: Engine, batcher: Batcher[QueryRequest, Outcome], limits: Limits, metrics: Metrics
 ) -> None:
   metrics.queue_queries.set_function(lambda: len(batcher))
 
-  @app.get("/healthz", responses={503: {"model": schema.Health, "description": "The server is starting."}})
-  async def health(response: Response) -> schema.Health:
-    """Says whether the model is loaded and every program is compiled."""
+  @app.get("/readyz", responses={503: {"model": schema.Health, "description": "The server is starting."}})
+  async def ready(response: Response) -> schema.Health:
+    """Says whether the model is loaded and every program is compiled, so that queries are answered."""
+    described = await health()
+    response.status_code = 200 if described.status == "ready" else 503
+    return described
+
+  @app.get("/healthz")
+  async def health() -> schema.Health:
+    """Says that the server runs, and which model it has."""
+    if not batcher.alive:
+      raise RequestError(500, "the thread that answers queries has ended; restart the server")
     model = engine.model
     if model is None:
-      response.status_code = 503
       return schema.Health(status="starting")
     encoder = model.predictor.encoder
     return schema.Health(
@@ -208,27 +270,21 @@ def _add_operations(
       step=encoder.checkpoint["step"],
       labels=model.labels.num_live,
       search=model.labels.search_kind,
-      ranking=model.predictor.ranking,
+      ranking=model.rankings.default.name,
+      ranking_reason=model.rankings.default.reason,
+      rankings=list(model.rankings.predictors),
       retrieval_augmented=model.predictor.retrieval is not None,
       texts=list(encoder.config.dataset.text_fields),
       images=encoder.images,
       pictures=model.reads_images,
       max_k=min(limits.k, model.labels.num_live),
+      explain=model.explains,
     )
 
   @app.get("/metrics", response_class=Response)
   def measurements() -> Response:
     """Returns counts and times, for Prometheus."""
     return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _add_page(app: FastAPI) -> None:
-  for path, (name, media_type) in _PAGE_FILES.items():
-    app.add_api_route(path, _sender((_PAGE / name).read_bytes(), media_type), include_in_schema=False)
-
-
-def _sender(content: bytes, media_type: str) -> Callable[[], Response]:
-  return lambda: Response(content, media_type=media_type, headers=_PAGE_HEADERS)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -238,63 +294,4 @@ def _add_errors(app: FastAPI) -> None:
   @app.exception_handler(HTTPException)
   @app.exception_handler(Exception)
   async def on_error(request: Request, error: Exception) -> Response:
-    return _failure(error)
-
-
-def _failure(error: Exception) -> Response:
-  """Returns the response to a request that failed."""
-  if isinstance(error, HTTPException):
-    response = _failure(RequestError(error.status_code, str(error.detail)))
-    response.headers.update(error.headers or {})
-    return response
-  if isinstance(error, InputError):
-    error = RequestError(422, str(error))
-  elif not isinstance(error, RequestError):
-    error = RequestError(500, "the server failed on this request; see its log")
-  make = _EarlyResponse if error.status == 413 else Response
-  return make(error.body, error.status, error.headers, media_type="application/json")
-
-
-class _EarlyResponse(Response):
-  """A response that is sent before the request's body has arrived, and then reads the rest of the body.
-
-  A client that sends its whole body before it reads would otherwise not see the response.
-  """
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    self.headers["Connection"] = "close"
-    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-    await send({"type": "http.response.body", "body": self.body, "more_body": True})
-    if not any(name == b"expect" for name, _ in scope["headers"]):  # A client that waits for permission sends no body.
-      try:
-        async with asyncio.timeout(_LINGER_SECONDS):
-          while (await receive()).get("more_body"):
-            pass
-      except TimeoutError:
-        pass
-    await send({"type": "http.response.body"})
-
-
-class _CountRequests:
-  """Middleware that counts and times requests by route; all unknown paths count as one route."""
-
-  def __init__(self, app: _AsgiApp, metrics: Metrics):
-    self._app, self._metrics = app, metrics
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] != "http":
-      await self._app(scope, receive, send)
-      return
-    status, started = 500, time.perf_counter()
-
-    async def sent(message: Message) -> None:
-      nonlocal status
-      status = message.get("status", status)
-      await send(message)
-
-    try:
-      await self._app(scope, receive, sent)
-    finally:
-      route = getattr(scope.get("route"), "path", "other")
-      self._metrics.requests.labels(route, status).inc()
-      self._metrics.request_seconds.labels(route).observe(time.perf_counter() - started)
+    return failure(error, request.url.path)

@@ -59,6 +59,11 @@ class Batcher(Generic[Request, Result]):
   def __len__(self) -> int:
     return len(self._queue)
 
+  @property
+  def alive(self) -> bool:
+    """Whether the thread runs that answers requests."""
+    return self._thread.is_alive()
+
   def submit(self, requests: Sequence[Request]) -> "list[Future[Result]]":
     """Queues all of the requests, or none of them.
 

@@ -1,8 +1,12 @@
 """The error of a request that is not answered: an HTTP status, a message and the field that is wrong."""
 
+import json
+
 from vixml_jax.serving import schema
 
 _MAX_SHOWN = 80  # Characters.
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
+_OPENAI_CODES = {401: "invalid_api_key", 404: "model_not_found"}
 
 
 class RequestError(Exception):
@@ -21,12 +25,23 @@ class RequestError(Exception):
   @property
   def headers(self) -> dict[str, str]:
     """Headers of the response."""
-    return {"Retry-After": "1"} if self.status == 503 else {}
+    return _HEADERS.get(self.status, {})
 
   @property
   def body(self) -> bytes:
     """JSON of the response."""
     return schema.Failure(error=schema.Error(field=self.field, message=self.message)).model_dump_json().encode()
+
+  @property
+  def openai_body(self) -> bytes:
+    """JSON of the response in the form of OpenAI's API."""
+    error = {
+      "message": self.message,
+      "type": "invalid_request_error" if self.status < 500 else "server_error",
+      "param": self.field,
+      "code": _OPENAI_CODES.get(self.status),
+    }
+    return json.dumps({"error": error}).encode()
 
 
 def shortened(text: str) -> str:

@@ -15,6 +15,7 @@ from vixml_jax.images.decoding import BadImage, from_data_uri
 from vixml_jax.images.tower import PreparedImage
 from vixml_jax.inference.queries import Query, QueryFormat
 from vixml_jax.inference.query_images import QueryImageEncoder
+from vixml_jax.inference.rankings import BLEND
 from vixml_jax.serving import request_filters
 from vixml_jax.serving.engine import QueryRequest, ServedModel
 from vixml_jax.serving.limits import Limits
@@ -31,6 +32,16 @@ _SLOW = (b"images", *(key.encode() for key in request_filters.KEYS), b"\\u")
 def is_quick(body: bytes) -> bool:
   """Returns whether `RequestParser.parse` takes less time than passing the body to another thread."""
   return len(body) <= _QUICK_BYTES and not any(part in body for part in _SLOW)
+
+
+def check_values(body: bytes, limits: Limits) -> None:
+  """Checks the number of values of a body before it is parsed.
+
+  Raises:
+    RequestError: 413 if there are too many.
+  """
+  if len(body.translate(None, _NOT_STRUCTURE)) > limits.body_values:
+    raise RequestError(413, f"the body has more than {limits.body_values:,} values; send fewer queries")
 
 
 class RequestParser:
@@ -95,8 +106,7 @@ class RequestParser:
     Raises:
       RequestError: 400 if the body is not JSON, 413 if it has too many values, 422 if anything else is wrong.
     """
-    if len(body.translate(None, _NOT_STRUCTURE)) > self._limits.body_values:
-      raise RequestError(413, f"the body has more than {self._limits.body_values:,} values; send fewer queries")
+    check_values(body, self._limits)
     try:
       request = self.model.model_validate_json(body)
     except ValidationError as error:
@@ -106,15 +116,27 @@ class RequestParser:
       _check_keys(query, f"queries[{i}].")
     given = request.model_dump(exclude_none=True)
     k = min(given["k"], model.index.num_live)
-    dial = {name: given[name] for name in _DIAL if name in given}
-    if dial and model.predictor.blend is None:
-      name = next(iter(dial))
-      raise RequestError(422, "needs a server that was started with --ranking=blend; leave it out", name)
+    settings = _settings(given, model)
     filters = request_filters.resolve_filters(given, model.labels)
     encoder = model.predictor.image_encoder if model.reads_images else None
     queries = [_query(query, f"queries[{i}]", model.form, encoder) for i, query in enumerate(given["queries"])]
     tokens = model.predictor.encoder.tokenizer([query.text for query in queries])
-    return [QueryRequest(query, tokens[i], k, filters, i, **dial) for i, query in enumerate(queries)]
+    return [QueryRequest(query, tokens[i], k, filters, i, **settings) for i, query in enumerate(queries)]
+
+
+def _settings(given: dict[str, Any], model: ServedModel) -> dict[str, Any]:
+  """Returns the ranking of a request, whether to explain it, and the dial if it has one."""
+  rankings = model.rankings
+  if given["explain"] and not model.explains:
+    raise RequestError(422, "this server has no training queries at hand, which explain answers", "explain")
+  offered, ranking = ", ".join(rankings.predictors), given.get("ranking", rankings.default.name)
+  if ranking not in rankings.predictors:
+    raise RequestError(422, f"this server does not offer {ranking}; it offers {offered}", "ranking")
+  dial = {name: given[name] for name in _DIAL if name in given}
+  if dial and ranking != BLEND:
+    advice = "set ranking to blend" if BLEND in rankings.predictors else f"this server offers {offered}"
+    raise RequestError(422, f"only the ranking blend has it, and the ranking is {ranking}; {advice}", next(iter(dial)))
+  return {"ranking": ranking, "explain": given["explain"], **dial}
 
 
 def _query(given: dict[str, Any], where: str, form: QueryFormat, encoder: QueryImageEncoder | None) -> Query:

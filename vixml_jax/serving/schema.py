@@ -17,12 +17,29 @@ class Label(BaseModel):
   text: str
 
 
+class Neighbor(BaseModel):
+  """A training query that is similar to the query."""
+
+  row: int = Field(description="Its row in the training data.")
+  score: float = Field(description="Cosine of both queries.")
+  words: list[str] = Field(description="Words that both have; empty if the index has no blend.")
+  labels: list[Label] = Field(description="Its first labels.")
+
+
+class Why(BaseModel):
+  """Why a label was found."""
+
+  words: list[str] = Field(description="Words that the query and the label's text have in common.")
+  neighbors: list[Neighbor] = Field(description="The nearest training queries that have the label.")
+
+
 class ScoredLabel(Label):
   """A label that was found for a query."""
 
   score: float = Field(
     description="Cosine; with retrieval augmentation a share of probability; with the blend a probability."
   )
+  why: Why | None = Field(default=None, description="Only if the request has explain.")
 
 
 class Answer(BaseModel):
@@ -45,7 +62,9 @@ class Health(BaseModel):
   step: int | None = Field(default=None, description="Step of the checkpoint.")
   labels: int | None = Field(default=None, description="Number of labels that can be found.")
   search: str | None = None
-  ranking: str | None = Field(default=None, description="How labels are ranked: plain, retrieval_augmented or blend.")
+  ranking: str | None = Field(default=None, description="The ranking of requests that name none.")
+  ranking_reason: str | None = Field(default=None, description="Why it is the default.")
+  rankings: list[str] | None = Field(default=None, description="The rankings that a request may name.")
   retrieval_augmented: bool | None = None
   texts: list[str] | None = Field(default=None, description="Fields of a query that the model reads.")
   images: int | None = Field(default=None, description="Maximum number of images of a query that the model uses.")
@@ -53,6 +72,14 @@ class Health(BaseModel):
     default=None, description="Whether images may be image files; otherwise they must be feature vectors."
   )
   max_k: int | None = Field(default=None, description="Largest number of labels that a query gets.")
+  explain: bool | None = Field(default=None, description="Whether requests may have explain.")
+
+
+class Suggestions(BaseModel):
+  """What a user may start with."""
+
+  queries: list[str] = Field(description="Texts of labels that many training queries have.")
+  categories: list[str] = Field(description="The first categories of the index.")
 
 
 class Error(BaseModel):
@@ -108,11 +135,13 @@ def request_model(limits: Limits) -> type[Strict]:
     allow: names | None = Field(default=None, description="For queries without their own allow.")
     deny: names | None = Field(default=None, description="For queries without their own deny.")
     categories: names | None = Field(default=None, description="For queries without their own categories.")
-    tail: share | None = Field(
-      default=None, description="How much more rare labels count, if the server ranks by the blend."
+    ranking: Literal["plain", "retrieval_augmented", "blend"] | None = Field(
+      default=None, description="How labels are ranked; by default as /healthz says, which also names those on offer."
     )
+    tail: share | None = Field(default=None, description="For the blend: how much more rare labels count.")
     min_probability: share | None = Field(
-      default=None, description="Labels of a lower probability are left out, if the server ranks by the blend."
+      default=None, description="For the blend: labels of a lower probability are left out."
     )
+    explain: bool = Field(default=False, description="Whether to say for each label why it was found.")
 
   return PredictRequest

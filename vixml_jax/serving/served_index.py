@@ -1,6 +1,6 @@
 """Search of a label index that compiles few programs, all of them before the first request."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 import functools
 
 import jax
@@ -31,27 +31,36 @@ class ServedIndex:
     self.num_live = labels.num_live
     self._widths: tuple[int, ...] = ()
 
-  def warm_up(self, k: int, queries: int, hits: int | None) -> Iterator[Callable[[], object]]:
-    """Yields functions to call one after the other; after that no search compiles a program or reads a new file.
+  def open_parts(self, hits: Collection[int] = ()) -> None:
+    """Reads everything that a search needs, so that no search reads a new file.
+
+    Args:
+      hits: Numbers of training queries that the rankings look up; empty if none looks up any.
+    """
+    labels = self.labels
+    labels.filters(deny=[labels.uids([0])])  # Sorts the hashes of the uids.
+    _ = labels.label_index
+    if hits:
+      _ = labels.query_index, labels.query_labels
+
+  def warm_up(self, k: int, queries: int, hits: Collection[int] = ()) -> Iterator[Callable[[], object]]:
+    """Yields functions to call, in any order, after `open_parts`; after that no search compiles a program.
 
     Args:
       k: Maximum number of labels that a search finds, denied ones included.
       queries: Maximum number of queries in a search.
-      hits: Number of training queries that a search finds; None for no retrieval augmentation.
+      hits: Numbers of training queries that the rankings look up.
     """
     labels = self.labels
-    yield lambda: labels.filters(deny=[labels.uids([0])])  # Sorts the hashes of the uids.
-    if hits is not None:
-      yield lambda: labels.query_labels
     self._widths = _widths(min(k, self.num_live))
     largest = labels.filters(categories=[labels.categories]) if labels.categories else Filters()
     masked = largest.allow is not None and largest.allow.sizes[0] > GATHER_AT_MOST
     for count in sorted({padded_queries(number) for number in range(1, queries + 1)}):
       zeros = np.zeros((count, labels.dim), np.float32)
+      for number in hits:
+        yield functools.partial(self._search_queries, zeros, number)
       for width in self._widths:
         yield functools.partial(self.search, zeros, width)
-      if hits is not None:
-        yield functools.partial(self._search_queries, zeros, hits)
     for width in self._widths if masked else ():
       yield functools.partial(self.search, np.zeros((1, labels.dim), np.float32), width, largest)
 

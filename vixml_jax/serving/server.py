@@ -1,6 +1,6 @@
 """Runs the application until SIGTERM: loads the model, watches the label index, and finishes requests in flight."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import logging
 import signal
@@ -10,13 +10,14 @@ import threading
 import uvicorn
 
 from vixml_jax.errors import InputError
-from vixml_jax.inference.predictions import Prediction
-from vixml_jax.inference.predictor import Predictor
+from vixml_jax.serving.access import Access
 from vixml_jax.serving.app import make_app
 from vixml_jax.serving.batching import Batcher
-from vixml_jax.serving.engine import Engine, QueryRequest
+from vixml_jax.serving.engine import Engine, Outcome, QueryRequest
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
+from vixml_jax.serving.rankings import Rankings
+from vixml_jax.serving.request_record import RequestRecord
 
 _STOP_SECONDS = 30
 
@@ -32,36 +33,43 @@ class Server:
 
   def __init__(
     self,
-    load: Callable[[], Predictor],
+    load: Callable[[], Rankings],
     host: str = "127.0.0.1",
     port: int = 0,
     limits: Limits | None = None,
     reload_seconds: float | None = None,
+    *,
+    access: Access | None = None,
+    observers: Sequence[Callable[[RequestRecord], None]] = (),
   ):
     """Starts to listen.
 
     Args:
-      load: Function that returns the predictor; called after the server listens, so that /healthz can say that it is
-        starting.
+      load: Function that loads a model with the rankings to offer; called after the server listens, so that /healthz
+        can say that it is starting.
       host: Address or name of this machine.
       port: Port; 0 for a free one.
       limits: Limits of requests; None for the defaults.
       reload_seconds: Seconds between checks for a new snapshot of the label index; None to check only on `reload`.
+      access: Who may use the server; None for any client that names it by `host` or as localhost.
+      observers: Functions that get the record of each request after its response was sent.
 
     Raises:
       InputError: The address cannot be used.
     """
-    limits, metrics = limits or Limits(), Metrics()
+    limits, metrics, access = limits or Limits(), Metrics(), access or Access.of(host)
+    if access.any_address and not access.key_digests:
+      _log.warning("every machine that reaches this one may send requests: there is no API key (--api_key_file)")
     self._engine = Engine(load, limits, metrics)
-    self._batcher: Batcher[QueryRequest, list[Prediction]] = Batcher(
+    self._batcher: Batcher[QueryRequest, Outcome] = Batcher(
       self._engine.answer,
       lambda request: request.size,
       max_batch=limits.batch,
       max_size=limits.batch_tokens,
       max_queue=limits.queue,
     )
-    app = make_app(self._engine, self._batcher, limits, metrics)
-    # Requests are counted in /metrics; a log line for each would cost more than its answer.
+    app = make_app(self._engine, self._batcher, limits, metrics, access, observers)
+    # Requests are counted in /metrics, and observers may log them; uvicorn's own lines have no times and no ids.
     self._http = uvicorn.Server(
       uvicorn.Config(
         app,
