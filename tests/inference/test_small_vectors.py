@@ -1,6 +1,5 @@
 """A workdir that is loaded with smaller vectors answers, ranks, serves and predicts; wrong settings are refused."""
 
-import functools
 import json
 import shutil
 
@@ -9,11 +8,12 @@ import pytest
 
 from tests.helpers.http_server import LIMITS
 from tests.helpers.miniature_runs import run_commands
-import vixml_jax
 from vixml_jax.errors import InputError
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.search.prefixes import unit_prefix
 from vixml_jax.serving.engine import Engine
 from vixml_jax.serving.metrics import Metrics
+from vixml_jax.serving.rankings import Rankings
 
 QUERIES = ["arrow up", {"title": "cloud", "deny": ["label/3"]}, "file"]
 
@@ -27,7 +27,7 @@ def ids_of(predictions):
 def test_every_ranking_gives_its_answers_with_codes(texts_only, ranking, dtype):
   # The miniature has so few labels that all of them are candidates, also of bits.
   wanted, found = (
-    vixml_jax.load(texts_only.workdir, ranking=ranking, index_dtype=each).predict(QUERIES, 5)
+    load_predictor(texts_only.workdir, ranking=ranking, index_dtype=each).predict(QUERIES, 5)
     for each in ("float32", dtype)
   )
   assert ids_of(found) == ids_of(wanted)
@@ -36,12 +36,12 @@ def test_every_ranking_gives_its_answers_with_codes(texts_only, ranking, dtype):
 
 
 def test_scores_of_fewer_dimensions_are_the_cosines_of_prefixes(texts_only):
-  predictor = vixml_jax.load(texts_only.workdir, dims=12)
+  predictor = load_predictor(texts_only.workdir, dims=12)
   queries, labels = (unit_prefix(texts_only.embeddings(name), 12) for name in ("test_queries", "labels"))
   found = predictor.predict([query["title"] for query in texts_only.queries], 4)
   for row, scores in zip(found, queries @ labels.T, strict=True):
     np.testing.assert_allclose([label.score for label in row], np.sort(scores)[::-1][:4], atol=1e-5)
-  assert predictor.settings()["dims"] == 12 and "dims" not in vixml_jax.load(texts_only.workdir).settings()
+  assert predictor.settings()["dims"] == 12 and "dims" not in load_predictor(texts_only.workdir).settings()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_scores_of_fewer_dimensions_are_the_cosines_of_prefixes(texts_only):
 )
 def test_wrong_settings_are_refused(texts_only, given, message):
   with pytest.raises(InputError, match=message):
-    vixml_jax.load(texts_only.workdir, **given)
+    load_predictor(texts_only.workdir, **given)
 
 
 def test_the_command_predicts_with_codes_of_fewer_dimensions(texts_only, tmp_path):
@@ -74,13 +74,13 @@ def test_the_command_predicts_with_codes_of_fewer_dimensions(texts_only, tmp_pat
   assert done["good"][0] == 0, done["good"][2]
   assert done["bad"][0] and done["bad"][2].startswith("error: ") and "dims" in done["bad"][2]
   lines = [json.loads(line)["predictions"] for line in (tmp_path / "top.jsonl").read_text().splitlines()]
-  wanted = vixml_jax.load(texts_only.workdir, dims=12).predict(["arrow up", "cloud"], 5)
+  wanted = load_predictor(texts_only.workdir, dims=12).predict(["arrow up", "cloud"], 5)
   assert [[label["id"] for label in line] for line in lines] == ids_of(wanted)
 
 
 def test_a_server_and_its_next_snapshot_have_the_form_that_was_asked_for(texts_only, tmp_path):
   copy = shutil.copytree(texts_only.workdir, tmp_path / "run")
-  engine = Engine(functools.partial(vixml_jax.load, copy, index_dtype="int8", dims=12), LIMITS, Metrics())
+  engine = Engine(lambda: Rankings.of(load_predictor(copy, index_dtype="int8", dims=12)), LIMITS, Metrics())
   engine.start()
   former = engine.model.labels
   former.delete([0])

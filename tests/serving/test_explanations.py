@@ -7,13 +7,13 @@ import pytest
 
 from tests.helpers.http_server import call, labels_of, predict, running
 from tests.helpers.miniature import read_lines
-import vixml_jax
 from vixml_jax.datasets.raw import SPLITS
+from vixml_jax.inference.loading import load_predictor
 
 
 @pytest.fixture(scope="module")
 def blend(texts_only):
-  return vixml_jax.load(texts_only.workdir, ranking="blend")
+  return load_predictor(texts_only.workdir, ranking="blend")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_only_the_queries_of_a_batch_that_ask_are_explained(server, texts_only):
 
 
 def test_without_training_queries_an_explanation_is_refused(blend, texts_only):
-  plain = vixml_jax.load(texts_only.workdir)
+  plain = load_predictor(texts_only.workdir)
   with running(lambda: plain, rankings=["plain"]) as server:
     reply = predict(server, {"title": "sun"}, explain=True)
     assert reply.status == 422 and reply.json["error"]["field"] == "explain"

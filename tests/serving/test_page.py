@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.helpers.http_server import call, labels_of, running
-import vixml_jax
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.serving.access import Access
 
 
@@ -61,7 +61,7 @@ def open_page(browser):
 @pytest.fixture(scope="module")
 def blend(texts_only):
   """Running server of a model of texts, with all rankings."""
-  predictor = vixml_jax.load(texts_only.workdir, ranking="blend")
+  predictor = load_predictor(texts_only.workdir, ranking="blend")
   with running(lambda: predictor) as server:
     yield server
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from tests.helpers.http_server import call, expected, labels_of, metric, predict, running
-import vixml_jax
 from vixml_jax.errors import InputError
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.rankings import RANKINGS
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.serving.engine import Engine, QueryRequest
@@ -18,7 +18,7 @@ from vixml_jax.serving.rankings import Rankings, best_ranking
 
 @pytest.fixture(scope="module")
 def predictors(texts_only):
-  return {name: vixml_jax.load(texts_only.workdir, ranking=name) for name in RANKINGS}
+  return {name: load_predictor(texts_only.workdir, ranking=name) for name in RANKINGS}
 
 
 @pytest.fixture(scope="module")
