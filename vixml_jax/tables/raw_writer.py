@@ -10,10 +10,10 @@ from typing import IO, Any, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.datasets.uids import hash_of_uid
+from vixml_jax.stages import stage
 from vixml_jax.tables.cells import images_of, text_of, uid_of
 from vixml_jax.tables.columns import Columns
 from vixml_jax.tables.label_names import Labels, optional_text
@@ -108,13 +108,13 @@ def write_queries(
   with (
     SplitWriter(folder, "train", image_files) as train,
     SplitWriter(folder, "test", image_files) as test,
-    tqdm(desc="write the raw folder", total=len(is_test), unit=" rows", disable=None) as bar,
+    stage("write the raw folder", total=len(is_test), unit="row", logged=False) as progress,
   ):
     for source in sources:
       for batch in source.part.batches(columns.chosen(), _IMAGES_AT_ONCE if columns.images else ROWS_AT_ONCE):
         written = _write_batch(source.part, batch, columns, first, labels, (train, test), is_test, start)
         start += written
-        bar.update(written)
+        progress.advance(written)
   return {name: {"rows": writer.count, "images": writer.images} for name, writer in (("train", train), ("test", test))}
 
 

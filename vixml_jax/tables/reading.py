@@ -10,12 +10,12 @@ from typing import Any
 import zlib
 
 import numpy as np
-from tqdm import tqdm
 
 from vixml_jax.datasets.uids import hash_of_uid
 from vixml_jax.errors import InputError
 from vixml_jax.input.hold_out import near_duplicate_hashes
 from vixml_jax.ragged import Ragged
+from vixml_jax.stages import stage
 from vixml_jax.tables.cells import CellError, LabelCells, text_of, uid_of
 from vixml_jax.tables.columns import Columns
 from vixml_jax.tables.parts import Part, RowBatch
@@ -66,10 +66,10 @@ def read_first(
   """
   is_open = not columns.split and not sources[0].split
   kept = _Kept(columns, LabelCells(separator), is_open)
-  with tqdm(desc="read the table", unit=" rows", disable=None) as bar:
+  with stage("read the table", unit="row", logged=False) as progress:
     for source in sources:
       for batch in source.part.batches(kept.names, ROWS_AT_ONCE):
-        bar.update(kept.add(batch, source.split))
+        progress.advance(kept.add(batch, source.split))
   parts = [source.part for source in sources]
   if not kept.codes:
     raise InputError(f"{parts[0].name}: has no rows; add at least one")
