@@ -1,11 +1,12 @@
 """Exports a trained workdir for other libraries.
 
-  python -m vixml_jax.export --workdir=runs/NAME --format=hf|peft|sentence-transformers|onnx|embeddings --output=DIR
+  python -m vixml_jax.export --workdir=runs/NAME --format=hf|peft|sentence-transformers|onnx|label-vectors --output=DIR
       [--dtype=float32|bfloat16|float16|int8] [--max_shard_size=5GB]
 
 hf: the encoder with merged adapters, for transformers. peft: the adapters alone. sentence-transformers: a model that
 gives texts the same embeddings as evaluation. onnx: the same as a file for ONNX Runtime, in float32 or int8 (the extra
-onnx must be installed). embeddings: the label prototypes as labels.npy and labels.parquet. No training data are needed.
+onnx must be installed). label-vectors: the label prototypes as Parquet, for vector databases, in float32 or float16.
+Each folder has a model card, README.md. No training data are needed.
 """
 
 import re
@@ -23,7 +24,8 @@ _DTYPE = flags.DEFINE_enum(
   "dtype",
   "float32",
   DTYPES,
-  "Type of the weights; the smaller types round merged adapters. --format=onnx has float32 and int8 only.",
+  "Type of the weights or vectors; the smaller types round merged adapters. --format=onnx has float32 and int8, "
+  "label-vectors float32 and float16, peft float32.",
 )
 _MAX_SHARD_SIZE = flags.DEFINE_string(
   "max_shard_size", "5GB", "Maximum size of one file of weights, such as 500MB or 5GB."

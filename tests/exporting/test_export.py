@@ -1,16 +1,17 @@
 """Exported models compute the same in transformers, PEFT, sentence-transformers and ONNX Runtime as here."""
 
 import dataclasses
-import functools
 import json
-import re
+import os
 import shutil
+import stat
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
-import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
@@ -20,24 +21,21 @@ import transformers
 
 from configs.common import base_config, use_encoder
 from configs.encoders import ENCODERS
-from tests.helpers import tiny_encoders
 from tests.helpers.miniature import WORDS
-from tests.helpers.miniature_runs import load_config, run_commands, shrink, write_encoder
-from tests.helpers.tiny_tokenizers import END_OF_TEXT, write_byte_bpe
+from tests.helpers.miniature_runs import load_config, run_commands
+from tests.helpers.tiny_workdirs import exported, tiny_config, write_info, write_workdir
+import vixml_jax
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.exporting import export
+from vixml_jax.exporting.peft_folder import base_name
 from vixml_jax.files import sha256_of_file
-from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.trained_encoder import load_trained_encoder
 from vixml_jax.models.lora import split_lora
 from vixml_jax.models.parameters import join_params
 from vixml_jax.run import configuration
-from vixml_jax.run.checkpoint import Checkpoint, Checkpointer, checkpoint_id, provenance
 from vixml_jax.run.from_config import model_from_config
-from vixml_jax.run.state import TrainState
-from vixml_jax.search.label_index_files import IndexContents, write_index
-from vixml_jax.weights import engine, hf_config, source, tables
+from vixml_jax.weights import engine, hf_config, tables
 
 # PEFT reads a property of transformers by its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -47,71 +45,6 @@ TEXTS = [" ".join(WORDS[i % 50 : i % 50 + 1 + i % 7]) for i in range(20)] + ["cl
 TOKENS = [5, 17, 2, 9, 33, 8]
 ADAPTED = "qwen2.5-0.5b"  # Frozen in bfloat16, with adapters; a template of two phrases and eos.
 KINDS = ("minilm-l6", "distilbert", ADAPTED, "qwen3-0.6b", "llama-3.2-1b")
-
-
-def tiny_config(folder, encoder):
-  """Returns a config whose encoder and tokenizer are in `folder`, for texts of at most 16 tokens and early fusion."""
-  encoder, _, images = encoder.partition(",images=")
-  config = shrink(load_config("custom", f"encoder={encoder},images={images or 0}"), folder, folder)
-  config.features.dim = 6
-  if encoder == "qwen3-0.6b":  # Trained without adapters, bidirectional, and pooled at the final eos.
-    config.encoder.update(dict(lora_rank=0, param_dtype="float32", bidirectional=True, pooling="last"))
-  if encoder == "llama-3.2-1b":  # This tokenizer puts a token before every text.
-    config.encoder.vocab_size = 400
-    config.prompt.eos = END_OF_TEXT
-    shutil.rmtree(config.encoder.pretrained)
-    write_encoder(folder / "encoder", config.encoder)
-    write_byte_bpe(folder / "encoder", begin="<begin>")
-  base = transformers.AutoModel.from_pretrained(config.encoder.pretrained)
-  tiny_encoders.randomize(base, 3)
-  base.save_pretrained(config.encoder.pretrained)
-  return config
-
-
-def write_workdir(folder, config):
-  """Writes what training writes, with random values for the trained parameters."""
-  folder.mkdir()
-  config.train.free_vectors = 8
-  configuration.write(config, folder / "config.json")
-  definition = model_from_config(config)
-  rng = np.random.default_rng(0)
-
-  def draw(path, leaf):
-    noise = rng.normal(size=leaf.shape).astype(np.float32)
-    return jnp.asarray(1 + 0.1 * noise if path[-1].key == "scale" else 0.2 * noise, leaf.dtype)
-
-  params = jax.tree_util.tree_map_with_path(draw, definition.split(definition.shapes)[0])
-  one = jnp.zeros(1)
-  meta = provenance("data", source.weight_hashes(config.encoder.pretrained)) | {"config": config.to_dict()}
-  with Checkpointer(folder / "checkpoints", 1) as checkpointer:
-    checkpointer.save(5, Checkpoint(TrainState(one, params, one, one, jnp.zeros((24, 32)), jnp.zeros(24)), None, meta))
-  shutil.copytree(config.encoder.pretrained, folder / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
-  write_info(folder)
-  return folder
-
-
-def write_info(workdir):
-  hashes = {path.name: sha256_of_file(path) for path in (workdir / "tokenizer").iterdir()}
-  (workdir / "inference.json").write_text(json.dumps({"tokenizer_sha256": hashes, "image_features": None}))
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-  """Function that restores an encoder by name, from a workdir that the first call writes."""
-
-  @functools.cache
-  def encoder(name):
-    folder = tmp_path_factory.mktemp("made")
-    return load_trained_encoder(
-      write_workdir(folder / "run", tiny_config(folder, name)), sharding.make_mesh(devices=jax.devices()[:1])
-    )
-
-  return encoder
-
-
-def exported(workdir, kind, folder, **options):
-  export.export(workdir, kind, folder, **options)
-  return folder
 
 
 def hidden(model, tokens):
@@ -131,17 +64,9 @@ def our_hidden(encoder, tokens):
   return run(params)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "minilm-l6,images=3"])
-def test_sentence_transformers_give_the_embeddings_of_packed_texts(kind, encoders, tmp_path):
-  encoder = encoders(kind)
-  model = SentenceTransformer(str(exported(encoder.workdir, "sentence-transformers", tmp_path / "out")), device="cpu")
-  found = model.encode(TEXTS, batch_size=7)
-  wanted = encoder.embed(TEXTS)
-  np.testing.assert_allclose(found, wanted, atol=2e-5)
-  assert (found * wanted).sum(1).min() > 0.99999
-  assert (wanted @ wanted.T)[np.triu_indices(20, 1)].min() < 0.9  # Different texts have different embeddings.
-  # Queries and documents have the same embeddings: no prompt is needed.
-  np.testing.assert_array_equal(model.encode_query(TEXTS[:3]), model.encode_document(TEXTS[:3]))
+def sentence_embeddings(folder, texts):
+  """Returns what sentence-transformers computes."""
+  return SentenceTransformer(str(folder), device="cpu").encode(texts).astype(np.float32)
 
 
 def onnx_embeddings(folder, texts):
@@ -158,6 +83,19 @@ def onnx_embeddings(folder, texts):
   return session.run(info["outputs"][:1], dict(zip(info["inputs"], inputs, strict=True)))[0]
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "minilm-l6,images=3"])
+def test_sentence_transformers_give_the_embeddings_of_packed_texts(kind, encoders, tmp_path):
+  encoder = encoders(kind)
+  model = SentenceTransformer(str(exported(encoder.workdir, "sentence-transformers", tmp_path / "out")), device="cpu")
+  found = model.encode(TEXTS, batch_size=7)
+  wanted = encoder.embed(TEXTS)
+  np.testing.assert_allclose(found, wanted, atol=2e-5)
+  assert (found * wanted).sum(1).min() > 0.99999
+  assert (wanted @ wanted.T)[np.triu_indices(20, 1)].min() < 0.9  # Different texts have different embeddings.
+  # Queries and documents have the same embeddings: no prompt is needed.
+  np.testing.assert_array_equal(model.encode_query(TEXTS[:3]), model.encode_document(TEXTS[:3]))
+
+
 @pytest.mark.parametrize("kind", ["minilm-l6", "distilbert", "minilm-l6,images=3"])
 def test_onnx_models_give_the_embeddings_of_packed_texts(kind, encoders, tmp_path, caplog):
   pytest.importorskip("onnx")
@@ -172,26 +110,87 @@ def test_onnx_models_give_the_embeddings_of_packed_texts(kind, encoders, tmp_pat
   assert [(folder / name).exists() for folder, name in ((exact, "model.onnx"), (rounded, "model_int8.onnx"))]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_the_readme_of_an_onnx_folder_runs(dtype, texts_only, tmp_path, monkeypatch):
-  pytest.importorskip("onnxruntime")
-  folder = exported(texts_only.workdir, "onnx", tmp_path / "out", dtype=dtype)
-  readme = (folder / "README.md").read_text()
-  monkeypatch.chdir(folder)
-  names = {}
-  exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], names)
-  wanted = load_predictor(texts_only.workdir).encode(["arrow up", "cloud"])
-  assert (names["embeddings"] * wanted).sum(1).min() > 0.98
-  cosine = json.loads((folder / "onnx.json").read_text())["cosine_to_float32"]
-  assert (dtype == "int8") == (cosine is not None) == ("texts of labels, the cosine" in readme)
-  assert max(map(len, readme.splitlines())) <= 120
+@pytest.mark.parametrize(
+  "kind,dtype,message",
+  [
+    ("onnx", "bfloat16", "--dtype=bfloat16: --format=onnx has float32 and int8; use one of them"),
+    ("hf", "int8", "--dtype=int8: --format=hf has float32 and bfloat16 and float16; use one of them"),
+    ("peft", "float16", "--dtype=float16: --format=peft has float32; use it"),
+    ("label-vectors", "bfloat16", "--dtype=bfloat16: --format=label-vectors has float32 and float16"),
+    (
+      "embeddings",
+      "float32",
+      "--format=embeddings: is unknown; use one of hf, peft, sentence-transformers, onnx, label",
+    ),
+  ],
+)
+def test_an_unknown_format_or_a_dtype_that_it_lacks_is_refused(kind, dtype, message, tmp_path):
+  with pytest.raises(InputError, match=message):
+    export.export(tmp_path, kind, tmp_path / "out", dtype=dtype)
+  assert not list(tmp_path.iterdir())
 
 
-def test_a_dtype_that_a_format_lacks_is_refused(tmp_path):
-  with pytest.raises(InputError, match="--dtype=bfloat16: --format=onnx has float32 and int8; use one of them"):
-    export.export(tmp_path, "onnx", tmp_path / "out", dtype="bfloat16")
-  with pytest.raises(InputError, match="--dtype=int8: only --format=onnx has it"):
-    export.export(tmp_path, "hf", tmp_path / "out", dtype="int8")
+@pytest.mark.parametrize("kind,encoder", [("hf", "minilm-l6"), ("peft", ADAPTED)])
+def test_the_permissions_of_all_files_are_those_of_the_umask(kind, encoder, encoders, tmp_path):
+  workdir, former = encoders(encoder).workdir, os.umask(0o027)
+  try:
+    folder = exported(workdir, kind, tmp_path / "out")
+  finally:
+    os.umask(former)
+  assert {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()} == {0o640}
+
+
+def test_loading_prints_nothing(encoders, tmp_path):
+  """In a process of its own: transformers writes to streams that pytest replaces."""
+  folders = [
+    exported(encoders(name).workdir, kind, tmp_path / name / kind)
+    for name in ("minilm-l6", "distilbert", ADAPTED)
+    for kind in ("hf", "sentence-transformers")
+  ]
+  code = (
+    "import sys, transformers, sentence_transformers\n"
+    "transformers.utils.logging.disable_progress_bar()\n"
+    "for hf, other in zip(sys.argv[1::2], sys.argv[2::2]):\n"
+    "  transformers.AutoModel.from_pretrained(hf), transformers.AutoTokenizer.from_pretrained(hf)\n"
+    "  sentence_transformers.SentenceTransformer(other, device='cpu')\n"
+  )
+  result = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)
+  assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def check_ranks(name, found, wanted, labels, cosine, shared):
+  """Prints and checks the cosine of embeddings to ours, and the share of the ten nearest labels that are the same."""
+  found = found / np.linalg.norm(found, axis=1, keepdims=True)
+  least = (found * wanted).sum(1).min()
+  top = [np.argsort(-(rows @ labels.T), axis=1)[:, :10] for rows in (found, wanted)]
+  same = np.mean([len({*theirs} & {*ours}) / len(ours) for theirs, ours in zip(*top, strict=True)])
+  print(f"{name}: cosine at least {least:.6f}, {same:.1%} of the top ten are ours")
+  assert least >= cosine and same >= shared
+
+
+def transformers_embeddings(folder, texts):
+  """Returns the mean over the tokens that transformers computes."""
+  tokenizer, model = transformers.AutoTokenizer.from_pretrained(folder), transformers.AutoModel.from_pretrained(folder)
+  rows = [tokenizer(text, truncation=True, max_length=16)["input_ids"] for text in texts]
+  return np.stack([hidden(model, row).mean(0) for row in rows])
+
+
+@pytest.mark.parametrize(
+  "kind,dtype,encode,cosine,shared",
+  [
+    ("hf", "float32", transformers_embeddings, 0.99999, 0.99),
+    ("sentence-transformers", "float32", sentence_embeddings, 0.99999, 0.99),
+    ("sentence-transformers", "float16", sentence_embeddings, 0.9999, 0.95),
+    ("onnx", "float32", onnx_embeddings, 0.99999, 0.99),
+    ("onnx", "int8", onnx_embeddings, 0.98, 0.8),
+  ],
+)
+def test_every_format_ranks_labels_as_the_trained_encoder(kind, dtype, encode, cosine, shared, texts_only, tmp_path):
+  if kind == "onnx":
+    pytest.importorskip("onnx")
+  texts, labels = [query["title"] for query in texts_only.queries], texts_only.embeddings("labels")
+  found = encode(exported(texts_only.workdir, kind, tmp_path / "out", dtype=dtype), texts)
+  check_ranks(f"{kind} {dtype}", found, vixml_jax.load(texts_only.workdir).encode(texts), labels, cosine, shared)
 
 
 def test_a_quantized_base_is_exported_as_the_weights_that_it_was_trained_with(tmp_path, caplog):
@@ -226,8 +225,7 @@ def test_automodel_loads_the_encoder_with_its_adapters_merged(kind, encoders, tm
   encoder = encoders(kind)
   folder = exported(encoder.workdir, "hf", tmp_path / "out")
   model, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
-  assert not report["mismatched_keys"] and not report["unexpected_keys"]
-  assert not [name for name in report["missing_keys"] if "pooler" not in name]
+  assert not report["mismatched_keys"] and not report["unexpected_keys"] and not report["missing_keys"]
   np.testing.assert_allclose(hidden(model, TOKENS), our_hidden(encoder, TOKENS), atol=2e-5)
   ids = transformers.AutoTokenizer.from_pretrained(folder)("cloud sun")["input_ids"]
   assert ids == list(encoder.tokenizer.uncut("cloud sun"))  # The template is not applied.
@@ -295,8 +293,8 @@ def test_large_weights_are_several_files_of_the_dtype_wanted(encoders, tmp_path)
   assert model.dtype == torch.bfloat16
   wanted = load_file(whole / "model.safetensors")
   for name, tensor in model.state_dict().items():
-    if "pooler" not in name:
-      np.testing.assert_array_equal(tensor.float(), wanted[name].astype(jnp.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(tensor.float(), wanted[name].astype(jnp.bfloat16).astype(np.float32))
+    assert tensor.any() != ("pooler" in name)
 
 
 def test_peft_puts_the_adapters_onto_their_base(encoders, tmp_path):
@@ -311,16 +309,20 @@ def test_peft_puts_the_adapters_onto_their_base(encoders, tmp_path):
   np.testing.assert_allclose(hidden(model, TOKENS), wanted, atol=2e-5)
   with model.disable_adapter():
     assert np.abs(hidden(model, TOKENS) - wanted).max() > 0.3
+  items = exported(encoder.workdir, "sentence-transformers", tmp_path / "items")  # Its tokenizer makes whole items.
+  tokenizer = transformers.AutoTokenizer.from_pretrained(items)
+  found = np.stack([hidden(model, tokenizer(text, truncation=True)["input_ids"]).mean(0) for text in TEXTS])
+  check_ranks("peft float32", found, encoder.embed(TEXTS), encoder.embed(TEXTS), cosine=0.99999, shared=0.98)
   assert (folder / "tokenizer.json").is_file()
 
 
 def test_the_base_of_adapters_is_named_as_peft_looks_for_it(tmp_path, monkeypatch):
-  assert export.base_name("Qwen/Qwen3-0.6B@ab12") == ("Qwen/Qwen3-0.6B", "ab12")
-  assert export.base_name("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", None)
+  assert base_name("Qwen/Qwen3-0.6B@ab12") == ("Qwen/Qwen3-0.6B", "ab12")
+  assert base_name("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", None)
   (tmp_path / "base").mkdir()
   (tmp_path / "base" / "config.json").write_text("{}")
   monkeypatch.chdir(tmp_path)
-  assert export.base_name("base") == (str(tmp_path / "base"), None)
+  assert base_name("base") == (str(tmp_path / "base"), None)
 
 
 @pytest.mark.parametrize(
@@ -358,28 +360,6 @@ def test_a_format_that_cannot_represent_the_model_is_refused(kind, encoder, valu
   with pytest.raises(InputError, match=message):
     export.export(tmp_path / "run", kind, tmp_path / "out")
   assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_embeddings_are_the_labels_that_the_index_has(encoders, tmp_path):
-  workdir = shutil.copytree(encoders("minilm-l6").workdir, tmp_path / "run")
-  rng = np.random.default_rng(0)
-  prototypes = rng.normal(size=(24, 32)).astype(np.float32)
-  texts, uids = [f"name {i} \u00e4" for i in range(24)], [f"label/{i}" for i in range(24)]
-  deleted = np.isin(np.arange(24), [0, 7, 23])
-  contents = IndexContents(prototypes, texts, uids, np.zeros(24, np.int32), np.zeros((8, 32)), deleted)
-  write_index(workdir / "index", contents, checkpoint=checkpoint_id(workdir / "checkpoints", 5), search="exact")
-  (tmp_path / "blocks").mkdir()
-  export.export_embeddings(workdir, tmp_path / "blocks", labels_at_once=5)
-  for folder in (exported(workdir, "embeddings", tmp_path / "out"), tmp_path / "blocks"):
-    np.testing.assert_array_equal(np.load(folder / "labels.npy"), prototypes[~deleted])
-    table = pq.read_table(folder / "labels.parquet").to_pydict()
-    kept = np.flatnonzero(~deleted).tolist()
-    assert table["id"] == kept
-    assert table["uid"] == [uids[i] for i in kept] and table["text"] == [texts[i] for i in kept]
-    np.testing.assert_array_equal(np.asarray(table["embedding"], np.float32), prototypes[~deleted])
-  write_index(workdir / "index", contents, checkpoint={"step": 4, "sha256": "0" * 64}, search="exact")
-  with pytest.raises(InputError, match="was made from another checkpoint"):
-    export.export(workdir, "embeddings", tmp_path / "other")
 
 
 def test_a_trained_encoder_embeds_elsewhere_as_evaluation_did(texts_only, tmp_path):

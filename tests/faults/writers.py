@@ -350,19 +350,19 @@ def _workdir(folder: Path) -> None:
   workdir = folder.parent / "run"
   with Checkpointer(workdir / "checkpoints", 1) as checkpointer:
     checkpointer.save(3, Checkpoint(_STATE, None, {"step": 3}))
+  configuration.write(_config(10), workdir / "config.json")
   write_index(
     workdir / "index", index_contents(12), checkpoint=checkpoint_id(workdir / "checkpoints", 3), search="exact"
   )
 
 
 def _export(folder: Path) -> None:
-  export(folder.parent / "run", "embeddings", folder / "out")
+  export(folder.parent / "run", "label-vectors", folder / "out")
 
 
 def _read_export(folder: Path) -> list[str] | None:
   if not (folder / "out").exists():
     return None
-  assert np.load(folder / "out" / "labels.npy").shape == (12, 8)
   assert pq.read_table(folder / "out" / "labels.parquet").num_rows == 12
   return files_of(folder / "out")
 

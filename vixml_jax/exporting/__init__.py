@@ -1,1 +1,1 @@
-"""Export of trained encoders and label embeddings to the formats of other libraries."""
+"""Export of trained encoders and label vectors to the formats of other libraries."""

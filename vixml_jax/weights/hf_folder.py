@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -101,11 +102,12 @@ def save_pretrained(
   table: Table,
   dtype: str | None = None,
   max_shard_bytes: int = 5 * 10**9,
+  zeros: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> None:
   """Writes `config.json` and the weights as safetensors, which `transformers.AutoModel` loads.
 
   Weights of more than `max_shard_bytes` are written to several files with an index. At most one file is held in memory.
-  Tensors that the table ignores, such as BERT's pooler, are not written.
+  Of the tensors that the table ignores, such as BERT's pooler, only those in `zeros` are written.
 
   Args:
     params: Nested dict of arrays as `load_pretrained` returns it, or of objects that `engine.Inverse` accepts.
@@ -114,6 +116,7 @@ def save_pretrained(
     table: Table of the architecture that `config` names.
     dtype: Dtype of all tensors in the files; None to keep the dtypes of the parameters.
     max_shard_bytes: Maximum number of bytes of a file, unless one tensor has more.
+    zeros: Names and shapes of further tensors, which are written as zeros.
 
   Raises:
     InputError: If `config` is for another architecture, or the parameters do not fit the table.
@@ -126,17 +129,19 @@ def save_pretrained(
   source = engine.Inverse(table, params)
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  _write_shards(source, folder, dtype, max_shard_bytes)
+  _write_shards(source, zeros, folder, dtype, max_shard_bytes)
   (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shards(source: engine.Inverse, folder: Path, dtype: str | None, max_bytes: int) -> None:
+def _write_shards(
+  source: engine.Inverse, zeros: Mapping[str, tuple[int, ...]], folder: Path, dtype: str | None, max_bytes: int
+) -> None:
   """Writes one file, or several files and their index, in the format of Hugging Face."""
   size = np.dtype(dtype or np.float32).itemsize  # Without `dtype`, no tensor is wider than float32.
   shards: list[list[str]] = []
   free = 0
-  for name in source.names():
-    needed = math.prod(source.shape(name)) * size
+  for name in (*source.names(), *zeros):
+    needed = math.prod(zeros[name] if name in zeros else source.shape(name)) * size
     if needed > free:
       shards.append([])
       free = max_bytes
@@ -149,7 +154,7 @@ def _write_shards(source: engine.Inverse, folder: Path, dtype: str | None, max_b
   )
   total = 0
   for file, names in zip(files, shards, strict=True):
-    tensors = {name: source.read(name) for name in names}
+    tensors = {name: np.zeros(zeros[name], np.float32) if name in zeros else source.read(name) for name in names}
     if dtype is not None:
       tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     total += sum(tensor.nbytes for tensor in tensors.values())
