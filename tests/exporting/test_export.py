@@ -24,12 +24,12 @@ from configs.encoders import ENCODERS
 from tests.helpers.miniature import WORDS
 from tests.helpers.miniature_runs import load_config, run_commands
 from tests.helpers.tiny_workdirs import exported, tiny_config, write_info, write_workdir
-import vixml_jax
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.exporting import export
 from vixml_jax.exporting.peft_folder import base_name
 from vixml_jax.files import sha256_of_file
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.trained_encoder import load_trained_encoder
 from vixml_jax.models.lora import split_lora
 from vixml_jax.models.parameters import join_params
@@ -190,7 +190,7 @@ def test_every_format_ranks_labels_as_the_trained_encoder(kind, dtype, encode, c
     pytest.importorskip("onnx")
   texts, labels = [query["title"] for query in texts_only.queries], texts_only.embeddings("labels")
   found = encode(exported(texts_only.workdir, kind, tmp_path / "out", dtype=dtype), texts)
-  check_ranks(f"{kind} {dtype}", found, vixml_jax.load(texts_only.workdir).encode(texts), labels, cosine, shared)
+  check_ranks(f"{kind} {dtype}", found, load_predictor(texts_only.workdir).encode(texts), labels, cosine, shared)
 
 
 def test_a_quantized_base_is_exported_as_the_weights_that_it_was_trained_with(tmp_path, caplog):

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers.tiny_workdirs import exported
-import vixml_jax
 from vixml_jax.errors import InputError
 from vixml_jax.exporting.label_vectors import write_label_vectors
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.run.checkpoint import checkpoint_id
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.label_index_files import IndexContents, write_index
@@ -80,7 +80,7 @@ def test_the_best_labels_of_the_queries_are_those_of_the_index(texts_only, tmp_p
 
 def test_vectors_and_encoded_queries_rank_as_predict_does(texts_only, tmp_path):
   table = pq.read_table(exported(texts_only.workdir, "label-vectors", tmp_path / "out") / "labels.parquet")
-  predictor, texts = vixml_jax.load(texts_only.workdir), [query["title"] for query in texts_only.queries]
+  predictor, texts = load_predictor(texts_only.workdir), [query["title"] for query in texts_only.queries]
   scores = predictor.encode(texts) @ vectors_of(table).T
   uids = table["uid"].to_pylist()
   for row, answer in zip(scores, predictor.predict(texts, k=10), strict=True):

@@ -11,10 +11,10 @@ import pytest
 from configs.encoders import ENCODERS
 from tests.helpers.miniature_runs import load_config
 from tests.helpers.tiny_workdirs import exported
-import vixml_jax
 from vixml_jax.errors import InputError
 from vixml_jax.exporting.licenses import BASES, PACKAGES
 from vixml_jax.exporting.model_card import COLUMNS, base_on_hub, write_model_card
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.run import configuration
 
 QUERIES = ["arrow up", "cloud"]  # Those of the cards.
@@ -84,7 +84,7 @@ def test_the_code_of_the_card_gives_the_embeddings_of_the_trained_encoder(kind, 
   kind, _, dtype = kind.partition(" ")
   card = card_of(texts_only.workdir, kind, tmp_path, dtype=dtype or "float32")
   names = run_code(card, tmp_path / "out", monkeypatch)
-  wanted = vixml_jax.load(texts_only.workdir).encode(QUERIES)
+  wanted = load_predictor(texts_only.workdir).encode(QUERIES)
   found = np.asarray(names["embeddings"])
   if dtype:
     assert (found * wanted).sum(1).min() > 0.98

@@ -9,7 +9,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from tests.helpers.repository import ROOT
-import vixml_jax
+from vixml_jax.inference.loading import load_predictor
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_texts_images_and_both_have_our_embeddings(example, with_images, tmp_pat
     ({"text": text, "image": images[0]}, {"title": text, "images": images[:1]}),
     ({"text": text, "image": images}, {"title": text, "images": images}),
   ]
-  wanted = vixml_jax.load(with_images.workdir, **options).encode([ours for _, ours in given])
+  wanted = load_predictor(with_images.workdir, **options).encode([ours for _, ours in given])
   assert model.get_embedding_dimension() == wanted.shape[1]
   found = model.encode([theirs for theirs, _ in given])  # A batch of several kinds.
   cosines = (found * wanted).sum(1)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.helpers.repository import ROOT
 from tests.helpers.tiny_workdirs import exported
-import vixml_jax
+from vixml_jax.inference.loading import load_predictor
 from vixml_jax.run.checkpoint import checkpoint_id
 from vixml_jax.search.label_index_files import IndexContents, write_index
 
@@ -89,7 +89,7 @@ def test_pgvector_has_the_labels_and_the_ten_best_of_each_query(dtype, pgvector,
 def test_pgvector_ranks_as_predict_does(pgvector, texts_only, tmp_path):
   module, connection = pgvector
   module.load(connection, exported(texts_only.workdir, "label-vectors", tmp_path / "out"), TABLE)
-  predictor, texts = vixml_jax.load(texts_only.workdir), [query["title"] for query in texts_only.queries]
+  predictor, texts = load_predictor(texts_only.workdir), [query["title"] for query in texts_only.queries]
   for vector, labels in zip(predictor.encode(texts), predictor.predict(texts, k=10), strict=True):
     check_answer(module.search(connection, TABLE, vector, 10, exact=True), labels)
 
@@ -136,7 +136,7 @@ def test_qdrant_ranks_as_predict_does(texts_only, tmp_path):
   module = script("qdrant", "qdrant_client")
   client = module.QdrantClient(":memory:")
   module.load(client, exported(texts_only.workdir, "label-vectors", tmp_path / "out"), "labels")
-  predictor, texts = vixml_jax.load(texts_only.workdir), [query["title"] for query in texts_only.queries]
+  predictor, texts = load_predictor(texts_only.workdir), [query["title"] for query in texts_only.queries]
   for vector, labels in zip(predictor.encode(texts), predictor.predict(texts, k=10), strict=True):
     check_answer(module.search(client, "labels", vector.tolist(), 10), labels)
 
