@@ -84,4 +84,4 @@ def test_vectors_and_encoded_queries_rank_as_predict_does(texts_only, tmp_path):
   scores = predictor.encode(texts) @ vectors_of(table).T
   uids = table["uid"].to_pylist()
   for row, answer in zip(scores, predictor.predict(texts, k=10), strict=True):
-    np.testing.assert_allclose([row[uids.index(label.uid)] for label in answer], np.sort(row)[::-1][:10], atol=1e-5)
+    np.testing.assert_allclose([row[uids.index(label.label)] for label in answer], np.sort(row)[::-1][:10], atol=1e-5)

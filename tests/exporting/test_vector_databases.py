@@ -97,7 +97,7 @@ def test_pgvector_ranks_as_predict_does(pgvector, texts_only, tmp_path):
 def check_answer(found, labels):
   """Checks uids and scores of an answer. Labels whose scores are equal to five digits may change places."""
   np.testing.assert_allclose([score for _, score in found], [label.score for label in labels], atol=1e-5)
-  scores = {label.uid: label.score for label in labels}
+  scores = {label.label: label.score for label in labels}
   last = labels[-1].score
   assert all(abs(scores.get(uid, last) - score) < 1e-5 for uid, score in found)
 
