@@ -157,11 +157,11 @@ class LocalStore:
     with writing(self._folder):
       for name in (RECORDS, PARTS):
         make_folder(self._folder / name)
-    if not (self._folder / JOB).exists():
-      with self.work() as work:
-        write_json(work / JOB, settings)
-        (work / JOB).replace(self._folder / JOB)
-        sync_folder(self._folder)
+      if not (self._folder / JOB).exists():
+        with self.work() as work:
+          write_json(work / JOB, settings)
+          (work / JOB).replace(self._folder / JOB)
+          sync_folder(self._folder)
 
   @contextlib.contextmanager
   def work(self) -> Iterator[Path]:
@@ -242,7 +242,7 @@ class LocalStore:
 
   def remove(self) -> None:
     """See `PartStore`."""
-    if self._folder.exists():
+    if self._folder.exists() or not self._root.exists():  # Of a removal that was interrupted, the name is changed.
       remove_folder(self._folder if self.former_jobs() else self._root)
 
   def _publish_others(self, others: dict[str, Path | None], statistics: dict[str, Any]) -> None:
