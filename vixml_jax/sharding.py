@@ -13,28 +13,25 @@ an array that map to one mesh axis, are errors. The module is long because no ot
 from collections.abc import Callable, Sequence
 import contextlib
 import functools
-import logging
 import math
 import os
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 import numpy as np
 
+from vixml_jax.device_slices import devices_over_slices
 from vixml_jax.errors import InputError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-_log = logging.getLogger(__name__)
 
 MESH_AXES = ("data", "fsdp", "tensor")
 _ROWS = ("data", "fsdp")
 _ROW_MULTIPLE = 1024
-# Kinds of chips of which a mesh axis may be a part of an axis of the slice, as in `jax.make_mesh`.
-_SPLITTABLE = ("TPU v5 lite", "TPU v5e")
 
 # Logical axis -> mesh axes.
 RULES: dict[str, tuple[str, ...]] = {
@@ -94,7 +91,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
   sizes, types = mesh_sizes(data, fsdp, tensor, len(devices)), (AxisType.Auto,) * 3
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices > 1:
-    return Mesh(_over_slices(sizes, slices, devices), MESH_AXES, axis_types=types)
+    return Mesh(devices_over_slices(sizes, slices, devices), MESH_AXES, axis_types=types)
   return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
 
 
@@ -121,33 +118,6 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int,
       + f" does not equal the number of devices, {count}; change mesh.data, mesh.fsdp or mesh.tensor"
     )
   return sizes["data"], sizes["fsdp"], sizes["tensor"]
-
-
-def _over_slices(sizes: tuple[int, int, int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
-  """Returns the devices of several slices in the order of a mesh, in which each slice is one block."""
-  data, fsdp, tensor = sizes
-  over_data = math.gcd(data, slices)
-  over_fsdp = slices // over_data
-  if fsdp % over_fsdp:
-    raise InputError(
-      f"mesh: {slices} slices cannot be divided along data={data} and fsdp={fsdp}, and tensor must stay within a "
-      f"slice; make mesh.data a multiple of {slices}"
-    )
-  if over_fsdp > 1:
-    _log.warning(
-      "mesh.data=%d is not a multiple of the %d slices, so parameters are gathered over the data center network; "
-      "mesh.data=%d is faster",
-      data,
-      slices,
-      slices,
-    )
-  inside = (data // over_data, fsdp // over_fsdp, tensor)
-  try:
-    return mesh_utils.create_hybrid_device_mesh(
-      inside, (over_data, over_fsdp, 1), devices, allow_split_physical_axes=devices[0].device_kind in _SPLITTABLE
-    )
-  except ValueError as error:  # The slices do not have the same number of devices.
-    raise InputError(f"mesh: the devices of {slices} slices cannot be divided ({error})") from error
 
 
 def row_axes() -> tuple[str, ...]:
