@@ -101,7 +101,7 @@ def test_rows_are_printed_stored_and_not_computed_again(case, tmp_path, capsys, 
   config = case.config.copy_and_resolve_references()
   config.dataset.data_dir, config.eval.baselines = str(tmp_path / "data"), ("tfidf", "untrained")
   config.baselines = dict(stated={"P@1": 12.5})
-  train_and_evaluate(config.copy_and_resolve_references(), tmp_path / "one")
+  train_and_evaluate(config.copy_and_resolve_references(), tmp_path / "one", print)
   printed = capsys.readouterr().out
   # A run without training is the baseline "untrained" itself.
   assert "TF-IDF labels + neighbors" in printed and "encoder before training" not in printed and "stated" in printed

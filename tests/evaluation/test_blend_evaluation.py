@@ -44,7 +44,7 @@ def test_all_outputs_have_the_row_the_dial_and_the_calibration(trained, capsys):
   assert evaluation["blend"]["ECE"] == final["blend/ECE"] and evaluation["blend"]["reliability"]
   page = (workdir / "report.html").read_text()
   assert "The dial" in page and "reliability" in page
-  again = evaluate_workdir(configuration.read(workdir / "config.json"), workdir)
+  again = evaluate_workdir(configuration.read(workdir / "config.json"), workdir, print)
   assert {name: again[name] for name in again if name.startswith("blend/")} == {
     name: final[name] for name in final if name.startswith("blend/")
   }

@@ -43,7 +43,7 @@ def test_evaluation_prints_writes_and_reports_smaller_vectors(texts_only, tmp_pa
   config.dataset.update(dict(raw_dir=str(texts_only.raw), data_dir=str(texts_only.data)))
   config.encoder.pretrained = str(texts_only.encoder)
   config.eval.update(dict(retrieval_augmented=False, blend=False, baselines=(), small_vectors=(32, 8)))
-  final = evaluate_workdir(config, copy)
+  final = evaluate_workdir(config, copy, print)
   assert final["dims32/float32/P@1"] == final["dims32/int8/P@1"] == final["P@1"] == texts_only.final["P@1"]
   assert final["dims8/bit/bytes per label"] == 9
   shown = re.search(r"^dims8/int8 +([\d.]+) +([\d.]+) +16$", capsys.readouterr().out, re.MULTILINE)

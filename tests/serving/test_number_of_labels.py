@@ -18,6 +18,8 @@ def test_k_is_at_most_the_number_of_labels(asked, found):
     index=SimpleNamespace(num_live=3),
     predictor=SimpleNamespace(encoder=encoder, blend=None),
     labels=None,
+    rankings=SimpleNamespace(predictors={"plain": None}, default=SimpleNamespace(name="plain")),
+    explains=False,
     form=QueryFormat(("title",), 0, 0),
     reads_images=False,
   )

@@ -1,7 +1,5 @@
 """Runs with images on a miniature: evaluation with fewer images, evaluation again, fusions, an interrupted run."""
 
-import contextlib
-import io
 import json
 import shutil
 
@@ -31,10 +29,9 @@ def finished(tmp_path_factory):
   config.train.epochs = 2
   config.eval.test_images = (0, 1, 3)
   configuration.check(config)
-  printed = io.StringIO()
-  with contextlib.redirect_stdout(printed):
-    final = train_and_evaluate(config, folder / "run")
-  return config, folder / "run", final, printed.getvalue()
+  tables = []
+  final = train_and_evaluate(config, folder / "run", tables.append)
+  return config, folder / "run", final, tables[0]
 
 
 @pytest.fixture

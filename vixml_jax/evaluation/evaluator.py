@@ -83,10 +83,10 @@ class EvaluationQueries:
     return len(self.labels)
 
   def take(self, rows: np.ndarray) -> "EvaluationQueries":
-    """Returns some of the queries, by their numbers int [R]; all processes must call this together."""
-    embeddings = self.embeddings.select(rows) if isinstance(self.embeddings, ShardedRows) else self.embeddings[rows]
+    """Returns a few of the queries on the host, by their numbers int [R]; all processes must call this together."""
+    embeddings = self.embeddings.take(rows) if isinstance(self.embeddings, ShardedRows) else self.embeddings[rows]
     words = None if self.words is None else self.words[rows]
-    return EvaluationQueries(embeddings, self.labels.take(rows), self.filter.take(rows), words)
+    return EvaluationQueries(np.asarray(embeddings), self.labels.take(rows), self.filter.take(rows), words)
 
   def blocks(self, size: int) -> Iterator[tuple[np.ndarray, "EvaluationQueries"]]:
     """Yields the numbers of the queries of each block, and the block on the host."""

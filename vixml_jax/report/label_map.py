@@ -8,7 +8,7 @@ import numpy as np
 from vixml_jax.input.corpus import Corpus
 from vixml_jax.stages import stage
 
-MOST_LABELS = 1500
+MOST_LABELS = 1000
 """Number of labels on the map, the most frequent ones. The map of as many takes some seconds."""
 _FEWEST_LABELS = 5
 

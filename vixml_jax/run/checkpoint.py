@@ -208,7 +208,7 @@ class Checkpointer:
       InputError: the checkpoint does not fit the state, or is damaged.
     """
     directory = Path(self._manager.directory)
-    if not (directory / str(step) / "training").exists():
+    if not any((directory / str(step) / item).exists() for item in ("training", "mining")):
       raise InputError(
         f"{directory.parent}: was saved for inference only, so its training cannot be continued; use another --workdir"
       )

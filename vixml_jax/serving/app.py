@@ -185,12 +185,12 @@ def _add_api(app: FastAPI, answer: _Answering, limits: Limits) -> Callable[[Requ
   app.include_router(router)
 
   @app.get("/v1/models")
-  def models() -> embeddings.ModelList:
+  def models() -> embeddings.ServedModelInfoList:
     """Returns the only model of the server."""
-    return embeddings.ModelList(data=[_describe_model(_ready(engine))])
+    return embeddings.ServedModelInfoList(data=[_describe_model(_ready(engine))])
 
   @app.get("/v1/models/{name}")
-  def model(name: str) -> embeddings.Model:
+  def model(name: str) -> embeddings.ServedModelInfo:
     """Returns the model of a name."""
     served = _ready(engine)
     embeddings.check_model(name, served)
@@ -238,10 +238,10 @@ def _body(model: type) -> dict[str, Any]:
   return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
 
 
-def _describe_model(model: ServedModel) -> embeddings.Model:
+def _describe_model(model: ServedModel) -> embeddings.ServedModelInfo:
   encoder = model.predictor.encoder
   written = (encoder.workdir / CHECKPOINTS).stat().st_mtime
-  return embeddings.Model(id=model.name, created=int(written))
+  return embeddings.ServedModelInfo(id=model.name, created=int(written))
 
 
 def _add_operations(

@@ -90,6 +90,8 @@ class Rankings:
     """
     index = predictor.index
     names = {*_available(index.retrieval, index.blend)} & {*among} | {predictor.ranking}
+    if index.form.dims is not None:
+      names.discard(BLEND)  # It was fitted on all dimensions.
     predictors = {
       name: predictor if name == predictor.ranking else with_ranking(predictor, name, **settings)
       for name in RANKINGS
