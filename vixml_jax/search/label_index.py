@@ -1,4 +1,8 @@
-"""The label index: searches the labels of a trained model, on disk, and finds them by uid and by category."""
+"""The label index: searches the labels of a trained model, on disk, and finds them by uid and by category.
+
+The module is long because everything that reads or edits an index goes through its one class; the work is done in the
+modules beside it.
+"""
 
 from collections.abc import Sequence
 import functools

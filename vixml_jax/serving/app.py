@@ -185,9 +185,9 @@ def _add_api(app: FastAPI, answer: _Answering, limits: Limits) -> Callable[[Requ
   app.include_router(router)
 
   @app.get("/v1/models")
-  def models() -> embeddings.ServedModelInfoList:
+  def models() -> embeddings.ModelList:
     """Returns the only model of the server."""
-    return embeddings.ServedModelInfoList(data=[_describe_model(_ready(engine))])
+    return embeddings.ModelList(data=[_describe_model(_ready(engine))])
 
   @app.get("/v1/models/{name}")
   def model(name: str) -> embeddings.ServedModelInfo:

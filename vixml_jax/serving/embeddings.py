@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from pydantic_core import from_json, to_json
 
 from vixml_jax.inference.queries import Query
-from vixml_jax.serving.engine import QueryRequest, ServedModelInfo
+from vixml_jax.serving.engine import QueryRequest, ServedModel
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.request_error import RequestError, shortened
 from vixml_jax.serving.request_parser import check_values
@@ -101,7 +101,7 @@ class TextsToEmbed:
     return embedding.tolist()
 
 
-def parse_texts(body: bytes, model: ServedModelInfo, limits: Limits) -> TextsToEmbed:
+def parse_texts(body: bytes, model: ServedModel, limits: Limits) -> TextsToEmbed:
   """Returns the texts of the body of `POST /v1/embeddings`, tokenized.
 
   Raises:
@@ -129,7 +129,7 @@ def parse_texts(body: bytes, model: ServedModelInfo, limits: Limits) -> TextsToE
   return TextsToEmbed(queries, model.name, encoding == "base64")
 
 
-def check_model(name: Any, model: ServedModelInfo) -> None:
+def check_model(name: Any, model: ServedModel) -> None:
   """Checks the name of a model.
 
   Raises:
