@@ -64,8 +64,6 @@ def run(
       if len(argv) > 1:
         raise InputError(f"{argv[1]!r}: not a flag; flags start with --")
       messages.set_up()
-      # transformers and tensorboardX import torch where it is installed. No command needs it, and it takes two seconds.
-      sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
       _check_processes(divides)
       _join_processes()
       with reporting(ProgressBars()), progress_lines():
