@@ -11,7 +11,11 @@ from tests.helpers.documents import ROOT, Document, tracked_pages
 
 PAGES = [path.relative_to(ROOT).as_posix() for path in tracked_pages()]
 # Their blocks form one script for each section.
-EXECUTED_ELSEWHERE = {"docs/extending.md": "tests/test_extending.py", "docs/api.md": "tests/api/test_page.py"}
+EXECUTED_ELSEWHERE = {
+  "docs/extending.md": "tests/test_extending.py",
+  "docs/api.md": "tests/api/test_page.py",
+  "docs/tutorial.md": "tests/test_tutorial.py",
+}
 
 
 @pytest.mark.parametrize("page", PAGES)
