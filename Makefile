@@ -57,7 +57,7 @@ quickstart: $(VENV)/.installed $(VENV)/.installed-quickstart
 test: $(VENV)/.installed-test $(VENV)/.installed-quickstart
 	@$(PYTEST) $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.installed-test $(VENV)/.installed-quickstart
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-docs $(VENV)/.installed-quickstart
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-quickstart

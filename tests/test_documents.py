@@ -15,6 +15,7 @@ EXECUTED_ELSEWHERE = {
   "docs/extending.md": "tests/test_extending.py",
   "docs/api.md": "tests/api/test_page.py",
   "docs/serving.md": "tests/serving/test_embeddings.py",
+  "docs/tutorial.md": "tests/test_tutorial.py",
 }
 
 

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "vixml_jax"
 PROGRAMS = frozenset(
   {".", "apt-get", "cat", "cd", "curl", "docker", "echo", "export", "gcloud", "gh", "git", "head", "img2dataset", "ls"}
   | {
+    "kill",
     "make",
     "mkdir",
     "mypy",
@@ -30,6 +31,7 @@ PROGRAMS = frozenset(
     "tail",
     "vixml",
     "vixml completion",
+    "wait",
   }
   | {"kubectl", "xpk"}
 )
