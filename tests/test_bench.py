@@ -152,8 +152,15 @@ def test_rows_are_listed(capsys):
   assert [line.split()[0] for line in lines] == list(rows.NAMES)
 
 
+_SLOW = ("training_names", "lora")
+
+
 @pytest.mark.filterwarnings("ignore")  # Those of the peers.
-@pytest.mark.parametrize("name", rows.names_of("tiny"))
+@pytest.mark.parametrize(
+  "name",
+  # Training compiles three programs and takes most of the time.
+  [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in rows.names_of("tiny")],
+)
 def test_row_runs_and_its_sides_agree(name):
   row = harness.run_row(name, rows.maker(name, "tiny"), 1, 600.0, lambda cost: 1e9)
   assert not row.problem

@@ -254,6 +254,7 @@ def test_lines_of_other_processes_are_not_parsed(tmp_path):
     open_queries(path, FORM).check(1, ProcessShare(1, 2).has, lambda query: None)
 
 
+@pytest.mark.slow
 def test_commands_divide_the_work_by_their_numbers(texts_only, queries, one, tmp_path):
   model = [f"--workdir={texts_only.workdir}", f"--queries={queries}", "--batch_size=3", "--mesh=8,1,1"]
   predict = ["predict", *model, "--k=4", f"--output={tmp_path / 'top.jsonl'}"]
