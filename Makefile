@@ -76,8 +76,9 @@ types: $(VENV)/.installed-test
 	@$(BIN)/mypy --no-error-summary
 
 # The theme prints an advertisement of its successor unless told otherwise.
+# With --quiet, mkdocs would not count warnings, and strict would have no effect.
 docs: $(VENV)/.installed-docs
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build > $(VENV)/docs.log 2>&1 || { cat $(VENV)/docs.log >&2; exit 1; }
 	@echo "open site/index.html"
 
 bench: $(VENV)/.installed-bench $(VENV)/.installed-quickstart

@@ -81,7 +81,7 @@ class Dataset:
     Raises:
       InputError: The table cannot be used; the message names the row or the column.
 
-    Example:
+    Examples:
       >>> table = [{"text": "red wool socks", "labels": ["socks", "red"]}, {"text": "rain boots", "labels": ["boots"]}]
       >>> Dataset.from_table(table).num_labels
       3
@@ -115,7 +115,7 @@ class Dataset:
     Raises:
       InputError: The folder or one of its files is missing, or the name is unknown.
 
-    Example:
+    Examples:
       >>> Dataset.from_folder(raw_folder).num_labels
       24
     """
@@ -136,7 +136,7 @@ class Dataset:
     Args:
       data_dir: Folder for what is made from it.
 
-    Example:
+    Examples:
       >>> Dataset.embedded()
       Dataset('mm_icons_9k', queries=17083, test_queries=5646, labels=9527, images=True)
     """
@@ -180,7 +180,7 @@ class Dataset:
     Raises:
       InputError: The raw files are wrong, or the split is unknown.
 
-    Example:
+    Examples:
       >>> first = next(Dataset.from_folder(raw_folder).queries("train"))
       >>> first.query["title"], first.labels[:1]
       ('arrow up pen left', ['label/0'])

@@ -29,7 +29,7 @@ class Model:
   Args:
     predictor: Encoder and label index of a workdir.
 
-  Example:
+  Examples:
     >>> model = vixml_jax.load(workdir)
     >>> model
     Model('run', labels=24, ranking='plain')
@@ -96,7 +96,7 @@ class Model:
     Raises:
       InputError: A query is wrong (the message names its position from 0), or k or the ranking is.
 
-    Example:
+    Examples:
       >>> found = model.predict(["arrow circle", {"title": "sun", "deny": ["label/8"]}], k=3)
       >>> [len(labels) for labels in found]
       [3, 3]
@@ -117,7 +117,7 @@ class Model:
     Raises:
       InputError: An item is wrong; the message names its position from 0.
 
-    Example:
+    Examples:
       >>> model.encode(["arrow up", "sun"]).shape
       (2, 32)
     """
@@ -148,7 +148,7 @@ class Model:
     Raises:
       InputError: A query is wrong, or the model does not know a label; the message names the position from 0.
 
-    Example:
+    Examples:
       >>> found = model.evaluate(["arrow circle", "sun"], [["label/0"], ["label/8", "label/2"]])
       >>> sorted(found)[:4], 0 <= found["P@1"] <= 100
       (['Hit@1', 'Hit@10', 'Hit@100', 'Hit@3'], True)
@@ -174,7 +174,7 @@ class Model:
     Raises:
       InputError: A label is wrong (the message names its position from 0), or its uid exists and `replace` is False.
 
-    Example:
+    Examples:
       >>> model.add_labels([{"uid": "otter", "title": "horse fish", "positives": ["brown horse fish"]}])
       >>> model.predict(["brown horse fish"], k=1, ranking="retrieval_augmented")[0][0].label
       'otter'
@@ -198,7 +198,7 @@ class Model:
     Raises:
       InputError: A uid is unknown, or its label was deleted before; the message names its position from 0.
 
-    Example:
+    Examples:
       >>> model.delete_labels(["otter"])
       >>> model.num_labels
       24
@@ -221,7 +221,7 @@ class Model:
     Raises:
       InputError: The folder exists, or the disk is full.
 
-    Example:
+    Examples:
       >>> vixml_jax.load(model.save(tmp / "saved"))
       Model('...saved', labels=24, ranking='plain')
     """
@@ -297,7 +297,7 @@ def load(
   Raises:
     InputError: A file is missing, damaged, or of another checkpoint.
 
-  Example:
+  Examples:
     >>> vixml_jax.load(workdir, ranking="blend").ranking
     'blend'
   """

@@ -48,7 +48,7 @@ def train(
     KeyboardInterrupt: Ctrl-C; the run was saved.
     Preempted: The process received SIGTERM; the run was saved.
 
-  Example:
+  Examples:
     >>> dataset = vixml_jax.Dataset.from_folder(raw_folder, data_dir=tmp / "data")
     >>> model = vixml_jax.train(dataset, config, workdir=workdir, train__epochs=3)
     >>> model.metrics["P@1"] > 4  # Chance is 4 percent, since there are 24 labels.
