@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from configs.common import use_method
@@ -89,8 +90,8 @@ def test_a_new_label_with_the_title_of_another_gets_its_embedding_if_it_is_in_th
 
 
 def test_embeddings_and_encoder_are_exported(run, tmp_path):  # Another test may have added a label.
-  export(run.folder / "run", "embeddings", tmp_path / "embeddings")
-  exported = np.load(next((tmp_path / "embeddings").rglob("*.npy")))
+  export(run.folder / "run", "label-vectors", tmp_path / "vectors")
+  exported = np.stack(pq.read_table(tmp_path / "vectors" / "labels.parquet")["vector"].to_pylist())
   np.testing.assert_allclose(exported[: len(run.titles)], run.embeddings("labels"), atol=1e-6)
   export(run.folder / "run", "hf", tmp_path / "hf")
   assert (tmp_path / "hf" / "model.safetensors").is_file()
