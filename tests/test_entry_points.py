@@ -62,6 +62,7 @@ _CASES = {
   ),
   "unknown encoder": (("predict", "--workdir={folder}", "--encoder=int4"), "--encoder=int4"),
   "no workdir to serve": (("serve",), "--workdir"),
+  "no such workdir to serve": (("serve", "--workdir={folder}/nothing"), "{folder}/nothing: no such folder"),
   "unknown rankings": (("serve", "--workdir={folder}", "--rankings=plain,best"), "--rankings=plain,best"),
   "ranking that is not offered": (
     ("serve", "--workdir={folder}", "--ranking=blend", "--rankings=plain"),

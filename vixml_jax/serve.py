@@ -81,7 +81,9 @@ def main() -> None:
 
   if jax.process_count() > 1:
     raise InputError("--distributed: serve runs in one process; start one on each machine")
-  cli.required(_MODEL.workdir)
+  workdir = cli.required(_MODEL.workdir)
+  if "://" not in workdir and not Path(workdir).is_dir():  # Before the server listens.
+    raise InputError(f"{workdir}: no such folder; set --workdir to the folder of a run")
   sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)
   try:
     from vixml_jax.serving import access, request_log, tracing
