@@ -9,6 +9,7 @@ from tests.faults.disk import Disk, Killed, installed
 from tests.faults.writers import WRITERS
 from tests.helpers.damage import DAMAGES, files_of
 from vixml_jax.errors import InputError
+from vixml_jax.inference.part_store import RECORDS
 from vixml_jax.manifest import MANIFEST
 from vixml_jax.run.checkpoint import Checkpointer
 
@@ -110,7 +111,7 @@ def test_damaged_parts_of_predict_are_answered_again(tmp_path, record_property):
   writer.start(whole)
   with pytest.raises(Killed), installed(Disk(whole, "kill", count // 2)):
     writer.write(whole)
-  assert len(list((whole / "out" / "top.jsonl.partial").glob("done-*"))) > 1
+  assert len(list((whole / "out" / "top.jsonl.partial").glob(f"*/{RECORDS}/*"))) > 1
   for folder, name, kind in damaged_copies(whole, tmp_path / "work"):
     if name == "q.jsonl":
       continue
