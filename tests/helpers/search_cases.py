@@ -65,6 +65,18 @@ def index_contents(num_labels=NUM_LABELS, **changes):
   return IndexContents(**contents | changes)
 
 
+def filters_and_mask(index):
+  """Filters of five queries on an index without labels 4 and 6, and bool [5, L], the labels that each may have."""
+  filters = index.filters(
+    allow=[None, ["u/3", "u/4", "u/9"], None, [], ["u/2", "u/3", "u/8", "u/9"]],
+    deny=[("u/0", "u/4"), None, ["u/1"], None, ["u/9"]],
+    categories=[None, None, ["third"], None, ["even", "third"]],
+  )
+  live = set(range(NUM_LABELS)) - {4, 6}
+  permitted = [live - {0}, {3, 9}, {i for i in live if i % 3 == 0}, set(), {2, 3, 8}]
+  return filters, np.asarray([[label in row for label in range(NUM_LABELS)] for row in permitted])
+
+
 def written(folder, search="exact", **changes):
   """Writes an index and returns its folder."""
   contents = index_contents(**changes)

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from tests.helpers.damage import flip_a_bit
-from tests.helpers.search_cases import DIM, NUM_LABELS, NUM_TRAIN, brute_force, needs_scann, opened, unit, written
+from tests.helpers.search_cases import (
+  DIM,
+  NUM_LABELS,
+  NUM_TRAIN,
+  brute_force,
+  filters_and_mask,
+  needs_scann,
+  opened,
+  unit,
+  written,
+)
 from vixml_jax.errors import InputError
 from vixml_jax.search import filters as filters_module
 from vixml_jax.search.prefixes import UnitPrefixes, unit_prefix
@@ -48,15 +58,8 @@ def test_added_and_deleted_labels_change_what_is_found(tmp_path, form):
 def test_filters_equal_brute_force(tmp_path, form, gather_at_most, monkeypatch):
   monkeypatch.setattr(filters_module, "GATHER_AT_MOST", gather_at_most)
   index = opened(written(tmp_path / "index"), form=form).delete([4, 6])
-  filters = index.filters(
-    allow=[None, ["u/3", "u/4", "u/9"], None, [], ["u/2", "u/3", "u/8", "u/9"]],
-    deny=[("u/0", "u/4"), None, ["u/1"], None, ["u/9"]],
-    categories=[None, None, ["third"], None, ["even", "third"]],
-  )
+  filters, mask = filters_and_mask(index)
   _, ids = index.search(QUERIES, 5, filters)
-  live = set(range(NUM_LABELS)) - {4, 6}
-  permitted = [live - {0}, {3, 9}, {i for i in live if i % 3 == 0}, set(), {2, 3, 8}]
-  mask = np.asarray([[label in row for label in range(NUM_LABELS)] for row in permitted])
   np.testing.assert_array_equal(ids, brute_force(cut(LABELS, form), cut(QUERIES, form), 5, mask)[1])
 
 

@@ -15,9 +15,6 @@ from vixml_jax.inference.block_timings import BlockTimings
 from vixml_jax.inference.query_images import QueryImageEncoder, UnreadableImage, image_vectors
 from vixml_jax.inference.trained_encoder import TrainedEncoder
 
-DTYPES = ("float32", "float16")
-"""Types of the embeddings in files."""
-
 
 def encode_file(
   encoder: TrainedEncoder, image_encoder: QueryImageEncoder | None, batch: BatchFile, output: str, *, dtype: str
@@ -33,7 +30,7 @@ def encode_file(
     output: Path or URL of the folder to write, with a Parquet file for each block. The columns are `row` (from 0),
       `uid`, and `embedding`, a list of fixed size D and unit norm. `OUTPUT.stats.json` and `OUTPUT.bad_images.jsonl`
       are written next to it.
-    dtype: Type of the embeddings, one of `DTYPES`.
+    dtype: Type of the embeddings, "float32" or "float16".
 
   Returns:
     Statistics as for `predict_file`, of encoding only.

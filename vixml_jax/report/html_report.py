@@ -142,12 +142,10 @@ def _rows_of(name: str, group: dict[str, Any]) -> list[dict[str, Any]]:
   """Returns the plain row and, if there are some, the retrieval-augmented row and that of the blend."""
   metrics, intervals = group["metrics"], group["intervals_95"]
   rows = [{"name": name, "cells": _cells(metrics, intervals["plain"])}]
-  augmented = {key.removeprefix("RA/"): value for key, value in metrics.items() if key.startswith("RA/")}
-  if augmented:
-    rows.append({"name": RETRIEVAL, "cells": _cells(augmented, intervals["augmented"])})
-  blend = {key.removeprefix("blend/"): value for key, value in metrics.items() if key.startswith("blend/")}
-  if blend:
-    rows.append({"name": ROWS["blend"], "cells": _cells(blend, intervals["blend"])})
+  for row, prefix in _PREFIXES.items():
+    values = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+    if prefix and values:
+      rows.append({"name": ROWS[row], "cells": _cells(values, intervals[row])})
   return rows
 
 
@@ -163,7 +161,7 @@ def _all_metrics(final: dict[str, Any], intervals: dict[str, Any]) -> list[dict[
       "name": name,
       "cells": [
         {"value": final[key], "interval": intervals[row].get(name)} if key in final else None
-        for row, key in (("plain", name), ("augmented", f"RA/{name}"), ("blend", f"blend/{name}"))
+        for row, key in ((row, f"{prefix}{name}") for row, prefix in _PREFIXES.items())
       ],
     }
     for name in names

@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import logging
 from pathlib import Path
 from typing import Any, Self
@@ -18,13 +17,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-import vixml_jax
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.files import make_folder, remove_folder, sha256_of_file, writing
 from vixml_jax.manifest import MANIFEST, read_manifest, write_manifest
 from vixml_jax.run.checkpoint_arrays import restore_item, restore_items, restoring
 from vixml_jax.run.checkpoint_damage import HASHED, aside, newest_whole_step, set_aside
+from vixml_jax.run.environment import package_versions
 from vixml_jax.run.state import TrainState, model_part
 from vixml_jax.typing import Tree
 
@@ -32,7 +31,6 @@ from vixml_jax.typing import Tree
 # memory while a large state is saved.
 _FILE_BYTES = 2**28
 _MODEL_ITEMS = ("model", "meta")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +50,7 @@ class Checkpoint:
 
 def provenance(data_fingerprint: str, weights_sha256: dict[str, str]) -> dict[str, Any]:
   """Returns package versions, and the fingerprints of the data and the pretrained weights."""
-  return {
-    "packages": {name: importlib.metadata.version(name) for name in _PACKAGES} | {"vixml_jax": vixml_jax.__version__},
-    "data_fingerprint": data_fingerprint,
-    "weights_sha256": weights_sha256,
-  }
+  return {"packages": package_versions(), "data_fingerprint": data_fingerprint, "weights_sha256": weights_sha256}
 
 
 class Checkpointer:

@@ -14,11 +14,16 @@ import vixml_jax
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
 
+def package_versions() -> dict[str, str]:
+  """Returns the versions of the packages that results depend on."""
+  return {name: importlib.metadata.version(name) for name in _PACKAGES} | {"vixml_jax": vixml_jax.__version__}
+
+
 def describe_environment() -> dict[str, Any]:
   """Returns JSON: versions of packages, revision of the source, devices, host, and the flags of XLA."""
   device = jax.devices()[0]
   return {
-    "packages": {"vixml_jax": vixml_jax.__version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+    "packages": package_versions(),
     "python": platform.python_version(),
     "revision": source_revision(),
     "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
