@@ -148,6 +148,9 @@ def base_config() -> ConfigDict:
       retrieval_choose=False,  # Whether lambda and temperature are chosen on the validation queries.
       # Whether the blend is fitted on the validation queries, evaluated and written to the label index.
       blend=False,
+      # Times that each training query is used to train classifiers of labels on its embedding, whose scores the blend
+      # reads; 0 for none, -1 for a number that suits the size of the data and the devices.
+      classifier_epochs=-1,
       # Baselines that are computed on the same split and printed below the results: "tfidf", "untrained", and "plt"
       # (needs the extra `baselines`). Their settings are chosen on the validation queries.
       baselines=(),

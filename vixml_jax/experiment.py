@@ -274,6 +274,7 @@ def _write_embeddings(
     "train_queries": evaluation.train_embeddings,
     f"{split}_queries": evaluation.queries.embeddings,
     "cluster_means": evaluation.cluster_means,
+    "classifiers": None if evaluation.blend is None else evaluation.blend.classifiers,
   }
   with stage("write embeddings"):
     if jax.process_index() == 0:
@@ -293,7 +294,8 @@ def _write_for_inference(setup: RunSetup, workdir: Path, evaluation: ModelEvalua
   if jax.process_index() == 0:
     retrieval, blend = evaluation.config.retrieval, None
     if evaluation.blend is not None:
-      blend = evaluation.blend.stored(config.dataset.propensity_a, config.dataset.propensity_b)
+      classifiers = None if evaluation.blend.classifiers is None else RowFiles(folder, "classifiers")
+      blend = evaluation.blend.stored(config.dataset.propensity_a, config.dataset.propensity_b, classifiers)
     has_queries = retrieval is not None or blend is not None
     builder = data.corpus.builder
     texts, uids = label_names(builder, data.corpus.text_fields)

@@ -50,6 +50,21 @@ def remove_shares(folder: Path, name: str) -> None:
     sync_folder(folder)
 
 
+def save_rows(path: Path, rows: "np.ndarray | RowFiles") -> None:
+  """Writes rows as one float32 array; those in files are copied block by block."""
+  if isinstance(rows, np.ndarray):
+    np.save(path, np.asarray(rows, np.float32))
+    return
+  with ArrayFile(path, np.float32, rows.shape[1:]) as file:
+    for block in rows.blocks():
+      file.append(block)
+
+
+def load_rows(rows: "np.ndarray | RowFiles") -> np.ndarray:
+  """Returns rows in memory, or memory-mapped, float32."""
+  return np.asarray(rows if isinstance(rows, np.ndarray) else rows.load(), np.float32)
+
+
 class RowFiles:
   """The rows [n, D] of all shares, read block by block.
 

@@ -92,7 +92,7 @@ def test_held_out_queries_have_no_words_in_the_index_or_the_weights(trained, mon
   only_held_out = np.setdiff1d(words.train.indices, known_columns)
   assert len(only_held_out) and len(np.unique(words.tfidf.idf[only_held_out])) == 1
   assert words.tfidf.idf[only_held_out].min() == words.tfidf.idf.max() and len(words.tfidf.idf) == NUM_COLUMNS
-  index = words.index(Ragged.from_rows([[0]] * len(known)), known)
+  index = words.index(Ragged.from_rows([[0]] * len(known)), None, known)
   assert set(np.unique(index.queries.postings.indices)) <= set(np.flatnonzero(known))
   assert index.frequencies[0] == known.sum()
 

@@ -1,9 +1,9 @@
-"""Describes each candidate of the blend by thirteen numbers."""
+"""Describes each candidate of the blend by thirteen numbers, or sixteen where labels have classifiers."""
 
 import numpy as np
 
 from vixml_jax.blend.candidates import Sources, keys_of
-from vixml_jax.ragged import Ragged
+from vixml_jax.ragged import Ragged, ranges
 
 FEATURES = (
   "prototype_score",
@@ -21,6 +21,8 @@ FEATURES = (
   "num_candidates",
 )
 """Names of the features, in the order of the columns."""
+CLASSIFIER_FEATURES = ("classifier_score", "classifier_rank", "classifier_gap")
+"""Names of three more features, where labels have classifiers."""
 
 
 def candidate_features(sources: Sources, candidates: Ragged, frequencies: np.ndarray) -> np.ndarray:
@@ -56,3 +58,22 @@ def candidate_features(sources: Sources, candidates: Ragged, frequencies: np.nda
     candidates.lengths[queries],
   ]
   return np.stack(columns, axis=1).astype(np.float32)
+
+
+def classifier_features(scores: np.ndarray, candidates: Ragged) -> np.ndarray:
+  """Returns the features of each candidate by its classifier, float32 [P, 3]; NaN for a label without one.
+
+  They are the score, its rank (from 0) among the candidates of the query, and the gap to the best of these.
+
+  Args:
+    scores: Score of each candidate by its classifier, float32 [P]; NaN for a label without one.
+    candidates: Candidates, Q rows with P labels in total.
+  """
+  queries = candidates.row_ids()
+  order = np.lexsort((-scores, queries))  # NaN is last.
+  ranks = np.empty(len(scores), np.float32)
+  ranks[order] = ranges(0, candidates.lengths)
+  ranks[np.isnan(scores)] = np.nan
+  best = np.full(len(candidates), -np.inf, np.float32)
+  np.fmax.at(best, queries, scores)
+  return np.stack([scores, ranks, best[queries] - scores], axis=1)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vixml_jax.blend.features import FEATURES
+from vixml_jax.blend.features import CLASSIFIER_FEATURES, FEATURES
 from vixml_jax.blend.libraries import import_library
 from vixml_jax.errors import InputError
 
@@ -25,6 +25,7 @@ class BlendModel:
 
   Attributes:
     text: The model; `BlendModel(text)` gives the same probabilities, bit for bit.
+    uses_classifiers: Whether its features include those of classifiers.
   """
 
   def __init__(self, text: str):
@@ -38,16 +39,18 @@ class BlendModel:
       self._booster = lightgbm.Booster(model_str=text)
     except lightgbm.basic.LightGBMError as error:
       raise InputError(f"the model of the blend cannot be read ({error}); run python -m vixml_jax.evaluate") from error
-    if tuple(self._booster.feature_name()) != FEATURES:
+    names = tuple(self._booster.feature_name())
+    if names not in (FEATURES, FEATURES + CLASSIFIER_FEATURES):
       raise InputError("the model of the blend has other features than this version; run python -m vixml_jax.evaluate")
     self.text = text
+    self.uses_classifiers = names != FEATURES
 
   @classmethod
   def fit(cls, features: np.ndarray, hits: np.ndarray, num_threads: int = 0) -> "BlendModel":
     """Trains a model.
 
     Args:
-      features: Features of the candidates of held-out queries, float32 [P, V].
+      features: Features of the candidates of held-out queries, float32 [P, V], with or without those of classifiers.
       hits: Whether each candidate is a positive of its query, bool [P].
       num_threads: Number of threads; 0 for as many as OpenMP chooses. The trees do not depend on it.
 
@@ -60,7 +63,8 @@ class BlendModel:
         "positives; set config.dataset.validation_fraction higher, or config.eval.blend=False"
       )
     lightgbm = import_library("lightgbm")
-    data = lightgbm.Dataset(features, hits.astype(np.float32), feature_name=list(FEATURES))
+    names = (FEATURES + CLASSIFIER_FEATURES)[: features.shape[1]]
+    data = lightgbm.Dataset(features, hits.astype(np.float32), feature_name=list(names))
     booster = lightgbm.train(_PARAMETERS | {"num_threads": num_threads}, data, num_boost_round=NUM_ROUNDS)
     return cls(booster.model_to_string())
 

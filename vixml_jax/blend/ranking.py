@@ -1,12 +1,14 @@
 """The trained blend: finds candidates of queries, scores them and ranks them."""
 
+from collections.abc import Callable
 import dataclasses
 
 import numpy as np
 import scipy.sparse
 
 from vixml_jax.blend.candidates import DEFAULT_WIDTHS, BlendWidths, Sources, candidates_of, sources_of
-from vixml_jax.blend.features import candidate_features
+from vixml_jax.blend.classifiers import candidate_scores
+from vixml_jax.blend.features import candidate_features, classifier_features
 from vixml_jax.blend.lexical import LexicalIndex
 from vixml_jax.blend.model import BlendModel, dial_scores
 from vixml_jax.ragged import Ragged, padded
@@ -28,6 +30,8 @@ class BlendIndex:
     labels_of_queries: Labels of the N training queries, each at most once a row.
     frequencies: Number of training queries of each label, int64 [L].
     widths: How many results of each source become candidates.
+    classifiers_of: Function of label ids [M] that returns their classifiers [M, D + 1], a row of NaN for a label without
+      one; None if labels have no classifiers.
   """
 
   labels: LexicalIndex
@@ -35,6 +39,7 @@ class BlendIndex:
   labels_of_queries: Ragged
   frequencies: np.ndarray
   widths: BlendWidths = DEFAULT_WIDTHS
+  classifiers_of: Callable[[np.ndarray], np.ndarray] | None = None
 
   @classmethod
   def build(
@@ -43,6 +48,7 @@ class BlendIndex:
     query_vectors: scipy.sparse.csr_array,
     labels_of_queries: Ragged,
     widths: BlendWidths = DEFAULT_WIDTHS,
+    classifiers_of: Callable[[np.ndarray], np.ndarray] | None = None,
   ) -> "BlendIndex":
     """Returns the index of label vectors [L, F] and training-query vectors [N, F].
 
@@ -54,10 +60,12 @@ class BlendIndex:
       labels_of_queries,
       np.bincount(labels_of_queries.values, minlength=label_vectors.shape[0]),
       widths,
+      classifiers_of,
     )
 
   def described(
     self,
+    embeddings: np.ndarray,
     found: Neighbors,
     vectors: scipy.sparse.csr_array,
     *,
@@ -67,6 +75,7 @@ class BlendIndex:
     """Returns the candidates of Q queries, Q rows with P labels in total, and their features float32 [P, V].
 
     Args:
+      embeddings: Embeddings of the queries [Q, D], which are read only if labels have classifiers.
       found: Labels and training queries by embedding, at least as many as `widths` asks for.
       vectors: TF-IDF vectors of the queries [Q, F].
       exclude: Labels to leave out for each query, Q rows.
@@ -84,7 +93,11 @@ class BlendIndex:
         filters=None if filters is None else filters.take(rows),
       )
       candidates.append(part)
-      features.append(candidate_features(sources, part, self.frequencies))
+      described = candidate_features(sources, part, self.frequencies)
+      if self.classifiers_of is not None:
+        scores = candidate_scores(self.classifiers_of, part, embeddings[rows])
+        described = np.concatenate([described, classifier_features(scores, part)], axis=1)
+      features.append(described)
     if not candidates:
       raise ValueError("there are no queries")
     values = np.concatenate([part.values for part in candidates])

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse
 
 from vixml_jax.blend.candidates import positives_of
+from vixml_jax.blend.features import CLASSIFIER_FEATURES
 from vixml_jax.blend.lexical import TfIdf, count_ngrams, keep_rows
 from vixml_jax.blend.model import BlendModel
 from vixml_jax.blend.ranking import BlendIndex
@@ -18,12 +19,15 @@ from vixml_jax.evaluation.evaluator import QUERIES_PER_BLOCK, EvaluationIndex, E
 from vixml_jax.input.corpus import Corpus
 from vixml_jax.ragged import Ragged
 from vixml_jax.rounding import at_equal_distances
+from vixml_jax.row_files import RowFiles
 from vixml_jax.search.label_index_blend import StoredBlend, WordVectors
+from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import stage
 
 MOST_FITTED = 8192
 """Number of held-out queries that the blend is fitted on, at most."""
 _TEXTS_PER_BLOCK = 4096
+_SHARE_WITHOUT_CLASSIFIER = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -62,16 +66,18 @@ class CorpusWords:
       count_ngrams(_blocks(functools.partial(corpus.query_text, "test"), len(corpus.test_tokens)))
     )
 
-  def index(self, train_labels: Ragged, known: np.ndarray | None = None) -> BlendIndex:
+  def index(self, train_labels: Ragged, classifiers: ShardedRows | None, known: np.ndarray | None = None) -> BlendIndex:
     """Returns the blend's index of the labels and the training queries.
 
     Args:
       train_labels: Labels of the training queries, N rows.
+      classifiers: Classifiers of the labels [L, D + 1], if they have any.
       known: bool [N], the training queries that may be found; None for all.
     """
+    find = None if classifiers is None else functools.partial(_rows_of, classifiers)
     if known is None or known.all():
-      return BlendIndex.build(self.labels, self.train, train_labels)
-    return BlendIndex.build(self.labels, keep_rows(self.train, known), train_labels.keep(known))
+      return BlendIndex.build(self.labels, self.train, train_labels, classifiers_of=find)
+    return BlendIndex.build(self.labels, keep_rows(self.train, known), train_labels.keep(known), classifiers_of=find)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,29 +87,35 @@ class FittedBlend:
   Attributes:
     model: The trained model.
     words: Words of all labels and training queries.
+    classifiers: Classifiers of the labels [L, D + 1], which know no held-out query; None if labels have none.
   """
 
   model: BlendModel
   words: CorpusWords
+  classifiers: ShardedRows | None
 
   def ranker(self, train_labels: Ragged) -> BlendRanker:
     """Returns the blend with the labels of all training queries, N rows."""
-    return BlendRanker(self.model, self.words.index(train_labels))
+    return BlendRanker(self.model, self.words.index(train_labels, self.classifiers))
 
-  def stored(self, propensity_a: float, propensity_b: float) -> StoredBlend:
+  def stored(self, propensity_a: float, propensity_b: float, classifiers: RowFiles | None) -> StoredBlend:
     """Returns the blend as an index stores it.
 
     Args:
       propensity_a: A of the propensities of labels.
       propensity_b: B of them.
+      classifiers: Files of the classifiers, if labels have any.
     """
     settings = BlendSettings(propensity_a, propensity_b)
     vectors = WordVectors(self.words.labels, self.words.train)
-    return StoredBlend(self.model.text, self.words.tfidf.idf, vectors, settings.as_json())
+    return StoredBlend(self.model.text, self.words.tfidf.idf, vectors, settings.as_json(), classifiers)
 
 
 def fit_blend(index: EvaluationIndex, blend: BlendIndex, held_out: EvaluationQueries) -> BlendModel:
   """Returns a model that is trained on at most 8,192 held-out queries, at equal distances.
+
+  The classifier of one label in twenty, drawn at random, is hidden from the model, so that it also learns to rank
+  labels without one. Those are labels that are added later.
 
   Args:
     index: Labels and training queries; held-out queries are among neither the queries nor the centroids.
@@ -115,20 +127,28 @@ def fit_blend(index: EvaluationIndex, blend: BlendIndex, held_out: EvaluationQue
   """
   chosen = at_equal_distances(len(held_out), MOST_FITTED)
   features, hits = [], []
+  hidden = np.random.default_rng(0).random(len(blend.frequencies)) < _SHARE_WITHOUT_CLASSIFIER
   with stage(f"fit the blend on {len(chosen):,} held-out queries"):
     for rows, block in held_out.blocks(QUERIES_PER_BLOCK):
       wanted = chosen[(chosen >= rows[0]) & (chosen <= rows[-1])] - rows[0]
       if not len(wanted):
         continue
       assert block.words is not None
-      found = index.search_both(np.asarray(block.embeddings)[wanted], blend.widths.labels, blend.widths.queries)
-      candidates, part = blend.described(found, block.words[wanted], exclude=block.filter.take(wanted))
+      embeddings = np.asarray(block.embeddings)[wanted]
+      found = index.search_both(embeddings, blend.widths.labels, blend.widths.queries)
+      candidates, part = blend.described(embeddings, found, block.words[wanted], exclude=block.filter.take(wanted))
+      if blend.classifiers_of is not None:
+        part[hidden[candidates.values], -len(CLASSIFIER_FEATURES) :] = np.nan
       features.append(part)
       hits.append(positives_of(candidates, block.labels.take(wanted)))
     joined, all_hits = np.concatenate(features), np.concatenate(hits)
     model = BlendModel.fit(joined, all_hits)
   _log.info("blend: %d candidates of %d held-out queries, %d positives", len(joined), len(chosen), int(all_hits.sum()))
   return model
+
+
+def _rows_of(classifiers: ShardedRows, ids: np.ndarray) -> np.ndarray:
+  return np.asarray(classifiers.take(ids))
 
 
 def _count_queries(corpus: Corpus, split: str, count: int) -> scipy.sparse.csr_array:

@@ -7,6 +7,7 @@ import logging
 from ml_collections import ConfigDict
 import numpy as np
 
+from vixml_jax.blend.classifiers import fit_classifiers
 from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.evaluation.blend_fitting import CorpusWords, FittedBlend, fit_blend
 from vixml_jax.evaluation.evaluator import (
@@ -115,7 +116,17 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
         len(queries),
       )
     if words is not None:
-      fitted = FittedBlend(fit_blend(index, words.index(data.corpus.train_labels, known), queries), words)
+      classifiers = None
+      if wanted.classifier_epochs:
+        classifiers = fit_classifiers(
+          train_embeddings,
+          data.corpus.train_labels.keep(known),
+          data.num_labels,
+          epochs=wanted.classifier_epochs,
+          seed=config.seed,
+        )
+      described = words.index(data.corpus.train_labels, classifiers, known)
+      fitted = FittedBlend(fit_blend(index, described, queries), words, classifiers)
     del prototypes
     if wanted.split == "test":
       del index, queries  # Frees what held-out queries needed.

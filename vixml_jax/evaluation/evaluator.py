@@ -202,7 +202,8 @@ class EvaluationIndex:
     if blend is None:
       return rows, None
     assert queries.words is not None
-    described = blend.index.described(found, queries.words, exclude=queries.filter)
+    embeddings = np.asarray(queries.embeddings)
+    described = blend.index.described(embeddings, found, queries.words, exclude=queries.filter)
     scored = ScoredCandidates.score(blend.model, *described)
     rows["blend"] = scored.ranked(config.depth, self.inverse_propensity)
     return rows, scored

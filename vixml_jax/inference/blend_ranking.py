@@ -12,6 +12,7 @@ from vixml_jax.blend.ranking import BlendIndex, ScoredCandidates
 from vixml_jax.blend.settings import BlendSettings
 from vixml_jax.datasets.propensity import inverse_propensity
 from vixml_jax.errors import InputError
+from vixml_jax.row_files import load_rows
 from vixml_jax.search.filters import Filters
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.retrieval_augmented import Neighbors
@@ -72,7 +73,11 @@ class BlendRanking:
     model, settings = BlendModel(stored.model), BlendSettings.from_json(stored.settings)
     with stage("index the words of labels and training queries"):
       index = BlendIndex.build(
-        keep_rows(stored.words.labels, ~labels.deleted), stored.words.queries, labels.query_labels, settings.widths
+        keep_rows(stored.words.labels, ~labels.deleted),
+        stored.words.queries,
+        labels.query_labels,
+        settings.widths,
+        None if stored.classifiers is None else load_rows(stored.classifiers).__getitem__,
       )
     _ = labels.query_index  # Opened now, because the next snapshot removes its files.
     propensity = inverse_propensity(
@@ -84,11 +89,18 @@ class BlendRanking:
     return f"BlendRanking(tail={self.tail}, min_probability={self.min_probability})"
 
   def rank(
-    self, found: Neighbors, texts: Sequence[str], k: int, filters: Filters | None, dials: Dials | None = None
+    self,
+    embeddings: np.ndarray,
+    found: Neighbors,
+    texts: Sequence[str],
+    k: int,
+    filters: Filters | None,
+    dials: Dials | None = None,
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the best labels of Q queries.
 
     Args:
+      embeddings: Embeddings of the queries [Q, D].
       found: Labels and training queries by embedding, as many as `index.widths` asks for.
       texts: Texts of the queries.
       k: Number of labels.
@@ -99,7 +111,7 @@ class BlendRanking:
       Probabilities float32 [Q, K] and ids int32 [Q, K] as `ScoredCandidates.ranked` returns them.
     """
     vectors = self.tfidf.vectors(count_ngrams([texts], len(self.tfidf.idf)))
-    scored = ScoredCandidates.score(self.model, *self.index.described(found, vectors, filters=filters))
+    scored = ScoredCandidates.score(self.model, *self.index.described(embeddings, found, vectors, filters=filters))
     tail, least = (self.tail, self.min_probability) if dials is None else dials
     return scored.ranked(k, self.inverse_propensity, tail=tail, min_probability=least)
 

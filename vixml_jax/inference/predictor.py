@@ -218,7 +218,7 @@ class Predictor:
     if self.blend is not None:
       if texts is None:
         raise ValueError("the blend needs the texts of the queries")
-      return self.blend.rank(neighbors, texts, k, filters, dials)
+      return self.blend.rank(embeddings, neighbors, texts, k, filters, dials)
     assert self.retrieval is not None
     if self.retrieval.joint:
       # Training queries are not filtered. They would take the places of the few labels that a query may have.

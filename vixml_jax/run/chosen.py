@@ -20,13 +20,22 @@ from vixml_jax.rounding import next_power_of_two
 from vixml_jax.run import configuration
 
 _HELD_OUT = "dataset.validation_fraction"  # Follows from the data alone.
-OPEN = {_HELD_OUT: -1.0, "encoder.dtype": "auto", "train.row_length": 0, "train.chunk_rows": 0, "train.free_vectors": 0}
+OPEN = {
+  _HELD_OUT: -1.0,
+  "encoder.dtype": "auto",
+  "train.row_length": 0,
+  "train.chunk_rows": 0,
+  "train.free_vectors": 0,
+  "eval.classifier_epochs": -1,
+}
 """The value with which a config leaves a key open."""
 
 _MAX_FREE_VECTORS = 65536  # The papers' number.
 # Rows have a multiple of this number of tokens; 128 is the width of a matrix unit of TPUs, and of a tile of GPUs.
 _CPU_ROW_MULTIPLE, _ACCELERATOR_ROW_MULTIPLE = 16, 128
 _SAMPLED_BATCHES = 8
+_CLASSIFIER_EPOCHS = 4
+_MOST_PAIRS_ON_A_CPU = 2e9  # Two minutes for vectors of 384 dimensions at 100 GFLOP/s.
 _FEWEST_HELD_OUT, _MOST_HELD_OUT, _TOO_FEW_HELD_OUT = 500, 8192, 100
 _SPARE = 1.05  # Batches of similar items, which training makes, differ more in length than random ones.
 # Share of the memory for activations. Other processes use a CPU's as well.
@@ -127,6 +136,24 @@ def with_free_vectors(config: ConfigDict, num_labels: int, devices: int = 1) -> 
     return config
   number = min(2 ** (max(num_labels // 4, 1).bit_length() - 1), _MAX_FREE_VECTORS)
   return _updated(config, {"train.free_vectors": max(number, next_power_of_two(devices))})
+
+
+def with_classifier_epochs(config: ConfigDict, num_queries: int, num_labels: int, platform: str) -> ConfigDict:
+  """Returns the config with `eval.classifier_epochs` chosen where it is -1.
+
+  It is 4. Without a blend, which alone reads classifiers, it is 0, and on CPUs also where it would take more than a few
+  minutes.
+
+  Args:
+    config: The whole config.
+    num_queries: N, the number of training queries.
+    num_labels: L.
+    platform: Platform of the devices.
+  """
+  if config.eval.classifier_epochs != OPEN["eval.classifier_epochs"]:
+    return config
+  too_long = platform == "cpu" and num_queries * num_labels > _MOST_PAIRS_ON_A_CPU
+  return _updated(config, {"eval.classifier_epochs": _CLASSIFIER_EPOCHS if config.eval.blend and not too_long else 0})
 
 
 def with_chunk_rows(

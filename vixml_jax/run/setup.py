@@ -90,6 +90,7 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   config = chosen.with_held_out(config, builder.info.splits["train"].num_examples)
   data = load_data(config, builder, tokenizer, mesh, extract=extract)
   config = chosen.with_free_vectors(config, data.num_labels, sharding.row_devices(mesh))
+  config = chosen.with_classifier_epochs(config, len(data.train_rows), data.num_labels, platform)
   layout = dataclasses.replace(layout, row_length=config.train.row_length)
   if not config.train.chunk_rows:  # With held-out queries, taking the others copies them.
     config = chosen.with_chunk_rows(

@@ -6,6 +6,8 @@ The files are part of a snapshot (see `label_index_files`):
   word_idf.npy               float32 [F], inverse document frequency of each column of the vectors
   label_words, query_words   ragged int32, the columns of each label's and each training query's vector
   label_words.weights.npy    float32, the value at each of these columns; the same for query_words
+  classifiers.npy            float32 [L, D + 1], if labels have classifiers: vector and bias of each, see
+                             `blend.classifiers`; NaN for labels that were added later
 
 The settings of the blend are in index.json.
 """
@@ -18,9 +20,11 @@ import numpy as np
 import scipy.sparse
 
 from vixml_jax.ragged import Ragged
+from vixml_jax.row_files import RowFiles, save_rows
 
 MODEL, IDF = "blend_model.txt", "word_idf.npy"
 LABEL_WORDS, QUERY_WORDS = "label_words", "query_words"
+CLASSIFIERS = "classifiers.npy"
 
 
 class WordVectors(NamedTuple):
@@ -44,12 +48,14 @@ class StoredBlend:
     idf: float32 [F], inverse document frequency of each column.
     words: Vectors of all labels and training queries, deleted labels included.
     settings: Settings of candidates and propensities, as JSON.
+    classifiers: float32 [L, D + 1], in memory or in files; None if labels have none.
   """
 
   model: str
   idf: np.ndarray
   words: WordVectors
   settings: dict[str, Any]
+  classifiers: np.ndarray | RowFiles | None = None
 
   def save(self, folder: Path) -> None:
     """Writes the files."""
@@ -57,13 +63,18 @@ class StoredBlend:
     np.save(folder / IDF, self.idf)
     save_vectors(self.words.labels, folder / LABEL_WORDS)
     save_vectors(self.words.queries, folder / QUERY_WORDS)
+    if self.classifiers is not None:
+      save_rows(folder / CLASSIFIERS, self.classifiers)
 
   @classmethod
   def open(cls, folder: Path, settings: dict[str, Any]) -> "StoredBlend":
     """Maps the files that `save` wrote."""
     idf = np.load(folder / IDF, mmap_mode="r", allow_pickle=False)
     words = WordVectors(*(_load_vectors(folder / name, len(idf)) for name in (LABEL_WORDS, QUERY_WORDS)))
-    return cls((folder / MODEL).read_text(encoding="utf-8"), idf, words, settings)
+    classifiers = None
+    if (folder / CLASSIFIERS).exists():
+      classifiers = np.load(folder / CLASSIFIERS, mmap_mode="r", allow_pickle=False)
+    return cls((folder / MODEL).read_text(encoding="utf-8"), idf, words, settings, classifiers)
 
 
 def save_vectors(vectors: scipy.sparse.csr_array, path: Path) -> None:

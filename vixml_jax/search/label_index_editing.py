@@ -15,16 +15,10 @@ import numpy as np
 from vixml_jax.errors import InputError
 from vixml_jax.files import locked
 from vixml_jax.ragged import Ragged
+from vixml_jax.row_files import load_rows
 from vixml_jax.search import label_index_blend, snapshots
 from vixml_jax.search.label_index_blend import WordVectors
-from vixml_jax.search.label_index_files import (
-  IndexContents,
-  IndexFiles,
-  as_table,
-  category_rows,
-  load_rows,
-  open_current,
-)
+from vixml_jax.search.label_index_files import IndexContents, IndexFiles, as_table, category_rows, open_current
 from vixml_jax.search.label_index_scann import build_scann, describe_search, save_scann
 from vixml_jax.search.scann_index import ScannIndex
 from vixml_jax.search.scann_recall import recall_goal, recall_sample
@@ -140,6 +134,10 @@ def _write_added(
     _write_added_queries(files, work, load_rows(new.queries), new.query_labels, mesh)
   if files.blend is not None and words is not None:
     _write_added_words(files.blend.words, work, words)
+    if files.blend.classifiers is not None:
+      classifiers = load_rows(files.blend.classifiers)
+      unknown = np.full((len(new.uids), classifiers.shape[1]), np.nan, np.float32)
+      _save_concatenated(work / label_index_blend.CLASSIFIERS, classifiers, unknown)
 
   def edit_scann(scann: ScannIndex) -> None:
     scann.delete(delete)

@@ -28,11 +28,10 @@ from typing import Any, TypeVar
 from jax.sharding import Mesh
 import numpy as np
 
-from vixml_jax.array_file import ArrayFile
 from vixml_jax.errors import InputError
 from vixml_jax.files import locked
 from vixml_jax.ragged import Ragged
-from vixml_jax.row_files import RowFiles
+from vixml_jax.row_files import RowFiles, load_rows, save_rows
 from vixml_jax.search import snapshots
 from vixml_jax.search.index import KINDS
 from vixml_jax.search.label_index_blend import StoredBlend
@@ -94,6 +93,8 @@ class IndexContents:
         raise ValueError(
           f"words of {words} labels and training queries: there must be {len(self.embeddings), numbers[0]}"
         )
+      if self.blend.classifiers is not None and len(self.blend.classifiers) != len(self.embeddings):
+        raise ValueError(f"classifiers of {len(self.blend.classifiers)} labels: there must be {len(self.embeddings)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,16 +200,16 @@ def write_index(
   names = sorted({name for row in contents.categories or () for name in row})
 
   def fill(work: Path) -> dict[str, Any]:
-    _save_rows(work / "labels.npy", contents.embeddings)
+    save_rows(work / "labels.npy", contents.embeddings)
     np.save(work / "deleted.npy", deleted)
     np.save(work / "label_clusters.npy", np.asarray(contents.label_clusters, np.int32))
-    _save_rows(work / "clusters.npy", contents.cluster_means)
+    save_rows(work / "clusters.npy", contents.cluster_means)
     as_table(contents.texts).rows.save(work / "texts")
     uids.rows.save(work / "uids")
     if contents.categories is not None:
       category_rows(contents.categories, names).save(work / "categories")
     if contents.queries is not None and contents.query_labels is not None:
-      _save_rows(work / "queries.npy", contents.queries)
+      save_rows(work / "queries.npy", contents.queries)
       contents.query_labels.save(work / "query_labels")
     held_out = None if contents.held_out is None else load_rows(contents.held_out)
     if held_out is not None:
@@ -289,21 +290,6 @@ def category_rows(rows: Sequence[Sequence[str]], names: Sequence[str]) -> Ragged
 def as_table(texts: Sequence[str] | TextTable) -> TextTable:
   """Returns texts as a table."""
   return texts if isinstance(texts, TextTable) else TextTable.from_texts(texts)
-
-
-def _save_rows(path: Path, rows: np.ndarray | RowFiles) -> None:
-  """Writes rows as one float32 array; those in files are copied block by block."""
-  if isinstance(rows, np.ndarray):
-    np.save(path, np.asarray(rows, np.float32))
-    return
-  with ArrayFile(path, np.float32, rows.shape[1:]) as file:
-    for block in rows.blocks():
-      file.append(block)
-
-
-def load_rows(rows: np.ndarray | RowFiles) -> np.ndarray:
-  """Returns rows in memory, or memory-mapped, float32."""
-  return np.asarray(rows if isinstance(rows, np.ndarray) else rows.load(), np.float32)
 
 
 def _map_files(folder: Path, snapshot: snapshots.Snapshot) -> IndexFiles:
