@@ -30,8 +30,8 @@ class BlendIndex:
     labels_of_queries: Labels of the N training queries, each at most once a row.
     frequencies: Number of training queries of each label, int64 [L].
     widths: How many results of each source become candidates.
-    classifiers_of: Function of label ids [M] that returns their classifiers [M, D + 1], a row of NaN for a label without
-      one; None if labels have no classifiers.
+    classifiers_of: Function of label ids [M] that returns their classifiers [M, D + 1], with NaN for labels without
+      one; None if no label has one.
   """
 
   labels: LexicalIndex
