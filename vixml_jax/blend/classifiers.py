@@ -72,7 +72,7 @@ def fit_classifiers(
   whole = sharding.named_sharding(mesh)
   state = _State(classifiers, optax.ScaleByAdamState(sharding.to_global(np.zeros((), np.int32), whole), mean, variance))
   rng, done = np.random.default_rng(seed), 0
-  with stage(f"train classifiers of {num_labels:,} labels", total=steps, unit="step") as progress:
+  with stage(f"train classifiers of {num_labels:,} labels", total=epochs * len(rows), unit="item") as progress:
     for _ in range(epochs):
       order = rng.permutation(rows)
       for start in range(0, len(order), size):
@@ -88,7 +88,7 @@ def fit_classifiers(
           mesh=mesh,
         )
         done += 1
-        progress.advance(1)
+        progress.advance(len(part))
     jax.block_until_ready(state)
   return ShardedRows(state.classifiers, num_labels)
 
