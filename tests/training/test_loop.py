@@ -102,7 +102,7 @@ def test_a_run_stops_at_a_metric_that_is_not_finite_and_keeps_the_checkpoint_bef
   config, tmp_path, monkeypatch, bad_step, name
 ):
   config.checkpoint.every_steps = 1
-  good = {"loss": jnp.ones(()), "gradient_norm": jnp.ones(())}
+  good = {"loss": jnp.ones(()), "gradient_norm": jnp.ones(()), "query_cosine": jnp.zeros(())}
   bad = good | {name: jnp.full((), jnp.nan)}
   steps = iter(range(1, 100))
   step = lambda state, frozen, batch: (state, bad if next(steps) == bad_step else good)
