@@ -5,6 +5,7 @@ a point at which the gradient jumps that float32 may fall on the other side.
 """
 
 import numpy as np
+import scipy.special
 
 _NO_VIOLATION = -50.0  # Published code: the logit of a negative that does not violate its margin.
 _TIE = 1e-5
@@ -120,13 +121,22 @@ def through_similarities(embeddings, by_sims):
   return [by_queries, *(by_sim.T @ queries for by_sim in by_sims)]
 
 
-def gelu(x):
-  """Returns x times the normal distribution function."""
-  erf = np.vectorize(__import__("math").erf)
-  return x * (1 + erf(x / np.sqrt(2))) / 2
+def post_norm_layer(params, x):
+  """Returns the outputs [B, T, D] of a transformer encoder layer with a norm after each residual sum, as in PRIME."""
+  attention = params["attention"]
+  project = lambda name: np.einsum("btd,dhk->bhtk", x, attention[name]["kernel"]) + attention[name]["bias"][:, None]
+  query, key, value = (project(name) for name in ("query", "key", "value"))
+  logits = np.einsum("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  mixed = np.einsum("bhts,bhsk->bthk", weights, value)
+  y = np.einsum("bthk,hkd->btd", mixed, attention["output"]["kernel"]) + attention["output"]["bias"]
+  x = _layer_norm(params["attention_norm"], x + y)
+  hidden = x @ params["up"]["kernel"] + params["up"]["bias"]
+  hidden = hidden * scipy.special.ndtr(hidden)  # GELU.
+  return _layer_norm(params["mlp_norm"], x + hidden @ params["down"]["kernel"] + params["down"]["bias"])
 
 
-def layer_norm(x, scale, bias, eps):
-  """Returns normalized rows with a scale and a bias."""
+def _layer_norm(params, x, eps=1e-5):
   centered = x - x.mean(-1, keepdims=True)
-  return centered / np.sqrt((centered**2).mean(-1, keepdims=True) + eps) * scale + bias
+  return centered / np.sqrt((centered**2).mean(-1, keepdims=True) + eps) * params["scale"] + params["bias"]
