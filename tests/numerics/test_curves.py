@@ -93,9 +93,7 @@ def test_losses_in_bfloat16_follow_those_in_float32(run, name):
 @pytest.mark.slow
 def test_three_hundred_steps_in_bfloat16_end_at_the_loss_of_float32(run):
   longer = (*WITHOUT_MINING, ("train.epochs", 75))
-  exact, rounded = (
-    np.reshape(run("images", longer + dtype).losses, (5, 60)).mean(1) for dtype in ((), IN_BFLOAT16)
-  )
+  exact, rounded = (np.reshape(run("images", longer + dtype).losses, (5, 60)).mean(1) for dtype in ((), IN_BFLOAT16))
   print("mean loss of 60 steps, float32: ", exact.round(4))
   print("mean loss of 60 steps, bfloat16:", rounded.round(4))
   assert exact[-1] < 0.8 * exact[0]

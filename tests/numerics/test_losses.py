@@ -186,7 +186,9 @@ def test_normalization_of_vectors_of_any_norm_equals_the_transcription(examples)
     np.testing.assert_allclose(found, float64.unit(rows), atol=3e-7)
     (gradient,) = vjp(jnp.asarray(upstream))
     wanted = float64.unit_gradient(rows, upstream)
-    scale = np.abs(upstream).max(1, keepdims=True) / np.maximum(np.linalg.norm(rows.astype(float), axis=1), 1e-12)[:, None]
+    scale = (
+      np.abs(upstream).max(1, keepdims=True) / np.maximum(np.linalg.norm(rows.astype(float), axis=1), 1e-12)[:, None]
+    )
     np.testing.assert_allclose(gradient / scale, wanted / scale, atol=3e-6)
     stored = jnp.asarray(rows, jnp.bfloat16)
     np.testing.assert_allclose(l2_normalize(stored), float64.unit(stored), atol=3e-7)

@@ -16,7 +16,9 @@ from vixml_jax.models.fusion import ImageTokens
 from vixml_jax.models.parameters import merge_params, split_params
 
 DIM, HEADS, CLUSTERS, ROWS = 8, 2, 3, 12
-ENCODER = dict(vocab_size=20, num_layers=1, embed_dim=DIM, num_heads=HEADS, mlp_dim=12, max_position=16, num_token_types=0)
+ENCODER = dict(
+  vocab_size=20, num_layers=1, embed_dim=DIM, num_heads=HEADS, mlp_dim=12, max_position=16, num_token_types=0
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,10 @@ def models():
     arguments = define_model(ENCODER, dict(num_heads=HEADS, mlp_dim=12), CLUSTERS, method=method).arguments
     graphdef, params, _ = split_params(DualEncoder(**arguments, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(1)
-    found[method] = graphdef, jax.tree.map(lambda x, rng=rng: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), params)
+    found[method] = (
+      graphdef,
+      jax.tree.map(lambda x, rng=rng: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), params),
+    )
   return found
 
 
