@@ -288,6 +288,27 @@ def matryoshka_loss(
   return jnp.mean(jnp.stack(losses)), means | by_dim
 
 
+def mean_cosine(rows: Float[Array, "B D"], valid: Bool[Array, "B"]) -> Array:
+  """Returns the mean cosine between two different rows of a batch; near 1, the model has collapsed.
+
+  The cost is linear in B: the cosines of all pairs add up to the squared length of the sum of the rows.
+
+  >>> mean_cosine(jnp.asarray([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), jnp.ones(3, bool)).round(3)
+  Array(0.333, dtype=float32)
+
+  Args:
+    rows: Vectors of unit norm.
+    valid: Rows that count.
+
+  Returns:
+    The mean, float32; 0 for fewer than two rows.
+  """
+  counted = jnp.where(valid[:, None], rows.astype(jnp.float32), 0.0)
+  num_rows = jnp.sum(valid, dtype=jnp.float32)
+  of_pairs = jnp.sum(jnp.square(jnp.sum(counted, axis=0))) - jnp.sum(jnp.square(counted))
+  return of_pairs / jnp.maximum(num_rows * (num_rows - 1.0), 1.0)
+
+
 def _hardest(sim: Float[Array, "A B"], negatives: Bool[Array, "A B"], k: int) -> tuple[Array, Array]:
   """Returns the columns of the k most similar negatives per row, int32 [A, k], and which of them exist, bool [A, k]."""
   masked = jnp.where(negatives, jax.lax.stop_gradient(sim), -jnp.inf)

@@ -59,3 +59,18 @@ def test_votes_are_sums_over_the_neighbors_that_have_the_label():
   for query, label, row in zip(candidates.row_ids(), candidates.values, features, strict=True):
     vote, best = tables[query].get(label, (0, np.nan))
     np.testing.assert_allclose(row[[4, 5]], [vote, best], rtol=1e-5)
+
+
+def test_queries_without_candidates_have_no_features_and_those_found_by_words_alone_have_no_infinite_ones():
+  empty = np.full((2, 3), -np.inf, np.float32), np.full((2, 3), -1, np.int32)
+  nothing = Neighbors(*empty, *empty)
+  labels = Ragged.from_rows([[1]])
+  sources = sources_of(nothing, nothing, labels, 4)
+  candidates = candidates_of(sources, DEFAULT_WIDTHS)
+  assert candidate_features(sources, candidates, np.zeros(4)).shape == (0, len(FEATURES))
+  words = Neighbors(np.array([[0.5], [-np.inf]], np.float32), np.array([[2], [-1]], np.int32), *empty)
+  sources = sources_of(nothing, words, labels, 4)
+  candidates = candidates_of(sources, DEFAULT_WIDTHS)
+  assert [candidates[query].tolist() for query in range(2)] == [[2], []]
+  (row,) = candidate_features(sources, candidates, np.zeros(4))
+  assert not np.isposinf(row).any() and row[FEATURES.index("lexical_score")] == 0.5

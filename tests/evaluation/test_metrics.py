@@ -118,3 +118,20 @@ def test_a_decile_without_test_pairs_has_no_recall():
     np.asarray([[19, 0]]), Ragged.from_rows([[19]]), np.arange(20), precision_ks=(1,), recall_ks=(2,)
   )
   assert groups[0]["R@2"] is None and groups[9]["R@2"] == 100
+
+
+def test_without_any_positive_all_metrics_are_0():
+  nothing = Ragged.from_rows([[], []])
+  for ids in (np.array([[0, 1, 2], [2, 1, -1]]), np.full((2, 3), -1)):
+    found = evaluate(ids, nothing, np.ones(3), precision_ks=(1, 3), recall_ks=(2,))
+    assert set(found.values()) == {0.0}
+  rows = metrics_by_frequency(ids, nothing, np.arange(3), precision_ks=(1,), recall_ks=(2,))
+  assert [row["P@1"] for row in rows] == [0.0] * 3 and [row["R@2"] for row in rows] == [None] * 3
+
+
+def test_queries_without_positives_count_as_0_in_means_and_not_in_ratios_of_sums():
+  ids, propensity = np.array([[0, 1], [0, 1]]), np.array([5.0, 2.0])
+  alone = evaluate(ids[:1], Ragged.from_rows([[0]]), propensity, precision_ks=(1,), recall_ks=(2,))
+  both = evaluate(ids, Ragged.from_rows([[0], []]), propensity, precision_ks=(1,), recall_ks=(2,))
+  assert alone["P@1"] == 100 and both["P@1"] == 50 and both["R@2"] == 50
+  assert alone["PSP@1"] == both["PSP@1"] == 100

@@ -153,6 +153,16 @@ def test_rows_of_zeros_are_divided_equally(kept):
   assert np.ptp(np.bincount(balanced_kmeans(rows, NUM_CLUSTERS, seed=0), minlength=NUM_CLUSTERS)) <= 1
 
 
+@pytest.mark.parametrize("distinct", [1, 2, 7])
+def test_rows_that_repeat_are_divided_equally_and_the_same_way_each_time(distinct):
+  rows = _random_rows()[np.arange(NUM_ROWS) % distinct]
+  clusters = balanced_kmeans(rows, NUM_CLUSTERS, seed=0)
+  assert np.ptp(np.bincount(clusters, minlength=NUM_CLUSTERS)) <= 1
+  np.testing.assert_array_equal(clusters, balanced_kmeans(rows, NUM_CLUSTERS, seed=0))
+  if distinct == 2:  # No half of the first split has both.
+    assert len({*zip(clusters // (NUM_CLUSTERS // 2), np.arange(NUM_ROWS) % 2, strict=True)}) == 2
+
+
 def test_the_length_of_rows_does_not_matter():
   rows = _random_rows()
   lengths = 2.0 ** np.random.default_rng(1).integers(-3, 6, (NUM_ROWS, 1))

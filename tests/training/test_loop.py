@@ -102,14 +102,14 @@ def test_a_run_stops_at_a_metric_that_is_not_finite_and_keeps_the_checkpoint_bef
   config, tmp_path, monkeypatch, bad_step, name
 ):
   config.checkpoint.every_steps = 1
-  good = {"loss": jnp.ones(()), "gradient_norm": jnp.ones(())}
+  good = {"loss": jnp.ones(()), "gradient_norm": jnp.ones(()), "query_cosine": jnp.zeros(())}
   bad = good | {name: jnp.full((), jnp.nan)}
   steps = iter(range(1, 100))
   step = lambda state, frozen, batch: (state, bad if next(steps) == bad_step else good)
   monkeypatch.setattr(loop, "make_train_step", lambda *_: step)
   for mined in ("query_clusters", "label_centroids"):
     monkeypatch.setattr(loop, mined, lambda *_, **__: pytest.fail("the run continued with mining"))
-  with pytest.raises(InputError, match=rf"step {bad_step}: .* checkpoint is of step {bad_step - 1};"):
+  with pytest.raises(InputError, match=rf"step {bad_step}: .* checkpoint is of step {bad_step - 1} and is kept;"):
     train_and_evaluate(config, tmp_path)
   with Checkpointer(tmp_path / "checkpoints", 2) as checkpointer:
     assert checkpointer.latest_step() == bad_step - 1

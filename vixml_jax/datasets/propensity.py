@@ -21,7 +21,9 @@ def inverse_propensity(frequencies: np.ndarray, num_queries: int, a: float, b: f
   Returns:
     float64 [L].
 
+  No value is below 1, since propensities are probabilities. With one or two queries, the formula gives less.
+
   Reference: Jain et al., Extreme Multi-label Loss Functions, KDD 2016.
   """
   scale = (np.log(num_queries) - 1) * (b + 1) ** a
-  return 1 + scale * (np.asarray(frequencies, np.float64) + b) ** -a
+  return 1 + np.maximum(scale, 0) * (np.asarray(frequencies, np.float64) + b) ** -a

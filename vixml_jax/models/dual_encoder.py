@@ -29,13 +29,16 @@ _SHARED_WITH_FUSION = ("num_heads", "mlp_dim", "dropout", "layer_norm_eps", "dty
 def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
   """Scales vectors to unit norm over the last dimension, in float32.
 
-  A zero vector stays zero, with a zero gradient.
+  It is v / max(|v|, 1e-12), for vectors of any finite norm. A zero vector stays zero, with a finite gradient.
 
   >>> l2_normalize(jnp.asarray([[3.0, 4.0], [0.0, 0.0]])).round(3)
   Array([[0.6, 0.8],
          [0. , 0. ]], dtype=float32)
   """
   x = x.astype(jnp.float32)
+  # The squares of huge vectors overflow, and those of large ones already lose their gradient.
+  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+  x = x / jnp.where(largest > 1e9, largest, 1.0)
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 

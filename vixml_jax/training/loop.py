@@ -31,6 +31,7 @@ from vixml_jax.training.metric_writer import MetricWriter
 from vixml_jax.training.preemption import Preemption
 from vixml_jax.training.start import initial_checkpoint
 from vixml_jax.training.step import device_batch, make_train_step, step_config
+from vixml_jax.training.step_checks import BatchRows
 from vixml_jax.training.step_metrics import StepMetrics
 from vixml_jax.training.step_profiler import StepProfiler
 from vixml_jax.training.trackers import Trackers
@@ -115,7 +116,8 @@ def train(
     stage("train", total=total_steps, unit="step", done=step, logged=False) as progress,
     Preemption(checkpointer.reached_preemption) as preemption,
   ):
-    metrics = StepMetrics(writer, progress, num_steps, config.train.log_every_steps, checkpointer.last_saved)
+    rows = BatchRows(config, workdir, data.train_rows)
+    metrics = StepMetrics(writer, progress, num_steps, config.train.log_every_steps, checkpointer.last_saved, rows)
     while not ended:
       epoch, first = divmod(step, num_steps)
       order = epoch_order(config.seed, epoch, len(queries), clusters)
@@ -133,7 +135,7 @@ def train(
           step += 1
           profiler.after(step, values)
           meta["tokens"] += batch.items.num_tokens
-          metrics.add(step, values)
+          metrics.add(step, values, batch)
           if metrics.stop_asked:
             break
           if step % num_steps:  # The last step of an epoch is saved with the clusters and centroids made after it.

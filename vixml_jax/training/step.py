@@ -15,7 +15,7 @@ from vixml_jax.encoding.inputs import EncoderInputs, image_tokens, inputs_on_mes
 from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.batches import Batch
 from vixml_jax.input.packing import PackedLayout
-from vixml_jax.losses import LossConfig, matryoshka_loss, prime_loss, siamese_loss
+from vixml_jax.losses import LossConfig, matryoshka_loss, mean_cosine, prime_loss, siamese_loss
 from vixml_jax.models.chunks import map_chunks, map_chunks_recomputed
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.models.dual_encoder import l2_normalize
@@ -201,7 +201,8 @@ def train_step(
   new_state = dataclasses.replace(
     state, step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state, bank=bank
   )
-  return new_state, parts | {"gradient_norm": optax.tree.norm(gradients)}
+  checked = {"gradient_norm": optax.tree.norm(gradients), "query_cosine": mean_cosine(queries, batch.valid)}
+  return new_state, parts | checked
 
 
 def make_train_step(config: StepConfig, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:

@@ -7,9 +7,11 @@ import math
 import jax
 import numpy as np
 
-from vixml_jax.errors import InputError, StopTraining
+from vixml_jax.errors import StopTraining
+from vixml_jax.input.batches import Batch
 from vixml_jax.stages import Stage, report_evaluation, report_step
 from vixml_jax.training.metric_writer import MetricWriter
+from vixml_jax.training.step_checks import BatchRows, CollapseCheck, is_finite
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ class StepMetrics:
     steps_per_epoch: batches in an epoch.
     log_every_steps: steps from one written line to the next.
     last_saved: returns the step of the newest checkpoint once everything is on disk; for the error message.
+    rows: which rows of the data set a batch consists of; for the error message.
 
   Attributes:
     stop_asked: whether a callback has raised `StopTraining`.
@@ -37,18 +40,19 @@ class StepMetrics:
     steps_per_epoch: int,
     log_every_steps: int,
     last_saved: Callable[[], int | None],
+    rows: BatchRows,
   ):
     self.stop_asked = False
     self._writer, self._progress = writer, progress
     self._steps_per_epoch, self._log_every_steps = steps_per_epoch, log_every_steps
-    self._last_saved = last_saved
-    self._pending: tuple[int, dict[str, jax.Array]] | None = None
+    self._last_saved, self._rows, self._collapse = last_saved, rows, CollapseCheck()
+    self._pending: tuple[int, dict[str, jax.Array], Batch] | None = None
     self._losses: list[float] = []
 
-  def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes the metrics of a step that was started, and fetches those of the step before."""
+  def add(self, step: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
+    """Takes the metrics of a step that was started, with its batch, and fetches those of the step before."""
     self.flush()
-    self._pending = step, metrics
+    self._pending = step, metrics, batch
     self._progress.advance()
 
   def flush(self) -> None:
@@ -59,14 +63,12 @@ class StepMetrics:
     """
     if self._pending is None:
       return
-    step, metrics = self._pending
+    step, metrics, batch = self._pending
     self._pending = None
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
-      raise InputError(
-        f"step {step}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; the last good "
-        f"checkpoint is of step {self._last_saved()}; lower train.learning_rate and start again"
-      )
+    if not is_finite(values):
+      raise self._rows.not_finite(step, values, batch, self._last_saved())
+    self._collapse.add(step, values["query_cosine"])
     self._losses.append(values["loss"])
     if step % self._log_every_steps == 0:
       self._writer.write(step, (step - 1) // self._steps_per_epoch, "train", values)
