@@ -14,8 +14,8 @@ import zlib
 from vixml_jax.errors import InputError, listed
 
 MAX_LINE = 2**26
-"""Most bytes of a line, and most characters of a CSV cell. Vectors and images in base64 are long, but a packed file of a
-few kilobytes can have a line that does not fit into memory, and a quote that is not closed must end somewhere."""
+"""Most bytes of a line, and most characters of a CSV cell. Vectors and images in base64 are long, but a packed file of
+some kilobytes can have a line that does not fit into memory, and a quote that is not closed must end somewhere."""
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 _JSON_SPACE = " \t\n\r"
 

@@ -1,4 +1,4 @@
-"""Tries examples of bad input: each gives the right result or one line that names the place, in bounded time and memory.
+"""Tries examples of bad input: each gives the right result, or one line that names the place, in bounded time and RAM.
 
 `make test` tries a few examples of each mutation, `make test-slow` many. Both draw the same ones every time, unless
 `--hypothesis-seed` is given.

@@ -103,10 +103,7 @@ def _any_image(draw, rng):
   modes = {"JPEG": ("RGB", "L", "CMYK"), "GIF": ("P", "L"), "WEBP": ("RGB", "RGBA"), "BMP": ("RGB", "L", "1", "P")}
   mode = draw(st.sampled_from(modes.get(kind, ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"))))
   image = Image.fromarray(random_pixels(rng))
-  if mode == "I;16":
-    image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257)
-  else:
-    image = image.convert(mode)
+  image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257) if mode == "I;16" else image.convert(mode)
   return kind, encode(image, kind)
 
 

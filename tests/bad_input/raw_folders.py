@@ -184,7 +184,7 @@ def one_label(draw, folder):
 
 @mutation
 def whole_number_as_uid(draw, folder):
-  split, row, _ = pick(draw, folder)
+  _split, row, _ = pick(draw, folder)
   number = draw(st.integers(-(10**30), 10**30))
   row.uid, row.source["uid"] = str(number), str(number)
   return folder.write_rows().expected()
@@ -436,7 +436,10 @@ def _parquet(table, **options):
   return sink.getvalue()
 
 
-def _image_table(rows, slots, blobs, types=(pa.int32(), pa.int32(), pa.binary())):
+_TYPES = pa.int32(), pa.int32(), pa.binary()
+
+
+def _image_table(rows, slots, blobs, types=_TYPES):
   arrays = [pa.array(column, kind) for column, kind in zip((rows, slots, blobs), types, strict=True)]
   return pa.table(arrays, names=["row", "slot", "png"])
 
@@ -559,7 +562,7 @@ def good_text(draw, folder):
 
 @text_mutation
 def line_without_an_arrow(draw, folder):
-  split, row, place = pick(draw, folder)
+  split, row, _place = pick(draw, folder)
   lines = folder.files[TEXT_ROWS[split]].split(b"\n")
   number = folder.rows[split].index(row)
   lines[number] = draw(st.sampled_from([b"", b"no arrow", b"->no uid", b"a-> b".replace(b"->", b"-")]))

@@ -75,7 +75,7 @@ class Table:
     """Returns the header, if there is one, and each row as a text with the end of its line."""
     if self.is_csv:
       mark = "\t" if self.suffix.startswith(".tsv") else ","
-      return [_csv_line(row, mark, self.end) for row in ([name for name in self.columns], *self.rows)]
+      return [_csv_line(row, mark, self.end) for row in (list(self.columns), *self.rows)]
     return [self.json_line(row) for row in self.rows]
 
   def json_line(self, row):
@@ -270,7 +270,7 @@ def split_of_another_name(draw, table):
 
 @mutation()
 def uid_twice(draw, table):
-  first, second = draw(st.sampled_from([(0, 1), (1, 0)]))
+  first, _second = draw(st.sampled_from([(0, 1), (1, 0)]))
   table.rows.append(list(table.rows[first]))
   table.write()
   return refused(table.place(len(table.rows) - 1), table.place(first), "'uid'")

@@ -215,8 +215,8 @@ def _folder_arguments(folder: Path) -> dict[str, Any]:
   path = folder / "config.json"
   if settings.get("model_type") not in _MODEL_TYPES:
     raise InputError(
-      f"{path}: model_type is {settings.get('model_type')!r:.60}; it must be one of {', '.join(_MODEL_TYPES)} (the fixed"
-      " resolutions of SigLIP 2 are siglip; NaFlex is not supported)"
+      f"{path}: model_type is {settings.get('model_type')!r:.60}; it must be one of {', '.join(_MODEL_TYPES)} (the "
+      "fixed resolutions of SigLIP 2 are siglip; NaFlex is not supported)"
     )
   settings = settings.get("vision_config", {}) if settings["model_type"] == "siglip" else settings
   if not isinstance(settings, dict):
