@@ -32,6 +32,6 @@ def _check(tally, case):
     assert (found["vocab_size"], found["num_layers"], found["embed_dim"], found["num_heads"]) == (64, 2, 8, 4)
 
 
-@campaign.examples_of_each(60)
+@campaign.examples_of_each(100)
 def test_adapters(each, record_property):
   campaign.run("adapters and configs of encoders", adapters.MUTATIONS, _check, each, record_property)

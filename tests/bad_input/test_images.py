@@ -31,6 +31,6 @@ def _check(tally, case):
       np.testing.assert_array_equal(found, pixels)
 
 
-@campaign.examples_of_each(85)
+@campaign.examples_of_each(100)
 def test_images(each, record_property):
   campaign.run("images", images.MUTATIONS, _check, each, record_property)

@@ -43,6 +43,6 @@ def _check(tally, case):
     tally.judge(found, expected)
 
 
-@campaign.examples_of_each(55)
+@campaign.examples_of_each(64)
 def test_queries(each, record_property):
   campaign.run("files of queries", queries.MUTATIONS, _check, each, record_property)

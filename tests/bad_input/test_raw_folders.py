@@ -66,6 +66,6 @@ def _check(tally, case):
     tally.judge(tally.attempt(lambda: read(raw, folder)), expected)
 
 
-@campaign.examples_of_each(45)
+@campaign.examples_of_each(50)
 def test_raw_folders(each, record_property):
   campaign.run("raw folders", raw_folders.MUTATIONS, _check, each, record_property)

@@ -36,7 +36,7 @@ def _check(server, tally, case):
   assert field is None or found.startswith(field), error
 
 
-@campaign.examples_of_each(40)
+@campaign.examples_of_each(60)
 def test_requests(server, each, record_property):
   check = lambda tally, case: _check(server, tally, case)
   campaign.run("bodies of requests", requests.MUTATIONS, check, each, record_property)

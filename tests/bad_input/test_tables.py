@@ -34,6 +34,6 @@ def _check(tally, case):
     tally.judge(tally.attempt(lambda: _write(table, Path(place))), expected)
 
 
-@campaign.examples_of_each(45)
+@campaign.examples_of_each(56)
 def test_tables(each, record_property):
   campaign.run("tables", tables.MUTATIONS, _check, each, record_property)

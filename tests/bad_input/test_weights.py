@@ -53,6 +53,6 @@ def _check(tally, case):
     jax.tree.map(np.testing.assert_array_equal, found, weights.TOWER)
 
 
-@campaign.examples_of_each(50)
+@campaign.examples_of_each(60)
 def test_weights(each, record_property):
   campaign.run("files of weights", weights.MUTATIONS, _check, each, record_property)
