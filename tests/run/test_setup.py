@@ -107,7 +107,7 @@ def test_test_queries_that_all_lack_labels_are_refused_before_training(tmp_path)
   write_lines(path, [record | {"target_ind": [], "target_rel": []} for record in read_lines(path)])
   with pytest.raises(InputError, match="no test query has a label.*tst.json.gz, or set --config.eval.split=validation"):
     set_up_run(config, tmp_path / "run", extract=True)
-  config.eval.split = "validation"
+  config.eval.split, config.dataset.validation_fraction = "validation", 0.2
   set_up_run(config, tmp_path / "run", extract=True)
 
 
