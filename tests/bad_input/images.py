@@ -1,5 +1,6 @@
 """Encoded images of every format and mode, and mutations of them."""
 
+import functools
 import io
 import struct
 import zlib
@@ -73,6 +74,11 @@ def with_size(kind, blob, width, height):
     place = content.index(b"VP8X") + 12
     content[place : place + 6] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
   return bytes(content)
+
+
+@functools.cache
+def _packed(byte, count):
+  return zlib.compress(byte * count, 1)
 
 
 def _gray(pixels):
@@ -248,9 +254,9 @@ def text_chunks_of_a_png(draw, rng):
   text = draw(
     st.sampled_from(
       [
-        (b"zTXt", b"k\0\0" + zlib.compress(b"a" * size)),
-        (b"iTXt", b"k\0\1\0\0\0" + zlib.compress(b"a" * size)),
-        (b"iCCP", b"k\0\0" + zlib.compress(b"\0" * size)),
+        (b"zTXt", b"k\0\0" + _packed(b"a", size)),
+        (b"iTXt", b"k\0\1\0\0\0" + _packed(b"a", size)),
+        (b"iCCP", b"k\0\0" + _packed(b"\0", size)),
         (b"tEXt", b"k\0" + b"a" * min(size, 10**6)),
       ]
     )
@@ -269,8 +275,8 @@ def length_of_a_chunk(draw, rng):
 @mutation
 def bomb_of_a_png(draw, rng):
   """More rows of pixels than the header says, well packed."""
-  header, _, end = png_parts(encode(Image.new("RGB", (8, 8)), "PNG"))
-  data = zlib.compress(b"\0" * draw(st.integers(10**7, 10**8)), 1)
+  header, _, end = png_parts(encode(Image.new("RGB", (8, 8), tuple(rng.choices(range(256), k=3))), "PNG"))
+  data = _packed(b"\0", draw(st.sampled_from([10**7, 3 * 10**7, 10**8])))
   return png_of([header, (b"IDAT", data), end]), Expected((ANY, (8, 8, 3)), decoding.REASONS)
 
 

@@ -1,6 +1,7 @@
 """Files of weights, npz and safetensors: valid ones, and mutations of their headers, offsets, indexes and configs."""
 
 import dataclasses
+import functools
 import io
 import json
 import struct
@@ -140,11 +141,16 @@ def size_of_a_tensor_in_npz(draw):
   return npz_case(members), refused("tower.npz")
 
 
+@functools.cache
+def _wide(width):
+  return engine.Inverse(tables.BIG_VISION_STACKED, define_siglip(ARGUMENTS | {"embed_dim": width})[1])
+
+
 @mutation
 def sizes_of_all_tensors_in_npz(draw):
   """A tower of any size, whose headers agree with each other; there is nothing behind them."""
   width = draw(st.sampled_from([2**12, 2**15, 2**18, 2**20]))
-  shapes = engine.Inverse(tables.BIG_VISION_STACKED, define_siglip(ARGUMENTS | {"embed_dim": width})[1]).shape
+  shapes = _wide(width).shape
   members = {f"{name}.npy": npy_header("<f4", shapes(name.removeprefix("params/img/"))) + bytes(64) for name in NPZ}
   return npz_case(members), refused("tower.npz")
 
