@@ -23,7 +23,7 @@ from vixml_jax.errors import InputError
 SECONDS = 20
 """Most seconds that an example may take."""
 PEAK_BYTES = 384 * 2**20
-"""Most memory that an example may take. The longest line has 64 MiB, and is read as bytes, as a text and as its values."""
+"""Most memory that an example may take. The longest line, 64 MiB, is read as bytes, as a text and as values."""
 MESSAGE_CHARS = 700
 """Most characters of a message, besides paths."""
 
