@@ -335,9 +335,8 @@ def line_with_another_number_of_cells(draw, file):
 
 @mutation((".csv",))
 def quote_that_is_not_closed(draw, file):
-  number, _ = _pick(draw, file)
-  lines = file.lines()
-  lines[number + 1] = '"' + lines[number + 1].replace('"', "")
+  *lines, last = file.lines()
+  lines.append('"' + last.replace('"', ""))
   file.write(lines)
   return refused(file.name)
 

@@ -48,7 +48,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
   try:
     # By default the images of a row group are read into memory as a whole.
     file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
-  except (pa.ArrowException, OSError) as error:
+  except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # The last one if a name of a column is damaged.
     raise unreadable_parquet(path, error) from error
   check_columns(path, file.schema_arrow)
   return file

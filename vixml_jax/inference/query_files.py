@@ -207,7 +207,7 @@ class _ParquetQueries:
   def _reading(self, read: Callable[[], Any]) -> Any:
     try:
       return read()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # The last one if a name of a column is damaged.
       raise InputError(
         f"{self._path}: cannot be read as Parquet ({str(error).splitlines()[0]}); is the file truncated?"
       ) from error

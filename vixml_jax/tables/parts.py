@@ -164,7 +164,7 @@ class ArrowPart:
           return
         stream = stack.enter_context(pa.memory_map(str(self._source)))
         yield _arrow_batches(stream)
-      except (pa.ArrowException, OSError) as error:
+      except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # The last one if a name is damaged.
         raise InputError(
           f"{self.name}: cannot be read ({str(error).splitlines()[0]}); is the file truncated?"
         ) from error
