@@ -11,6 +11,7 @@ import numpy as np
 from vixml_jax.errors import InputError
 from vixml_jax.weights.tables import Rule, Table
 
+_MAX_LAYERS = 1_000  # More are not looked for one by one, unless there are as many tensors.
 _SHOWN = 10  # Maximum number of names that an error lists.
 
 
@@ -224,7 +225,7 @@ def _check(
       missing.append(f"{rule.ours} (not in the model)")
       continue
     layers = wanted[rule.ours].shape[0] if rule.per_layer else 1
-    if layers > len(theirs):  # A config can ask for any number of layers.
+    if layers > max(_MAX_LAYERS, len(theirs)):  # A config can ask for any number of layers.
       missing.append(f"{rule.ours} ({layers} layers, but there are {len(theirs)} tensors)")
       continue
     for name, _, layout in targets(rule, wanted[rule.ours].shape):

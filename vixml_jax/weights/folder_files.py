@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 import shlex
 
-from vixml_jax.errors import InputError, listed
+from vixml_jax.errors import InputError
 
 MODEL = "model"  # Name of the files with weights, without the endings.
 ENDING = ".safetensors"
@@ -91,11 +91,12 @@ def _shards(index: Path) -> list[Path]:
   except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
     raise InputError(f"{index}: is not an index of safetensors files ({error!r:.200}); fetch it again") from error
   if outside:
-    raise InputError(f"{index}: lists {listed(outside[:1])}, which is not a file of this folder; fetch the index again")
+    raise InputError(
+      f"{index}: lists {' '.join(outside[0].split()):.200}, which is not a file of this folder; fetch the index again"
+    )
   found = {path.name for path in index.parent.iterdir() if path.is_file()}
   missing = [name for name in names if name not in found]
   if missing or not names:
-    raise InputError(
-      f"{index}: lists {listed(missing) or 'no files'}, which the folder does not have; fetch them again"
-    )
+    shown = " ".join(", ".join(missing).split()) or "no files"
+    raise InputError(f"{index}: lists {shown:.400}, which the folder does not have; fetch them again")
   return [index.parent / name for name in names]

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vixml_jax.errors import InputError, listed
+from vixml_jax.errors import InputError
 from vixml_jax.files import read_json_object
 
 # Qwen2, Qwen3 and Llama differ in two switches. Arguments that depend on several keys are in `_derived_arguments`.
@@ -249,7 +249,7 @@ def _derived_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
   kinds = {str(kind) for kind in (layer_types if isinstance(layer_types, list) else [layer_types])} - {"full_attention"}
   if kinds:
     raise InputError(
-      f"{path}: layer_types has {listed(sorted(kinds))}; the encoder supports only full_attention: choose another model"
+      f"{path}: layer_types has {', '.join(sorted(kinds)):.200}; the encoder supports only full_attention: choose another model"
     )
   # Both have been checked.
   num_heads, embed_dim = (_value(config, key, path) for key in ("num_attention_heads", "hidden_size"))
