@@ -249,9 +249,9 @@ def _derived_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
   kinds = {str(kind) for kind in (layer_types if isinstance(layer_types, list) else [layer_types])} - {"full_attention"}
   if kinds:
     raise InputError(
-      f"{path}: layer_types has {', '.join(sorted(kinds)):.200}; the encoder supports only full_attention: choose another model"
+      f"{path}: layer_types has {', '.join(sorted(kinds)):.200}; the encoder supports only full_attention: choose "
+      "another model"
     )
-  # Both have been checked.
   num_heads, embed_dim = (_value(config, key, path) for key in ("num_attention_heads", "hidden_size"))
   head_dim = config.get("head_dim")
   if head_dim is None:
