@@ -1,5 +1,9 @@
 """Exceptions that users see as one line without a traceback: bad input, and a run that was asked to stop."""
 
+from collections.abc import Sequence
+
+_SHOWN_NAMES, _SHOWN_CHARS = 20, 60
+
 
 class InputError(ValueError):
   """Bad input that the user can correct: a file, a line, a key or a row.
@@ -19,3 +23,18 @@ class StopTraining(Exception):
   A callback raises it in `on_step` or `on_evaluation`. The run is finished: the same call evaluates it again and does
   not train any further.
   """
+
+
+def listed(names: Sequence[str], mark: str = ", ") -> str:
+  """Returns names from a file for a message, in quotes: the first twenty, of each the first characters.
+
+  >>> listed(["a", "b" * 80])
+  "'a', 'bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb..."
+
+  Args:
+    names: Names of columns or keys, of any length.
+    mark: What separates them.
+  """
+  quoted = map(repr, names[:_SHOWN_NAMES])
+  shown = [name if len(name) <= _SHOWN_CHARS else name[: _SHOWN_CHARS - 3] + "..." for name in quoted]
+  return mark.join(shown) + (f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else "")

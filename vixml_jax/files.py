@@ -13,6 +13,7 @@ import shutil
 from typing import IO, Any
 
 from vixml_jax.errors import InputError
+from vixml_jax.record_files import JSON, json_fault
 
 _CHUNK_BYTES = 1 << 20
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -63,11 +64,11 @@ def read_json_object(path: Path, absent: str, damaged: str) -> dict[str, Any]:
     InputError: The file cannot be opened, or does not have a JSON object.
   """
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = JSON.decode(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise InputError(f"{path}: cannot be read ({error.strerror}); {absent}") from error
-  except ValueError as error:
-    raise InputError(f"{path}: is not JSON ({error}); {damaged}") from error
+  except (ValueError, RecursionError) as error:
+    raise InputError(f"{path}: is not JSON ({json_fault(error)}); {damaged}") from error
   if not isinstance(value, dict):
     raise InputError(f"{path}: is not a JSON object; {damaged}")
   return value

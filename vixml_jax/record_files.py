@@ -8,14 +8,15 @@ import gzip
 import io
 import json
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, AnyStr, cast
 import zlib
 
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, listed
 
-_MAX_CELL = 2**26  # Characters of a CSV cell: vectors are long, and a quote that is not closed must end somewhere.
+MAX_LINE = 2**26
+"""Most bytes of a line, and most characters of a CSV cell. Vectors and images in base64 are long, but a packed file of
+some kilobytes can have a line that does not fit into memory, and a quote that is not closed must end somewhere."""
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
-_JSON = json.JSONDecoder()
 _JSON_SPACE = " \t\n\r"
 
 
@@ -39,14 +40,14 @@ class CsvFile:
       InputError: The file cannot be read, is empty, or has two columns with the same name.
     """
     self.path, self.delimiter = path, delimiter
-    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
     with contextlib.closing(self._records()) as records:
       columns = next((cells for _, cells in records), None)
     if columns is None:
       raise InputError(f"{path}: is empty; its first line must name the columns")
     repeated = {name for name in columns if columns.count(name) > 1}
     if repeated:
-      raise InputError(f"{path}:1: has two columns {min(repeated)!r}; remove or rename one")
+      raise InputError(f"{path}:1: has two columns {listed([min(repeated)])}; remove or rename one")
     self.columns: list[str] = columns
 
   def rows(self) -> Iterator[tuple[int, list[str]]]:
@@ -69,7 +70,7 @@ class CsvFile:
   def _records(self) -> Generator[tuple[int, list[str]]]:
     start = 1
     with open_packed(self.path) as file, io.TextIOWrapper(cast(Any, file), "utf-8-sig", newline="") as text:
-      reader = csv.reader(text, delimiter=self.delimiter, strict=True)
+      reader = csv.reader(bounded_lines(text, self.path), delimiter=self.delimiter, strict=True)
       try:
         for cells in reader:
           yield start, cells
@@ -105,9 +106,27 @@ def filled_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     InputError: The file cannot be read.
   """
   with open_packed(path) as file:
-    for line, raw in enumerate(file, 1):
+    for line, raw in enumerate(bounded_lines(file, path), 1):
       if raw.strip():
         yield line, raw
+
+
+def bounded_lines(file: IO[AnyStr], name: object) -> Iterator[AnyStr]:
+  """Yields the lines of a file.
+
+  Args:
+    file: The file.
+    name: Its name in messages.
+
+  Raises:
+    InputError: A line has more than `MAX_LINE` bytes or characters.
+  """
+  number = 0
+  while line := file.readline(MAX_LINE + 1):
+    number += 1
+    if len(line) > MAX_LINE:
+      raise InputError(f"{name}:{number}: has more than {MAX_LINE:,} bytes; split the line, or copy the file again")
+    yield line
 
 
 def parse_json(text: bytes, where: str, advice: str) -> Any:
@@ -123,13 +142,33 @@ def parse_json(text: bytes, where: str, advice: str) -> Any:
   """
   try:
     stripped = text.removeprefix(codecs.BOM_UTF8).decode().strip(_JSON_SPACE)
-    value, stop = _JSON.raw_decode(stripped)  # json.loads takes twice as long for a short line.
+    value, stop = JSON.raw_decode(stripped)  # json.loads takes twice as long for a short line.
     if stop < len(stripped):
       raise json.JSONDecodeError("Extra data", stripped, stop)
     return value
   except (ValueError, RecursionError) as error:
-    reason = str(error) if isinstance(error, ValueError) else "nested too deep"
-    raise InputError(f"{where}: not valid JSON in UTF-8 ({reason}); {advice}") from error
+    raise InputError(f"{where}: not valid JSON in UTF-8 ({json_fault(error)}); {advice}") from error
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+  """Returns what is wrong with a text for which `JSON` raised an error."""
+  if isinstance(error, RecursionError):
+    return "nested too deep"
+  if "set_int_max_str_digits" in str(error):
+    return "an integer has more than 4,300 digits"
+  return str(error)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    raise ValueError(f"key {listed([next(key for key in keys if keys.count(key) > 1)])} occurs twice")
+  return found
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object)
+"""Reads JSON, and raises ValueError for an object with two equal keys, of which `json.loads` would take the last."""
 
 
 @contextlib.contextmanager
@@ -153,7 +192,7 @@ def open_packed(path: Path) -> Iterator[IO[bytes]]:
 def not_utf8(path: Path) -> InputError:
   """Returns the error for a file that is not UTF-8; the message names the first such line and byte."""
   with open_packed(path) as file:
-    for line, raw in enumerate(file, 1):
+    for line, raw in enumerate(bounded_lines(file, path), 1):
       try:
         raw.decode()
       except UnicodeDecodeError as error:

@@ -11,6 +11,7 @@ import pytest
 
 from vixml_jax.images import decoding
 from vixml_jax.images.decoding import BadImage, decode, from_data_uri
+from vixml_jax.images.preprocess import PREPROCESSING
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (5, 7, 3), np.uint8)
@@ -110,6 +111,23 @@ def test_exif_orientation_is_applied(orientation):
 @pytest.mark.parametrize("exif", [b"Exif\0\0" + b"\xff" * 40, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"])
 def test_image_with_broken_exif_is_decoded(exif):
   assert decode(encoded(Image.fromarray(PIXELS), "JPEG", exif=exif)).shape == (5, 7, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_an_image_that_is_converted_in_bands_has_the_pixels_of_one_that_is_converted_at_once(
+  mode, orientation, monkeypatch
+):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  image = Image.fromarray(RNG.integers(0, 256, (23, 7, 3), np.uint8))
+  image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+  blob = encoded(image, exif=exif, **({"transparency": 3} if mode == "P" else {}))
+  at_once = decode(blob)
+  monkeypatch.setattr(decoding, "_PIXELS_AT_ONCE", 7 * 5)
+  np.testing.assert_array_equal(decode(blob), at_once)
+  resized = [PREPROCESSING["huggingface"](pixels, 8) for pixels in (at_once, np.ascontiguousarray(at_once))]
+  np.testing.assert_array_equal(*resized)  # Also where rows and columns are exchanged.
 
 
 # Below Pillow's own limit; where Pillow warns; where Pillow refuses; and the maximum of a header.

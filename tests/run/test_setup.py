@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.image_features import write_random_features
+from tests.helpers.miniature import read_lines, write_lines
 from tests.helpers.miniature_runs import load_config, miniature_config
 from vixml_jax import datasets, sharding
 from vixml_jax.errors import InputError
@@ -98,6 +99,16 @@ def test_settings_cannot_be_chosen_on_held_out_queries_if_none_are_held_out(conf
   with pytest.raises(InputError, match="config.dataset.validation_fraction=1e-09: holds out none of the 64"):
     set_up_run(config, tmp_path / "run", extract=True)
   assert not (tmp_path / "run").exists()
+
+
+def test_test_queries_that_all_lack_labels_are_refused_before_training(tmp_path):
+  config = miniature_config(tmp_path)
+  path = Path(config.dataset.raw_dir) / "tst.json.gz"
+  write_lines(path, [record | {"target_ind": [], "target_rel": []} for record in read_lines(path)])
+  with pytest.raises(InputError, match="no test query has a label.*tst.json.gz, or set --config.eval.split=validation"):
+    set_up_run(config, tmp_path / "run", extract=True)
+  config.eval.split, config.dataset.validation_fraction = "validation", 0.2
+  set_up_run(config, tmp_path / "run", extract=True)
 
 
 def test_missing_adapters_are_refused_before_anything_is_written(tmp_path):

@@ -266,7 +266,7 @@ def test_files_without_a_tower_raise_an_error_that_names_the_tensor(tensors, tmp
     ({"vision_use_head": False}, "vision_use_head is False"),
     ({"num_channels": 4}, "num_channels is 4"),
     ({"num_attention_heads": 5}, "24 is not divisible by 5 heads"),
-    ({"image_size": [30, 30]}, r"image_size \[30, 30\]; it must be a positive integer"),
+    ({"image_size": [30, 30]}, r"image_size is \[30, 30\]; it must be a positive integer"),
     ({"image_size": 7}, "7 pixels are smaller than a patch of 8"),
   ],
 )

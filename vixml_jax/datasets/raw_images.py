@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, listed
 
 MAX_SLOT = 2**31 - 1
 """Largest slot that the prepared data can store. Models read at most five images of an item, slots 0 to 4 here."""
@@ -43,13 +43,26 @@ def open_parquet(path: Path) -> pq.ParquetFile:
   """Opens a parquet file of images for reading in small batches.
 
   Raises:
-    InputError: The file cannot be read.
+    InputError: The file cannot be read, or two columns have the same name.
   """
   try:
     # By default the images of a row group are read into memory as a whole.
-    return pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-  except (pa.ArrowException, OSError) as error:
+    file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
+  except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # The last one if a name of a column is damaged.
     raise unreadable_parquet(path, error) from error
+  check_columns(path, file.schema_arrow)
+  return file
+
+
+def check_columns(path: Path | str, schema: pa.Schema) -> None:
+  """Checks that the names of the columns of a file differ.
+
+  Raises:
+    InputError: Two have the same name.
+  """
+  repeated = {name for name in schema.names if schema.names.count(name) > 1}
+  if repeated:
+    raise InputError(f"{path}: has two columns {listed([min(repeated)])}; remove or rename one")
 
 
 def unreadable_parquet(path: Path, error: Exception) -> InputError:
@@ -75,7 +88,7 @@ def _image_records(path: Path, num_rows: int) -> Iterator[tuple[int, int, bytes]
       names = file.schema_arrow.names
       column = next((name for name in ("png", "image") if name in names), None)
       if column is None or not {"row", "slot"} <= set(names):
-        raise InputError(f"{path}: columns must be row, slot, png; found {', '.join(names)}")
+        raise InputError(f"{path}: columns must be row, slot, png; found {listed(names)}")
       wanted = ["row", "slot", column]
       for batch in file.iter_batches(_IMAGES_PER_READ, columns=wanted):
         values = (batch.column(name).to_pylist() for name in wanted)  # A batch has the column order of the file.

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import gzip
 import json
 import logging
-import math
-from typing import Any
+from typing import IO, Any, cast
 import zipfile
 import zlib
 
@@ -16,8 +15,11 @@ from vixml_jax.datasets.raw import RawFile
 from vixml_jax.datasets.uids import hash_of_uid
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged
+from vixml_jax.record_files import JSON, bounded_lines, json_fault
 
 _CHUNK_BYTES = 1 << 20
+_MAX_DIGITS = 18  # Of an integer in a filter file, so that it fits int64.
+_LARGEST = float(np.finfo(np.float32).max)
 _UNREADABLE = (EOFError, OSError, zlib.error, zipfile.BadZipFile)
 
 
@@ -117,7 +119,7 @@ def read_filter(path: RawFile, num_rows: int, num_labels: int) -> Ragged:
   pairs = array.array("q")
   try:
     with path.open("rb") as file:
-      for line, text in enumerate(file, 1):
+      for line, text in enumerate(bounded_lines(file, path), 1):
         if text.strip():
           pairs.append(_filter_pair(path, line, text, num_rows, num_labels))
   except _UNREADABLE as error:
@@ -141,7 +143,7 @@ def filter_rows(pairs: np.ndarray, num_rows: int, num_labels: int) -> Ragged:
 def _filter_pair(path: RawFile, line: int, text: bytes, num_rows: int, num_labels: int) -> int:
   """Returns `row * num_labels + label` for a line of a filter file."""
   fields = text.split()
-  if len(fields) != 2 or not fields[0].isdigit() or not fields[1].isdigit():
+  if len(fields) != 2 or not all(field.isdigit() and len(field) <= _MAX_DIGITS for field in fields):
     raise InputError(
       f"{path}:{line}: expected 'row label', two integers, but found {excerpt(text)}; correct or delete the line"
     )
@@ -164,7 +166,7 @@ def _records(path: RawFile) -> Iterator[tuple[int, dict[str, Any]]]:
   line = 0
   try:
     with path.open("rb") as packed, gzip.open(packed, "rb") as file:
-      for line, raw in enumerate(file, 1):
+      for line, raw in enumerate(bounded_lines(cast(IO[bytes], file), path), 1):
         yield line, _parse(path, line, raw)
   except _UNREADABLE as error:
     raise _damaged(path, line + 1, error) from error
@@ -182,11 +184,10 @@ def _parse(path: RawFile, line: int, raw: bytes) -> dict[str, Any]:
   if not text.strip():
     raise InputError(f"{path}:{line}: empty line; delete it, since each line is one row")
   try:
-    record = json.loads(text)
-  except (json.JSONDecodeError, RecursionError) as error:
-    reason = "nested too deeply"
-    if isinstance(error, json.JSONDecodeError):
-      reason = f"{error.msg} at column {error.colno}"
+    record = JSON.decode(text)
+  except (ValueError, RecursionError) as error:
+    is_syntax = isinstance(error, json.JSONDecodeError)
+    reason = f"{error.msg} at column {error.colno}" if is_syntax else json_fault(error)
     raise InputError(f"{path}:{line}: malformed JSON, {reason}; each line must be one JSON object") from error
   if not isinstance(record, dict):
     raise InputError(f"{path}:{line}: expected a JSON object with uid, title, ... but found {excerpt(raw)}")
@@ -265,8 +266,8 @@ def checked_targets(
       f"{path}:{line}: {ids_name} has label {label}, but labels are 0 to {num_labels - 1} (the lines of the file of "
       "labels, counted from 0)"
     )
-  if not all(map(math.isfinite, relevance)):
-    raise InputError(f"{path}:{line}: {relevance_name} has a number that is not finite; replace it")
+  if not all(abs(number) <= _LARGEST for number in relevance):  # NaN is not, either.
+    raise InputError(f"{path}:{line}: {relevance_name} has a number that is not finite in float32; replace it")
   if len(set(ids)) < len(ids):
     data_warnings.add(path, line, f"repeated labels in {ids_name} (the first of each is kept)")
     firsts = dict(zip(reversed(ids), reversed(relevance), strict=True))

@@ -17,6 +17,7 @@ from vixml_jax.datasets.raw import RawFile
 from vixml_jax.datasets.raw_records import DataWarnings, check_unique, checked_targets, excerpt
 from vixml_jax.datasets.uids import hash_of_uid
 from vixml_jax.errors import InputError
+from vixml_jax.record_files import bounded_lines
 
 _CHUNK_BYTES = 1 << 20
 _UNREADABLE = (EOFError, OSError, zlib.error, zipfile.BadZipFile)
@@ -115,6 +116,8 @@ def _matrix_rows(
       raise InputError(f"{path}:{line}: more rows than the {num_rows} of the header; download it again")
     rows += 1
     try:
+      if b"_" in text:  # Python reads 1_0 as 10.
+        raise ValueError
       pairs = [pair.split(b":") for pair in text.split()]
       ids, relevance = [int(label) for label, _ in pairs], [float(value) for _, value in pairs]
     except ValueError as error:
@@ -130,7 +133,7 @@ def _lines(path: RawFile) -> Iterator[tuple[int, bytes]]:
   """Yields number and content of every line, without its end."""
   try:
     with path.open("rb") as file:
-      for line, text in enumerate(file, 1):
+      for line, text in enumerate(bounded_lines(file, path), 1):
         yield line, text.rstrip(b"\r\n")
   except _UNREADABLE as error:
     raise _damaged(path, error) from error

@@ -6,10 +6,9 @@ import warnings
 
 import numpy as np
 from PIL import Image
-from PIL.Image import Transpose
 
 MAX_PIXELS = 64 * 2**20
-"""Largest number of pixels that an image may have by its header (8192 x 8192). Decoding takes up to 256 MB."""
+"""Largest number of pixels that an image may have by its header (8192 x 8192). Decoding takes up to 450 MB."""
 
 MISSING = "missing"
 UNREADABLE = "the file cannot be read"
@@ -23,15 +22,17 @@ REASONS = (MISSING, UNREADABLE, EMPTY, NOT_AN_IMAGE, TOO_LARGE, DAMAGED)
 # Formats that a raw folder may hold. Pillow reads dozens of others, some with other programs (EPS) or by rarely used C.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _EXIF_ORIENTATION = 0x0112
+# Orientation -> whether rows and columns are exchanged, and then the direction of rows and of columns.
 _UPRIGHT = {
-  2: Transpose.FLIP_LEFT_RIGHT,
-  3: Transpose.ROTATE_180,
-  4: Transpose.FLIP_TOP_BOTTOM,
-  5: Transpose.TRANSPOSE,
-  6: Transpose.ROTATE_270,
-  7: Transpose.TRANSVERSE,
-  8: Transpose.ROTATE_90,
+  2: (False, 1, -1),
+  3: (False, -1, -1),
+  4: (False, -1, 1),
+  5: (True, 1, 1),
+  6: (True, 1, -1),
+  7: (True, -1, -1),
+  8: (True, -1, 1),
 }
+_PIXELS_AT_ONCE = 1 << 20  # Each conversion of Pillow makes a copy of what it converts.
 
 # Pillow warns about broken EXIF data, palettes, and images with up to twice its own limit of pixels. A million images
 # from the web would give pages of such warnings, and `decode` handles each of these cases.
@@ -96,22 +97,35 @@ def decode(blob: bytes) -> np.ndarray:
     if image.width * image.height > MAX_PIXELS:
       raise BadImage(TOO_LARGE)
     try:
-      return np.asarray(_rgb(_upright(image)))
+      image.load()
+      return _upright(_rgb(image), image)
     except Exception as error:
       raise BadImage(DAMAGED) from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-  """Applies the EXIF orientation. An image with unreadable EXIF data is used as it is stored."""
-  image.load()
+def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+  """Applies the EXIF orientation of an image. One with unreadable EXIF data is used as it is stored."""
   try:
     orientation = image.getexif().get(_EXIF_ORIENTATION)
   except Exception:
-    return image
-  return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    return pixels
+  if orientation not in _UPRIGHT:
+    return pixels
+  is_exchanged, down, across = _UPRIGHT[orientation]
+  return (pixels.swapaxes(0, 1) if is_exchanged else pixels)[::down, ::across]
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image) -> np.ndarray:
+  """Returns the pixels of an image in RGB on white, uint8 [height, width, 3], which are converted band by band."""
+  pixels = np.empty((image.height, image.width, 3), np.uint8)
+  rows = max(1, _PIXELS_AT_ONCE // image.width)
+  for top in range(0, image.height, rows):
+    bottom = min(top + rows, image.height)
+    pixels[top:bottom] = _rgb_band(image if bottom - top == image.height else image.crop((0, top, image.width, bottom)))
+  return pixels
+
+
+def _rgb_band(image: Image.Image) -> Image.Image:
   if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion would clip at 255.
     gray = np.clip(np.asarray(image, np.int64) >> 8, 0, 255)
     return Image.fromarray(gray.astype(np.uint8)).convert("RGB")

@@ -21,7 +21,7 @@ from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.datasets.raw_images import MAX_SLOT, open_parquet, out_of_range, unreadable_parquet
 from vixml_jax.datasets.records import Records
 from vixml_jax.datasets.uids import hash_of_uid
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, listed
 from vixml_jax.ragged import offsets_of
 
 IMAGES_PER_PART = 2048
@@ -223,7 +223,9 @@ class _ParquetImages:
     try:
       rows, slots = (values.cast(pa.int64()).to_pylist() for values in (rows, slots))
     except pa.ArrowInvalid as error:
-      raise InputError(f"{path}: near record {record}: row and slot must be integers ({error})") from error
+      raise InputError(
+        f"{path}: near record {record}: row and slot must be integers ({str(error).splitlines()[0]})"
+      ) from error
     for row, slot in zip(rows, slots, strict=True):
       if row is None or not 0 <= row < self._num_rows or slot is None or not 0 <= slot <= MAX_SLOT:
         raise InputError(f"{path}: record {record}: {out_of_range(row, slot, self._num_rows)}")
@@ -321,7 +323,7 @@ def _blob_column(path: Path, required: tuple[str, ...]) -> str:
     )
   if blob is None or not set(required) <= set(names):
     raise InputError(
-      f"{path}: columns must be {', '.join(required)} and one of {', '.join(_COLUMNS)}; found {', '.join(names)} "
+      f"{path}: columns must be {', '.join(required)} and one of {', '.join(_COLUMNS)}; found {listed(names)} "
       f"(img2dataset: --output_format parquet, and keep {wanted} with --save_additional_columns)"
     )
   if not (pa.types.is_binary(schema.field(blob).type) or pa.types.is_large_binary(schema.field(blob).type)):

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from ml_collections import ConfigDict
 
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, listed
 from vixml_jax.inference.queries import Query, QueryFormat, query_format
 from vixml_jax.inference.query_files import open_queries
+from vixml_jax.record_files import json_lines
 
 KEYS = ("uid", "title", "content", "images", "categories", "positives")
 """Keys of a new label."""
@@ -141,13 +141,9 @@ def read_categories(path: Path) -> dict[str, LabelCategories]:
   Raises:
     InputError: The file or a line is wrong; the message names the line.
   """
-  try:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"{path}: cannot be read ({error}); --categories must name a file of JSON lines") from error
   found: dict[str, LabelCategories] = {}
-  for where, line in ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()):
-    uid, names = _uid_and_categories(line, where)
+  for where, given in ((f"{path}:{number}", given) for number, given in json_lines(path)):
+    uid, names = _uid_and_categories(given, where)
     if uid in found:
       raise InputError(f"{where}: uid {uid!r} is also in {found[uid].where}; give all its categories in one line")
     found[uid] = LabelCategories(where, names)
@@ -156,11 +152,7 @@ def read_categories(path: Path) -> dict[str, LabelCategories]:
   return found
 
 
-def _uid_and_categories(line: str, where: str) -> tuple[str, tuple[str, ...]]:
-  try:
-    given = json.loads(line)
-  except ValueError as error:
-    raise InputError(f"{where}: not valid JSON ({error}); correct the line") from error
+def _uid_and_categories(given: Any, where: str) -> tuple[str, tuple[str, ...]]:
   if not isinstance(given, dict) or set(given) != {"uid", "categories"} or not isinstance(given["uid"], str):
     raise InputError(f"{where}: must be an object with 'uid', a text, and 'categories', a list of names")
   names = given["categories"]
@@ -172,7 +164,7 @@ def _uid_and_categories(line: str, where: str) -> tuple[str, tuple[str, ...]]:
 def _check_known(given: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
   unknown = [key for key in given if key not in keys]
   if unknown:
-    raise InputError(f"{where}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(keys)}")
+    raise InputError(f"{where}: unknown {listed(unknown)}; known are {', '.join(keys)}")
 
 
 def _checked_uid(uid: str, where: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vixml_jax.datasets.records import join_texts
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, listed
 from vixml_jax.images.decoding import from_data_uri
 from vixml_jax.images.feature_set import to_float16
 from vixml_jax.images.tower import PreparedImage
@@ -77,7 +77,7 @@ class QueryFormat:
     """
     if not _KNOWN.issuperset(keys):
       unknown = [key for key in keys if key not in KEYS]
-      raise InputError(f"{where}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(KEYS)}")
+      raise InputError(f"{where}: unknown {listed(unknown)}; known are {', '.join(KEYS)}")
     if self.required not in keys:
       raise InputError(f"{where}: has no {self.required!r}; every query needs one")
     if "images" in keys and not self.images:
@@ -140,9 +140,14 @@ class QueryFormat:
 
   def _vector(self, image: np.ndarray | Sequence[Any], where: str) -> np.ndarray:
     try:
-      vector = np.asarray(image, np.float32)
+      if not isinstance(image, np.ndarray) and any(isinstance(number, str | bool) for number in image):
+        raise TypeError  # numpy would convert them.
+      with np.errstate(over="ignore"):
+        vector = np.asarray(image, np.float32)
+    except OverflowError:
+      vector = np.full(np.shape(image), np.inf, np.float32)
     except (TypeError, ValueError):
-      vector = np.zeros(0, np.float32)
+      raise InputError(f"{where}: a feature vector of an image must be {self.feature_dim} numbers") from None
     if vector.shape != (self.feature_dim,):
       raise InputError(
         f"{where}: a feature vector of an image must be {self.feature_dim} numbers, but one has shape "

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vixml_jax.datasets.raw_images import check_columns
 from vixml_jax.errors import InputError
 from vixml_jax.inference.queries import LISTS, Query, QueryFormat
 from vixml_jax.record_files import CsvFile, filled_lines, parse_json
@@ -149,6 +150,7 @@ class _ParquetQueries:
     self._path, self._form = path, form
     with self._file() as file:
       schema, self._num_rows = file.schema_arrow, file.metadata.num_rows
+    check_columns(path, schema)
     form.check_keys(schema.names, str(path))
     for name in schema.names:
       if not _fits(name, schema.field(name).type):
@@ -200,12 +202,12 @@ class _ParquetQueries:
     ]
 
   def _file(self) -> pq.ParquetFile:
-    return self._reading(lambda: pq.ParquetFile(self._path))
+    return self._reading(lambda: pq.ParquetFile(self._path, page_checksum_verification=True))
 
   def _reading(self, read: Callable[[], Any]) -> Any:
     try:
       return read()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # The last one if a name of a column is damaged.
       raise InputError(
         f"{self._path}: cannot be read as Parquet ({str(error).splitlines()[0]}); is the file truncated?"
       ) from error

@@ -114,6 +114,11 @@ def load_data(
   train_rows = np.flatnonzero(labeled & ~held_out)
   if not len(train_rows):
     raise InputError(f"{wanted.name}: no training query has a label; check target_ind in trn.json.gz")
+  if config.eval.split == "test" and not len(corpus.test_labels.values):
+    raise InputError(
+      f"{wanted.name}: no test query has a label, so that nothing can be measured; check target_ind in tst.json.gz, or "
+      "set --config.eval.split=validation"
+    )
   tokens = {"train": corpus.train_tokens, "test": corpus.test_tokens, "labels": corpus.label_tokens}
   items = {
     split: Items(texts, image_rows[split]) if image_rows else Items.of_texts(texts) for split, texts in tokens.items()

@@ -1,18 +1,21 @@
 """Checks and converts the values of a table: texts, uids, names of labels, relevance, images."""
 
 from collections.abc import Callable, Mapping, Sequence
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vixml_jax.datasets.raw_images import is_encoded_image
+from vixml_jax.record_files import JSON, json_fault
 
 
 class CellError(ValueError):
   """A value cannot be used. The message is the end of an `InputError` that names the file, the line and the column."""
 
 
+_LARGEST = float(np.finfo(np.float32).max)
 _SEPARATORS = ("|", ";", ",", "\t")
 _NAMES = {"\t": "a tab"}
 _JSON_ADVICE = 'a list is written as ["a", "b"], in pandas by .map(json.dumps)'
@@ -135,11 +138,11 @@ class LabelCells:
     """
     items = [value] if isinstance(value, int | float) and not isinstance(value, bool) else self._items(value)
     try:
-      numbers = [float(item) for item in items]
-    except (TypeError, ValueError):
+      numbers = [math.nan if isinstance(item, bool) else float(item) for item in items]
+    except (TypeError, ValueError, OverflowError):
       numbers = [math.nan]
-    if not all(map(math.isfinite, numbers)):
-      raise CellError(f"must have finite numbers, not {value!r:.40}; correct it")
+    if not all(abs(number) <= _LARGEST for number in numbers):  # NaN is not, either.
+      raise CellError(f"must have numbers that are finite in float32, not {_excerpt(value)}; correct it")
     if len(numbers) != count:
       raise CellError(f"has {len(numbers)} numbers for {count} labels; give one for each label")
     return numbers
@@ -208,9 +211,9 @@ def _image(value: Any, folder: Path) -> tuple[bytes, Path | None]:
 
 def _json_list(text: str) -> list[Any]:
   try:
-    items = json.loads(text)
+    items = JSON.decode(text)
   except (ValueError, RecursionError) as error:
-    raise CellError(f"is not a JSON list ({error}); {_JSON_ADVICE}") from error
+    raise CellError(f"is not a JSON list ({json_fault(error)}); {_JSON_ADVICE}") from error
   if not isinstance(items, list):
     raise CellError(f"must be a JSON list; {_JSON_ADVICE}")
   return items
@@ -236,6 +239,13 @@ def _check_characters(text: str) -> None:
       text.encode()
     except UnicodeEncodeError as error:
       raise CellError("has half a surrogate pair, which no file can store; remove it") from error
+
+
+def _excerpt(value: Any) -> str:
+  try:
+    return f"{value!r:.40}"
+  except ValueError:  # An integer with thousands of digits.
+    return "an integer with thousands of digits"
 
 
 def _quoted(mark: str) -> str:

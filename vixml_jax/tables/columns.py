@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, listed
 from vixml_jax.tables.cells import is_absent
 from vixml_jax.tables.parts import Part
 
@@ -139,13 +139,13 @@ def _check_named(found: dict[str, str], parts: Sequence[Part]) -> None:
   for role, name in found.items():
     for part in parts:
       if name and name not in part.columns:
-        raise InputError(f"{part.name}: has no column {name!r} ({FLAGS[role]}); columns: {_list(part.columns)}")
+        raise InputError(f"{part.name}: has no column {name!r} ({FLAGS[role]}); columns: {listed(part.columns)}")
     twice = [other for other, its in found.items() if name and its == name and other != role]
     if twice:
       raise InputError(f"{FLAGS[role]} and {FLAGS[twice[0]]}: both name column {name!r}; name different columns")
   for role in ("text", "labels"):
     if found.get(role) == "":
-      raise InputError(f"{FLAGS[role]}: must name a column; columns: {_list(parts[0].columns)}")
+      raise InputError(f"{FLAGS[role]}: must name a column; columns: {listed(parts[0].columns)}")
 
 
 def _find_by_name(role: str, part: Part, kinds: dict[str, str], found: dict[str, str], reasons: dict[str, str]) -> None:
@@ -158,9 +158,9 @@ def _find_by_name(role: str, part: Part, kinds: dict[str, str], found: dict[str,
   if len(fitting) == 1:
     found[role], reasons[role] = fitting[0], f"column {fitting[0]!r}"
   elif fitting and role in ("text", "labels"):
-    raise InputError(f"{part.name}: {role} could be {_list(fitting, ' or ')}; name one with {FLAGS[role]}")
+    raise InputError(f"{part.name}: {role} could be {listed(fitting, ' or ')}; name one with {FLAGS[role]}")
   elif fitting:
-    reasons[role] = f"none; {_list(fitting)} are possible: name one with {FLAGS[role]}"
+    reasons[role] = f"none; {listed(fitting)} are possible: name one with {FLAGS[role]}"
 
 
 def _find_by_contents(
@@ -174,7 +174,7 @@ def _find_by_contents(
     found[role], reasons[role] = fitting[0], f"column {fitting[0]!r}, the only other one with {what}"
     return
   raise InputError(
-    f"{part.name}: cannot tell which column has the {role}; name it with {FLAGS[role]}; columns: {_list(part.columns)}"
+    f"{part.name}: cannot tell which column has the {role}; name it with {FLAGS[role]}; columns: {listed(part.columns)}"
   )
 
 
@@ -183,10 +183,5 @@ def _check_all_parts(columns: Columns, parts: Sequence[Part]) -> None:
     for name in columns.chosen():
       if name not in part.columns:
         raise InputError(
-          f"{part.name}: has no column {name!r}, which {parts[0].name} has; columns: {_list(part.columns)}"
+          f"{part.name}: has no column {name!r}, which {parts[0].name} has; columns: {listed(part.columns)}"
         )
-
-
-def _list(names: Sequence[str], mark: str = ", ") -> str:
-  shown = [repr(name) for name in names[:20]]
-  return mark.join(shown) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

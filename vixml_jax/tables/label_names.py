@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, listed
 from vixml_jax.tables.cells import CellError, text_of, uid_of
 from vixml_jax.tables.columns import Columns, find_columns
 from vixml_jax.tables.parts import Part, RowBatch
@@ -134,6 +134,6 @@ def _first(candidates: tuple[str, ...], part: Part) -> str:
   if found is None:
     raise InputError(
       f"{part.name}: a table of labels has a column {', '.join(candidates[:-1])} or {candidates[-1]}; columns: "
-      f"{', '.join(map(repr, part.columns))}"
+      f"{listed(part.columns)}"
     )
   return found

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vixml_jax.datasets.raw_images import check_columns
 from vixml_jax.errors import InputError
 from vixml_jax.files import sha256_of_file
 from vixml_jax.record_files import CsvFile, json_lines
@@ -117,9 +118,7 @@ class ArrowPart:
     self.folder = source.parent if isinstance(source, Path) else Path()
     with self._opened(1, None) as (schema, _):
       self.columns = list(schema.names)
-    repeated = {column for column in self.columns if self.columns.count(column) > 1}
-    if repeated:
-      raise InputError(f"{name}: has two columns {min(repeated)!r}; remove or rename one")
+    check_columns(name, schema)
     self._classes = _class_names(schema)
 
   def batches(self, names: Sequence[str], size: int) -> Iterator[RowBatch]:
@@ -158,12 +157,14 @@ class ArrowPart:
           yield self._source.schema, iter(self._source.to_batches(size))
           return
         if self._source.suffix == ".parquet":
-          file = stack.enter_context(pq.ParquetFile(self._source, buffer_size=_BUFFER_BYTES, pre_buffer=False))
+          file = stack.enter_context(
+            pq.ParquetFile(self._source, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
+          )
           yield file.schema_arrow, file.iter_batches(size, columns=names)
           return
         stream = stack.enter_context(pa.memory_map(str(self._source)))
         yield _arrow_batches(stream)
-      except (pa.ArrowException, OSError) as error:
+      except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # The last one if a name is damaged.
         raise InputError(
           f"{self.name}: cannot be read ({str(error).splitlines()[0]}); is the file truncated?"
         ) from error

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from vixml_jax.errors import InputError
 from vixml_jax.files import read_json_object
-from vixml_jax.record_files import open_packed
+from vixml_jax.record_files import bounded_lines, open_packed
 from vixml_jax.tables.parts import ArrowPart, CsvPart, JsonLinesPart, Part, RecordsPart
 
 SPLITS = {
@@ -90,7 +90,7 @@ def _file(path: Path) -> Part:
 def _delimiter(path: Path) -> str:
   """Returns the delimiter of a .csv file: a comma, unless its header has none but a semicolon or a tab."""
   with open_packed(path) as file:
-    header = file.readline()
+    header = next(bounded_lines(file, path), b"")
   return next((mark for mark in (",", ";", "\t") if mark.encode() in header), ",")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from vixml_jax.errors import InputError
 from vixml_jax.weights.tables import Rule, Table
 
+_MAX_LAYERS = 1_000  # More are not looked for one by one, unless there are as many tensors.
 _SHOWN = 10  # Maximum number of names that an error lists.
 
 
@@ -187,7 +188,7 @@ def targets(rule: Rule, shape: Sequence[int]) -> Iterator[tuple[str, int | None,
     The name of the tensor as the table writes it, the layer that it fills (None for the whole parameter), and its
     layout.
   """
-  if "{layer}" not in rule.theirs:
+  if not rule.per_layer:
     yield rule.theirs, None, Layout.of(rule, shape)
     return
   layout = Layout.of(rule, shape[1:])
@@ -223,6 +224,10 @@ def _check(
     if rule.ours not in wanted:
       missing.append(f"{rule.ours} (not in the model)")
       continue
+    layers = wanted[rule.ours].shape[0] if rule.per_layer else 1
+    if layers > max(_MAX_LAYERS, len(theirs)):  # A config can ask for any number of layers.
+      missing.append(f"{rule.ours} ({layers} layers, but there are {len(theirs)} tensors)")
+      continue
     for name, _, layout in targets(rule, wanted[rule.ours].shape):
       readers[name, rule.part] = readers.get((name, rule.part), 0) + 1
       if name not in theirs:
@@ -230,7 +235,7 @@ def _check(
         continue
       shape = source.shape(theirs[name])
       if shape != layout.theirs:
-        misshapen.add(f"{theirs[name]} is {list(shape)}, expected {list(layout.theirs)}")
+        misshapen.add(f"{theirs[name]} is {list(shape)!s:.80}, expected {list(layout.theirs)}")
   ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignored) or r"(?!)")
   read = {name for name, _ in readers}
   unmapped = [name for plain, name in theirs.items() if plain not in read and not ignored.fullmatch(plain)]
@@ -258,7 +263,7 @@ def _listed(kind: str, sign: str, names: Iterable[str]) -> str:
   names = sorted(names)
   if not names:
     return ""
-  shown = ", ".join(sign + name for name in names[:_SHOWN])
+  shown = ", ".join(sign + " ".join(name.split())[:200] for name in names[:_SHOWN])
   return f"{len(names)} {kind}: {shown}{', ...' if len(names) > _SHOWN else ''}"
 
 

@@ -88,11 +88,15 @@ def _shards(index: Path) -> list[Path]:
   try:
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     outside = [name for name in names if Path(name).name != name]
-  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-    raise InputError(f"{index}: is not an index of safetensors files ({error}); fetch it again") from error
+  except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    raise InputError(f"{index}: is not an index of safetensors files ({error!r:.200}); fetch it again") from error
   if outside:
-    raise InputError(f"{index}: lists {outside[0]}, which is not a file of this folder; fetch the index again")
-  missing = [name for name in names if not (index.parent / name).is_file()]
-  if missing:
-    raise InputError(f"{index}: lists {', '.join(missing)}, which the folder does not have; fetch them again")
+    raise InputError(
+      f"{index}: lists {' '.join(outside[0].split()):.200}, which is not a file of this folder; fetch the index again"
+    )
+  found = {path.name for path in index.parent.iterdir() if path.is_file()}
+  missing = [name for name in names if name not in found]
+  if missing or not names:
+    shown = " ".join(", ".join(missing).split()) or "no files"
+    raise InputError(f"{index}: lists {shown:.400}, which the folder does not have; fetch them again")
   return [index.parent / name for name in names]

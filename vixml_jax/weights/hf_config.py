@@ -53,6 +53,14 @@ _ARGUMENTS: dict[str, dict[str, str | float]] = {
   "llama": _DECODER,
 }
 _DECODERS = ("qwen2", "qwen3", "llama")
+MAX_SIZE = 2**24
+"""Largest size that a config may have. The largest vocabularies have 2^18 tokens, and memory follows from sizes."""
+
+# Arguments that are no sizes: the least value, and the first that is too large.
+_SHARES = ("dropout", "attention_dropout", "projection_dropout")
+_POSITIVE = ("norm_eps", "layer_norm_eps", "rope_theta")
+_MAY_BE_ZERO = ("num_token_types",)
+_SWITCHES = ("qkv_bias", "qk_norm", "rope_scaling")
 
 # Key -> the only value that the encoder supports.
 _REQUIRED: dict[str, dict[str, Any]] = {
@@ -103,15 +111,60 @@ def encoder_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
   config = read_config(folder)
   path = Path(folder) / "config.json"
   kind = config.get("model_type")
-  if kind not in _ARGUMENTS:
-    raise InputError(f"{path}: model_type is {kind!r}; it must be one of {', '.join(_ARGUMENTS)}")
+  if not isinstance(kind, str) or kind not in _ARGUMENTS:
+    raise InputError(f"{path}: model_type is {kind!r:.60}; it must be one of {', '.join(_ARGUMENTS)}")
   for key, wanted in _REQUIRED[kind].items():
     if _value(config, key, path) != wanted:
-      raise InputError(f"{path}: {key} is {config[key]!r}; the encoder supports only {wanted!r}: choose another model")
+      raise InputError(
+        f"{path}: {key} is {config[key]!r:.60}; the encoder supports only {wanted!r}: choose another model"
+      )
   arguments = {
     argument: _value(config, key, path) if isinstance(key, str) else key for argument, key in _ARGUMENTS[kind].items()
   }
-  return arguments | (_derived_arguments(config, path) if kind in _DECODERS else {})
+  names = {argument: key for argument, key in _ARGUMENTS[kind].items() if isinstance(key, str)}
+  check_numbers(path, arguments, names)
+  if kind not in _DECODERS:
+    return arguments
+  derived = _derived_arguments(config, path)
+  check_numbers(path, derived, {"num_kv_heads": "num_key_value_heads"})
+  return arguments | derived
+
+
+def is_size(value: Any) -> bool:
+  """Returns whether a value is a whole number from 1 to `MAX_SIZE`."""
+  return type(value) is int and 1 <= value <= MAX_SIZE
+
+
+def check_numbers(path: Path, arguments: Mapping[str, Any], names: Mapping[str, str]) -> None:
+  """Checks the types and ranges of the arguments of an encoder that were read from a config.
+
+  Args:
+    path: Path of the config.
+    arguments: Arguments by name.
+    names: Key of an argument in the config; that of an argument without one is its name.
+
+  Raises:
+    InputError: A value is wrong; the message names the key.
+  """
+  for argument, value in arguments.items():
+    if argument in _SHARES:
+      is_right, wanted = _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"
+    elif argument in _POSITIVE:
+      is_right, wanted = _is_number(value) and 0 < value < 1e12, "a positive number"
+    elif argument in _MAY_BE_ZERO:
+      is_right, wanted = (value == 0 and type(value) is int) or is_size(value), f"a whole number up to {MAX_SIZE:,}"
+    elif argument in _SWITCHES:
+      continue
+    else:
+      is_right, wanted = is_size(value), f"a positive integer of at most {MAX_SIZE:,}"
+    if not is_right:
+      raise InputError(
+        f"{path}: {names.get(argument, argument)} is {value!r:.40}; it must be {wanted}: fetch the file again"
+      )
+
+
+def _is_number(value: Any) -> bool:
+  return type(value) in (int, float)
 
 
 def check_arguments(folder: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
@@ -192,11 +245,12 @@ def _kind_of(arguments: Mapping[str, Any]) -> str:
 
 def _derived_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
   """Returns the arguments of a decoder that depend on several keys, or on the absence of a key."""
-  kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+  layer_types = config.get("layer_types") or []
+  kinds = {str(kind) for kind in (layer_types if isinstance(layer_types, list) else [layer_types])} - {"full_attention"}
   if kinds:
     raise InputError(
-      f"{path}: layer_types has {', '.join(sorted(kinds))}; the encoder supports only full_attention: choose another "
-      "model"
+      f"{path}: layer_types has {', '.join(sorted(kinds)):.200}; the encoder supports only full_attention: choose "
+      "another model"
     )
   num_heads, embed_dim = (_value(config, key, path) for key in ("num_attention_heads", "hidden_size"))
   head_dim = config.get("head_dim")
@@ -217,24 +271,32 @@ def _rotary_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
   """Returns `rope_theta` and `rope_scaling` from a config of transformers 5 or of an older version."""
   key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
   rope = config.get(key) or {}
-  theta = float(rope["rope_theta"] if "rope_theta" in rope else _value(config, "rope_theta", path))
+  if not isinstance(rope, dict):
+    raise InputError(f"{path}: {key} is {rope!r:.60}; it must be an object: fetch the file again")
+  theta = rope["rope_theta"] if "rope_theta" in rope else _value(config, "rope_theta", path)
+  check_numbers(path, {"rope_theta": theta}, {})
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in ("default", "llama3"):
     raise InputError(
-      f"{path}: {key} is of type {kind!r}; the encoder supports only 'default' and 'llama3': choose another model"
+      f"{path}: {key} is of type {kind!r:.60}; the encoder supports only 'default' and 'llama3': choose another model"
     )
   fraction = rope.get("partial_rotary_factor", 1.0)
   if fraction != 1.0:
     raise InputError(
-      f"{path}: {key} has partial_rotary_factor={fraction}; the encoder supports only 1.0: choose another model"
+      f"{path}: {key} has partial_rotary_factor={fraction!r:.40}; the encoder supports only 1.0: choose another model"
     )
   if kind == "default":
-    return {"rope_theta": theta, "rope_scaling": None}
+    return {"rope_theta": float(theta), "rope_scaling": None}
   missing = [name for name in _LLAMA3_KEYS if name not in rope]
   if missing:
     raise InputError(f"{path}: {key} has no {', '.join(missing)}; fetch the file again")
+  for name in _LLAMA3_KEYS:
+    if not _is_number(rope[name]) or not 0 < rope[name] <= MAX_SIZE:
+      raise InputError(
+        f"{path}: {name} of {key} is {rope[name]!r:.40}; it must be a positive number: fetch the file again"
+      )
   *factors, original_max_position = (rope[name] for name in _LLAMA3_KEYS)
-  return {"rope_theta": theta, "rope_scaling": (*map(float, factors), int(original_max_position))}
+  return {"rope_theta": float(theta), "rope_scaling": (*map(float, factors), int(original_max_position))}
 
 
 def _value(config: Mapping[str, Any], key: str, path: Path) -> Any:

@@ -17,6 +17,9 @@ from vixml_jax.weights import engine
 from vixml_jax.weights.folder_files import ENDING, INDEX_ENDING, MODEL, weight_files
 from vixml_jax.weights.tables import Table
 
+_DTYPES = ("F32", "F16", "BF16")
+_DTYPE_NAMES = {"F64": "float64", "I64": "int64", "I32": "int32", "I8": "int8", "U8": "uint8"}
+
 
 class SafetensorsFolder:
   """The tensors of a folder: `model.safetensors`, or the files that `model.safetensors.index.json` lists.
@@ -61,21 +64,19 @@ class SafetensorsFolder:
     Raises:
       InputError: If the file is damaged or the tensor has another dtype.
     """
-    with _open(self._file_of[name]) as file:
-      return self._checked(name, file.get_tensor(name))
+    return self.read_window(name, ())
 
   def read_window(self, name: str, window: tuple[slice, ...]) -> np.ndarray:
     """Reads a window of a tensor, given by one slice per dimension; nothing else is copied from the file."""
-    with _open(self._file_of[name]) as file:
-      return self._checked(name, file.get_slice(name)[window])
-
-  def _checked(self, name: str, tensor: np.ndarray) -> np.ndarray:
-    if tensor.dtype.name not in ("float32", "float16", "bfloat16"):
-      raise InputError(
-        f"{self._file_of[name]}: tensor {name} is {tensor.dtype.name}; it must be float32, float16 or bfloat16: "
-        "convert quantized weights first"
-      )
-    return tensor
+    path = self._file_of[name]
+    with _open(path) as file:
+      found = file.get_slice(name)
+      if found.get_dtype() not in _DTYPES:  # Of others, numpy has no type for some (FP8).
+        raise InputError(
+          f"{path}: tensor {name} is {_DTYPE_NAMES.get(found.get_dtype(), found.get_dtype())}; it must be float32, "
+          "float16 or bfloat16: convert quantized weights first"
+        )
+      return found[window] if window else file.get_tensor(name)
 
 
 def load_pretrained(folder: str | os.PathLike[str], table: Table, abstract: Mapping[str, Any]) -> dict[str, Any]:

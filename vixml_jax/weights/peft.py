@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, listed
 from vixml_jax.files import read_json_object
 from vixml_jax.weights import engine
 from vixml_jax.weights.hf_folder import SafetensorsFolder
@@ -69,6 +69,7 @@ _IMMATERIAL = frozenset(
     "task_type",
   )
 )
+_LARGEST = 1_000_000  # Of the rank and of lora_alpha.
 _OURS = ("r", "lora_alpha", "use_rslora", "target_modules")
 
 
@@ -166,22 +167,27 @@ def _check_config(path: Path, abstract: Mapping[str, Any], alpha: float) -> None
   config = read_json_object(path, absent="give a folder that PEFT saved", damaged="save it again")
   for key, wanted in _REQUIRED.items():
     if config.get(key, wanted[0]) not in wanted:
-      raise InputError(f"{path}: {key} is {config[key]!r}; it must be {_either(wanted)}")
+      raise InputError(f"{path}: {key} is {config[key]!r:.60}; it must be {_either(wanted)}")
   for key, value in config.items():
     if value and key not in _IMMATERIAL and key not in _REQUIRED and key not in _OURS:
       raise InputError(
-        f"{path}: {key} is {value!r}; only plain LoRA, equal on every layer, is supported: set it to null"
+        f"{path}: {listed([key])} is {value!r:.60}; only plain LoRA, equal on every layer, is supported: set it to null"
       )
   for key in ("r", "lora_alpha"):
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-      raise InputError(f"{path}: {key} is {value!r}; it must be a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+      raise InputError(f"{path}: {key} is {value!r:.40}; it must be a positive number of at most {_LARGEST:,}")
+  stabilized = config.get("use_rslora", False)
+  if not isinstance(stabilized, bool):
+    raise InputError(f"{path}: use_rslora is {stabilized!r:.40}; it must be true or false")
   _check_scale(path, config, _rank(abstract), alpha)
   targets = config.get("target_modules")
+  if not isinstance(targets, list | str | None):
+    raise InputError(f"{path}: target_modules is {targets!r:.40}; it must be a list or a pattern")
   # A pattern such as `all-linear` is not evaluated here: the tensors show which projections it matched.
   if isinstance(targets, list) and sorted({str(name).rpartition(".")[2] for name in targets}) != _TARGETS:
     raise InputError(
-      f"{path}: target_modules are {', '.join(sorted(map(str, targets)))}; they must be"
+      f"{path}: target_modules are {', '.join(sorted(map(str, targets))):.200}; they must be"
       f" {', '.join(_TARGETS)}: train adapters of these"
     )
 

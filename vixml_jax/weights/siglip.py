@@ -215,14 +215,21 @@ def _folder_arguments(folder: Path) -> dict[str, Any]:
   path = folder / "config.json"
   if settings.get("model_type") not in _MODEL_TYPES:
     raise InputError(
-      f"{path}: model_type is {settings.get('model_type')!r}; it must be one of {', '.join(_MODEL_TYPES)} (the fixed"
-      " resolutions of SigLIP 2 are siglip; NaFlex is not supported)"
+      f"{path}: model_type is {settings.get('model_type')!r:.60}; it must be one of {', '.join(_MODEL_TYPES)} (the "
+      "fixed resolutions of SigLIP 2 are siglip; NaFlex is not supported)"
     )
   settings = settings.get("vision_config", {}) if settings["model_type"] == "siglip" else settings
+  if not isinstance(settings, dict):
+    raise InputError(f"{path}: vision_config is {settings!r:.60}; it must be an object: fetch the file again")
   for key, wanted in _REQUIRED.items():
     if settings.get(key, wanted) != wanted:
-      raise InputError(f"{path}: {key} is {settings[key]!r}; the tower supports only {wanted!r}: choose another model")
-  return {argument: settings.get(key, implied) for argument, (key, implied) in _CONFIG_KEYS.items()}
+      raise InputError(
+        f"{path}: {key} is {settings[key]!r:.60}; the tower supports only {wanted!r}: choose another model"
+      )
+  arguments = {argument: settings.get(key, implied) for argument, (key, implied) in _CONFIG_KEYS.items()}
+  names = {argument: key for argument, (key, _) in _CONFIG_KEYS.items()}
+  hf_config.check_numbers(path, arguments, names)
+  return arguments
 
 
 def npz_arguments(checkpoint: engine.TensorSource) -> tuple[dict[str, Any], tables.Table]:
@@ -234,12 +241,13 @@ def npz_arguments(checkpoint: engine.TensorSource) -> tuple[dict[str, Any], tabl
     InputError: If the file has no SigLIP image tower.
   """
   originals, _ = engine.original_names(tables.BIG_VISION_STACKED, checkpoint)
-  numbers = [int(found[1]) for name in originals if (found := re.match(r"Transformer/encoderblock_(\d+)/", name))]
+  # At most six digits: any number of layers would be counted.
+  numbers = {int(found[1]) for name in originals if (found := re.match(r"Transformer/encoderblock_(\d{1,6})/", name))}
 
   def shape(name: str, dimensions: int) -> tuple[int, ...]:
     found = checkpoint.shape(originals[name]) if name in originals else None
     if found is None or len(found) != dimensions:
-      what = "has no tensor" if found is None else f"has a tensor of shape {list(found)} for"
+      what = "has no tensor" if found is None else f"has a tensor of shape {list(found)!s:.80} for"
       raise InputError(f"{checkpoint.name}: {what} {name}; give a file with a SigLIP image tower of big_vision")
     return found
 
@@ -277,9 +285,12 @@ def _image_size(arguments: Mapping[str, int], grid: int) -> int:
 def _check_sizes(name: str, arguments: Mapping[str, Any]) -> None:
   """Raises InputError for sizes, read from a file, that are impossible."""
   sizes = {key: value for key, value in arguments.items() if key != "layer_norm_eps"}
-  wrong = [f"{key} {value!r}" for key, value in sizes.items() if type(value) is not int or value < 1]
+  wrong = [f"{key} {value!r:.40}" for key, value in sizes.items() if not hf_config.is_size(value)]
   if wrong:
-    raise InputError(f"{name}: has {', '.join(wrong)}; it must be a positive integer: fetch the file again")
+    raise InputError(
+      f"{name}: has {', '.join(wrong)}; it must be a positive integer of at most {hf_config.MAX_SIZE:,}: fetch the "
+      "file again"
+    )
   if sizes["embed_dim"] % sizes["num_heads"]:
     raise InputError(
       f"{name}: a width of {sizes['embed_dim']} is not divisible by {sizes['num_heads']} heads: fetch the file again"

@@ -24,6 +24,11 @@ class Rule:
   layout: str = ""
   part: tuple[int, int] = (0, 1)
 
+  @property
+  def per_layer(self) -> bool:
+    """Whether there is one tensor per layer."""
+    return "{layer}" in self.theirs
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
