@@ -17,11 +17,16 @@ EMPTY = "no bytes"
 NOT_AN_IMAGE = "not a PNG, JPEG, WebP, GIF or BMP image"
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
 DAMAGED = "truncated or damaged"
-REASONS = (MISSING, UNREADABLE, EMPTY, NOT_AN_IMAGE, TOO_LARGE, DAMAGED)
+MAX_SCANS = 100
+"""Largest number of scans of a JPEG. Encoders write about ten, and each takes as long as decoding a plain image."""
+TOO_MANY_SCANS = f"more than {MAX_SCANS} scans"
+REASONS = (MISSING, UNREADABLE, EMPTY, NOT_AN_IMAGE, TOO_LARGE, DAMAGED, TOO_MANY_SCANS)
 """Reasons why an image may have no pixels. Parts of an extraction on disk store positions in this tuple."""
 
 # Formats that a raw folder may hold. Pillow reads dozens of others, some with other programs (EPS) or by rarely used C.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_START_OF_SCAN = b"\xff\xda"  # Data of a JPEG never contains these bytes: they are a marker.
+_STRIP_PIXELS = 2**20
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
   2: Transpose.FLIP_LEFT_RIGHT,
@@ -81,6 +86,28 @@ def decode(blob: bytes) -> np.ndarray:
   Raises:
     BadImage: The image has no pixels. No bytes raise any other exception.
   """
+  with _opened(blob) as image:
+    try:
+      return _rgb(_upright(image))
+    except Exception as error:
+      raise BadImage(DAMAGED) from error
+
+
+def count_pixels(blob: bytes) -> int:
+  """Returns the number of pixels of an encoded image according to its header. Nothing is decoded.
+
+  Args:
+    blob: PNG, JPEG, WebP, GIF or BMP file.
+
+  Raises:
+    BadImage: The header is not valid, or the image is beyond the limits of `decode`.
+  """
+  with _opened(blob) as image:
+    return image.width * image.height
+
+
+def _opened(blob: bytes) -> Image.Image:
+  """Returns an image whose header has been read and checked."""
   if not blob:
     raise BadImage(EMPTY)
   # Decoders raise almost any exception on hostile bytes (OSError, SyntaxError, struct.error, MemoryError, ...).
@@ -92,13 +119,11 @@ def decode(blob: bytes) -> np.ndarray:
     raise BadImage(NOT_AN_IMAGE) from error
   except Exception as error:
     raise BadImage(DAMAGED) from error
-  with image:
-    if image.width * image.height > MAX_PIXELS:
-      raise BadImage(TOO_LARGE)
-    try:
-      return np.asarray(_rgb(_upright(image)))
-    except Exception as error:
-      raise BadImage(DAMAGED) from error
+  if image.width * image.height > MAX_PIXELS:
+    raise BadImage(TOO_LARGE)
+  if image.format in ("JPEG", "MPO") and blob.count(_START_OF_SCAN) > MAX_SCANS:
+    raise BadImage(TOO_MANY_SCANS)
+  return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -111,7 +136,17 @@ def _upright(image: Image.Image) -> Image.Image:
   return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image) -> np.ndarray:
+  """Returns uint8 [height, width, 3]. Strips of rows are converted one by one, which needs few copies of the image."""
+  rows = max(1, _STRIP_PIXELS // image.width)
+  pixels = np.empty((image.height, image.width, 3), np.uint8)
+  for top in range(0, image.height, rows):
+    bottom = min(top + rows, image.height)
+    pixels[top:bottom] = _rgb_strip(image.crop((0, top, image.width, bottom)))
+  return pixels
+
+
+def _rgb_strip(image: Image.Image) -> Image.Image:
   if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion would clip at 255.
     gray = np.clip(np.asarray(image, np.int64) >> 8, 0, 255)
     return Image.fromarray(gray.astype(np.uint8)).convert("RGB")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import logging
+import math
 import signal
 import socket
 import threading
@@ -13,6 +14,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.serving.access import Access
 from vixml_jax.serving.app import make_app
 from vixml_jax.serving.batching import Batcher
+from vixml_jax.serving.connections import Connections, protocol_class
 from vixml_jax.serving.engine import Engine, Outcome, QueryRequest
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
@@ -40,6 +42,7 @@ class Server:
     reload_seconds: float | None = None,
     *,
     access: Access | None = None,
+    proxies: Sequence[str] = (),
     observers: Sequence[Callable[[RequestRecord], None]] = (),
   ):
     """Starts to listen.
@@ -52,6 +55,7 @@ class Server:
       limits: Limits of requests; None for the defaults.
       reload_seconds: Seconds between checks for a new snapshot of the label index; None to check only on `reload`.
       access: Who may use the server; None for any client that names it by `host` or as localhost.
+      proxies: Addresses and networks of proxies, whose header X-Forwarded-For names the client.
       observers: Functions that get the record of each request after its response was sent.
 
     Raises:
@@ -76,7 +80,13 @@ class Server:
         lifespan="off",
         access_log=False,
         log_config=None,
+        log_level="error",  # Bytes that are not HTTP are counted instead of logged.
         server_header=False,
+        http=protocol_class(Connections(limits, metrics, proxies)),
+        ws="none",
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips=list(proxies),
+        timeout_keep_alive=math.ceil(limits.idle_seconds) + 1,  # Our own protocol closes idle connections.
         timeout_graceful_shutdown=_STOP_SECONDS,
       )
     )
