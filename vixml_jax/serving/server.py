@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import logging
 import math
+import resource
 import signal
 import socket
 import threading
@@ -22,6 +23,7 @@ from vixml_jax.serving.rankings import Rankings
 from vixml_jax.serving.request_record import RequestRecord
 
 _STOP_SECONDS = 30
+_OWN_FILES = 256  # What the process has open besides connections; with search over many files, a few dozen.
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class Server:
     limits, metrics, access = limits or Limits(), Metrics(), access or Access.of(host)
     if access.any_address and not access.key_digests:
       _log.warning("every machine that reaches this one may send requests: there is no API key (--api_key_file)")
+    _allow_files(limits.connections + _OWN_FILES)
     self._engine = Engine(load, limits, metrics)
     self._batcher: Batcher[QueryRequest, Outcome] = Batcher(
       self._engine.answer,
@@ -151,6 +154,16 @@ def _signals(reload: Callable[[], None]) -> Iterator[None]:
   finally:
     for number, handler in former.items():
       signal.signal(number, handler)
+
+
+def _allow_files(number: int) -> None:
+  """Raises the limit of open files of the process, as far as that is allowed; connections count as such."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  most = number if hard == resource.RLIM_INFINITY else min(number, hard)
+  if soft != resource.RLIM_INFINITY and soft < most:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+  if most < number:
+    _log.warning("at most %d files may be open: lower --max_connections, or raise the limit (ulimit -Hn)", most)
 
 
 def _listen(host: str, port: int) -> socket.socket:
