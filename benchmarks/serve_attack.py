@@ -362,7 +362,7 @@ def attacks(campaign: Campaign) -> dict[str, Callable[[], Awaitable[str]]]:
     query = a_query | {"images": [places[next(turn) % len(places)]]}
     return _refused(await campaign.once(campaign.message(json.dumps({"queries": [query]}).encode())))
 
-  costly = [[blank_png(9_000)], [blank_png(5_000)] * 8, [progressive_jpeg(5_000)]]
+  costly = [[blank_png(9_000)], [blank_png(8_000)] * 8, [progressive_jpeg(5_000)]]
 
   async def costly_images() -> str:
     query = a_query | {"images": costly[next(turn) % len(costly)]}
@@ -411,9 +411,13 @@ NUMBERS = {
 """How often each attack is made, and how many of them at a time."""
 
 
-async def _ask(campaign: Campaign, connection: Connection, message: bytes, wanted: list[Any] | None) -> str:
+async def _ask(
+  campaign: Campaign, connection: Connection, message: bytes, wanted: list[Any] | None, reused: bool
+) -> str:
   """Sends a request that must get an answer, or be refused if `wanted` is None."""
   reply = await connection.ask(message)
+  if reply is None and reused:  # The server may close an idle connection at any time; every HTTP client tries again.
+    reply = await campaign.once(message)
   return _refused(reply) if wanted is None else campaign.check_good(reply, wanted)
 
 
@@ -434,10 +438,11 @@ async def load(
         message, wanted = campaign.good[rng.integers(len(campaign.good))]
         if not good:
           message = malformed[rng.integers(len(malformed))]
+        reused = connection is not None
         if connection is None:
           connection = await opened.enter_async_context(campaign.connection())
 
-        ask = functools.partial(_ask, campaign, connection, message, wanted if good else None)
+        ask = functools.partial(_ask, campaign, connection, message, wanted if good else None, reused)
         right = await campaign.counted("good requests" if good else "malformed requests", ask, seconds)
         if not right or connection.reader.at_eof() or not good:  # A refused request may close the connection.
           await opened.aclose()
