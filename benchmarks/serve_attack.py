@@ -225,9 +225,9 @@ def _refused(reply: Reply | None, *statuses: int) -> str:
 
 
 def blank_png(side: int) -> str:
-  """Returns a square PNG of one color in base64, which is small for its number of pixels."""
+  """Returns a black square as PNG in base64, which is small for its number of pixels."""
   buffer = io.BytesIO()
-  Image.new("RGBA", (side, side)).save(buffer, "PNG")
+  Image.new("1", (side, side)).save(buffer, "PNG")
   return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -263,7 +263,7 @@ def attacks(campaign: Campaign) -> dict[str, Callable[[], Awaitable[str]]]:
 
   async def dripped_body() -> str:
     async with campaign.connection() as connection:
-      connection.writer.write(campaign.head(length=10_000_000))
+      connection.writer.write(campaign.head(length=100_000))
       reading = asyncio.ensure_future(connection.read())
       for _ in range(10_000):
         with contextlib.suppress(ConnectionError):
@@ -277,7 +277,7 @@ def attacks(campaign: Campaign) -> dict[str, Callable[[], Awaitable[str]]]:
     async with campaign.connection(receive_buffer=4_096) as connection:
       ask = campaign.head("/openapi.json", method="GET")
       for _ in range(10_000):  # Answers fill the buffers of both sides.
-        connection.writer.write(ask)
+        connection.writer.write(ask * 4)
         await asyncio.sleep(0.05)
         if connection.writer.transport.is_closing():
           break
