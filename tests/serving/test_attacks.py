@@ -30,7 +30,14 @@ from vixml_jax.serving.gate import OPEN_PATHS
 
 # Two images of 1,024 x 1,024 pixels are allowed, and half a megabyte of the bodies of a client.
 _LIMITS = dataclasses.replace(
-  LIMITS, pixels=2**21, bodies_bytes=2_000_000, idle_seconds=2, head_seconds=2, body_seconds=3, response_seconds=2
+  LIMITS,
+  batch=2,
+  pixels=2**21,
+  bodies_bytes=2_000_000,
+  idle_seconds=2,
+  head_seconds=2,
+  body_seconds=3,
+  response_seconds=2,
 )
 _NUMBERS = {
   kind: (min(number, 40), min(at_a_time, 40)) if kind == "silent connections" else (min(number, 12), min(at_a_time, 4))
