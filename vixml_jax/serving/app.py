@@ -1,6 +1,8 @@
 """Routes of the server: the JSON API with its OpenAPI description, health, metrics and the page."""
 
 from collections.abc import Awaitable, Callable, Sequence
+import contextlib
+import inspect
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -72,6 +74,9 @@ def make_app(
   _add_operations(app, engine, batcher, limits, metrics)
   add_page(app)
   _add_errors(app)
+  for route in app.routes:  # FastAPI reads the source of a route when it is first asked for, unless that is in a cache.
+    with contextlib.suppress(OSError, TypeError):
+      inspect.getsourcelines(getattr(route, "endpoint", None))
   return Gate(_PredictFirst(app, predict), access, limits, metrics, observers)
 
 
