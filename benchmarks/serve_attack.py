@@ -416,7 +416,7 @@ async def _ask(
 ) -> str:
   """Sends a request that must get an answer, or be refused if `wanted` is None."""
   reply = await connection.ask(message)
-  if reply is None and reused:  # The server may close an idle connection at any time; every HTTP client tries again.
+  if reply is None and reused:  # The server may close an idle connection at any time; a client then tries once more.
     reply = await campaign.once(message)
   return _refused(reply) if wanted is None else campaign.check_good(reply, wanted)
 
