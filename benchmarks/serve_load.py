@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-_WORDS = ["arrow", "cloud", "sun", "rain", "user", "file", "lock", "open", "star", "heart", "book", "map", "home"]
+WORDS = ["arrow", "cloud", "sun", "rain", "user", "file", "lock", "open", "star", "heart", "book", "map", "home"]
 _LONGEST_SECONDS = 60
 _MOST_CLIENTS = 256
 
@@ -95,7 +95,7 @@ class Client:
   def _next_request(self) -> tuple[bool, bytes]:
     """Returns whether the next request is valid, and its bytes."""
     rng, good = self._rng, bool(self._rng.random() >= self._bad_share)
-    query = {"title": " ".join(rng.choice(_WORDS, rng.integers(1, 6)))}
+    query = {"title": " ".join(rng.choice(WORDS, rng.integers(1, 6)))}
     if self._images and rng.random() < self._image_share:
       query["images"] = [self._images[rng.integers(len(self._images))]]
     body = json.dumps({"queries": [query], "k": 10}).encode() if good else self._bad[rng.integers(len(self._bad))]
@@ -133,7 +133,8 @@ def _measured(taken: list[tuple[bool, float]], seconds: float) -> list[float]:
   return numbers
 
 
-def _address(parser: argparse.ArgumentParser, url: str) -> tuple[str, int]:
+def local_address(parser: argparse.ArgumentParser, url: str) -> tuple[str, int]:
+  """Returns host and port of a URL, and ends the script if they are not those of this machine."""
   parts = urlsplit(url)
   if parts.hostname != "localhost" and not ipaddress.ip_address(parts.hostname or "").is_loopback:
     parser.error("--url must be on this machine: 127.0.0.1 or localhost")
@@ -151,7 +152,7 @@ def main() -> None:
   parser.add_argument("--images", type=float, default=0.0, help="share of queries with an image")
   arguments = parser.parse_args()
   urls = arguments.url.split(",")
-  addresses = [_address(parser, url) for url in urls]
+  addresses = [local_address(parser, url) for url in urls]
   numbers = [min(int(number), _MOST_CLIENTS) for number in arguments.clients.split(",")]
   seconds = min(arguments.seconds, _LONGEST_SECONDS)
   print("| server | clients | good requests/s | p50 ms | p99 ms | bad requests/s | p50 ms | p99 ms | ratio |")

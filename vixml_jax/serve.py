@@ -49,6 +49,27 @@ _MAX_QUERIES = flags.DEFINE_integer("max_queries", 64, "Maximum number of querie
 _MAX_TEXT = flags.DEFINE_integer("max_text_chars", 10_000, "Maximum number of characters of a text.", 1)
 _MAX_IMAGES = flags.DEFINE_integer("max_images", 8, "Maximum number of images of a query.", 1)
 _MAX_NAMES = flags.DEFINE_integer("max_filter_names", 1_000, "Maximum number of names in a filter's list.", 1)
+_MAX_PIXELS = flags.DEFINE_integer(
+  "max_pixels",
+  64 * 2**20,
+  "Maximum number of pixels of all images of a request, by their headers, and of one client's requests at a time.",
+  1,
+)
+_MAX_CONNECTIONS = flags.DEFINE_integer("max_connections", 1_024, "Maximum number of open connections.", 1)
+_MAX_CLIENT_CONNECTIONS = flags.DEFINE_integer(
+  "max_client_connections", 256, "Maximum number of open connections of one client.", 1
+)
+_IDLE_SECONDS = flags.DEFINE_float(
+  "idle_seconds", 60, "Seconds after which a connection without a request is closed.", 0.001
+)
+_ANSWER_SECONDS = flags.DEFINE_float(
+  "answer_seconds", 60, "Seconds from the arrival of a request to its answer; later ones get status 503.", 0.001
+)
+_PROXIES = flags.DEFINE_list(
+  "proxies",
+  [],
+  "Addresses or networks of proxies before this server: the header X-Forwarded-For of their requests names the client.",
+)
 _KEY_FILE = flags.DEFINE_string(
   "api_key_file",
   None,
@@ -104,9 +125,14 @@ def main() -> None:
     text_chars=_MAX_TEXT.value,
     images=_MAX_IMAGES.value,
     names=_MAX_NAMES.value,
+    pixels=_MAX_PIXELS.value,
     batch=_MAX_BATCH.value,
     batch_tokens=_MAX_BATCH_TOKENS.value,
     queue=_MAX_QUEUE.value,
+    answer_seconds=_ANSWER_SECONDS.value,
+    connections=_MAX_CONNECTIONS.value,
+    client_connections=_MAX_CLIENT_CONNECTIONS.value,
+    idle_seconds=_IDLE_SECONDS.value,
   )
 
   def load() -> "Rankings":
@@ -125,7 +151,17 @@ def main() -> None:
   keys = access.read_keys(_KEY_FILE.value)
   allowed = access.Access.of(_HOST.value, _ALLOWED_HOSTS.value, _ORIGINS.value, keys)
   try:
-    Server(load, _HOST.value, _PORT.value, limits, _RELOAD.value or None, access=allowed, observers=observers).run()
+    server = Server(
+      load,
+      _HOST.value,
+      _PORT.value,
+      limits,
+      _RELOAD.value or None,
+      access=allowed,
+      proxies=_PROXIES.value,
+      observers=observers,
+    )
+    server.run()
   finally:
     if provider is not None:
       provider.shutdown()

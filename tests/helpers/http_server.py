@@ -28,7 +28,7 @@ def running(load, limits=LIMITS, ready=True, rankings=RANKINGS, **options):
   thread.start()
   try:
     if ready:
-      wait_for(lambda: call(server, "/readyz").status == 200)
+      wait_for(lambda: call(server, "/readyz").status == 200, seconds=600)  # On a loaded machine.
     yield server
   finally:
     server.stop()

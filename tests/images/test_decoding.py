@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 import pytest
 
 from vixml_jax.images import decoding
-from vixml_jax.images.decoding import BadImage, decode, from_data_uri
+from vixml_jax.images.decoding import MAX_SCANS, BadImage, count_pixels, decode, from_data_uri
 from vixml_jax.images.preprocess import PREPROCESSING
 
 RNG = np.random.default_rng(0)
@@ -200,3 +200,32 @@ def test_base64_gives_the_bytes_of_an_image(prefix):
 def test_text_that_is_not_base64_has_a_reason(text):
   with pytest.raises(ValueError, match="^not base64"):
     from_data_uri(text)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_an_image_of_several_strips_is_converted_as_a_whole_one(monkeypatch, mode):
+  pixels = RNG.integers(0, 256, (37, 20, 4), np.uint8)
+  blob = encoded(Image.fromarray(pixels, "RGBA").convert(mode))
+  whole = decode(blob)
+  monkeypatch.setattr(decoding, "_STRIP_PIXELS", 100)  # Five rows.
+  np.testing.assert_array_equal(decode(blob), whole)
+
+
+def test_pixels_are_counted_without_decoding():
+  for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
+    assert count_pixels(encoded(Image.fromarray(PIXELS), kind)) == 35
+  assert count_pixels(png_header(8_192, 8_192)) == 2**26  # It has no pixels.
+  for blob, reason in ((png_header(8_193, 8_192), decoding.TOO_LARGE), (b"GIF", decoding.NOT_AN_IMAGE)):
+    with pytest.raises(BadImage, match=reason):
+      count_pixels(blob)
+
+
+def test_a_jpeg_with_very_many_scans_is_refused_by_its_markers():
+  blob = encoded(Image.fromarray(PIXELS), "JPEG", progressive=True)
+  scans = blob.count(b"\xff\xda")
+  last = blob[blob.rindex(b"\xff\xda") : -2]
+  most = blob[:-2] + last * (MAX_SCANS - scans) + blob[-2:]
+  assert decode(most).shape == PIXELS.shape and count_pixels(most) == 35
+  for check in (decode, count_pixels):
+    with pytest.raises(BadImage, match="more than 100 scans"):
+      check(blob[:-2] + last * (MAX_SCANS - scans + 1) + blob[-2:])

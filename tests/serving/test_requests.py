@@ -7,13 +7,13 @@ import re
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 import pytest
 
 from tests.helpers.compilations import counted_compilations
 from tests.helpers.http_server import LIMITS, Reply, call, connect, expected, in_base64, labels_of, metric, png, predict
 from tests.helpers.miniature_runs import ROOT
 from vixml_jax.encoding import item_encoder
+from vixml_jax.images import tower
 from vixml_jax.inference import trained_encoder
 from vixml_jax.search.label_index import LabelIndex
 
@@ -52,14 +52,14 @@ def test_a_request_is_packed_once_its_names_are_looked_up_once_and_each_image_is
     function = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(name) or function(*args, **kwargs))
 
-  count(Image, "open")
+  count(tower, "decode")
   count(LabelIndex, "filters")
   count(trained_encoder, "pack")
   count(item_encoder, "pack")
   found = labels_of(predict(server, *map(in_base64, queries)))
   assert found == wanted
   assert len(query["images"]) == 3  # The model uses two of them.
-  assert sorted(calls) == ["filters", "open", "open", "open", "pack"]
+  assert sorted(calls) == ["decode", "decode", "filters", "pack"]
 
 
 def test_filters_of_the_request_hold_for_queries_without_their_own(server):

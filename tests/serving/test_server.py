@@ -42,19 +42,6 @@ def test_slow_bodies_and_too_many_queries_are_refused(predictor):
     connection.close()
 
 
-def test_bodies_share_their_memory(predictor):
-  with running(lambda: predictor, Limits(bodies_bytes=1_000)) as server:
-    slow = connect(server)
-    slow.putrequest("POST", "/v1/predict")
-    slow.putheader("Content-Type", "application/json")
-    slow.putheader("Content-Length", "900")
-    slow.endheaders(b"{")
-    body = json.dumps({"queries": [{"title": "sun" + " " * 200}]})
-    wait_for(lambda: call(server, "/v1/predict", body).status == 503)
-    slow.close()
-    wait_for(lambda: call(server, "/v1/predict", body).status == 200)
-
-
 def test_health_is_starting_and_then_ready(predictor):
   loaded = threading.Event()
   with running(lambda: loaded.wait() and predictor, ready=False) as server:

@@ -16,11 +16,15 @@ EMPTY = "no bytes"
 NOT_AN_IMAGE = "not a PNG, JPEG, WebP, GIF or BMP image"
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
 DAMAGED = "truncated or damaged"
-REASONS = (MISSING, UNREADABLE, EMPTY, NOT_AN_IMAGE, TOO_LARGE, DAMAGED)
+MAX_SCANS = 100
+"""Largest number of scans of a JPEG. Encoders write about ten, and each takes as long as decoding a plain image."""
+TOO_MANY_SCANS = f"more than {MAX_SCANS} scans"
+REASONS = (MISSING, UNREADABLE, EMPTY, NOT_AN_IMAGE, TOO_LARGE, DAMAGED, TOO_MANY_SCANS)
 """Reasons why an image may have no pixels. Parts of an extraction on disk store positions in this tuple."""
 
 # Formats that a raw folder may hold. Pillow reads dozens of others, some with other programs (EPS) or by rarely used C.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_START_OF_SCAN = b"\xff\xda"  # Data of a JPEG never contains these bytes: they are a marker.
 _EXIF_ORIENTATION = 0x0112
 # Orientation -> whether rows and columns are exchanged, and then the direction of rows and of columns.
 _UPRIGHT = {
@@ -82,6 +86,29 @@ def decode(blob: bytes) -> np.ndarray:
   Raises:
     BadImage: The image has no pixels. No bytes raise any other exception.
   """
+  with _opened(blob) as image:
+    try:
+      image.load()
+      return _upright(_rgb(image), image)
+    except Exception as error:
+      raise BadImage(DAMAGED) from error
+
+
+def count_pixels(blob: bytes) -> int:
+  """Returns the number of pixels of an encoded image according to its header. Nothing is decoded.
+
+  Args:
+    blob: PNG, JPEG, WebP, GIF or BMP file.
+
+  Raises:
+    BadImage: The header is not valid, or the image is beyond the limits of `decode`.
+  """
+  with _opened(blob) as image:
+    return image.width * image.height
+
+
+def _opened(blob: bytes) -> Image.Image:
+  """Returns an image whose header has been read and checked."""
   if not blob:
     raise BadImage(EMPTY)
   # Decoders raise almost any exception on hostile bytes (OSError, SyntaxError, struct.error, MemoryError, ...).
@@ -93,14 +120,11 @@ def decode(blob: bytes) -> np.ndarray:
     raise BadImage(NOT_AN_IMAGE) from error
   except Exception as error:
     raise BadImage(DAMAGED) from error
-  with image:
-    if image.width * image.height > MAX_PIXELS:
-      raise BadImage(TOO_LARGE)
-    try:
-      image.load()
-      return _upright(_rgb(image), image)
-    except Exception as error:
-      raise BadImage(DAMAGED) from error
+  if image.width * image.height > MAX_PIXELS:
+    raise BadImage(TOO_LARGE)
+  if image.format in ("JPEG", "MPO") and blob.count(_START_OF_SCAN) > MAX_SCANS:
+    raise BadImage(TOO_MANY_SCANS)
+  return image
 
 
 def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:

@@ -1,11 +1,9 @@
 """Routes of the server: the JSON API with its OpenAPI description, health, metrics and the page."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-import os
-import time
-from typing import Any, TypeVar
+import contextlib
+import inspect
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute
@@ -17,10 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 import vixml_jax
 from vixml_jax.errors import InputError
-from vixml_jax.run.workdir import CHECKPOINTS
 from vixml_jax.serving import embeddings, schema
 from vixml_jax.serving.access import Access
-from vixml_jax.serving.batching import Batcher, QueueFull
+from vixml_jax.serving.answering import Answering, AnswerResponse, ready
+from vixml_jax.serving.batching import Batcher
 from vixml_jax.serving.engine import Engine, Outcome, QueryRequest, ServedModel
 from vixml_jax.serving.failures import failure
 from vixml_jax.serving.gate import AsgiApp, Gate
@@ -28,7 +26,6 @@ from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.page_files import add_page
 from vixml_jax.serving.request_error import RequestError
-from vixml_jax.serving.request_parser import RequestParser, is_quick
 from vixml_jax.serving.request_record import RequestRecord
 from vixml_jax.serving.suggestions import first_categories
 
@@ -45,8 +42,6 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
   )
 }
 _PREDICT, _EMBED = "/v1/predict", "/v1/embeddings"
-
-_Parsed = TypeVar("_Parsed")
 
 
 def make_app(
@@ -75,11 +70,14 @@ def make_app(
     docs_url=None,
     redoc_url=None,
   )
-  predict = _add_api(app, _Answering(engine, batcher, RequestParser(limits)), limits)
+  predict = _add_api(app, Answering(engine, batcher, limits), limits)
   _add_operations(app, engine, batcher, limits, metrics)
   add_page(app)
   _add_errors(app)
-  return Gate(_PredictFirst(app, predict), access, metrics, observers)
+  for route in app.routes:  # FastAPI reads the source of a route when it is first asked for, unless that is in a cache.
+    with contextlib.suppress(OSError, TypeError):
+      inspect.getsourcelines(getattr(route, "endpoint", None))
+  return Gate(_PredictFirst(app, predict), access, limits, metrics, observers)
 
 
 class _PlainRoute(APIRoute):
@@ -117,51 +115,7 @@ class _PredictFirst:
     await response(scope, receive, send)
 
 
-def _ready(engine: Engine) -> ServedModel:
-  if engine.model is None:
-    raise RequestError(503, "the model is being loaded; try again")
-  return engine.model
-
-
-class _Answering:
-  """Reads requests, puts their queries into the queue, and waits for what they get."""
-
-  def __init__(self, engine: Engine, batcher: Batcher[QueryRequest, Outcome], parser: RequestParser):
-    self.engine, self.parser, self._batcher = engine, parser, batcher
-    # Bounds the images decoded at a time.
-    self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="parser")
-
-  async def __call__(
-    self,
-    request: Request,
-    parse: Callable[[bytes, ServedModel], _Parsed],
-    queries_of: Callable[[_Parsed], Sequence[QueryRequest]],
-  ) -> tuple[_Parsed, list[Outcome]]:
-    """Returns the parsed body of a request, and what each of its queries gets.
-
-    Raises:
-      RequestError: The request is wrong, or must wait.
-    """
-    model, record = _ready(self.engine), RequestRecord.of(request.scope)
-    async with self.parser.body(request) as body:
-      if is_quick(body):
-        parsed = parse(body, model)
-      else:
-        parsed = await asyncio.get_running_loop().run_in_executor(self._pool, parse, body, model)
-      del body
-      queries = queries_of(parsed)
-      record.queries = len(queries)
-      try:
-        waiting = self._batcher.submit(queries)
-      except QueueFull as error:
-        raise RequestError(503, "too many queries are waiting; send this request again later") from error
-      record.submitted = time.perf_counter()
-      outcomes = [await asyncio.wrap_future(answer) for answer in waiting]
-    record.answered_by([outcome.times for outcome in outcomes])
-    return parsed, outcomes
-
-
-def _add_api(app: FastAPI, answer: _Answering, limits: Limits) -> Callable[[Request], Awaitable[Response]]:
+def _add_api(app: FastAPI, answer: Answering, limits: Limits) -> Callable[[Request], Awaitable[Response]]:
   """Adds the routes of the API and returns the function that answers queries."""
   parser, engine = answer.parser, answer.engine
   router = APIRouter(route_class=_PlainRoute)
@@ -173,33 +127,33 @@ def _add_api(app: FastAPI, answer: _Answering, limits: Limits) -> Callable[[Requ
     found = [
       {"uid": each.query.uid, "predictions": _labels(outcome)} for each, outcome in zip(queries, outcomes, strict=True)
     ]
-    return Response(to_json({"answers": found}), media_type="application/json")
+    return AnswerResponse(to_json({"answers": found}), media_type="application/json")
 
   @router.post(_EMBED, response_model=embeddings.EmbeddingList, openapi_extra=_body(embeddings.EmbeddingsRequest))
   async def embed(request: Request) -> Response:
     """Returns the embeddings of texts, as OpenAI's API does."""
     parse = lambda body, model: embeddings.parse_texts(body, model, limits)
     texts, outcomes = await answer(request, parse, lambda parsed: parsed.queries)
-    return Response(texts.response([outcome.embedding for outcome in outcomes]), media_type="application/json")
+    return AnswerResponse(texts.response([outcome.embedding for outcome in outcomes]), media_type="application/json")
 
   app.include_router(router)
 
   @app.get("/v1/models")
   def models() -> embeddings.ModelList:
     """Returns the only model of the server."""
-    return embeddings.ModelList(data=[_describe_model(_ready(engine))])
+    return embeddings.ModelList(data=[_describe_model(ready(engine))])
 
   @app.get("/v1/models/{name}")
   def model(name: str) -> embeddings.ServedModelInfo:
     """Returns the model of a name."""
-    served = _ready(engine)
+    served = ready(engine)
     embeddings.check_model(name, served)
     return _describe_model(served)
 
   @app.get("/v1/labels/{uid:path}", responses={404: {"model": schema.Failure, "description": "No such label."}})
   def label(uid: str) -> schema.Label:
     """Returns the label of a uid."""
-    labels = _ready(engine).labels
+    labels = ready(engine).labels
     try:
       (found,) = labels.ids_of([uid]).tolist()
     except InputError as error:
@@ -209,7 +163,7 @@ def _add_api(app: FastAPI, answer: _Answering, limits: Limits) -> Callable[[Requ
   @app.get("/v1/suggestions")
   def suggestions() -> schema.Suggestions:
     """Returns queries to try, and categories to choose from."""
-    model = _ready(engine)
+    model = ready(engine)
     return schema.Suggestions(queries=model.examples, categories=first_categories(model.labels))
 
   describe = app.openapi
@@ -239,9 +193,7 @@ def _body(model: type) -> dict[str, Any]:
 
 
 def _describe_model(model: ServedModel) -> embeddings.ServedModelInfo:
-  encoder = model.predictor.encoder
-  written = (encoder.workdir / CHECKPOINTS).stat().st_mtime
-  return embeddings.ServedModelInfo(id=model.name, created=int(written))
+  return embeddings.ServedModelInfo(id=model.name, created=model.created)
 
 
 def _add_operations(

@@ -27,7 +27,8 @@ class Batcher(Generic[Request, Result]):
   """A bounded queue of requests, and the thread that answers them.
 
   A request that finds the thread free is answered at once. Those that arrive meanwhile form the next batch, in their
-  order. If a batch fails, its requests are tried again one by one, so that only the faulty ones fail.
+  order. A request whose future is cancelled while it waits is dropped. If a batch fails, its requests are tried again
+  one by one, so that only the faulty ones fail.
   """
 
   def __init__(
@@ -72,6 +73,8 @@ class Batcher(Generic[Request, Result]):
     """
     added: list[_Waiting[Request, Result]] = [_Waiting(request, Future()) for request in requests]
     with self._changed:
+      if len(self._queue) + len(added) > self._max_queue:
+        self._drop_cancelled()
       if self._closing or len(self._queue) + len(added) > self._max_queue:
         raise QueueFull
       self._queue.extend(added)
@@ -93,7 +96,10 @@ class Batcher(Generic[Request, Result]):
     """Returns the next batch; an empty one if the queue is closed and empty."""
     batch: list[_Waiting[Request, Result]] = []
     with self._changed:
-      self._changed.wait_for(lambda: self._queue or self._closing)
+      while not self._queue or self._drop_cancelled():
+        if self._closing:
+          return []
+        self._changed.wait_for(lambda: self._queue or self._closing)
       left = self._max_size
       while self._queue and len(batch) < self._max_batch:
         left -= self._size(self._queue[0].request)
@@ -101,6 +107,11 @@ class Batcher(Generic[Request, Result]):
           break
         batch.append(self._queue.popleft())
     return batch
+
+  def _drop_cancelled(self) -> bool:
+    """Drops the requests that were cancelled; returns whether none is left."""
+    self._queue = deque(waiting for waiting in self._queue if not waiting.result.cancelled())
+    return not self._queue
 
   def _run(self, batch: list[_Waiting[Request, Result]]) -> None:
     if not batch:

@@ -20,6 +20,7 @@ from vixml_jax.inference.predictions import Prediction
 from vixml_jax.inference.predictor import Predictor, UnreadableImage
 from vixml_jax.inference.queries import Query, QueryFormat, query_format
 from vixml_jax.ragged import Ragged
+from vixml_jax.run.workdir import CHECKPOINTS
 from vixml_jax.search import snapshots
 from vixml_jax.search.filters import Filters
 from vixml_jax.search.label_index import LabelIndex
@@ -51,6 +52,7 @@ class QueryRequest:
     ranking: How labels are ranked; None for the default of the server.
     embed: Whether to return the embedding instead of labels.
     explain: Whether to say why each label was found.
+    pixels: Number of pixels to decode for its images; 0 if none is an encoded image.
   """
 
   query: Query
@@ -63,6 +65,7 @@ class QueryRequest:
   ranking: str | None = None
   embed: bool = False
   explain: bool = False
+  pixels: int = 0
 
   @property
   def size(self) -> int:
@@ -97,6 +100,8 @@ class ServedModel:
     pointer: Content of the index's CURRENT when its last snapshot was opened, or could not be opened.
     reads_images: Whether the model has a tower for image files.
     examples: Queries to try.
+    name: Name of the workdir.
+    created: When its checkpoint was written, in seconds since 1970.
   """
 
   rankings: Rankings
@@ -105,6 +110,8 @@ class ServedModel:
   pointer: str
   reads_images: bool
   examples: list[str]
+  name: str
+  created: int
 
   @property
   def explains(self) -> bool:
@@ -115,11 +122,6 @@ class ServedModel:
   def predictor(self) -> Predictor:
     """Predictor of the default ranking."""
     return self.rankings.first
-
-  @property
-  def name(self) -> str:
-    """Name of the workdir."""
-    return self.predictor.encoder.workdir.resolve().name
 
   @property
   def labels(self) -> LabelIndex:
@@ -244,8 +246,17 @@ class Engine:
     self._compile(programs[own:], threads)
     self._metrics.labels.set(labels.num_live)
     rankings = rankings.with_index(labels, index.search)
-    form = query_format(rankings.first.encoder.config)
-    return ServedModel(rankings, form, index, labels.current, reads_images, example_queries(labels))
+    encoder = rankings.first.encoder
+    return ServedModel(
+      rankings,
+      query_format(encoder.config),
+      index,
+      labels.current,
+      reads_images,
+      example_queries(labels),
+      encoder.workdir.resolve().name,
+      int((encoder.workdir / CHECKPOINTS).stat().st_mtime),
+    )
 
   def _compile(self, programs: Iterable[Callable[[], object]], threads: int = 1) -> None:
     """Calls functions, which compile a program each, in some threads."""

@@ -7,7 +7,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Message, Receive, Scope, Send
 
 from vixml_jax.serving.access import Access
+from vixml_jax.serving.budgets import Budget, Share
 from vixml_jax.serving.failures import failure
+from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.request_error import RequestError
 from vixml_jax.serving.request_record import RequestRecord
@@ -22,17 +24,24 @@ class Gate:
   """Middleware around all others. It does little for each request, because queries are answered in milliseconds."""
 
   def __init__(
-    self, app: AsgiApp, access: Access, metrics: Metrics, observers: Sequence[Callable[[RequestRecord], None]] = ()
+    self,
+    app: AsgiApp,
+    access: Access,
+    limits: Limits,
+    metrics: Metrics,
+    observers: Sequence[Callable[[RequestRecord], None]] = (),
   ):
     """Wraps an application.
 
     Args:
       app: The application.
       access: Who may use the server.
+      limits: Limits of the bytes of all requests.
       metrics: Metrics that count and time requests by route; all unknown paths count as one route.
       observers: Functions that get the record of each request after its response was sent.
     """
     self._access, self._metrics, self._observers = access, metrics, observers
+    self._bytes = Budget(limits.bodies_bytes, limits.client_bytes)
     self._app: AsgiApp = _Guard(app, access)
     if access.origins:
       self._app = CORSMiddleware(
@@ -49,7 +58,7 @@ class Gate:
       await self._app(scope, receive, send)
       return
     headers = dict(scope["headers"])
-    record = RequestRecord.begin(scope, headers)
+    record, share = RequestRecord.begin(scope, headers), Share.begin(scope, self._bytes)
 
     async def sent(message: Message) -> None:
       if message["type"] == "http.response.start":
@@ -64,6 +73,7 @@ class Gate:
         error = RequestError(421, "the Host header does not name this server; allow the name with --allowed_hosts")
         await failure(error, record.path)(scope, receive, sent)
     finally:
+      share.resize(0)
       record.ended = time.perf_counter()
       route = getattr(scope.get("route"), "path", "other")
       self._metrics.requests.labels(route, record.status).inc()

@@ -36,5 +36,7 @@ class Metrics:
     )
     self.batch_queries = make(Histogram, "batch_queries", "Queries of a batch.", buckets=_SIZES)
     self.queue_queries = make(Gauge, "queue_queries", "Queries that wait for the devices.")
+    self.connections = make(Gauge, "connections", "Open connections.")
+    self.ended_connections = make(Counter, "ended_connections", "Connections that the server ended.", "reason")
     self.labels = make(Gauge, "labels", "Labels that can be found.")
     self.reloads = make(Counter, "index_reloads", "New snapshots of the label index.", "outcome")

@@ -5,7 +5,7 @@ import json
 from vixml_jax.serving import schema
 
 _MAX_SHOWN = 80  # Characters.
-_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 503: {"Retry-After": "1"}}
 _OPENAI_CODES = {401: "invalid_api_key", 404: "model_not_found"}
 
 

@@ -1,25 +1,22 @@
 """Turns the bytes of a request into checked queries, or into an error that names the field that is wrong."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-import contextlib
-import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from vixml_jax.errors import InputError
-from vixml_jax.images.decoding import BadImage, from_data_uri
-from vixml_jax.images.tower import PreparedImage
 from vixml_jax.inference.queries import Query, QueryFormat
 from vixml_jax.inference.query_images import QueryImageEncoder
 from vixml_jax.inference.rankings import BLEND
 from vixml_jax.serving import request_filters
+from vixml_jax.serving.budgets import Share
 from vixml_jax.serving.engine import QueryRequest, ServedModel
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.request_error import RequestError, shortened
+from vixml_jax.serving.request_images import read_image
 from vixml_jax.serving.schema import Strict, request_model
 
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b"[{,:"))
@@ -55,36 +52,28 @@ class RequestParser:
     """Takes the limits that are checked before any work is done."""
     self.model = request_model(limits)
     self._limits = limits
-    self._held = 0
 
-  @contextlib.asynccontextmanager
-  async def body(self, request: Request) -> AsyncIterator[bytes]:
-    """Yields the body, whose size counts for the limit of all bodies until the block ends.
+  async def body(self, request: Request) -> bytes:
+    """Returns the body. Its bytes count for the share of the request as they arrive.
 
     Raises:
-      RequestError: 413 if the body is too large, as soon as that is known; 408 if it arrives too slowly; 503 if the
-        limit of all bodies is reached.
+      RequestError: 413 if the body is too large, as soon as that is known; 408 if it arrives too slowly; 503 if there
+        is no room for it.
     """
-    most = self._limits.body_bytes
-    declared = int(request.headers.get("content-length", most))
-    if declared > most:
+    if int(request.headers.get("content-length", 0)) > self._limits.body_bytes:
       raise self._too_large()
-    if self._held + declared > self._limits.bodies_bytes:
-      raise RequestError(503, "too many requests at the same time; send this one again later")
-    self._held += declared
-    try:
-      yield await self._read(request)
-    finally:
-      self._held -= declared
+    return await self._read(request)
 
   async def _read(self, request: Request) -> bytes:
-    body = bytearray()
+    body, share = bytearray(), Share.of(request.scope)
     try:
       async with asyncio.timeout(self._limits.body_seconds):
         async for part in request.stream():
           body += part
           if len(body) > self._limits.body_bytes:
             raise self._too_large()
+          if not share.resize(len(body)):
+            raise RequestError(503, "too many requests at the same time; send this one again later")
     except TimeoutError as error:
       raise RequestError(
         408, f"the body did not arrive within {self._limits.body_seconds:g} s; send it again"
@@ -99,7 +88,7 @@ class RequestParser:
     )
 
   def parse(self, body: bytes, model: ServedModel) -> list[QueryRequest]:
-    """Returns the queries of a body, with filters resolved and images decoded.
+    """Returns the queries of a body, with filters resolved and the sizes of images checked. No image is decoded.
 
     This takes a while, so it should be called in a thread unless `is_quick`.
 
@@ -119,9 +108,15 @@ class RequestParser:
     settings = _settings(given, model)
     filters = request_filters.resolve_filters(given, model.labels)
     encoder = model.predictor.image_encoder if model.reads_images else None
-    queries = [_query(query, f"queries[{i}]", model.form, encoder) for i, query in enumerate(given["queries"])]
-    tokens = model.predictor.encoder.tokenizer([query.text for query in queries])
-    return [QueryRequest(query, tokens[i], k, filters, i, **settings) for i, query in enumerate(queries)]
+    queries, left = list[tuple[Query, int]](), self._limits.pixels
+    for i, query in enumerate(given["queries"]):
+      queries.append(_query(query, f"queries[{i}]", model.form, encoder, left))
+      left -= queries[-1][1]
+    tokens = model.predictor.encoder.tokenizer([query.text for query, _ in queries])
+    return [
+      QueryRequest(query, tokens[i], k, filters, i, pixels=pixels, **settings)
+      for i, (query, pixels) in enumerate(queries)
+    ]
 
 
 def _settings(given: dict[str, Any], model: ServedModel) -> dict[str, Any]:
@@ -139,34 +134,26 @@ def _settings(given: dict[str, Any], model: ServedModel) -> dict[str, Any]:
   return {"ranking": ranking, "explain": given["explain"], **dial}
 
 
-def _query(given: dict[str, Any], where: str, form: QueryFormat, encoder: QueryImageEncoder | None) -> Query:
-  """Returns a query without its filters, and with no more images than the model uses."""
-  values = {key: value for key, value in given.items() if key not in request_filters.KEYS}
+def _query(
+  given: dict[str, Any], where: str, form: QueryFormat, encoder: QueryImageEncoder | None, pixels: int
+) -> tuple[Query, int]:
+  """Returns a query without its filters, with no more images than the model uses, and the pixels of these images.
+
+  Further images are not looked at.
+  """
+  values, taken = {key: value for key, value in given.items() if key not in request_filters.KEYS}, 0
   if "images" in values:
-    values["images"] = [_image(image, f"{where}.images[{i}]", encoder) for i, image in enumerate(values["images"])]
+    values["images"], images = [], values["images"][: form.images]
+    for i, image in enumerate(images):
+      read, count = read_image(image, f"{where}.images[{i}]", encoder, pixels - taken)
+      values["images"].append(read)
+      taken += count
   if not values["title"].strip() and not values.get("content") and not values.get("images"):
     raise RequestError(422, "is empty; give a title" + (" or an image" if form.images else ""), f"{where}.title")
   try:
-    query = form.parse(values, where)
+    return form.parse(values, where), taken
   except InputError as error:
     raise RequestError(422, str(error).removeprefix(f"{where}: "), where) from error
-  return dataclasses.replace(query, images=query.images[: form.images])
-
-
-def _image(given: str | list[float], where: str, encoder: QueryImageEncoder | None) -> PreparedImage | np.ndarray:
-  """Returns a decoded image, or a feature vector. A text of a client is never used as a path."""
-  if isinstance(given, list):
-    return np.asarray(given, np.float32)
-  if encoder is None:
-    raise RequestError(422, "this server does not read image files; leave them out", where)
-  try:
-    blob = from_data_uri(given)
-  except ValueError as error:
-    raise RequestError(422, f"is {error}", where) from error
-  try:
-    return encoder.prepare(blob)
-  except BadImage as error:
-    raise RequestError(422, str(error), where) from error
 
 
 def _check_keys(given: Strict, prefix: str) -> None:

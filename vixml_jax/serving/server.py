@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import logging
+import math
+import resource
 import signal
 import socket
 import threading
@@ -13,6 +15,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.serving.access import Access
 from vixml_jax.serving.app import make_app
 from vixml_jax.serving.batching import Batcher
+from vixml_jax.serving.connections import Connections, protocol_class
 from vixml_jax.serving.engine import Engine, Outcome, QueryRequest
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
@@ -20,6 +23,7 @@ from vixml_jax.serving.rankings import Rankings
 from vixml_jax.serving.request_record import RequestRecord
 
 _STOP_SECONDS = 30
+_OWN_FILES = 256  # What the process has open besides connections; with search over many files, a few dozen.
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ class Server:
     reload_seconds: float | None = None,
     *,
     access: Access | None = None,
+    proxies: Sequence[str] = (),
     observers: Sequence[Callable[[RequestRecord], None]] = (),
   ):
     """Starts to listen.
@@ -52,6 +57,7 @@ class Server:
       limits: Limits of requests; None for the defaults.
       reload_seconds: Seconds between checks for a new snapshot of the label index; None to check only on `reload`.
       access: Who may use the server; None for any client that names it by `host` or as localhost.
+      proxies: Addresses and networks of proxies, whose header X-Forwarded-For names the client.
       observers: Functions that get the record of each request after its response was sent.
 
     Raises:
@@ -60,6 +66,7 @@ class Server:
     limits, metrics, access = limits or Limits(), Metrics(), access or Access.of(host)
     if access.any_address and not access.key_digests:
       _log.warning("every machine that reaches this one may send requests: there is no API key (--api_key_file)")
+    _allow_files(limits.connections + _OWN_FILES)
     self._engine = Engine(load, limits, metrics)
     self._batcher: Batcher[QueryRequest, Outcome] = Batcher(
       self._engine.answer,
@@ -76,7 +83,13 @@ class Server:
         lifespan="off",
         access_log=False,
         log_config=None,
+        log_level="error",  # Bytes that are not HTTP are counted instead of logged.
         server_header=False,
+        http=protocol_class(Connections(limits, metrics, proxies)),
+        ws="none",
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips=list(proxies),
+        timeout_keep_alive=math.ceil(limits.idle_seconds) + 1,  # Our own protocol closes idle connections.
         timeout_graceful_shutdown=_STOP_SECONDS,
       )
     )
@@ -141,6 +154,16 @@ def _signals(reload: Callable[[], None]) -> Iterator[None]:
   finally:
     for number, handler in former.items():
       signal.signal(number, handler)
+
+
+def _allow_files(number: int) -> None:
+  """Raises the limit of open files of the process, as far as that is allowed; connections count as such."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  most = number if hard == resource.RLIM_INFINITY else min(number, hard)
+  if soft != resource.RLIM_INFINITY and soft < most:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+  if most < number:
+    _log.warning("at most %d files may be open: lower --max_connections, or raise the limit (ulimit -Hn)", most)
 
 
 def _listen(host: str, port: int) -> socket.socket:
