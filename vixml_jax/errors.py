@@ -1,5 +1,9 @@
 """Exceptions that users see as one line without a traceback: bad input, and a run that was asked to stop."""
 
+import reprlib
+
+_MOST_SHOWN = 100
+
 
 class InputError(ValueError):
   """Bad input that the user can correct: a file, a line, a key or a row.
@@ -19,3 +23,24 @@ class StopTraining(Exception):
   A callback raises it in `on_step` or `on_evaluation`. The run is finished: the same call evaluates it again and does
   not train any further.
   """
+
+
+def shown(value: object) -> str:
+  """Returns a value as an error message shows it: one line of at most 100 characters.
+
+  >>> shown(("title", 1.0)), shown(10**5000)
+  ("('title', 1.0)", 'a number of 16610 bits')
+  """
+  text = " ".join(_Shortened().repr(value).split("\n"))
+  return text if len(text) <= _MOST_SHOWN else f"{text[:60]}...{text[63 - _MOST_SHOWN :]}"
+
+
+class _Shortened(reprlib.Repr):
+  def __init__(self) -> None:
+    super().__init__()
+    self.maxlevel, self.maxtuple, self.maxlist, self.maxdict = 3, 8, 8, 4
+    self.maxstring = self.maxlong = self.maxother = _MOST_SHOWN
+
+  def repr_int(self, value: int, level: int) -> str:
+    bits = value.bit_length()  # Python refuses to print numbers of more than 4,300 digits.
+    return f"a number of {bits} bits" if bits > 256 else super().repr_int(value, level)
