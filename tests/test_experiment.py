@@ -139,8 +139,8 @@ def test_a_damaged_index_which_may_have_been_edited_is_kept_under_another_name(f
 
 
 def test_another_recipe_is_refused_in_a_used_workdir(finished, config):
-  config.train.batch_size = 8
-  with pytest.raises(InputError, match="started with train.batch_size=16, not 8"):
+  config.train.batch_size, config.dataset.raw_dir = 8, "absent"
+  with pytest.raises(InputError, match="started with train.batch_size=16, not 8"):  # Before the data are read.
     train_and_evaluate(config, finished.workdir)
 
 
@@ -148,8 +148,10 @@ def test_a_run_on_changed_data_is_refused_before_frozen_weights_are_loaded(confi
   config.dataset.raw_dir = str(write_raw_folder(tmp_path / "raw", seed=1))
   config.dataset.data_dir = str(tmp_path / "data")
   monkeypatch.setattr(setup, "frozen_params", lambda *_: pytest.fail("weights were loaded"))
+  before = (workdir / "config.json").read_bytes()
   with pytest.raises(InputError, match="trained on other data than custom now contains; use another --workdir"):
     train_and_evaluate(config, workdir)
+  assert (workdir / "config.json").read_bytes() == before
 
 
 def test_without_epochs_prototypes_are_means_of_embeddings_and_centroids_of_the_pretrained_encoder(tmp_path, caplog):

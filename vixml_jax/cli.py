@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags
 
 from vixml_jax import command_help, messages
-from vixml_jax.errors import InputError, Preempted
-from vixml_jax.files import disk_fault
+from vixml_jax.errors import InputError, Preempted, shown
+from vixml_jax.files import disk_fault, path_problem
 from vixml_jax.process_share import ProcessShare, joined_share
 from vixml_jax.progress_lines import progress_lines
 from vixml_jax.stages import ProgressBars, reporting
@@ -93,11 +93,27 @@ def _parse(argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(list(argv))
   except flags.Error as error:
-    _fail(_cause(str(error)))
+    _fail(_out_of_range(str(error)) or _shortened(_cause(str(error))))
   except OSError as error:
     _fail(_unreadable("config", error))
   except (KeyError, AttributeError, ValueError, TypeError, ImportError, SyntaxError) as error:
-    _fail(_missing_key(argv, str(error)) or f"--config: {type(error).__name__}: {error}")
+    _fail(_shortened(_missing_key(argv, str(error)) or f"--config: {type(error).__name__}: {error}"))
+
+
+def _out_of_range(message: str) -> str | None:
+  """Returns an error that says what a key of the config may be, for absl's error about the type of its flag."""
+  found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
+  if found is None:
+    return None
+  from vixml_jax.run.configuration.ranges import OF_ARCHITECTURES, rule_of
+
+  rule = next(filter(None, (rule_of(found[1], architecture) for architecture in OF_ARCHITECTURES)), None)
+  return None if rule is None else f"config.{found[1]}={shown(found[2])}: must be {rule.allowed}"
+
+
+def _shortened(message: str) -> str:
+  """Returns an error of absl without the middle of its longest words, which are values of flags."""
+  return re.sub(r"\S{300,}", lambda found: f"{found[0][:100]}...{found[0][-20:]}", message)
 
 
 def _cause(message: str) -> str:
@@ -192,10 +208,12 @@ def local_path(place: str, flag: str) -> Path:
   """Returns the path of a place that must not be in a bucket.
 
   Raises:
-    InputError: It is a URL; the message names the flag.
+    InputError: It is a URL, or cannot be a path; the message names the flag.
   """
   if "://" in place:
     raise InputError(f"--{flag}={place}: must be a local path; only predict, encode and serve read buckets")
+  if problem := path_problem(place):
+    raise InputError(f"--{flag}={shown(place)}: {problem}")
   return Path(place)
 
 

@@ -1,8 +1,10 @@
 """Exceptions that users see as one line without a traceback: bad input, and a run that was asked to stop."""
 
 from collections.abc import Sequence
+import reprlib
 
 _SHOWN_NAMES, _SHOWN_CHARS = 20, 60
+_MOST_SHOWN = 100
 
 
 class InputError(ValueError):
@@ -38,3 +40,24 @@ def listed(names: Sequence[str], mark: str = ", ") -> str:
   quoted = map(repr, names[:_SHOWN_NAMES])
   shown = [name if len(name) <= _SHOWN_CHARS else name[: _SHOWN_CHARS - 3] + "..." for name in quoted]
   return mark.join(shown) + (f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else "")
+
+
+def shown(value: object) -> str:
+  """Returns a value as an error message shows it: one line of at most 100 characters.
+
+  >>> shown(("title", 1.0)), shown(10**5000)
+  ("('title', 1.0)", 'a number of 16610 bits')
+  """
+  text = " ".join(_Shortened().repr(value).split("\n"))
+  return text if len(text) <= _MOST_SHOWN else f"{text[:60]}...{text[63 - _MOST_SHOWN :]}"
+
+
+class _Shortened(reprlib.Repr):
+  def __init__(self) -> None:
+    super().__init__()
+    self.maxlevel, self.maxtuple, self.maxlist, self.maxdict = 3, 8, 8, 4
+    self.maxstring = self.maxlong = self.maxother = _MOST_SHOWN
+
+  def repr_int(self, value: int, level: int) -> str:
+    bits = value.bit_length()  # Python refuses to print numbers of more than 4,300 digits.
+    return f"a number of {bits} bits" if bits > 256 else super().repr_int(value, level)

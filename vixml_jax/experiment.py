@@ -36,9 +36,10 @@ from vixml_jax.row_files import RowFiles, remove_shares, write_shares
 from vixml_jax.run.checkpoint import Checkpointer
 from vixml_jax.run.from_config import adapter_folder, model_from_config
 from vixml_jax.run.inference_files import image_origin, label_names, write_inference_files
+from vixml_jax.run.limits import check_limits, not_enough_memory
 from vixml_jax.run.pretrained import check_adapter, check_base, trainable_params
 from vixml_jax.run.run_log import recorded
-from vixml_jax.run.setup import RunSetup, set_up_run
+from vixml_jax.run.setup import RunSetup, set_up_run, write_config
 from vixml_jax.run.state import TrainedModel, abstract_model_part, trained_model
 from vixml_jax.run.workdir import CHECKPOINTS, EMBEDDINGS, FINAL_METRICS, RETRIEVAL_SETTINGS
 from vixml_jax.search.label_index_files import IndexContents
@@ -52,6 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 @recorded
+@not_enough_memory
 def train_and_evaluate(
   config: ConfigDict, workdir: Path, show: Callable[[str], object] = lambda table: None
 ) -> dict[str, Any]:
@@ -65,8 +67,9 @@ def train_and_evaluate(
        validation queries are held out
     5. config: sizes that depend on the data are chosen and checked
     6. model definition: shapes and logical axes, no values
-    7. workdir: made where it is missing; its `config.json` is compared with the config, and written
-    8. the newest checkpoint that is whole: its data and frozen encoder must be those of this run
+    7. workdir: made where it is missing; its `config.json` is compared with the config
+    8. the newest checkpoint that is whole: its data and frozen encoder must be those of this run; then `config.json`
+       is written
     9. frozen parameters: loaded into their shardings
     10. training queries: items, labels and sampling weights
     11. optimizer, and the train state as shapes with shardings
@@ -89,10 +92,12 @@ def train_and_evaluate(
   if adapter is not None and not (workdir / CHECKPOINTS).is_dir():  # A run that is continued has its own adapters.
     check_adapter(model_from_config(config), adapter)
   setup = set_up_run(config, workdir, extract=True)
+  check_limits(setup.config, setup.model, setup.mesh, len(setup.data.train_rows), setup.data.num_labels)
   with Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep) as checkpointer:
     step = checkpointer.step_to_resume()
     if step is not None:
       _check_same_run(setup, workdir, checkpointer.meta(step))
+    write_config(setup, workdir)
     encoder = setup.load_encoder()
 
     def evaluate(model: TrainedModel) -> dict[str, float]:
@@ -103,6 +108,7 @@ def train_and_evaluate(
 
 
 @recorded
+@not_enough_memory
 def evaluate_workdir(
   config: ConfigDict, workdir: Path, show: Callable[[str], object] = lambda table: None
 ) -> dict[str, Any]:
@@ -127,6 +133,7 @@ def evaluate_workdir(
     if step < total_steps and not ended_early(meta):
       _log.warning("step %d of %d: training of this run has not finished", step, total_steps)
     check_base(setup.model, setup.weights_folder, workdir, meta)
+    write_config(setup, workdir)
     restored = checkpointer.restore_model(step, abstract_model_part(setup.model, data.num_labels, setup.mesh))
   model = trained_model(step, meta, restored, data.num_labels)
   return _evaluate_and_write(setup, workdir, setup.load_encoder(), model, show)

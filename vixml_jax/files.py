@@ -11,12 +11,15 @@ from pathlib import Path
 import re
 import shutil
 from typing import IO, Any
+import unicodedata
 
 from vixml_jax.errors import InputError
 from vixml_jax.record_files import JSON, json_fault
 
 _CHUNK_BYTES = 1 << 20
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_MOST_BYTES = 2000  # Of a path. Linux accepts 4,095, and the names of files are appended.
+_MOST_BYTES_OF_A_NAME = 255
 _SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")
 
 
@@ -235,3 +238,21 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
   with file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
+
+
+def path_problem(text: str) -> str | None:
+  """Returns why a text cannot be a path; None if it can.
+
+  >>> path_problem("runs/quickstart")
+  >>> path_problem("runs/" + 300 * "a")
+  'a name in it has 300 bytes, and file systems accept 255'
+  """
+  if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+    return "it has characters that cannot be printed, such as NUL, or halves of characters"
+  length = len(text.encode())
+  if length > _MOST_BYTES:
+    return f"it has {length:,} bytes, and at most {_MOST_BYTES:,} are accepted"
+  longest = max(len(name.encode()) for name in text.split("/"))
+  if longest > _MOST_BYTES_OF_A_NAME:
+    return f"a name in it has {longest} bytes, and file systems accept {_MOST_BYTES_OF_A_NAME}"
+  return None

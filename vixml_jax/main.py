@@ -26,10 +26,10 @@ def main() -> None:
   from vixml_jax.run import configuration
 
   config = cli.required(_CONFIG)
+  configuration.check(config)
   workdir = cli.local_path(_WORKDIR.value or f"runs/{config.name}", "workdir")
   for key in ("raw_dir", "data_dir"):
     cli.local_path(config.dataset[key], f"config.dataset.{key}")
-  configuration.check(config)
   _DATA.set_raw_dir(config, workdir)
   train_and_evaluate(config, workdir, cli.show)
 

@@ -75,7 +75,7 @@ def test_overrides_and_the_data_set_are_in_the_config_of_the_run_and_the_given_c
     ("quickstrat", {}, "there is no config 'quickstrat'; did you mean quickstart"),
     ("custom", {"train__epoch": 1}, "config.train.epoch: there is no such key; did you mean epochs"),
     ("custom", {"train__epochs": "many"}, "config.train.epochs='many': must be int, not str"),
-    ("custom", {"train__epochs": -1}, "config.train.epochs=-1: must not be negative"),
+    ("custom", {"train__epochs": -1}, "config.train.epochs=-1: must be a whole number from 0 to"),
     ("custom", {"dataset__raw_dir": "x"}, "config.dataset.raw_dir='x': is set by the data set"),
     (None, {"train__epoch": 1}, "config.train.epoch: there is no such key"),
   ],

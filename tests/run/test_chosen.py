@@ -11,7 +11,7 @@ from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedLayout
 from vixml_jax.ragged import Ragged
 from vixml_jax.run import chosen, configuration
-from vixml_jax.run.setup import set_up_run
+from vixml_jax.run.setup import set_up_run, write_config
 
 
 @pytest.fixture
@@ -95,6 +95,7 @@ def test_a_run_keeps_what_was_chosen_when_it_started(config, tmp_path, monkeypat
   caplog.set_level("INFO")
   config.train.batch_size = 64
   setup = set_up_run(config, tmp_path / "run", extract=False)
+  write_config(setup, tmp_path / "run")
   found = configuration.read(tmp_path / "run" / "config.json")
   assert found.encoder.dtype == setup.config.encoder.dtype == "float32"
   assert found.train.row_length == setup.layout.row_length == 2 * config.dataset.max_length

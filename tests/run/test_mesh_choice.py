@@ -10,7 +10,7 @@ from vixml_jax.ahead_of_time.plan import MeshPlan, mesh_plan_of
 from vixml_jax.errors import InputError
 from vixml_jax.run import configuration
 from vixml_jax.run.mesh_choice import choose_mesh, with_mesh
-from vixml_jax.run.setup import set_up_run
+from vixml_jax.run.setup import set_up_run, write_config
 
 # MiniLM-L3: word, position and type embeddings with a norm, and three layers with twelve vectors.
 LAYER = 4 * 384 * 384 + 2 * 384 * 1536 + 4 * 384 + 1536 + 384 + 4 * 384
@@ -62,6 +62,7 @@ def test_a_continued_run_keeps_its_mesh(tmp_path, monkeypatch):
   monkeypatch.setattr(sharding, "device_memory", lambda devices: 1e12)
   setup = set_up_run(config, tmp_path / "run", extract=True)
   assert dict(setup.mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+  write_config(setup, tmp_path / "run")
   written = configuration.read(tmp_path / "run" / "config.json")
   assert written.mesh.to_dict() == {"data": 8, "fsdp": 1, "tensor": 1}
   monkeypatch.setattr(sharding, "device_memory", lambda devices: 1.0)

@@ -15,7 +15,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.run import configuration
 from vixml_jax.run.from_config import check_attention, model_from_config
-from vixml_jax.run.setup import set_up_run
+from vixml_jax.run.setup import set_up_run, write_config
 from vixml_jax.run.state import init_params
 
 FEATURES = 6
@@ -76,6 +76,9 @@ def test_each_step_fails_before_the_next_one_starts(tmp_path):
   setup = set_up_run(config, workdir, extract=True)
   # A quarter of the 24 labels is fewer than the devices that the vectors are split over.
   assert setup.model.shapes["free_vectors"].shape == (8, 32)
+  assert setup.config.train.free_vectors == 8
+  assert workdir.is_dir() and not (workdir / "config.json").exists(), "it is written when the checkpoint fits"
+  write_config(setup, workdir)
   assert configuration.read(workdir / "config.json").train.free_vectors == 8
 
 

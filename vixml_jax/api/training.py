@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 
 from vixml_jax.api.dataset import Dataset
 from vixml_jax.api.model import Model, load
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, shown
 from vixml_jax.experiment import train_and_evaluate
+from vixml_jax.files import path_problem
 from vixml_jax.run import configuration, named_configs
 from vixml_jax.stages import Callback, reporting
 
@@ -56,6 +57,8 @@ def train(
   """
   config = _configured(config, dataset, overrides)
   configuration.check(config)
+  if problem := path_problem(os.fspath(workdir)):
+    raise InputError(f"workdir={shown(workdir)}: {problem}")
   with reporting(*callbacks):
     train_and_evaluate(config, Path(workdir))
     return load(workdir)

@@ -75,7 +75,6 @@ def load_quantized_encoder(workdir: Path, mesh: Mesh | None = None) -> Quantized
       or onnxruntime is not installed.
   """
   config = configuration.read(workdir / CONFIG)
-  configuration.check(config)
   check_convertible(workdir, config)
   encoder = load_trained_encoder(workdir, mesh)
   platform = sharding.platform_of(encoder.mesh)

@@ -181,7 +181,6 @@ def load_trained_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEnco
     InputError: A file is missing or damaged, or the frozen encoder is not the one of training.
   """
   config = configuration.read(workdir / CONFIG)
-  configuration.check(config)
   config.encoder.attention = AUTO  # The platform may differ from that of training.
   step, meta = newest_checkpoint(workdir / CHECKPOINTS)
   info = read_inference_info(workdir, step)

@@ -54,9 +54,14 @@ def with_started_values(config: ConfigDict, path: Path) -> ConfigDict:
   """
   if not path.is_file():
     return config
-  started, values = configuration.flatten_config(configuration.read(path)), configuration.flatten_config(config)
-  left = [key for key, is_open in OPEN.items() if values[key] == is_open and key in started and key != _HELD_OUT]
-  return _updated(config, {key: started[key] for key in left})
+  started = configuration.flatten_config(configuration.read(path))
+  return _updated(config, {key: started[key] for key in left_open(config) if key != _HELD_OUT})
+
+
+def left_open(config: ConfigDict) -> list[str]:
+  """Returns the keys that a config leaves open."""
+  values = configuration.flatten_config(config)
+  return [key for key, is_open in OPEN.items() if values[key] == is_open]
 
 
 def with_method(config: ConfigDict) -> ConfigDict:
@@ -215,8 +220,8 @@ def activation_bytes(config: ConfigDict) -> int:
 
 def log_choices(config: ConfigDict, result: ConfigDict) -> None:
   """Logs the values of the keys that `config` left open, which `result` has."""
-  left, values = configuration.flatten_config(config), configuration.flatten_config(result)
-  found = [f"{key}={values[key]}" for key, is_open in OPEN.items() if left[key] == is_open]
+  values = configuration.flatten_config(result)
+  found = [f"{key}={values[key]}" for key in left_open(config)]
   if found:
     _log.info("chosen for these data and devices: %s", ", ".join(found))
 

@@ -53,14 +53,10 @@ def model_from_config(config: ConfigDict) -> ModelDefinition:
   )
 
 
-def check_attention(config: ConfigDict, mesh: Mesh) -> None:
-  """Checks that the devices can compute the attention that a config asks for, in training and without dropout.
-
-  Raises:
-    InputError: `encoder.attention` names an implementation that cannot.
-  """
+def attention_call(config: ConfigDict, mesh: Mesh) -> AttentionCall:
+  """Returns the attention of a training step."""
   encoder, is_decoder = config.encoder, config.encoder.architecture == "decoder"
-  call = AttentionCall(
+  return AttentionCall(
     platform=sharding.platform_of(mesh),
     rows=config.train.chunk_rows,
     length=config.train.row_length,
@@ -73,8 +69,16 @@ def check_attention(config: ConfigDict, mesh: Mesh) -> None:
     row_devices=sharding.row_devices(mesh),
     head_devices=mesh.shape["tensor"],
   )
+
+
+def check_attention(config: ConfigDict, mesh: Mesh) -> None:
+  """Checks that the devices can compute the attention that a config asks for, in training and without dropout.
+
+  Raises:
+    InputError: `encoder.attention` names an implementation that cannot.
+  """
   try:
-    choose(encoder.attention, call)
+    choose(config.encoder.attention, attention_call(config, mesh))
   except ValueError as error:
     raise InputError(f"config.encoder.{error}; use auto, or change the key that the message names") from error
 

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import vixml_jax
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, shown
 
 _PACKAGE = Path(vixml_jax.__file__).parent
 
@@ -103,7 +103,7 @@ def _take_modules() -> dict[str, Any]:
   return {name: sys.modules.pop(name) for name in names}
 
 
-def load(name: str, **overrides: Any) -> ConfigDict:
+def load(name: str, /, **overrides: Any) -> ConfigDict:
   """Returns the config with a name, locked.
 
   Args:
@@ -140,13 +140,20 @@ def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDi
   config.lock()
   for key, value in overrides.items():
     try:
+      if isinstance(value, bool) and isinstance(_former(config, key), float):
+        raise TypeError  # Otherwise True would become 1.0.
       config.update_from_flattened_dict({key: value})
     except (KeyError, AttributeError) as error:
       near = re.search(r'Did you mean "(\w+)"', str(error))
       advice = f"did you mean {near[1]}?" if near else "see configs/common.py"
       raise InputError(f"config.{key}: there is no such key; {advice}") from error
-    except (TypeError, ValueError) as error:
-      former = functools.reduce(lambda section, part: section[part], key.split("."), config)
+    except (TypeError, ValueError, OverflowError) as error:
+      former = _former(config, key)
       wanted = "a section, so set one of its keys" if isinstance(former, ConfigDict) else type(former).__name__
-      raise InputError(f"config.{key}={value!r}: must be {wanted}, not {type(value).__name__}") from error
+      raise InputError(f"config.{key}={shown(value)}: must be {wanted}, not {type(value).__name__}") from error
   return config
+
+
+def _former(config: ConfigDict, key: str) -> Any:
+  """Returns the value that a config has for a dotted key."""
+  return functools.reduce(lambda section, part: section[part], key.split("."), config)

@@ -78,6 +78,7 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   platform = sharding.platform_of(mesh)
   config = chosen.with_dtype(chosen.with_started_values(config, workdir / CONFIG), platform)
+  configuration.check_same_recipe(config, workdir / CONFIG, left_open=chosen.left_open(config))
   check_attention(config, mesh)
   pretrained = source.resolve(config.encoder.pretrained, weights=not config.encoder.random_init)
   if not config.encoder.random_init:
@@ -107,7 +108,8 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   check_sizes(config, data.num_labels, tokenizer.vocab_size, mesh)
   _check_held_out(config, data)
   model = model_from_config(config)
-  _write_config(config, workdir)
+  _make_workdir(workdir)
+  configuration.check_same_recipe(config, workdir / CONFIG)
   return RunSetup(config, mesh, pretrained, layout, data, model)
 
 
@@ -121,12 +123,21 @@ def _check_held_out(config: ConfigDict, data: RunData) -> None:
     )
 
 
-def _write_config(config: ConfigDict, workdir: Path) -> None:
-  """Makes the workdir and writes its config.json; only the first process does."""
+def write_config(setup: RunSetup, workdir: Path) -> None:
+  """Writes the config.json of a run whose checkpoint fits its data and its encoder; only the first process does.
+
+  Raises:
+    InputError: The disk is full.
+  """
+  if jax.process_index() == 0:
+    configuration.write(setup.config, workdir / CONFIG)
+
+
+def _make_workdir(workdir: Path) -> None:
+  """Makes the workdir; only the first process does."""
   if jax.process_index() > 0:
     return
   try:
     make_folder(workdir)
   except OSError as error:
     raise InputError(f"{workdir}: cannot be made ({error.strerror}); give another --workdir") from error
-  configuration.write(config, workdir / CONFIG)

@@ -49,7 +49,7 @@ class StudyRun:
     """Whether the run has been trained and evaluated on the split of its config.
 
     Raises:
-      InputError: The workdir belongs to a run of another config; the message names the key.
+      InputError: The workdir belongs to a run of another config; the message names the keys.
     """
     return self.trained and self.results.exists()
 
@@ -58,15 +58,14 @@ class StudyRun:
     """Whether training has ended.
 
     Raises:
-      InputError: The workdir belongs to a run of another config; the message names the key.
+      InputError: The workdir belongs to a run of another config; the message names the keys.
     """
     record = self.workdir / _RECORD
     if not record.exists():
       return False
     old = read_json_object(record, absent="", damaged="delete its folder, and start the study again")
-    for key, value in _recipe(self.config).items():
-      if old.get(key) != value:
-        raise InputError(f"{record}: this run had {key}={old.get(key)!r}, not {value!r}; use another --output")
+    if found := configuration.differences(old, _recipe(self.config)):
+      raise InputError(f"{record}: this run had {found}; use another --output")
     return True
 
 
@@ -149,6 +148,9 @@ def _with_chosen(run: StudyRun) -> ConfigDict:
   """Returns the config of a trained run, with the values that it chose, and the evaluation of the study."""
   config = configuration.read(run.workdir / CONFIG)
   config.eval = run.config.eval
+  # Chosen again, so that what needs held-out queries is left out again where there are too few.
+  config.dataset.validation_fraction = run.config.dataset.validation_fraction
+  configuration.check(config)
   return config
 
 
