@@ -5,7 +5,6 @@ import logging
 import math
 
 import jax
-import numpy as np
 
 from vixml_jax.errors import InputError, StopTraining
 from vixml_jax.stages import Stage, report_evaluation, report_step
@@ -28,6 +27,7 @@ class StepMetrics:
 
   Attributes:
     stop_asked: whether a callback has raised `StopTraining`.
+    epoch_loss: sum and number of the losses of this epoch's steps, which a checkpoint keeps.
   """
 
   def __init__(
@@ -43,7 +43,7 @@ class StepMetrics:
     self._steps_per_epoch, self._log_every_steps = steps_per_epoch, log_every_steps
     self._last_saved = last_saved
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
-    self._losses: list[float] = []
+    self.epoch_loss: tuple[float, int] = (0.0, 0)
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Takes the metrics of a step that was started, and fetches those of the step before."""
@@ -67,7 +67,8 @@ class StepMetrics:
         f"step {step}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; the last good "
         f"checkpoint is of step {self._last_saved()}; lower train.learning_rate and start again"
       )
-    self._losses.append(values["loss"])
+    total, count = self.epoch_loss
+    self.epoch_loss = total + values["loss"], count + 1
     if step % self._log_every_steps == 0:
       self._writer.write(step, (step - 1) // self._steps_per_epoch, "train", values)
     try:
@@ -84,9 +85,10 @@ class StepMetrics:
       self._stop(stop)
 
   def end_epoch(self, step: int, epoch: int, train_seconds: float) -> float:
-    """Writes and returns the mean loss of the epoch's steps in this process; nan without steps."""
-    mean = float(np.mean(self._losses)) if self._losses else math.nan
-    self._losses = []
+    """Writes and returns the mean loss of the epoch's steps; nan if none of them is known."""
+    total, count = self.epoch_loss
+    mean = total / count if count else math.nan
+    self.epoch_loss = 0.0, 0
     self._writer.write(step, epoch, "epoch", {"mean_loss": mean, "train_seconds": train_seconds})
     return mean
 
