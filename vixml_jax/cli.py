@@ -99,7 +99,7 @@ def run(
     try:
       app.run(call, flags_parser=lambda argv: _parse(arguments(argv)))
     except Preempted as stop:
-      print(stop, file=sys.stderr)
+      stopping.tell(str(stop))
       sys.exit(stopped)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -33,6 +34,7 @@ class _Stop(Callback):
   def __init__(self, saved: str, status: int) -> None:
     self.saved, self.status = saved, status
     self.saving: set[str] = set()
+    self.told = False
     self._active: tuple[Stage, ...] = ()
 
   def on_stage(self, stage: Stage) -> None:
@@ -58,7 +60,8 @@ class _Stop(Callback):
     while self.saving or time.monotonic() < until:
       time.sleep(0.05)
     with contextlib.suppress(OSError):
-      os.write(2, f"{self.line()}\n".encode())  # The main thread may hold the lock of the stream.
+      if not self.told:
+        os.write(2, f"{self.line()}\n".encode())  # The main thread may hold the lock of the stream.
     os._exit(self.status)
 
 
@@ -102,6 +105,12 @@ def stoppable(saved: str, status: int = STATUS) -> Iterator[None]:
 def has_saved(what: str) -> None:
   """Replaces what the line of a stopped command says was saved, such as "step 40 is saved"."""
   _stop.saved = what
+
+
+def tell(line: str) -> None:
+  """Prints the line of a command that is stopped."""
+  print(line, file=sys.stderr, flush=True)
+  _stop.told = True
 
 
 def is_saving(what: str, saving: bool) -> None:

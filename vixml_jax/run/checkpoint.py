@@ -146,7 +146,6 @@ class Checkpointer:
     self.wait()
     if step in self._manager.all_steps():
       self._in_first_process(lambda: set_aside(self._folder / str(step), replaced(self._folder / str(step))))
-    stopping.is_saving("checkpoint", True)
     state, clusters = checkpoint.state, checkpoint.query_clusters
     with writing(self._folder / str(step)):
       self._manager.save(
@@ -159,6 +158,7 @@ class Checkpointer:
         ),
         custom_metadata={HASHED: True},
       )
+    stopping.is_saving("checkpoint", True)
     self._completing = self._background.submit(self._complete, step)
     if jax.default_backend() == "cpu":
       self.wait()

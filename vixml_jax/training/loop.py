@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from vixml_jax import stopping
+from vixml_jax import sharding, stopping
 from vixml_jax.datasets.propensity import inverse_propensity
 from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.input.batches import TrainingQueries, make_batch, steps_per_epoch
@@ -121,7 +121,9 @@ def train(
     if wanted:
       save()
     if asked:
+      stopping.is_saving("steps", True)  # Until the block of `Preemption` ends.
       checkpointer.wait()
+      sharding.wait_for_all_processes("the last step is saved")  # The first one hashes it.
       raise preemption.error(step)
     return wanted
 
