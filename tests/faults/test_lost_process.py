@@ -11,13 +11,13 @@ from tests.helpers.training_checks import assert_same_bits, final_state, joined_
 from vixml_jax import joined_processes
 
 pytestmark = pytest.mark.slow
-_PROCESSES = 3
+_PROCESSES = 2
 # When a process is lost: a line of process 0, or a number of steps. How: the signal to which process.
 _CASES = {
   "training": (6, signal.SIGKILL, 1),
   "training, process 0": (6, signal.SIGKILL, 0),
-  "training, does not answer": (6, signal.SIGSTOP, 2),
-  "mining": (r"divide \d+ rows into 4 clusters$", signal.SIGKILL, 2),
+  "training, does not answer": (6, signal.SIGSTOP, 1),
+  "mining": (r"divide \d+ rows into 4 clusters$", signal.SIGKILL, 1),
   "checkpoint": (8, signal.SIGKILL, 1),
   "end": (r"encode \d+ training queries", signal.SIGKILL, 1),
   "evaluation": (r"evaluate \d+ queries", signal.SIGKILL, 1),
