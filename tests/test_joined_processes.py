@@ -79,11 +79,11 @@ def _ended(processes):
   "work,number,victim",
   [
     ("exchange", signal.SIGKILL, 1),
-    ("exchange", signal.SIGKILL, 0),
-    ("exchange", signal.SIGSTOP, 2),
-    ("exchange", signal.SIGSTOP, 0),
-    ("wait", signal.SIGKILL, 1),
-    ("wait", signal.SIGKILL, 0),
+    pytest.param("exchange", signal.SIGKILL, 0, marks=pytest.mark.slow),
+    pytest.param("exchange", signal.SIGSTOP, 2, marks=pytest.mark.slow),
+    pytest.param("exchange", signal.SIGSTOP, 0, marks=pytest.mark.slow),
+    pytest.param("wait", signal.SIGKILL, 1, marks=pytest.mark.slow),
+    pytest.param("wait", signal.SIGKILL, 0, marks=pytest.mark.slow),
   ],
 )
 def test_the_others_end_and_name_the_lost_process(start, work, number, victim):
@@ -97,6 +97,7 @@ def test_the_others_end_and_name_the_lost_process(start, work, number, victim):
     assert re.fullmatch(rf"lost process {victim} of {_COUNT}, .* to continue", line)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why_and_is_lost_to_the_others(start):
   ends = _ended(start("fail"))
   assert ends[1] == (1, "error: a file of this process is damaged")
