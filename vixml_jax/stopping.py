@@ -24,7 +24,7 @@ SECONDS = 10.0
 STATUS = 128 + signal.SIGTERM
 """Exit status of a command that SIGTERM stopped; a shell reports the same for a program without a handler."""
 
-_MARGIN = 1.5  # Seconds in which the process ends.
+_MARGIN = 3.0  # Seconds that a busy machine may need for the end.
 _AGAIN = "start the same command again to continue"
 
 

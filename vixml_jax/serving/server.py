@@ -19,7 +19,7 @@ from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.rankings import Rankings
 from vixml_jax.serving.request_record import RequestRecord
 
-_STOP_SECONDS = 7  # Less than the ten seconds in which every command ends (`stopping`).
+_STOP_SECONDS = 5  # Less than the ten seconds in which every command ends (`stopping`).
 
 _log = logging.getLogger(__name__)
 
