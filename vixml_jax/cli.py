@@ -93,14 +93,17 @@ def run(
         raise
       joined_processes.wait_for_loss()
       traceback.print_exc()
-      joined_processes.leave()
+      joined_processes.leave(1)
 
   with stopping.stoppable(saved, stopped):
     try:
       app.run(call, flags_parser=lambda argv: _parse(arguments(argv)))
     except Preempted as stop:
       stopping.tell(str(stop))
-      sys.exit(stopped)
+      if joined_processes.are_joined():
+        joined_processes.leave(stopped)
+      sys.stdout.flush()
+      os._exit(stopped)  # The end of the interpreter would wait for threads and take apart what libraries hold.
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -148,7 +151,7 @@ def _fail(message: str) -> NoReturn:
   sys.unraisablehook = lambda _: None
   threading.excepthook = lambda _: None
   if joined_processes.are_joined():
-    joined_processes.leave()
+    joined_processes.leave(1)
   sys.exit(1)
 
 

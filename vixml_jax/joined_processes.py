@@ -143,8 +143,8 @@ def wait_for_loss() -> None:
       _members.end(lost)
 
 
-def leave() -> NoReturn:
-  """Ends this process with status 1 after an error, and waits a few seconds at most for the others to end as well.
+def leave(status: int) -> NoReturn:
+  """Ends this process, which was stopped or has an error. It waits a few seconds at most for the others to end as well.
 
   They wait for this one in exchanges, and only its end tells them. If all have the same error, all leave at once.
   """
@@ -155,7 +155,7 @@ def leave() -> NoReturn:
   leaving.join(_LEAVE_SECONDS)
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(1)
+  os._exit(status)
 
 
 def _answers(address: str) -> bool:
