@@ -77,12 +77,12 @@ say() {
 }
 
 # Prints how the run ended, from its exit status $1 and the lines of its log from line $2 on. An entry point exits with
-# 0 also when it was preempted, and with 1 both for bad input and for a bug; only bad input prints a line that starts
-# with "error:".
+# 0 when it has finished, with 143 after SIGTERM, with 75 when another process was lost, and with 1 both for bad input
+# and for a bug; only bad input prints a line that starts with "error:".
 outcome() {
   local status=$1 said
   said=$(tail -n "+$2" "$log")
-  if ((status == 0)) && ! grep -q '^saved step .*start the same command again' <<< "$said"; then
+  if ((status == 0)); then
     echo finished
   elif ((status == 1)) && grep -q '^error: ' <<< "$said"; then
     echo failed

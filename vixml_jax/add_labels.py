@@ -69,4 +69,4 @@ def _open_index(workdir: Path) -> "LabelIndex":
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, saved="the label index is as it was, unless it was just replaced")

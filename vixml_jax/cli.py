@@ -13,11 +13,12 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags
 
-from vixml_jax import command_help, messages
+from vixml_jax import command_help, joined_processes, messages, stopping
 from vixml_jax.errors import InputError, Preempted, shown
 from vixml_jax.files import disk_fault, path_problem
 from vixml_jax.process_share import ProcessShare, joined_share
@@ -45,18 +46,26 @@ _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0
 
 
 def run(
-  main: Callable[[], None], arguments: Callable[[Sequence[str]], Sequence[str]] = list, *, divides: bool = False
+  main: Callable[[], None],
+  arguments: Callable[[Sequence[str]], Sequence[str]] = list,
+  *,
+  divides: bool = False,
+  saved: str = "nothing is saved",
+  stopped: int = stopping.STATUS,
 ) -> None:
   """Parses flags and calls `main`.
 
   Bad input (`InputError`), errors in flags and a disk that is full or fails become one line on stderr and exit status
-  1. A run that was preempted has saved its state and exits with 0. An interrupt exits with 130. Any other exception is
-  a bug and keeps its traceback.
+  1. A command that SIGTERM stops says in one line what is saved, and exits with 143 (`stopping`). An interrupt exits
+  with 130, and the loss of another process with 75 (`joined_processes`). Any other exception is a bug and keeps its
+  traceback.
 
   Args:
     main: The entry point.
     arguments: Returns the arguments to parse for those of the command line, of which the first is the program.
     divides: Whether its processes can divide the work without a coordinator; see `process_share`.
+    saved: What is saved when SIGTERM stops the command, for its line.
+    stopped: Exit status after SIGTERM.
   """
 
   def call(argv: Sequence[str]) -> None:
@@ -70,8 +79,6 @@ def run(
         main()
     except InputError as error:
       _fail(str(error))
-    except Preempted as stop:
-      print(stop, file=sys.stderr)
     except KeyboardInterrupt as stop:
       if str(stop):  # A training run says what it saved.
         print(stop, file=sys.stderr)
@@ -81,8 +88,22 @@ def run(
       if reason is None:
         raise
       _fail(f"{error.filename or 'a file'}: cannot be read or written ({reason}); check its disk, and start again")
+    except Exception:
+      if not joined_processes.are_joined():
+        raise
+      joined_processes.wait_for_loss()
+      traceback.print_exc()
+      joined_processes.leave(1)
 
-  app.run(call, flags_parser=lambda argv: _parse(arguments(argv)))
+  with stopping.stoppable(saved, stopped):
+    try:
+      app.run(call, flags_parser=lambda argv: _parse(arguments(argv)))
+    except Preempted as stop:
+      stopping.tell(str(stop))
+      if joined_processes.are_joined():
+        joined_processes.leave(stopped)
+      sys.stdout.flush()
+      os._exit(stopped)  # The end of the interpreter would wait for threads and take apart what libraries hold.
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -145,6 +166,8 @@ def _fail(message: str) -> NoReturn:
   # Threads and coroutines of libraries, abandoned by the error, would print tracebacks while the interpreter ends.
   sys.unraisablehook = lambda _: None
   threading.excepthook = lambda _: None
+  if joined_processes.are_joined():
+    joined_processes.leave(1)
   sys.exit(1)
 
 
@@ -175,10 +198,7 @@ def _join_processes() -> None:
     return
   import jax
 
-  if _COORDINATOR.value:
-    jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-  else:
-    jax.distributed.initialize()
+  joined_processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   if jax.process_index() > 0:
     logging.getLogger("vixml_jax").setLevel(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"

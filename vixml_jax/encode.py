@@ -55,4 +55,4 @@ def _print(statistics: dict[str, Any], output: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, divides=True)
+  cli.run(main, divides=True, saved="finished blocks are saved")

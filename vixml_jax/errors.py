@@ -15,8 +15,12 @@ class InputError(ValueError):
   """
 
 
-class Preempted(Exception):
-  """The run received SIGTERM, saved its state and continues when it is started again. Entry points exit with 0."""
+class Preempted(BaseException):
+  """The process received SIGTERM and must end; the message says what was saved, and how to continue.
+
+  Like `KeyboardInterrupt` it is no `Exception`, so that no library takes it for an error of its own. Entry points print
+  the message and exit with 143.
+  """
 
 
 class StopTraining(Exception):

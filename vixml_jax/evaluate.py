@@ -113,4 +113,4 @@ def _override(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, saved="the checkpoint is as it was")

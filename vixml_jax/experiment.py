@@ -45,7 +45,7 @@ from vixml_jax.run.workdir import CHECKPOINTS, EMBEDDINGS, FINAL_METRICS, RETRIE
 from vixml_jax.search.label_index_files import IndexContents
 from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import report_evaluation, stage
-from vixml_jax.training.loop import ended_early, train
+from vixml_jax.training.loop import train, training_ended
 from vixml_jax.training.optimizer import learning_rates
 from vixml_jax.training.trackers import Trackers, check_trackers
 
@@ -130,7 +130,7 @@ def evaluate_workdir(
     if step is None:
       raise InputError(f"{workdir / CHECKPOINTS}: contains no checkpoint; train first")
     meta, total_steps = checkpointer.meta(step), _total_steps(setup)
-    if step < total_steps and not ended_early(meta):
+    if not training_ended(step, total_steps, meta):
       _log.warning("step %d of %d: training of this run has not finished", step, total_steps)
     check_base(setup.model, setup.weights_folder, workdir, meta)
     write_config(setup, workdir)

@@ -55,4 +55,4 @@ def _bytes(size: str) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, saved="an export that is not complete is not saved")

@@ -76,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, data_flags.with_default_config, divides=True)
+  cli.run(main, data_flags.with_default_config, divides=True, saved="finished parts are saved")

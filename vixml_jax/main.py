@@ -35,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, data_flags.with_default_config)
+  cli.run(main, data_flags.with_default_config, saved="nothing is trained yet")

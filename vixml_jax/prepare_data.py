@@ -27,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, data_flags.with_default_config)
+  cli.run(main, data_flags.with_default_config, saved="a data set that is not complete is not saved")

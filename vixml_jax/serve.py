@@ -197,4 +197,4 @@ def _load_rankings(workdir: Path) -> "Rankings":
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, saved="the label index is as it was", stopped=0)

@@ -49,4 +49,4 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, saved="finished runs are saved")

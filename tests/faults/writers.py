@@ -38,6 +38,7 @@ from vixml_jax.ragged import Ragged
 from vixml_jax.row_files import RowFiles, remove_shares, write_shares
 from vixml_jax.run import configuration
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer, checkpoint_id
+from vixml_jax.run.checkpoint_damage import replaced, set_aside
 from vixml_jax.run.goodput import Goodput
 from vixml_jax.run.saved_model import save_for_inference
 from vixml_jax.run.state import TrainState
@@ -303,6 +304,25 @@ def _save_again(folder: Path) -> None:
   assert not list(steps.glob("*.damaged"))
 
 
+def _save_end_of_epoch(folder: Path) -> None:
+  """Saves steps 1 and 2, and step 2 once more beside them, as the end of a run does."""
+  for steps, last in ((folder / "checkpoints", False), (folder / "end", True)):
+    with Checkpointer(steps, 3) as checkpointer:
+      for step in (1, 2):
+        checkpointer.save(step, Checkpoint(_STATE, None, {"step": step, "last": last}))
+  (folder / "end" / "2" / MANIFEST).unlink()
+
+
+def _replace(folder: Path) -> None:
+  """Does what saving a step again does, in place of Orbax by a rename."""
+  step = folder / "checkpoints" / "2"
+  set_aside(step, replaced(step))
+  (folder / "end" / "2").rename(step)
+  with Checkpointer(step.parent, 2) as checkpointer:
+    checkpointer._complete(2)
+  assert not replaced(step).exists()
+
+
 _STATE = TrainState(*(jnp.arange(3.0) + i for i in range(6)))
 
 
@@ -411,6 +431,9 @@ WRITERS: dict[str, Writer] = {
     _write_index(12), lambda folder: _open_index(folder).delete([3]), _read_index, again=_write_index_again
   ),
   "checkpoint": Writer(_save_checkpoints, _complete, _read_checkpoint, unsynced=("checkpoints/3",), again=_save_again),
+  "checkpoint, saved again": Writer(
+    _save_end_of_epoch, _replace, _read_checkpoint, unsynced=("checkpoints/2", "end/2")
+  ),
   "folder of a table": Writer(_nothing, _convert, _convert),
   "saved model": Writer(_inference_workdir, _save_model, _read_saved),
   "tokens": Writer(_prepare_outside, _tokenize, _tokenize),

@@ -114,18 +114,25 @@ def _texts_only(place: Path) -> ConfigDict:
   return config
 
 
-def _with_images(place: Path) -> ConfigDict:
-  """MiniLM on titles, contents and up to two images, whose features a tiny SigLIP tower makes."""
+def with_tower(place: Path, images: int) -> ConfigDict:
+  """Returns the config of MiniLM on titles, contents and images, whose features a tiny SigLIP tower makes."""
   raw = write_raw_folder(place / "raw", num_train=24, images=True)
   config = shrink(load_config("custom", "encoder=minilm-l6"), place, raw)
   rng = np.random.default_rng(0)
   tower = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), define_siglip(_TOWER)[1])
   save_npz(tower, place.parent / "tower.npz")
   config.dataset.text_fields = ("title", "content")
-  config.dataset.max_length, config.train.epochs, config.images = 20, 1, 2
+  config.dataset.max_length, config.train.epochs, config.images = 20, 1, images
   config.dataset.validation_fraction = 0.2
   config.features.update(dict(name="tiny", dim=8, checkpoint=str(place.parent / "tower.npz")))
-  config.eval.update(dict(test_images=(0,), retrieval_choose=True, blend=False, baselines=()))
+  config.eval.update(dict(baselines=()))
+  return config
+
+
+def _with_images(place: Path) -> ConfigDict:
+  """The same with up to two images, and settings of retrieval augmentation that are chosen on held-out queries."""
+  config = with_tower(place, images=2)
+  config.eval.update(dict(test_images=(0,), retrieval_choose=True, blend=False))
   config.baselines = dict(beaten={"P@1": 12.5})
   return config
 

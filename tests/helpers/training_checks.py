@@ -184,12 +184,17 @@ def read_step(workdir):
 
 def two_processes(config, workdir, devices=2, encoder="minilm-l6", module="vixml_jax.main"):
   """Starts a run in two processes with the given number of devices each; arguments as for `command`."""
+  return joined_commands(config, workdir, 2, devices, encoder, module)
+
+
+def joined_commands(config, workdir, count, devices=2, encoder="minilm-l6", module="vixml_jax.main"):
+  """Starts a run in several processes with the given number of devices each; arguments as for `command`."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
-  commands = [command(config, workdir, devices, encoder, module) for _ in range(2)]
+  commands = [command(config, workdir, devices, encoder, module) for _ in range(count)]
   for number, started in enumerate(commands):
-    started["args"] += [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process={number}"]
+    started["args"] += [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process={number}"]
   return [subprocess.Popen(**started) for started in commands]
 
 

@@ -455,7 +455,8 @@ def _worker(machine, *flags, script, **env):
     ("echo 'error: config.train.epochs: no' >&2; exit 1", 1, "failed"),
     ("echo 'Traceback: it broke' >&2; exit 1", 42, "again"),
     ("kill -ABRT $$", 42, "again"),
-    ("echo 'saved step 7; start the same command again to continue' >&2", 42, "again"),
+    ("echo 'saved step 7; start the same command again to continue' >&2; exit 143", 42, "again"),
+    ("echo 'lost process 1 of 2' >&2; exit 75", 42, "again"),
   ],
 )
 def test_a_worker_says_how_its_run_ended(script, status, word, machine):
@@ -466,22 +467,15 @@ def test_a_worker_says_how_its_run_ended(script, status, word, machine):
 
 def test_what_an_earlier_attempt_said_does_not_count(machine):
   flags = f"--workdir={machine.folder}/run"
-  assert (
-    _worker(machine, flags, script="echo 'saved step 7; start the same command again to continue'").returncode == 42
-  )
+  assert _worker(machine, flags, script="echo 'error: no'; exit 1").returncode == 1
+  assert _worker(machine, flags, script="echo done; exit 1").returncode == 42
   assert _worker(machine, flags, script="echo done").returncode == 0
   assert (machine.folder / "run/logs/w.log").read_text().splitlines()[-1] == "done"
 
 
-def test_the_words_of_a_preempted_run_are_those_that_the_worker_looks_for():
-  preemption = (ROOT / "vixml_jax/training/preemption.py").read_text()
-  assert re.search(r'f"saved step \{[\w.]+\}; start the same command again', preemption)
-  assert "'^saved step .*start the same command again'" in (LAUNCH / "train_worker.sh").read_text()
-
-
 def test_sigterm_is_handed_on_and_the_run_is_waited_for(machine):
   ready = machine.folder / "ready"
-  script = f"""trap 'sleep 0.3; echo "saved step 7; start the same command again to continue"; exit 0' TERM
+  script = f"""trap 'sleep 0.3; echo "saved step 7; start the same command again to continue"; exit 143' TERM
     touch {ready}; while :; do sleep 0.05; done"""
   process = subprocess.Popen(
     ["bash", LAUNCH / "train_worker.sh", "--name=w", f"--workdir={machine.folder}/run", "--", "bash", "-c", script],

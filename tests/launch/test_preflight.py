@@ -173,7 +173,7 @@ def _worker(machine, deadline, script):
 
 
 def test_a_worker_saves_at_its_deadline_and_is_not_started_again(machine):
-  script = """trap 'echo "saved step 7; start the same command again to continue"; exit 0' TERM
+  script = """trap 'echo "saved step 7; start the same command again to continue"; exit 143' TERM
     while :; do sleep 0.05; done"""
   result = _worker(machine, int(time.time()) + 1, script)
   assert result.returncode == 3, result.stderr

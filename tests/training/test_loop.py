@@ -1,6 +1,7 @@
 """The training loop: interrupted runs, losses that are not finite, batches on the host, several processes."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -23,8 +24,9 @@ from tests.helpers.training_checks import (
   read_step,
   two_processes,
 )
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, Preempted
 from vixml_jax.experiment import train_and_evaluate
+from vixml_jax.mining.centroids import label_centroids
 from vixml_jax.run.checkpoint import Checkpointer
 from vixml_jax.training import loop, trackers
 from vixml_jax.training.step import device_batch
@@ -83,6 +85,31 @@ def test_a_run_stopped_by_sigterm_continues_to_the_same_bits(finished, config, t
   assert_sigterm_changes_no_bit(config, finished[1], tmp_path, monkeypatch)
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 9)), "each step has one line"
+
+
+def test_a_run_stopped_after_its_last_step_trains_no_step_again(finished, config, tmp_path, monkeypatch):
+  calls = []
+
+  def centroids_then_sigterm(*args):
+    calls.append(args)
+    if len(calls) == config.train.epochs:  # Those of the end.
+      os.kill(os.getpid(), signal.SIGTERM)
+    return label_centroids(*args)
+
+  monkeypatch.setattr(loop, "label_centroids", centroids_then_sigterm)
+  with pytest.raises(Preempted, match="saved step 8; start the same command again to continue"):
+    train_and_evaluate(config, tmp_path)
+  monkeypatch.undo()
+  monkeypatch.setattr(loop, "device_batch", lambda *_: pytest.fail("a step was trained again"))
+  train_and_evaluate(config, tmp_path)
+  assert_same_bits(final_state(config, finished[1]), final_state(config, tmp_path))
+  written = [(tmp_path / "metrics.jsonl"), (finished[1] / "metrics.jsonl")]
+  stopped, undisturbed = (list(map(json.loads, path.read_text().splitlines())) for path in written)
+  assert [(line["step"], line["split"]) for line in stopped] == [(line["step"], line["split"]) for line in undisturbed]
+  losses = [
+    [line["values"]["mean_loss"] for line in lines if line["split"] == "epoch"] for lines in (stopped, undisturbed)
+  ]
+  assert losses[0] == losses[1]
 
 
 @pytest.mark.slow

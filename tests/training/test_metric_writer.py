@@ -29,6 +29,17 @@ def test_a_continued_run_repeats_no_step(tmp_path):
   assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_lines_after_the_last_step_of_an_epoch_are_written_again_where_they_are_due(tmp_path):
+  with MetricWriter(tmp_path, 0) as writer:
+    for split in ("train", "epoch", "test"):
+      writer.write(4, 0, split, {"loss": 1.0})
+  for due, expected in ((False, ["train", "epoch", "test"]), (True, ["train"])):
+    with MetricWriter(tmp_path, 4, epoch_end_due=due):
+      pass
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["split"] for line in lines] == expected
+
+
 @pytest.mark.parametrize("line", [b"\xff\x00", b"[]", b"{}", b'{"step": 1, "epo'], ids=["bytes", "list", "keys", "cut"])
 def test_a_damaged_line_is_dropped_and_named(tmp_path, caplog, line):
   write(tmp_path, 0, range(1, 4))

@@ -4,7 +4,7 @@ When a step is on disk, the sha256 of each of its files is written into it (`che
 its files have these hashes; otherwise the newest one before it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 import contextlib
 import dataclasses
@@ -17,12 +17,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vixml_jax import sharding
+from vixml_jax import sharding, stopping
 from vixml_jax.errors import InputError
 from vixml_jax.files import make_folder, remove_folder, sha256_of_file, writing
 from vixml_jax.manifest import MANIFEST, read_manifest, write_manifest
 from vixml_jax.run.checkpoint_arrays import restore_item, restore_items, restoring
-from vixml_jax.run.checkpoint_damage import HASHED, aside, newest_whole_step, set_aside
+from vixml_jax.run.checkpoint_damage import HASHED, aside, newest_whole_step, put_back_replaced, replaced, set_aside
 from vixml_jax.run.environment import package_versions
 from vixml_jax.run.state import TrainState, model_part
 from vixml_jax.typing import Tree
@@ -107,16 +107,20 @@ class Checkpointer:
     Raises:
       InputError: checkpoints were saved whole, and all are damaged now.
     """
+    self._in_first_process(lambda: put_back_replaced(self._folder))
     steps = self._manager.all_steps()
     step = newest_whole_step(self._folder, steps)
-    newer = [each for each in steps if step is None or each > step]
+    newer = [self._folder / str(each) for each in steps if step is None or each > step]
     if newer:
-      if jax.process_index() == 0:
-        for each in newer:
-          set_aside(self._folder / str(each))
-      sharding.wait_for_all_processes("damaged checkpoints set aside")
-      self._manager.reload()
+      self._in_first_process(lambda: [set_aside(each, aside(each)) for each in newer])
     return step
+
+  def _in_first_process(self, rename: Callable[[], object]) -> None:
+    """Renames steps in the first process; all processes call this."""
+    if jax.process_index() == 0:
+      rename()
+    sharding.wait_for_all_processes("checkpoints renamed")
+    self._manager.reload()
 
   def last_saved(self) -> int | None:
     """Waits until everything is on disk and returns the newest step."""
@@ -130,6 +134,9 @@ class Checkpointer:
   def save(self, step: int, checkpoint: Checkpoint) -> None:
     """Starts to save; the state may be donated as soon as this returns.
 
+    If the step is saved already, the new state replaces it when it is on disk. Until then, a run that is killed
+    continues from the old one.
+
     On CPUs, it returns when everything is on disk: arrays that are being written could not be donated, so the next step
     would need memory for a second state.
 
@@ -138,7 +145,7 @@ class Checkpointer:
     """
     self.wait()
     if step in self._manager.all_steps():
-      return
+      self._in_first_process(lambda: set_aside(self._folder / str(step), replaced(self._folder / str(step))))
     state, clusters = checkpoint.state, checkpoint.query_clusters
     with writing(self._folder / str(step)):
       self._manager.save(
@@ -151,18 +158,26 @@ class Checkpointer:
         ),
         custom_metadata={HASHED: True},
       )
+    stopping.is_saving("checkpoint", True)
     self._completing = self._background.submit(self._complete, step)
     if jax.default_backend() == "cpu":
       self.wait()
 
   def _complete(self, step: int) -> None:
     """Waits until Orbax has written a step, stores its hashes, and removes the steps that are not kept."""
-    with writing(self._folder / str(step)):
-      self._manager.wait_until_finished()
-      if jax.process_index() > 0:
-        return
-      write_manifest(self._folder / str(step))
-    remove_folder(aside(self._folder / str(step)))
+    folder = self._folder / str(step)
+    try:
+      with writing(folder):
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+          write_manifest(folder)
+      stopping.has_saved(f"step {step} is saved")
+    finally:
+      stopping.is_saving("checkpoint", False)
+    if jax.process_index() > 0:
+      return
+    for former in (aside(folder), replaced(folder)):
+      remove_folder(former)
     steps = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
     for old in steps[: -self._keep]:
       remove_folder(self._folder / str(old))

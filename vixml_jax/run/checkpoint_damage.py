@@ -11,11 +11,12 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from vixml_jax.errors import InputError
-from vixml_jax.files import sync_folder
+from vixml_jax.files import remove_folder, sync_folder
 from vixml_jax.manifest import MANIFEST, Damage, FileHashes, find_damage, read_manifest
 
 HASHED = "has_sha256"
 """Key of a step's metadata: the step is complete only with its hashes. Steps of earlier versions lack the key."""
+_REPLACED = ".replaced"
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax writes it.
 
 _log = logging.getLogger(__name__)
@@ -56,16 +57,39 @@ def newest_whole_step(directory: Path, steps: Sequence[int], items: Sequence[str
   raise InputError(f"{damaged[0]}, and no other checkpoint is whole; restore the file, or use another --workdir")
 
 
-def set_aside(step: Path) -> None:
-  """Renames the folder of a step that is not whole. It is removed when the step has been saved again."""
-  shutil.rmtree(aside(step), ignore_errors=True)
-  step.rename(aside(step))
+def set_aside(step: Path, name: Path) -> None:
+  """Renames the folder of a step; the former one of this name is removed. All are when the step has been saved again.
+
+  Args:
+    step: the folder.
+    name: `aside(step)` if it is not whole, `replaced(step)` if it is.
+  """
+  shutil.rmtree(name, ignore_errors=True)
+  step.rename(name)
   sync_folder(step.parent)
 
 
 def aside(step: Path) -> Path:
   """Returns the new name of a step that is not whole."""
   return step.with_name(f"{step.name}.damaged")
+
+
+def replaced(step: Path) -> Path:
+  """Returns the name of a whole step while the same step is saved again."""
+  return step.with_name(f"{step.name}{_REPLACED}")
+
+
+def put_back_replaced(directory: Path) -> None:
+  """Gives steps their names back whose process ended before it had saved them again."""
+  for former in directory.glob(f"*{_REPLACED}"):
+    step = former.with_suffix("")
+    if (step / MANIFEST).exists():
+      remove_folder(former)
+      continue
+    if step.exists():
+      set_aside(step, aside(step))
+    former.rename(step)
+    sync_folder(directory)
 
 
 def _is_unfinished(step: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import jax
 from ml_collections import ConfigDict
 
+from vixml_jax.errors import Preempted
 from vixml_jax.run.goodput import Goodput
 from vixml_jax.run.workdir import CONFIG, LOG
 from vixml_jax.stages import reporting
@@ -48,7 +49,7 @@ def _writing_log(workdir: Path) -> Iterator[None]:
     logger.addHandler(handler)
     try:
       yield
-    except Exception as error:
+    except (Exception, Preempted) as error:
       ended = _log.makeRecord(_log.name, logging.ERROR, "", 0, "ended: %s", (str(error) or type(error).__name__,), None)
       handler.handle(ended)
       raise

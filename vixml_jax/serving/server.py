@@ -22,7 +22,7 @@ from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.rankings import Rankings
 from vixml_jax.serving.request_record import RequestRecord
 
-_STOP_SECONDS = 30
+_STOP_SECONDS = 5  # Less than the ten seconds in which every command ends (`stopping`).
 _OWN_FILES = 256  # What the process has open besides connections; with search over many files, a few dozen.
 
 _log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
+from vixml_jax import sharding, stopping
 from vixml_jax.datasets.propensity import inverse_propensity
 from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.input.batches import TrainingQueries, make_batch, steps_per_epoch
@@ -37,7 +38,10 @@ from vixml_jax.training.step_profiler import StepProfiler
 from vixml_jax.training.trackers import Trackers
 
 _log = logging.getLogger(__name__)
-_ENDED_EARLY = "ended_early"  # Key of a checkpoint's meta.
+# Keys of a checkpoint's meta.
+_ENDED_EARLY = "ended_early"
+_EPOCH_END_DUE = "epoch_end_due"  # What follows the last step of an epoch is still to be done.
+_EPOCH_LOSS = "epoch_loss"  # Sum and number of the losses of the epoch in progress.
 
 
 def train(
@@ -54,6 +58,10 @@ def train(
 
   Everything random is a function of the seed and the step, and a checkpoint holds all else. A run that was killed and
   started again therefore ends with the same parameters to the bit on the same topology.
+
+  What follows the last step of an epoch (clusters, centroids, evaluation) is a function of the state after that step. A
+  checkpoint of such a step is saved before, if it is long: a run that is stopped meanwhile repeats it without training
+  any step again. The end of the run replaces this checkpoint.
 
   Training is initialized by steps 10 to 14 of the list in `experiment.train_and_evaluate`. If a callback raises
   `StopTraining`, training ends as after the last epoch, and the run that is started again does not train any further.
@@ -91,40 +99,53 @@ def train(
   else:
     checkpoint = checkpointer.restore(step, abstract, len(queries))
     _log.info("resuming at step %d of %d", step, total_steps)
+  end_is_saved = step is not None and training_ended(step, total_steps, checkpoint.meta)
   step, state, clusters, meta = step or 0, checkpoint.state, checkpoint.query_clusters, dict(checkpoint.meta)
-  ended, train_embeddings = step == total_steps or ended_early(meta), None
+  ended, train_embeddings = step == total_steps or meta.get(_ENDED_EARLY, False), None
+  epoch_end_due = meta.pop(_EPOCH_END_DUE, False)
 
   step_fn = make_train_step(how, abstract, mesh)
+  stopping.has_saved(f"step {step} is saved" if step else "no step is saved")
 
   def save() -> None:
     metrics.flush()  # A state is good only if its loss is finite.
     writer.sync()
+    due = {_EPOCH_END_DUE: True} if epoch_end_due else {}
     with stage("save a checkpoint", logged=False):
-      checkpointer.save(step, Checkpoint(state, clusters, dict(meta)))
+      checkpointer.save(step, Checkpoint(state, clusters, meta | due | {_EPOCH_LOSS: metrics.epoch_loss}))
+    stopping.is_saving("steps", False)
 
-  def save_or_stop() -> None:
-    if step % config.checkpoint.every_steps == 0:
+  def save_or_stop(*, wanted: bool = False) -> bool:
+    """Saves a checkpoint where one is due, and returns whether it did."""
+    asked = preemption.asked(step)
+    wanted = wanted or asked or step % config.checkpoint.every_steps == 0
+    if wanted:
       save()
-    if preemption.asked(step):
-      save()
+    if asked:
+      stopping.is_saving("steps", True)  # Until the block of `Preemption` ends.
       checkpointer.wait()
+      sharding.wait_for_all_processes("the last step is saved")  # The first one hashes it.
       raise preemption.error(step)
+    return wanted
 
   with (
-    MetricWriter(workdir, step, lambda: Trackers(config, workdir)) as writer,
+    MetricWriter(workdir, step, lambda: Trackers(config, workdir), epoch_end_due=epoch_end_due) as writer,
     StepProfiler(workdir, config.profile.steps) as profiler,
     stage("train", total=total_steps, unit="step", done=step, logged=False) as progress,
     Preemption(checkpointer.reached_preemption) as preemption,
   ):
     rows = BatchRows(config, workdir, data.train_rows)
     metrics = StepMetrics(writer, progress, num_steps, config.train.log_every_steps, checkpointer.last_saved, rows)
-    while not ended:
+    metrics.epoch_loss = tuple(meta.pop(_EPOCH_LOSS, metrics.epoch_loss))
+    while not ended or epoch_end_due:
+      started = time.monotonic()
       epoch, first = divmod(step, num_steps)
+      if epoch_end_due:
+        epoch, first, saved = (step - 1) // num_steps, num_steps, True
       order = epoch_order(config.seed, epoch, len(queries), clusters)
       make = functools.partial(
         make_batch, queries, order, config.train.batch_size, encoder.layout, seed=config.seed, epoch=epoch
       )
-      started = time.monotonic()
       made = (make(step=number) for number in range(first, num_steps))
       with contextlib.closing(prefetched(made, "batches")) as batches:
         for batch in batches:
@@ -134,48 +155,64 @@ def train(
             state, values = step_fn(state, encoder.frozen, on_mesh)
           step += 1
           profiler.after(step, values)
+          stopping.is_saving("steps", True)
           meta["tokens"] += batch.items.num_tokens
           metrics.add(step, values, batch)
           if metrics.stop_asked:
             break
-          if step % num_steps:  # The last step of an epoch is saved with the clusters and centroids made after it.
+          if step % num_steps:  # After the last step of an epoch, more is to be done.
             meta["train_seconds"] += time.monotonic() - started
             save_or_stop()
             started = time.monotonic()
 
       metrics.flush()
-      ended = step == total_steps or metrics.stop_asked
-      if not metrics.stop_asked:
-        clusters = _refreshed_clusters(config, state, clusters, len(queries), epoch)
-      if ended:
-        state, train_embeddings = _with_final_centroids(encoder, state, data)
-      else:
-        state = _with_centroids(encoder, state, state.bank, queries.labels, data.num_labels)
-      meta["train_seconds"] += time.monotonic() - started
-      loss = metrics.end_epoch(step, epoch, meta["train_seconds"])
-      if shares := current_shares():
-        writer.write(step, epoch, "goodput", shares)
-      _log.info("epoch %d of %d: mean loss %.4f", epoch + 1, config.train.epochs, loss)
-      if _is_evaluated(config, epoch) and not ended:
-        model = trained_model(step, meta, model_part(state), data.num_labels)
-        metrics.evaluated(step, epoch, config.eval.split, evaluate(model))
-        if metrics.stop_asked:
-          ended, (state, train_embeddings) = True, _with_final_centroids(encoder, state, data)
-      if step < total_steps and ended:
+      if metrics.stop_asked and step < total_steps:
         meta[_ENDED_EARLY] = True
-      save_or_stop()
+      ended = step == total_steps or meta.get(_ENDED_EARLY, False)
+      is_evaluated = _is_evaluated(config, epoch) and not ended
+      if not epoch_end_due:
+        epoch_end_due = True
+        meta["train_seconds"] += time.monotonic() - started
+        saved = save_or_stop(wanted=ended or is_evaluated)
+        stopping.is_saving("steps", False)  # The end of the epoch trains nothing.
+        started = time.monotonic()
+      with preemption.at_once(step) if saved else contextlib.nullcontext():
+        if not meta.get(_ENDED_EARLY):
+          clusters = _refreshed_clusters(config, state, clusters, len(queries), epoch)
+        if ended:
+          state, train_embeddings = _with_final_centroids(encoder, state, data)
+        else:
+          state = _with_centroids(encoder, state, state.bank, queries.labels, data.num_labels)
+        meta["train_seconds"] += time.monotonic() - started
+        loss = metrics.end_epoch(step, epoch, meta["train_seconds"])
+        if shares := current_shares():
+          writer.write(step, epoch, "goodput", shares)
+        _log.info("epoch %d of %d: mean loss %.4f", epoch + 1, config.train.epochs, loss)
+        if is_evaluated:
+          model = trained_model(step, meta, model_part(state), data.num_labels)
+          metrics.evaluated(step, epoch, config.eval.split, evaluate(model))
+          if metrics.stop_asked:
+            ended, meta[_ENDED_EARLY] = True, True
+            state, train_embeddings = _with_final_centroids(encoder, state, data)
+      epoch_end_due = False
 
     if not total_steps:
       state, train_embeddings = _with_final_centroids(encoder, state, data)
-    if checkpointer.latest_step() != step:
+    if not end_is_saved:
       save()
   checkpointer.wait()
   return trained_model(step, meta, model_part(state), data.num_labels, train_embeddings)
 
 
-def ended_early(meta: Mapping[str, Any]) -> bool:
-  """Returns whether a callback ended the run of a checkpoint, which then does not train any further."""
-  return meta.get(_ENDED_EARLY, False)
+def training_ended(step: int, total_steps: int, meta: Mapping[str, Any]) -> bool:
+  """Returns whether a checkpoint is the end of its run: after the last step, or where a callback ended it.
+
+  Args:
+    step: the checkpoint's step.
+    total_steps: steps of a run that no callback ends.
+    meta: JSON part of the checkpoint.
+  """
+  return (step == total_steps or meta.get(_ENDED_EARLY, False)) and not meta.get(_EPOCH_END_DUE, False)
 
 
 def _with_final_centroids(encoder: ItemEncoder, state: TrainState, data: RunData) -> tuple[TrainState, ShardedRows]:

@@ -21,19 +21,31 @@ _log = logging.getLogger(__name__)
 class MetricWriter:
   """Writes one JSON object a line: `step`, `epoch`, `split`, `values`. Only the first process writes."""
 
-  def __init__(self, workdir: Path, first_step: int, open_trackers: Callable[[], Trackers] | None = None):
+  def __init__(
+    self,
+    workdir: Path,
+    first_step: int,
+    open_trackers: Callable[[], Trackers] | None = None,
+    *,
+    epoch_end_due: bool = False,
+  ):
     """Opens the files; lines of steps after `first_step`, written by a run that was killed, are dropped.
 
     Args:
       workdir: folder of the run.
       first_step: step of the checkpoint that the run continues from.
       open_trackers: returns trackers that receive the metrics as well; it is called in the first process.
+      epoch_end_due: whether this step ended an epoch whose other lines are written again.
     """
     self._active = jax.process_index() == 0
     if not self._active:
       return
     self._path = workdir / METRICS
-    kept = [line for line, step in _lines(self._path) if step <= first_step]
+    kept = [
+      line
+      for line, step, split in _lines(self._path)
+      if step < first_step or (step == first_step and (split == "train" or not epoch_end_due))
+    ]
     with new_file(self._path) as work:
       work.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     with writing(self._path):
@@ -77,14 +89,15 @@ class MetricWriter:
         os.fsync(self._file.fileno())
 
 
-def _lines(path: Path) -> list[tuple[str, int]]:
-  """Returns the lines that were written whole, with their steps; a kill may have cut the last one."""
+def _lines(path: Path) -> list[tuple[str, int, str]]:
+  """Returns the lines that were written whole, with their steps and splits; a kill may have cut the last one."""
   if not path.exists():
     return []
   found = []
   for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
     try:
-      found.append((line, int(json.loads(line)["step"])))
+      values = json.loads(line)
+      found.append((line, int(values["step"]), str(values["split"])))
     except (ValueError, KeyError, TypeError):
       _log.warning("%s:%d: is damaged, so it is dropped", path, number)
   return found

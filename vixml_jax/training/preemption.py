@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C: a run that is asked to stop ends its step and saves itself, so that it can be continued."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import logging
 import signal
 import threading
@@ -9,6 +10,7 @@ from typing import Any, Self
 
 import jax
 
+from vixml_jax import stopping
 from vixml_jax.errors import Preempted
 
 _log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class Preemption:
     self._reached = reached
     self._alone = jax.process_count() == 1
     self._received: int | None = None
+    self._saved: int | None = None
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> Self:
@@ -40,6 +43,7 @@ class Preemption:
     return self
 
   def __exit__(self, *exception: object) -> None:
+    stopping.is_saving("steps", False)
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 
@@ -52,9 +56,26 @@ class Preemption:
     message = f"saved step {step}; start the same command again to continue"
     return KeyboardInterrupt(message) if self._received == signal.SIGINT else Preempted(message)
 
+  @contextlib.contextmanager
+  def at_once(self, step: int) -> Iterator[None]:
+    """Raises `error` as soon as the run is asked to stop, since a step is saved and the block does not train.
+
+    Args:
+      step: the step that is saved.
+    """
+    if self._received is not None:
+      raise self.error(step)
+    self._saved = step
+    try:
+      yield
+    finally:
+      self._saved = None
+
   def _receive(self, number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGINT:
-      if self._received == signal.SIGINT:
-        raise KeyboardInterrupt
-      _log.warning("the run is saved after this step, and then stops; Ctrl-C again stops it at once")
+    if number == signal.SIGINT and self._received == signal.SIGINT:
+      raise KeyboardInterrupt
     self._received = number
+    if self._saved is not None:
+      raise self.error(self._saved)
+    if number == signal.SIGINT:
+      _log.warning("the run is saved after this step, and then stops; Ctrl-C again stops it at once")

@@ -5,7 +5,6 @@ import logging
 import math
 
 import jax
-import numpy as np
 
 from vixml_jax.errors import StopTraining
 from vixml_jax.input.batches import Batch
@@ -31,6 +30,7 @@ class StepMetrics:
 
   Attributes:
     stop_asked: whether a callback has raised `StopTraining`.
+    epoch_loss: sum and number of the losses of this epoch's steps, which a checkpoint keeps.
   """
 
   def __init__(
@@ -47,7 +47,7 @@ class StepMetrics:
     self._steps_per_epoch, self._log_every_steps = steps_per_epoch, log_every_steps
     self._last_saved, self._rows, self._collapse = last_saved, rows, CollapseCheck()
     self._pending: tuple[int, dict[str, jax.Array], Batch] | None = None
-    self._losses: list[float] = []
+    self.epoch_loss: tuple[float, int] = (0.0, 0)
 
   def add(self, step: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
     """Takes the metrics of a step that was started, with its batch, and fetches those of the step before."""
@@ -69,7 +69,8 @@ class StepMetrics:
     if not is_finite(values):
       raise self._rows.not_finite(step, values, batch, self._last_saved())
     self._collapse.add(step, values["query_cosine"])
-    self._losses.append(values["loss"])
+    total, count = self.epoch_loss
+    self.epoch_loss = total + values["loss"], count + 1
     if step % self._log_every_steps == 0:
       self._writer.write(step, (step - 1) // self._steps_per_epoch, "train", values)
     try:
@@ -86,9 +87,10 @@ class StepMetrics:
       self._stop(stop)
 
   def end_epoch(self, step: int, epoch: int, train_seconds: float) -> float:
-    """Writes and returns the mean loss of the epoch's steps in this process; nan without steps."""
-    mean = float(np.mean(self._losses)) if self._losses else math.nan
-    self._losses = []
+    """Writes and returns the mean loss of the epoch's steps; nan if none of them is known."""
+    total, count = self.epoch_loss
+    mean = total / count if count else math.nan
+    self.epoch_loss = 0.0, 0
     self._writer.write(step, epoch, "epoch", {"mean_loss": mean, "train_seconds": train_seconds})
     return mean
 
