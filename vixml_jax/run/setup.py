@@ -62,13 +62,14 @@ class RunSetup:
     return ItemEncoder(self.model, layout, self.mesh, self.data.image_features, frozen)
 
 
-def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
+def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool, store: bool = True) -> RunSetup:
   """Initializes a run: steps 1 to 7 of the list in `experiment.train_and_evaluate`.
 
   Args:
     config: the whole config, checked by `configuration.check`.
     workdir: folder of the run's outputs.
     extract: make image features where `features.checkpoint` names a tower; otherwise they must exist.
+    store: write the config to the workdir.
 
   Raises:
     InputError: something is wrong with the config, the data, the weights' folder or the workdir.
@@ -106,7 +107,8 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   check_sizes(config, data.num_labels, tokenizer.vocab_size, mesh)
   _check_held_out(config, data)
   model = model_from_config(config)
-  _write_config(config, workdir)
+  if store:
+    _write_config(config, workdir)
   return RunSetup(config, mesh, pretrained, layout, data, model)
 
 
