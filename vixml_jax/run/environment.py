@@ -74,7 +74,7 @@ def source_revision(folder: Path | None = None) -> str:
 def _git(folder: Path, *arguments: str) -> str:
   """Returns what a git command prints; variables that name another repository are ignored."""
   environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-  done = subprocess.run(
+  done = subprocess.run(  # nosec B603 B607 - git of the user's PATH, with arguments of this module; no shell.
     ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=True, timeout=10
   )
   return done.stdout.strip()
