@@ -102,7 +102,7 @@ need() {
 need_number() {
   local _name
   for _name in "$@"; do
-    [[ ${!_name} =~ ^[0-9]+$ ]] || fail "--$_name=${!_name}: must be a whole number"
+    [[ ${!_name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "--$_name=${!_name}: must be a whole number"
   done
 }
 
@@ -141,14 +141,19 @@ need_config() {
   [[ $found == true ]] || fail "--config: must be given after --, as in: -- --config=configs/lf_amazon_1.3m.py"
 }
 
-# need_folder NAME...: exits with an error if one of these flags names no folder; empty flags are skipped. The name of
-# the folder becomes part of an address in the bucket, in which wildcards would be expanded.
+# need_folder NAME...: exits with an error if one of these flags names no folder; empty flags are skipped.
 need_folder() {
   local _name
   for _name in "$@"; do
     [[ -z ${!_name} || -d ${!_name} ]] || fail "--$_name=${!_name}: no such folder"
-    [[ $(basename "${!_name:-x}") != *[][*?]* ]] || fail "--$_name=${!_name}: its name must not contain *, ?, [ or ]"
+    need_plain_name "$_name"
   done
+}
+
+# need_plain_name NAME: exits with an error if the last part of this flag, a path, cannot be part of an address in the
+# bucket, in which wildcards would be expanded, or of FROM:TO of train_worker.sh.
+need_plain_name() {
+  [[ $(basename -- "${!1:-x}") != *[][*?:]* ]] || fail "--$1=${!1}: its name must not contain *, ?, :, [ or ]"
 }
 
 # later HOURS: prints the time in HOURS hours, in seconds since 1970; nothing if HOURS is empty.
@@ -190,6 +195,6 @@ stage_folders() {
     execute "${sync[@]}" "$raw_dir" "gs://$bucket/raw"
   fi
   if [[ -n $weights ]]; then
-    execute "${sync[@]}" "$weights" "gs://$bucket/weights/$(basename "$weights")"
+    execute "${sync[@]}" "$weights" "gs://$bucket/weights/$(basename -- "$weights")"
   fi
 }

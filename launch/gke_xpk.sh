@@ -137,7 +137,7 @@ check() {
   check_bucket
   check_data
   if [[ -n $weights ]]; then
-    weights_name=$(basename "$weights")
+    weights_name=$(basename -- "$weights")
     ask "--weights=$weights: gs://$bucket/weights has no $weights_name; stage it first" \
       gcloud storage ls "gs://$bucket/weights/$weights_name/"
     found "weights: gs://$bucket/weights/$weights_name"
@@ -150,11 +150,12 @@ check() {
 submit() {
   need cluster name type image bucket
   need_config
+  need_plain_name weights
   check
   local flags=("--config.dataset.data_dir=$home/data") copies=("--copy=$mount/data:$home/data") folder
   local settings=() limits=() join=--distributed hardware deadline
   if [[ -n $weights ]]; then
-    folder=weights/$(basename "$weights")
+    folder=weights/$(basename -- "$weights")
     copies+=("--copy=$mount/$folder:$home/$folder")
     flags+=("--config.encoder.pretrained=$home/$folder")
   fi

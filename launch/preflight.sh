@@ -109,7 +109,7 @@ check_weights() {
   if [[ -n $weights && -d $weights ]]; then
     found "weights: $weights will be staged"
   elif [[ -n $weights ]]; then
-    name=$(basename "$weights")
+    name=$(basename -- "$weights")
     ask "--weights=$weights: is no folder of this machine, and gs://$bucket/weights has no $name" \
       gcloud storage ls "gs://$bucket/weights/$name/"
     found "weights: gs://$bucket/weights/$name"

@@ -196,8 +196,9 @@ setup() {
 train() {
   need bucket
   need_config
+  need_plain_name weights
   local command=(bash vixml/code/launch/tpu_worker.sh start "$run")
-  [[ -z $weights ]] || command+=(--weights="$(basename "$weights")")
+  [[ -z $weights ]] || command+=(--weights="$(basename -- "$weights")")
   [[ -n $deadline ]] || deadline=$(later "$max_hours")
   [[ -z $deadline ]] || command+=(--deadline="$deadline")
   [[ -z $compile_cache ]] || command+=(--compile_cache="${compile_cache#"gs://$bucket/"}")

@@ -14,7 +14,6 @@ code=$home/code
 # Key with which Google signs packages.cloud.google.com. Only packages that it has signed are trusted, whatever other
 # keys the downloaded file has.
 google_key=35BAA0B33E9EB396F59CA838C0BA5CE6DC6315A3
-uv_version=0.13.9
 
 # install_key FILE: downloads Google's keys and writes the one with the known fingerprint to FILE.
 install_key() {
@@ -87,14 +86,20 @@ setup() {
       gcloud storage rsync --recursive "gs://$bucket/$name" "$home/$name"
     fi
   done
+  cd "$code"
   # The Python of the machine may be older than 3.11.
-  python3 -m pip install --quiet --user "uv==$uv_version"
+  python3 -m pip install --quiet --user --require-hashes -r requirements/uv.txt
   if [[ ! -x $home/venv/bin/python ]]; then
     "$HOME/.local/bin/uv" venv --quiet --seed --python 3.11 "$home/venv"
   fi
-  cd "$code"
-  "$home/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt \
-    -e '.[tpu,scann]'
+  install_packages --require-hashes -r requirements/build.txt
+  install_packages --require-hashes --no-build-isolation -r requirements/train-tpu.txt
+  install_packages --no-deps --no-build-isolation -e .
+}
+
+# install_packages FLAGS...: calls pip of the environment in which training runs.
+install_packages() {
+  "$home/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input "$@"
 }
 
 # Prints the number of this machine within the pod, which JAX uses as well.

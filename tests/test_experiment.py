@@ -1,6 +1,7 @@
 """Runs from start to end on a miniature: outputs, what is computed once, evaluation again, refused changes."""
 
 import contextlib
+import html
 import io
 import json
 import math
@@ -15,15 +16,21 @@ import torch
 import transformers
 
 from tests.helpers.miniature import read_lines, write_raw_folder
-from tests.helpers.miniature_runs import miniature_config
+from tests.helpers.miniature_runs import miniature_config, run_commands
 import vixml_jax
+from vixml_jax.ahead_of_time.description import describe
+from vixml_jax.ahead_of_time.description_text import description_json, description_text
+from vixml_jax.ahead_of_time.sizes import data_size
 from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.errors import InputError
 from vixml_jax.experiment import evaluate_workdir, train_and_evaluate
+from vixml_jax.files import sha256_of_file
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.row_files import RowFiles
 from vixml_jax.run import configuration, setup
+from vixml_jax.run.provenance import read_starts
+from vixml_jax.verification import verify_workdir
 
 
 class FinishedRun(NamedTuple):
@@ -126,6 +133,68 @@ def test_evaluating_again_encodes_training_queries_once_and_gives_the_same_numbe
     again = evaluate_workdir(configuration.read(workdir / "config.json"), workdir)
   assert encoded.count("training queries") == 1
   assert again == finished.final
+
+
+def _files(folder):
+  return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_verify_computes_equal_metrics_and_writes_nothing(finished):
+  before = _files(finished.workdir)
+  verification = verify_workdir(configuration.read(finished.workdir / "config.json"), finished.workdir, 0)
+  assert verification.computed["P@1"] == finished.final["P@1"]
+  assert verification.text() == f"{len(finished.final) - 2} metrics: {len(finished.final) - 2} equal"
+  assert _files(finished.workdir) == before
+
+
+def test_verify_says_by_how_much_metrics_differ_and_fails_beyond_the_tolerance(finished, workdir, tmp_path):
+  stored = {name: value for name, value in finished.final.items() if name != "R@100"}
+  stored |= {"P@1": stored["P@1"] + 0.005, "RA/P@3": stored["RA/P@3"] - 1}
+  (workdir / "final_metrics.json").write_text(json.dumps(stored))
+  evaluation = json.loads((workdir / "evaluation.json").read_text())
+  evaluation["environment"]["packages"]["jax"] = "0.0.1"
+  (workdir / "evaluation.json").write_text(json.dumps(evaluation))
+  before = _files(workdir)
+  shutil.copytree(workdir, tmp_path / "other", ignore=shutil.ignore_patterns("final_metrics.json"))
+  evaluate = ["evaluate", f"--workdir={workdir}", "--verify"]
+  commands = {
+    "beyond": evaluate,
+    "searched otherwise": [*evaluate, "--search=exact"],
+    "never evaluated": ["evaluate", f"--workdir={tmp_path / 'other'}", "--verify"],
+  }
+  results = run_commands(commands, tmp_path)
+  status, shown, said = results["beyond"]
+  assert status == 1 and _files(workdir) == before
+  rows = [line.split() for line in shown.splitlines()]
+  assert rows[0] == ["metric", "stored", "computed", "difference"]
+  assert {row[0]: row[3] for row in rows[1:4]} == {"P@1": "0.005", "RA/P@3": "1", "R@100": "inf"}
+  assert any(line.startswith("not as before: jax: 0.0.1; now ") for line in shown.splitlines())
+  number = len(finished.final) - 2
+  assert shown.splitlines()[-1] == f"{number} metrics: {number - 3} equal, 1 within 0.01, 2 beyond it"
+  assert said.splitlines()[-1].startswith(
+    f"error: {workdir}/final_metrics.json: 2 metrics differ by more than --tolerance=0.01, most of all R@100; "
+  )
+  assert results["searched otherwise"][0] == 1
+  assert "error: --search: cannot be used with --verify" in results["searched otherwise"][2]
+  assert results["never evaluated"][0] == 1
+  assert "final_metrics.json: cannot be read" in results["never evaluated"][2]
+
+
+def test_provenance_of_a_run_is_in_its_workdir_its_report_and_its_description(finished, workdir):
+  (trained, evaluated) = read_starts(finished.workdir), read_starts(workdir)
+  assert trained == evaluated and len(trained) == 1
+  (start,) = trained
+  weights = Path(finished.config.encoder.pretrained) / "model.safetensors"
+  assert start["weights_sha256"] == {"model.safetensors": sha256_of_file(weights)}
+  page = (finished.workdir / "report.html").read_text()
+  for value in (start["data_fingerprint"], start["weights_sha256"]["model.safetensors"], start["environment"]["host"]):
+    assert value in html.unescape(page)
+  config = configuration.read(workdir / "config.json")
+  described = describe(config, data_size(config), workdir=workdir)
+  assert f"  data: {start['data_fingerprint']}" in description_text(described).splitlines()
+  assert description_json(described)["provenance"] == trained
+  evaluate_workdir(config, workdir)
+  assert [entry["times"] for entry in read_starts(workdir)] == [2]
 
 
 def test_a_damaged_index_which_may_have_been_edited_is_kept_under_another_name(finished, workdir, caplog):

@@ -5,8 +5,9 @@
   python -m vixml_jax.describe --workdir=runs/NAME
 
 Prints the tree of modules with shapes, logical axes, the mesh axes that share each dimension, types, numbers of
-parameters and bytes on each device; the bytes of the train state; and a numbered list of what initializes the run. It
-needs no data and no weights, and the devices need not exist.
+parameters and bytes on each device; the bytes of the train state; and a numbered list of what initializes the run. Of a
+workdir it also prints the provenance: commands, versions, revision, hashes of data and weights, devices, flags of XLA.
+It needs no data and no weights, and the devices need not exist.
 """
 
 import os

@@ -4,22 +4,25 @@
       [--retrieval_lambda=0.9] [--retrieval_temperature=0.05] [--[no]blend] [--baselines=tfidf,untrained]
       [--split=test|validation] [--test_images=0,1,2,3] [--small_vectors=384,96]
   python -m vixml_jax.evaluate --workdir=runs/NAME --compare=runs/OTHER[,runs/THIRD]
+  python -m vixml_jax.evaluate --workdir=runs/NAME --verify [--tolerance=0.01]
 
 The first command evaluates the newest checkpoint without training, for example with another search, other settings of
 retrieval augmentation or on the validation split. It needs the data set of the run, and writes final_metrics.json,
 evaluation.json, per_query.npz and report.html. The second command compares the results of such evaluations query by
-query. It needs only the workdirs, and writes compare.json and compare.html.
+query. It needs only the workdirs, and writes compare.json and compare.html. The third command computes the metrics of
+final_metrics.json again and prints which are not equal and by how much. It writes nothing to the workdir, and exits
+with status 1 if one differs by more than the tolerance.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from vixml_jax import cli
 from vixml_jax.errors import InputError
-from vixml_jax.run.workdir import CONFIG
+from vixml_jax.run.workdir import CONFIG, FINAL_METRICS
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run, written by vixml_jax.main.")
 _SEARCH = flags.DEFINE_enum("search", None, ["exact", "scann"], "Search method; default: that of the config.")
@@ -56,34 +59,61 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the prepared data; 
 _COMPARE = flags.DEFINE_list(
   "compare", None, "Evaluated workdirs to compare with --workdir, without evaluating anything."
 )
+_VERIFY = flags.DEFINE_bool(
+  "verify", False, "Computes the metrics of final_metrics.json again and compares; writes nothing to the workdir."
+)
+_TOLERANCE = flags.DEFINE_float(
+  "tolerance", 0.01, "Greatest difference that --verify accepts, in percentage points.", lower_bound=0
+)
 
 
 def main() -> None:
-  """Evaluates the workdir of the flags, or compares it with others."""
+  """Evaluates the workdir of the flags, verifies its metrics, or compares it with others."""
   from vixml_jax.experiment import evaluate_workdir
+  from vixml_jax.report.compare import compare_workdirs
   from vixml_jax.run import configuration
 
   workdir = cli.local_path(cli.required(_WORKDIR), "workdir")
   if _COMPARE.value is not None:
-    _compare(workdir, _COMPARE.value)
+    _check_alone("compare", "evaluates nothing; evaluate each workdir with it first", _SPLIT, _MESH, _DATA_DIR, _VERIFY)
+    print(compare_workdirs(workdir, [Path(name) for name in _COMPARE.value]), flush=True)
     return
   config = configuration.read(workdir / CONFIG)
+  if _VERIFY.value:
+    _check_alone("verify", "evaluates as the workdir was evaluated; evaluate it with this flag first", _SPLIT)
   _override(config)
   configuration.check(config)
-  evaluate_workdir(config, workdir, cli.show)
+  if _VERIFY.value:
+    _verify(config, workdir)
+  else:
+    evaluate_workdir(config, workdir, cli.show)
 
 
-def _compare(workdir: Path, others: Sequence[str]) -> None:
-  """Compares evaluated workdirs; flags of the evaluation are errors."""
-  from vixml_jax.report.compare import compare_workdirs
-
+def _check_alone(mode: str, reason: str, *others: flags.FlagHolder[Any]) -> None:
+  """Checks that no flag of the evaluation is given with --compare or --verify, and none of `others`."""
   searches = (_SEARCH, _AUGMENTED, _LAMBDA, _TEMPERATURE, _BLEND, _BASELINES, _TEST_IMAGES, _SMALL_VECTORS)
-  for flag in (*searches, _SPLIT, _MESH, _DATA_DIR):
+  for flag in (*searches, *others):
     if flag.present:
-      raise InputError(
-        f"--{flag.name}: cannot be used with --compare, which evaluates nothing; evaluate each workdir with it first"
-      )
-  print(compare_workdirs(workdir, [Path(name) for name in others]), flush=True)
+      raise InputError(f"--{flag.name}: cannot be used with --{mode}, which {reason}")
+
+
+def _verify(config: ConfigDict, workdir: Path) -> None:
+  """Prints how the stored metrics differ from computed ones.
+
+  Raises:
+    InputError: One differs by more than the tolerance.
+  """
+  from vixml_jax.verification import verify_workdir
+
+  verification = verify_workdir(config, workdir, _TOLERANCE.value)
+  cli.show(verification.text())
+  beyond = verification.beyond()
+  if beyond:
+    name = max(beyond, key=lambda each: beyond[each])
+    raise InputError(
+      f"{workdir / FINAL_METRICS}: {len(beyond)} metrics differ by more than --tolerance={_TOLERANCE.value:g}, most of "
+      f"all {name}; evaluate again to store what this machine computes, or compare checkpoint, data and versions"
+    )
 
 
 def _override(config: ConfigDict) -> None:

@@ -23,10 +23,11 @@ from vixml_jax.evaluation.evaluate_model import (
   evaluate_model,
   evaluate_with_fewer_images,
   evaluation_config,
+  final_metrics,
   retrieval_settings,
+  small_vector_metrics,
 )
 from vixml_jax.evaluation.shown_queries import shown_queries
-from vixml_jax.evaluation.small_vectors import evaluate_small_vectors
 from vixml_jax.files import write_json
 from vixml_jax.input.batches import steps_per_epoch
 from vixml_jax.ragged import Ragged
@@ -38,9 +39,11 @@ from vixml_jax.run.from_config import adapter_folder, model_from_config
 from vixml_jax.run.inference_files import image_origin, label_names, write_inference_files
 from vixml_jax.run.limits import check_limits, not_enough_memory
 from vixml_jax.run.pretrained import check_adapter, check_base, trainable_params
+from vixml_jax.run.provenance import record_start
+from vixml_jax.run.restored_model import newest_model
 from vixml_jax.run.run_log import recorded
 from vixml_jax.run.setup import RunSetup, set_up_run, write_config
-from vixml_jax.run.state import TrainedModel, abstract_model_part, trained_model
+from vixml_jax.run.state import TrainedModel
 from vixml_jax.run.workdir import CHECKPOINTS, EMBEDDINGS, FINAL_METRICS, RETRIEVAL_SETTINGS
 from vixml_jax.search.label_index_files import IndexContents
 from vixml_jax.sharded_rows import ShardedRows
@@ -124,18 +127,11 @@ def evaluate_workdir(
   """
   _check_libraries(config)
   setup = set_up_run(config, workdir, extract=False)
-  config, data = setup.config, setup.data
-  with Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep) as checkpointer:
-    step = checkpointer.newest_whole_step()
-    if step is None:
-      raise InputError(f"{workdir / CHECKPOINTS}: contains no checkpoint; train first")
-    meta, total_steps = checkpointer.meta(step), _total_steps(setup)
-    if not training_ended(step, total_steps, meta):
-      _log.warning("step %d of %d: training of this run has not finished", step, total_steps)
-    check_base(setup.model, setup.weights_folder, workdir, meta)
-    write_config(setup, workdir)
-    restored = checkpointer.restore_model(step, abstract_model_part(setup.model, data.num_labels, setup.mesh))
-  model = trained_model(step, meta, restored, data.num_labels)
+  model, total_steps = newest_model(setup, workdir), _total_steps(setup)
+  if not training_ended(model.step, total_steps, model.meta):
+    _log.warning("step %d of %d: training of this run has not finished", model.step, total_steps)
+  write_config(setup, workdir)
+  record_start(workdir, model.meta)
   return _evaluate_and_write(setup, workdir, setup.load_encoder(), model, show)
 
 
@@ -178,10 +174,10 @@ def _evaluate_and_write(
   evaluation = _evaluate(setup, workdir, encoder, model)
   fewer_images = evaluate_with_fewer_images(config, data, encoder, model, evaluation)
   baselines = _baselines(setup, encoder, model, evaluation)
-  index, queries = evaluation.index, evaluation.queries
-  small = evaluate_small_vectors(config.eval.small_vectors, index.prototypes, queries, index.inverse_propensity)
-  final = _final_metrics(evaluation, model.meta)
-  final |= {f"{form}/{name}": value for form, metrics in small.items() for name, value in metrics.items()}
+  small = small_vector_metrics(evaluation, config.eval)
+  seconds = model.meta["train_seconds"]
+  final = final_metrics(evaluation, small)
+  final |= {"train_seconds": seconds, "tokens_per_second": model.meta["tokens"] / max(seconds, 1e-9)}
   split, rows = data.evaluated_queries(config.eval.split)
   shown = shown_queries(evaluation.result, evaluation.index, evaluation.queries, evaluation.config)
   mapped, prototypes = _mapped_prototypes(data.corpus.train_labels, evaluation)
@@ -253,18 +249,6 @@ def _baselines(
     None if evaluation.blend is None else evaluation.blend.words,
   )
   return computed | stated
-
-
-def _final_metrics(evaluation: ModelEvaluation, meta: dict[str, Any]) -> dict[str, Any]:
-  """Returns the contents of final_metrics.json."""
-  final = evaluation.result.final_metrics()
-  if evaluation.config.retrieval is not None:
-    final |= {
-      "RA/lambda": evaluation.config.retrieval.lambda_,
-      "RA/temperature": evaluation.config.retrieval.temperature,
-    }
-  seconds = meta["train_seconds"]
-  return final | {"train_seconds": seconds, "tokens_per_second": meta["tokens"] / max(seconds, 1e-9)}
 
 
 def _write_embeddings(

@@ -36,7 +36,7 @@ from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.manifest import MANIFEST, check_folder
 from vixml_jax.ragged import Ragged
 from vixml_jax.row_files import RowFiles, remove_shares, write_shares
-from vixml_jax.run import configuration
+from vixml_jax.run import configuration, provenance
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer, checkpoint_id
 from vixml_jax.run.checkpoint_damage import replaced, set_aside
 from vixml_jax.run.goodput import Goodput
@@ -127,6 +127,22 @@ def _count_steps(seconds: float) -> Callable[[Path], None]:
 
 def _read_goodput(folder: Path) -> float:
   return Goodput(folder)._seconds["steps"]
+
+
+# provenance.json
+
+
+def _record_start(*commands: str) -> Callable[[Path], None]:
+  def write(folder: Path) -> None:
+    for command in commands:
+      with mock.patch("sys.orig_argv", [command]), mock.patch.object(provenance, "describe_environment", dict):
+        provenance.record_start(folder, {})
+
+  return write
+
+
+def _read_commands(folder: Path) -> list[str]:
+  return [start["command"] for start in provenance.read_starts(folder)]
 
 
 # A bank of image features
@@ -420,6 +436,7 @@ WRITERS: dict[str, Writer] = {
   "config.json, again": Writer(_write_config(10), _write_config(20), _read_config),
   "metrics.jsonl": Writer(_write_metrics(range(1, 6), 0), _write_metrics(range(4, 7), 3), _read_metrics),
   "goodput.json": Writer(_count_steps(1.0), _count_steps(2.0), _read_goodput),
+  "provenance.json": Writer(_record_start("a"), _record_start("b"), _read_commands),
   "embeddings": Writer(_write_embeddings(1.0), _write_embeddings(5.0), _read_embeddings, may_be_missing=True),
   "bank of features": Writer(_nothing, _load_bank, _load_bank),
   "bank of features, damaged": Writer(_damaged_bank, _load_bank, _load_bank),

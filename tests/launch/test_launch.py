@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from tests.helpers.images import assert_hashes_are_required
 from tests.launch.machine import CONFIG, FAKE, FIELDS, LAUNCH, POD, ROOT, TRAINING, WHERE, commands_of, option
 
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -366,6 +367,8 @@ def test_run_asks_again_when_the_pod_goes_during_setup(machine):
 
 # On a TPU VM.
 
+QUIET = {"--quiet", "--disable-pip-version-check", "--no-input"}
+
 
 @pytest.fixture
 def vm(machine):
@@ -399,9 +402,14 @@ def test_setup_of_a_worker_mounts_copies_and_installs(vm):
   assert calls[1:3] == [
     ["gcloud", "storage", "rsync", "--recursive", f"gs://b/{name}", str(home / name)] for name in ("data", "weights")
   ]
-  assert calls[-1][-4:] == ["-c", "constraints.txt", "-e", ".[tpu,scann]"]
-  (uv,) = (call for call in calls if call[0] == "python3")
-  assert re.fullmatch(r"uv==\d+\.\d+\.\d+", uv[-1])
+  # Every package has a known hash, also those that others are built with.
+  installs = [call[call.index("install") + 1 :] for call in calls if "pip" in call]
+  assert [[word for word in words if word not in QUIET] for words in installs] == [
+    ["--user", "--require-hashes", "-r", "requirements/uv.txt"],
+    ["--require-hashes", "-r", "requirements/build.txt"],
+    ["--require-hashes", "--no-build-isolation", "-r", "requirements/train-tpu.txt"],
+    ["--no-deps", "--no-build-isolation", "-e", "."],
+  ]
   assert not list((home / "bucket").glob(".probe*"))
 
 
@@ -651,6 +659,7 @@ def test_the_image_gets_what_its_dockerfile_copies_and_does_not_run_as_root(name
   copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
   assert "ARG user=vixml" in lines and "USER ${user}" in lines
   assert re.fullmatch(r"FROM python:3\.11\.\d+-slim-\w+", next(line for line in lines if line.startswith("FROM")))
+  assert_hashes_are_required("\n".join(lines))
   allowed = {line[1:] for line in (LAUNCH / f"{name}.dockerignore").read_text().splitlines() if line[:1] == "!"}
   assert set(copied) == allowed
   assert not [name for name in copied if not (ROOT / name).exists()]

@@ -9,6 +9,7 @@ import yaml
 
 from tests.helpers import repository
 from tests.helpers.http_server import call
+from tests.helpers.images import assert_hashes_are_required
 from tests.helpers.miniature_runs import ROOT
 
 FOLDER = ROOT / "launch" / "serve"
@@ -97,3 +98,7 @@ def test_the_image_gets_what_its_dockerfile_copies():
   assert {line[1:] for line in lines if line[:1] == "!"} == copied
   assert all((ROOT / name).exists() for name in copied)
   assert set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)) == {"python:3.11.14-slim-bookworm"}
+  assert_hashes_are_required(DOCKERFILE)
+  (packages,) = re.findall(r"^ARG packages=(\S+)", DOCKERFILE, re.MULTILINE)
+  named = re.search(r"--build-arg=packages=([\w-]+)", DOCKERFILE)[1]
+  assert all((ROOT / "requirements" / f"{name}.txt").exists() for name in (packages, named))

@@ -198,6 +198,18 @@ def test_a_model_with_safetensors_is_fetched_and_checked_again(monkeypatch, tmp_
     source.resolve("someone/some-model")
 
 
+@pytest.mark.parametrize("revision", ["", "@3f2a"])
+def test_a_model_without_a_revision_is_used_with_a_warning_that_names_its_commit(
+  revision, monkeypatch, tmp_path, caplog
+):
+  commit = tmp_path / "3f2a"
+  commit.mkdir()
+  _Hub(monkeypatch, None, _write_model(commit))
+  assert source.resolve(f"someone/some-model{revision}") == commit
+  warning = "someone/some-model: the newest revision is used; someone/some-model@3f2a keeps it fixed"
+  assert caplog.messages == ([] if revision else [warning])
+
+
 def test_a_fetched_model_is_found_without_network(monkeypatch, tmp_path):
   _Hub(monkeypatch, None, _write_model(tmp_path))
   assert source.resolve("someone/some-model") == tmp_path

@@ -21,6 +21,7 @@ from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.run import chosen
 from vixml_jax.run.from_config import model_from_config
 from vixml_jax.run.mesh_choice import choose_mesh
+from vixml_jax.run.provenance import read_starts
 from vixml_jax.run.state import abstract_params, abstract_state
 from vixml_jax.training.optimizer import optimizer_from_config, path_name
 from vixml_jax.typing import Tree
@@ -65,6 +66,7 @@ class Description:
     parameters: Parameters in the order of their paths.
     state: Bytes on each device of each part of the train state, besides the parameters.
     initial_values: What initializes the run, in order.
+    provenance: The starts of the run so far (`provenance.read_starts`); empty for a new run.
   """
 
   config: ConfigDict
@@ -73,6 +75,7 @@ class Description:
   parameters: tuple[DescribedArray, ...]
   state: dict[str, int]
   initial_values: tuple[str, ...]
+  provenance: tuple[dict[str, Any], ...]
 
   def count(self, trained: bool | None = None) -> int:
     """Returns the number of parameters; of the trained or the frozen ones if `trained` is given."""
@@ -122,6 +125,7 @@ def describe(
     tuple(_parameters(model, abstract_params(model, mesh))),
     {name: sum(map(sharding.bytes_a_device, jax.tree.leaves(part))) for name, part in parts.items()},
     tuple(initial_values(config, model, size, workdir)),
+    () if workdir is None else tuple(read_starts(workdir)),
   )
 
 

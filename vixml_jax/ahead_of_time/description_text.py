@@ -1,11 +1,12 @@
 """A description of a run as text, with the parameters as a tree of modules, and as JSON."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import itertools
 from typing import Any
 
 from vixml_jax.ahead_of_time.description import DescribedArray, Description
+from vixml_jax.run.provenance import provenance_lines
 from vixml_jax.text_columns import aligned
 
 _MB = 1e6
@@ -35,8 +36,14 @@ def description_text(description: Description) -> str:
       "",
       "What initializes the run:",
       *(f"{number:3}. {line}" for number, line in enumerate(description.initial_values, 1)),
+      *(line for start in description.provenance for line in _start(start)),
     ]
   )
+
+
+def _start(start: Mapping[str, Any]) -> list[str]:
+  """Returns the lines about an entry of a run's provenance."""
+  return ["", "Provenance:", *(f"  {name}: {value}" for name, value in provenance_lines(start))]
 
 
 def _tree(arrays: Sequence[DescribedArray], depth: int = 0) -> Iterator[list[str]]:
@@ -74,4 +81,5 @@ def description_json(description: Description) -> dict[str, Any]:
     "num_trained": description.count(trained=True),
     "bytes_a_device": description.bytes_a_device(),
     "initial_values": list(description.initial_values),
+    "provenance": list(description.provenance),
   }

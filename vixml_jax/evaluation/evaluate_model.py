@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from typing import Any
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -18,6 +19,7 @@ from vixml_jax.evaluation.evaluator import (
   choose_retrieval,
   evaluate,
 )
+from vixml_jax.evaluation.small_vectors import evaluate_small_vectors
 from vixml_jax.evaluation.tuning import Setting
 from vixml_jax.mining.centroids import cluster_means, label_centroids
 from vixml_jax.run.data import RunData
@@ -145,6 +147,26 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
   result = evaluate(index, queries, evaluation)
   left = None if wanted.split == "test" else pooled
   return ModelEvaluation(result, evaluation, tried, index, queries, train_embeddings, left, means, fitted)
+
+
+def final_metrics(evaluation: ModelEvaluation, small: dict[str, dict[str, float]]) -> dict[str, Any]:
+  """Returns the contents of final_metrics.json without times.
+
+  Args:
+    evaluation: The evaluation of the model.
+    small: Metrics of smaller vectors (`small_vector_metrics`).
+  """
+  final = evaluation.result.final_metrics()
+  settings = evaluation.config.retrieval
+  if settings is not None:
+    final |= {"RA/lambda": settings.lambda_, "RA/temperature": settings.temperature}
+  return final | {f"{form}/{name}": value for form, metrics in small.items() for name, value in metrics.items()}
+
+
+def small_vector_metrics(evaluation: ModelEvaluation, wanted: ConfigDict) -> dict[str, dict[str, float]]:
+  """Returns the metrics of plain search with smaller vectors (`eval.small_vectors`), by name of the form."""
+  index = evaluation.index
+  return evaluate_small_vectors(wanted.small_vectors, index.prototypes, evaluation.queries, index.inverse_propensity)
 
 
 def _goal(wanted: ConfigDict, queries: EvaluationQueries) -> RecallGoal | None:

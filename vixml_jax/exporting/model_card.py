@@ -223,7 +223,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 @functools.cache
 def _template() -> jinja2.Template:
-  environment = jinja2.Environment(
+  environment = jinja2.Environment(  # nosec B701 - model cards are Markdown, not pages.
     loader=jinja2.PackageLoader("vixml_jax.exporting"),
     autoescape=False,  # Markdown.
     undefined=jinja2.StrictUndefined,

@@ -49,7 +49,7 @@ def _write_modules(folder: Path, embed_dim: int, config: ConfigDict, max_seq_len
     "config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
     "1_Pooling/config.json": {
       "word_embedding_dimension": embed_dim,
-      "pooling_mode_cls_token": False,
+      "pooling_mode_cls_token": False,  # nosec B105 - a token of a text.
       "pooling_mode_mean_tokens": not last,
       "pooling_mode_max_tokens": False,
       "pooling_mode_mean_sqrt_len_tokens": False,

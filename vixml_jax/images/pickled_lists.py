@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 from pathlib import Path
-import pickletools
+import pickletools  # nosec B403 - it lists the instructions of a pickle and runs none.
 import re
 from typing import Any, BinaryIO
 

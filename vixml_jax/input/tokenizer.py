@@ -90,7 +90,8 @@ def load_fast(path: str) -> Any:
   from transformers import AutoTokenizer
 
   try:
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
+    # nosec B615 below: `source.resolve` has fetched the revision that the config names.
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)  # nosec B615
   except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
     raise InputError(
       f"{path}: no tokenizer can be loaded ({_first_line(error)}); set encoder.pretrained to a folder or a hub name "

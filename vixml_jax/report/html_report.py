@@ -1,7 +1,8 @@
 """Writes `report.html`: the results of an evaluation on one page.
 
-All numbers on the page come from config.json, final_metrics.json, evaluation.json, metrics.jsonl and
-retrieval_settings.json of the workdir. Only the queries that are shown and the map of labels are passed in.
+All numbers on the page come from config.json, final_metrics.json, evaluation.json, metrics.jsonl,
+retrieval_settings.json and provenance.json of the workdir. Only the queries that are shown and the map of labels are
+passed in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from vixml_jax.report.label_map import LabelMap
 from vixml_jax.report.pages import write_page
 from vixml_jax.report.table import COLUMNS
 from vixml_jax.run.configuration import flatten_config
+from vixml_jax.run.provenance import provenance_lines, read_starts
 from vixml_jax.run.workdir import (
   COMPARISON_PAGE,
   CONFIG,
@@ -50,8 +52,8 @@ def write_report(
   """Writes `report.html` to an evaluated workdir.
 
   Args:
-    workdir: Contains config.json, final_metrics.json and evaluation.json; metrics.jsonl and retrieval_settings.json are
-      optional.
+    workdir: Contains config.json, final_metrics.json and evaluation.json; metrics.jsonl, retrieval_settings.json and
+      provenance.json are optional.
     examples: Queries to show: "random", and where there are some, "worst" and "best".
     learning_rates: The (step, learning rate) pairs of each group of parameters, between which the rate is linear.
     labels: Labels on a plane.
@@ -76,6 +78,7 @@ def write_report(
     label_map=_label_map(labels),
     settings_of_run=flatten_config(ConfigDict(config)),
     environment=evaluation["environment"],
+    starts=[dict(provenance_lines(start)) for start in read_starts(workdir)],
     compared=(workdir / COMPARISON_PAGE).name if (workdir / COMPARISON_PAGE).exists() else None,
     example_rows=", then ".join(ROWS[name] for name in ROWS if name in evaluation["intervals_95"]),
     metrics=_metrics_table(config, final, evaluation),

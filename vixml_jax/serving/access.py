@@ -56,7 +56,7 @@ class Access:
     for name in allowed_hosts:
       if name != "*" and (not name or "/" in name or "*" in name):
         raise InputError(f"--allowed_hosts={name}: must be a name such as shop.example, without scheme, or *")
-    everywhere = host in ("", "0.0.0.0", "::")
+    everywhere = host in ("", "0.0.0.0", "::")  # nosec B104 - a comparison; by default the server is local.
     names = {*_LOCAL, host, *allowed_hosts, *([socket.gethostname()] if everywhere else [])}
     return cls(
       key_digests=tuple(_digest(key.encode()) for key in keys),

@@ -25,6 +25,7 @@ from vixml_jax.ragged import Ragged
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer
 from vixml_jax.run.data import RunData
 from vixml_jax.run.goodput import current_shares
+from vixml_jax.run.provenance import record_start
 from vixml_jax.run.state import TrainedModel, TrainState, abstract_state, model_part, trained_model
 from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import stage
@@ -101,6 +102,7 @@ def train(
     _log.info("resuming at step %d of %d", step, total_steps)
   end_is_saved = step is not None and training_ended(step, total_steps, checkpoint.meta)
   step, state, clusters, meta = step or 0, checkpoint.state, checkpoint.query_clusters, dict(checkpoint.meta)
+  record_start(workdir, meta)
   ended, train_embeddings = step == total_steps or meta.get(_ENDED_EARLY, False), None
   epoch_end_due = meta.pop(_EPOCH_END_DUE, False)
 

@@ -29,7 +29,7 @@ _ARGUMENTS: dict[str, dict[str, str | float]] = {
     "num_heads": "num_attention_heads",
     "mlp_dim": "intermediate_size",
     "max_position": "max_position_embeddings",
-    "num_token_types": "type_vocab_size",
+    "num_token_types": "type_vocab_size",  # nosec B105 - a token of a text.
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
     "projection_dropout": "hidden_dropout_prob",
@@ -42,7 +42,7 @@ _ARGUMENTS: dict[str, dict[str, str | float]] = {
     "num_heads": "n_heads",
     "mlp_dim": "hidden_dim",
     "max_position": "max_position_embeddings",
-    "num_token_types": 0,
+    "num_token_types": 0,  # nosec B105 - a token of a text.
     "dropout": "dropout",
     "attention_dropout": "attention_dropout",
     "projection_dropout": 0.0,

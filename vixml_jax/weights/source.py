@@ -16,6 +16,8 @@ from vixml_jax.weights.published import PUBLISHED
 
 _PACKAGE = "package:"
 
+_log = logging.getLogger(__name__)
+
 # Files that are fetched from the hub: weights, settings and the tokenizer; no pickles and no code.
 _HUB_FILES = (
   "config.json",
@@ -165,9 +167,12 @@ def _hub_folder(pretrained: str, *, weights: bool, tokenizer: bool) -> Path:
     check_names(pretrained, names, weights=weights, tokenizer=tokenizer)
   unwanted = [] if weights else ["*.safetensors", f"{MODEL}{INDEX_ENDING}"]
   try:
-    return Path(
+    folder = Path(
       snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES), ignore_patterns=unwanted)
     )
+    if not revision:  # The cache of the hub names its folders after commits.
+      _log.warning("%s: the newest revision is used; %s@%s keeps it fixed", pretrained, name, folder.name)
+    return folder
   except HFValidationError as error:
     raise InputError(
       f"{pretrained}: is neither a folder nor a name on the hub (owner/name); correct the path"
@@ -190,5 +195,5 @@ def _names_on_hub(name: str, revision: str) -> Collection[str] | None:
   try:
     return list_repo_files(name, revision=revision or None)
   except Exception as error:  # Of several libraries. The download that follows raises it again, or finds the cache.
-    logging.getLogger(__name__).debug("%s: files cannot be listed (%s)", name, error)
+    _log.debug("%s: files cannot be listed (%s)", name, error)
   return PUBLISHED[name].files if name in PUBLISHED and not revision else None
