@@ -110,6 +110,8 @@ def test_a_graph_that_is_balanced_for_int8_computes_the_same(case):
 @pytest.mark.parametrize("cpu", ["x86 avx512_vnni", "x86 avx2"])
 def test_int8_is_near_on_every_cpu(case, cpu, monkeypatch):
   bits = 8 if "vnni" in cpu else 7
+  if bits > quantization.weight_bits():
+    pytest.skip("products of 8 bits overflow on this CPU")
   monkeypatch.setattr(quantization, "weight_bits", lambda: bits)
   found = case.run(int8_model(case.params, case.arguments, case.examples))
   cosines = np.sum(normalize(found) * normalize(case.pooled), axis=1)
