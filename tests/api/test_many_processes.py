@@ -8,11 +8,14 @@ import sys
 
 import numpy as np
 
+from tests.helpers.miniature import read_lines
+from tests.helpers.miniature_runs import miniature_config
 from tests.helpers.repository import ROOT
 from vixml_jax.run import configuration
 
 PROGRAM = """
 import json, sys
+from pathlib import Path
 import jax
 
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
@@ -30,7 +33,7 @@ class Steps(vixml_jax.Callback):
     if step == 7:
       raise vixml_jax.StopTraining("enough")
 
-model = vixml_jax.train(dataset, configuration.read(folder + "/config.json"), workdir=workdir, callbacks=[Steps()])
+model = vixml_jax.train(dataset, configuration.read(Path(folder, "config.json")), workdir=workdir, callbacks=[Steps()])
 found = {
   "labels": [prediction.label for prediction in model.predict(["arrow up"], k=3)[0]],
   "embedding": model.encode(["arrow up"])[0].tolist(),
@@ -51,14 +54,13 @@ print(json.dumps(found))
 """
 
 
-def test_two_processes_train_one_model_and_each_has_it(trained, tmp_path):
-  config = trained.config.copy_and_resolve_references()
-  config.eval.update(dict(retrieval_augmented=False, retrieval_choose=False, blend=False, every_epochs=0))
-  config.train.epochs, config.dataset.validation_fraction = 3, 0.0
+def test_two_processes_train_one_model_and_each_has_it(tmp_path):
+  config = miniature_config(tmp_path)
+  config.eval.update(dict(retrieval_augmented=False, blend=False, baselines=()))
+  config.train.epochs = 3
   configuration.write(config, tmp_path / "config.json")
-  rows = [
-    {"text": query["title"], "labels": labels} for query, labels in trained.dataset.queries("train") if query["title"]
-  ]
+  records = [record for record in read_lines(tmp_path / "raw" / "trn.json.gz") if record["title"]]
+  rows = [{"text": record["title"], "labels": [f"label {i}" for i in record["target_ind"]]} for record in records]
   table = tmp_path / "table.jsonl"
   table.write_text("".join(json.dumps(row) + "\n" for row in rows))
   with socket.socket() as probe:
