@@ -43,7 +43,10 @@ def test_images_become_features_and_embeddings_as_in_the_run(dtype, least, with_
   folder = exported(with_images.workdir, "onnx", tmp_path / "out", dtype=dtype)
   names = run_card(folder, monkeypatch)
   predictor = load_predictor(with_images.workdir)
-  queries = [{key: query.get(key, []) for key in ("title", "content", "images")} for query in with_images.queries]
+  queries = [
+    {"title": query["title"], "content": query.get("content", ""), "images": query.get("images", [])}
+    for query in with_images.queries
+  ]
   assert {len(query["images"]) for query in queries} == {0, 1, 2}
   found = names["encode"](
     [
