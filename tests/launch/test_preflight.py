@@ -34,7 +34,7 @@ FAILING = {
   "kind of bucket": ("bucket", "US-A1", NAMESPACE),
   "type": ("types", "", "--type=v5litepod-16: is not offered in --zone=us-a1-z"),
   "zone": ("types", "!1", "--zone=us-a1-z: its accelerator types cannot be read"),
-  "quota": ("quota", "us-a1-z,8;,64", "needs 16 chips, and the quota TPUV5sLitepodPerProjectPerZoneForTPUAPI of p in us"),
+  "quota": ("quota", "us-a1-z,8;,64", "and the quota TPUV5sLitepodPerProjectPerZoneForTPUAPI of p in us-a1-z is 8"),
   "no quota in the zone": ("quota", ",64;us-a1-z,", "of p in us-a1-z is 0; request more at"),
   "quota of other zones": ("quota", ",8;us-b1-z,64", "of p in us-a1-z is 8;"),
   "data": ("ls", "!1", "--data_dir: must be given, because gs://b/data has no lf"),

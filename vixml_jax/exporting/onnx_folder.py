@@ -79,9 +79,7 @@ def _image_tokens(layout: PackedLayout) -> dict[str, Any]:
   sides = (layout.template[:place], layout.template[place + 1 :])
   phrase = [token for part in sides[0] if isinstance(part, Phrase) and part.for_images for token in part.ids]
   before, after = (
-    None
-    if "text" in side
-    else sum(len(part.ids) for part in side if isinstance(part, Phrase) and not part.for_images)
+    None if "text" in side else sum(len(part.ids) for part in side if isinstance(part, Phrase) and not part.for_images)
     for side in sides
   )
   return {"phrase": phrase, "before": before, "after": None if before is not None else after}

@@ -73,13 +73,7 @@ def bert_model(params: Tree, arguments: Mapping[str, Any], largest: Mapping[str,
   for number, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
     name = f"{LAYERS}/{number}"
     x = attention(
-      graph,
-      f"{name}/attention",
-      layer["attention"],
-      hidden,
-      batch.shape,
-      arguments["num_heads"],
-      scores=batch.scores,
+      graph, f"{name}/attention", layer["attention"], hidden, batch.shape, arguments["num_heads"], scores=batch.scores
     )
     x = graph.apply("Add", hidden.kept, x)
     hidden = norm(f"{name}/attention_norm", x, layer["attention_norm"], layer["up"])
