@@ -50,16 +50,21 @@ def main() -> None:
 def export(workdir: Path, dtype: str) -> None:
   """Exports the vectors of a workdir, and prints the memory of this process."""
   from vixml_jax.exporting.label_vectors import LABELS, write_label_vectors
-  from vixml_jax.stages import peak_memory
 
-  folder, before, started = workdir / "vectors", peak_memory(), time.monotonic()
+  folder, before, started = workdir / "vectors", _peak_mib(), time.monotonic()
   folder.mkdir()
   write_label_vectors(workdir, folder, dtype)
-  peak, seconds = peak_memory(), time.monotonic() - started
+  peak, seconds = _peak_mib(), time.monotonic() - started
   print(
-    f"peak RSS {peak / 2**20:,.0f} MiB, of which {before / 2**20:,.0f} MiB before the export; {seconds:.0f} s; "
+    f"peak RSS {peak:,.0f} MiB, of which {before:,.0f} MiB before the export; {seconds:.0f} s; "
     f"{LABELS} has {(folder / LABELS).stat().st_size / 1e9:.2f} GB"
   )
+
+
+def _peak_mib() -> float:
+  """Returns the largest resident memory of this program. That of `getrusage` includes the process that started it."""
+  (line,) = (line for line in Path("/proc/self/status").read_text("ascii").splitlines() if line.startswith("VmHWM:"))
+  return int(line.split()[1]) / 1024
 
 
 def write_workdir(workdir: Path, labels: int, dim: int) -> None:

@@ -78,7 +78,11 @@ def test_two_processes_train_one_model_and_each_has_it(tmp_path):
     )
     for number in range(2)
   ]
-  outputs = [process.communicate(timeout=300) for process in processes]
+  try:
+    outputs = [process.communicate(timeout=600) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
   assert [process.returncode for process in processes] == [0, 0], "\n".join(error for _, error in outputs)
   first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
   assert len(first["losses"]) >= 7 and first["losses"] == second["losses"]
