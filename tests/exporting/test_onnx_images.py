@@ -64,6 +64,9 @@ def test_images_become_features_and_embeddings_as_in_the_run(dtype, least, with_
   assert (found * without).sum(1).min() < 0.98, "images change the embeddings"
   example = [{"title": "arrow up"}, {"title": "cloud", "images": [Image.new("RGB", (64, 64), "navy")]}]
   compare(f"{dtype}, example of the card", names["embeddings"], predictor.encode(example), least)
+  clear = Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 8, 4)).astype(np.uint8))  # Partly transparent.
+  found = names["encode"]([("cloud", names["image_features"]([clear]))])
+  compare(f"{dtype}, transparent", found, predictor.encode([{"title": "cloud", "images": [clear]}]), least)
   info = json.loads((folder / "onnx.json").read_text())
   assert info["inputs"] == ["input_ids", "attention_mask", "image_features", "image_places"]
   assert info["images"]["tower"]["size"] == 8 and info["images"]["most"] == 2
