@@ -72,13 +72,53 @@ check_bucket() {
     || note "warning: the bucket is in ${location,,} and the chips are in ${zone%-*}: copying costs time and money"
 }
 
-# check_type: the zone offers the accelerator type. Quota cannot be read by a generally available command.
+# check_type: the zone offers the accelerator type.
 check_type() {
   ask "--zone=$zone: its accelerator types cannot be read" gcloud compute tpus accelerator-types list \
     "${where[@]}" --filter="type=$type" '--format=value(type)'
   [[ $dry_run == true || -n $answer ]] || fail "--type=$type: is not offered in --zone=$zone; see: \
 gcloud compute tpus accelerator-types list --zone=$zone"
   found "type: $type is offered in $zone"
+}
+
+# check_quota CHIPS: the project may have that many chips of the type in the zone. Quotas that cannot be read are a
+# warning: a request beyond a quota is refused later, and costs nothing. Those of v4 and v5p may count cores, two for
+# each chip, so that a quota below CHIPS is too small in any case.
+check_quota() {
+  local chips=$1 quota limit="" spot_word=""
+  [[ $spot == false ]] || spot_word=Preemptible
+  [[ $reserved == false ]] || return 0  # A reservation has its own quota, which Google sets.
+  case $type in
+    v4-*) quota="TPUV4s${spot_word}Pod" ;;
+    v5litepod-[148]) quota="TPUV5s${spot_word}LitepodServing" ;;
+    v5litepod-*) quota="TPUV5s${spot_word}Litepod" ;;
+    v5p-*) quota="TPUV5P${spot_word}" ;;
+    v6e-*) quota="TPUV6E${spot_word}" ;;
+    *) return 0 ;;
+  esac
+  quota+=PerProjectPerZoneForTPUAPI
+  # One line for each zone with a value of its own, and one without a zone for all others.
+  local command=(gcloud quotas info describe "$quota" --service=tpu.googleapis.com "--project=$project" \
+    '--flatten=dimensionsInfos[]' \
+    '--format=csv[no-heading](dimensionsInfos.dimensions.zone,dimensionsInfos.details.value)')
+  if [[ $dry_run == true ]]; then
+    quoted "${command[@]}"
+    return
+  fi
+  if answer=$("${command[@]}" 2> /dev/null); then
+    limit=$(awk -F, -v zone="$zone" '
+      $1 == zone { own = 1; value = $2 + 0 }
+      $1 == "" && !own && $2 != "" { value = $2 }
+      END { print value }' <<< "$answer")
+  fi
+  if [[ -z $limit ]]; then
+    note "warning: the quota $quota cannot be read; gcloud services enable cloudquotas.googleapis.com lets it be read"
+  elif ((limit < chips)); then
+    fail "--type=$type: needs $chips chips, and the quota $quota of $project in $zone is $limit; request more at \
+https://console.cloud.google.com/iam-admin/quotas"
+  else
+    found "quota: $limit in $zone, $chips needed"
+  fi
 }
 
 # check_data: the data set and the image features will be staged from --data_dir, or are in the bucket.

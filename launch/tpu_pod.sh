@@ -154,6 +154,7 @@ check() {
   check_project
   check_bucket
   check_type
+  check_quota "$chips"
   check_data
   check_weights
   announce_cost "$chips" "$max_hours" "$price_per_chip_hour"

@@ -32,6 +32,20 @@ def test_all_pages_are_covered_and_listed_in_the_readme():
   assert not [page for page in listed if f"]({page})" not in readme]
 
 
+def test_the_page_of_the_launchers_is_on_the_site_with_links_of_the_site():
+  pytest.importorskip("mkdocs")
+  from mkdocs.config import load_config
+  from mkdocs.structure.files import Files
+
+  from tools import site_pages
+
+  config = load_config(str(ROOT / "mkdocs.yml"))
+  assert {"Launchers": "launch.md"} in next(part["Clusters"] for part in config.nav if "Clusters" in part)
+  (page,) = site_pages.on_files(Files([]), config)
+  assert page.src_uri == "launch.md" and "](scaling.md)" in page.content_string and "](../" not in page.content_string
+  assert site_pages.on_page_markdown("See [launchers](../launch/README.md#gke).") == "See [launchers](launch.md#gke)."
+
+
 def test_every_page_shows_a_command_or_code_on_its_first_screen():
   pages = [page for page in PAGES if page.startswith("docs/") or page in ("README.md", "launch/README.md")]
   late = [page for page in pages if min(block.line for block in Document.read(ROOT / page).blocks) > 30]

@@ -1,12 +1,13 @@
 """Exports a trained workdir for other libraries.
 
   python -m vixml_jax.export --workdir=runs/NAME --format=hf|peft|sentence-transformers|onnx|label-vectors --output=DIR
-      [--dtype=float32|bfloat16|float16|int8] [--max_shard_size=5GB]
+      [--dtype=float32|bfloat16|float16|int8] [--max_shard_size=5GB] [--image_checkpoint=TOWER]
 
 hf: the encoder with merged adapters, for transformers. peft: the adapters alone. sentence-transformers: a model that
-gives texts the same embeddings as evaluation. onnx: the same as a file for ONNX Runtime, in float32 or int8 (the extra
-onnx must be installed). label-vectors: the label prototypes as Parquet, for vector databases, in float32 or float16.
-Each folder has a model card, README.md. No training data are needed.
+gives texts the same embeddings as evaluation. onnx: the same as a file for ONNX Runtime, in float32 or int8; it
+takes images as well, and their tower is a second file (the extra onnx must be installed). label-vectors: the label
+prototypes as Parquet, for vector databases, in float32 or float16. Each folder has a model card, README.md. No training
+data are needed.
 """
 
 import re
@@ -30,6 +31,11 @@ _DTYPE = flags.DEFINE_enum(
 _MAX_SHARD_SIZE = flags.DEFINE_string(
   "max_shard_size", "5GB", "Maximum size of one file of weights, such as 500MB or 5GB."
 )
+_IMAGE_CHECKPOINT = flags.DEFINE_string(
+  "image_checkpoint",
+  None,
+  "Image tower that made the training features, for --format=onnx; by default the one that the run recorded.",
+)
 
 
 def main() -> None:
@@ -43,6 +49,7 @@ def main() -> None:
     cli.local_path(output, "output"),
     _DTYPE.value,
     _bytes(_MAX_SHARD_SIZE.value),
+    _IMAGE_CHECKPOINT.value,
   )
   print(f"{kind} in {output}")
 

@@ -2,6 +2,7 @@
 
   python -m vixml_jax.main --config=configs/quickstart.py [--workdir=runs/NAME] [--config.train.epochs=3 ...]
   python -m vixml_jax.main --data=products.csv [--config=configs/custom.py] [--workdir=runs/NAME]
+  python -m vixml_jax.main --config=configs/quickstart.py --profile=30:32
 
 If the data set is not prepared yet, it is prepared first. If the model reads images and config.features.checkpoint is
 set, missing image features are extracted. If the workdir contains a checkpoint, training continues from the newest one.
@@ -12,11 +13,18 @@ predict and serve need.
 from absl import flags
 
 from vixml_jax import cli, config_flag, data_flags
+from vixml_jax.errors import InputError
 
 _CONFIG = config_flag.define()
 _DATA = data_flags.define_data_flags()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder for the outputs; default: runs/NAME, where NAME is config.name."
+)
+_PROFILE = flags.DEFINE_string(
+  "profile",
+  None,
+  "FIRST:LAST, the training steps of which a trace is written to the folder profile of the workdir, for XProf and "
+  "TensorBoard; the same as --config.profile.steps.",
 )
 
 
@@ -26,6 +34,10 @@ def main() -> None:
   from vixml_jax.run import configuration
 
   config = cli.required(_CONFIG)
+  if _PROFILE.value is not None:
+    if config.profile.steps not in ("", _PROFILE.value):
+      raise InputError("--profile and --config.profile.steps: both name the steps to trace; give one of them")
+    config.profile.steps = _PROFILE.value
   configuration.check(config)
   workdir = cli.local_path(_WORKDIR.value or f"runs/{config.name}", "workdir")
   for key in ("raw_dir", "data_dir"):

@@ -163,7 +163,7 @@ def program_of(words: list[str]) -> tuple[str, list[str]]:
 
   `python -m X` and the short names of `vixml` give the module, and a script its path.
   """
-  head = words[0].removeprefix(".venv/bin/")
+  head = re.sub(r"^(\.venv|build/\w+)/bin/", "", words[0])
   if head == "vixml" and len(words) > 1 and not words[1].startswith("-"):
     return f"vixml_jax.{MODULES[words[1]]}" if words[1] in MODULES else " ".join(words[:2]), words[2:]
   if re.fullmatch(r"python3?(\.\d+)?", head):

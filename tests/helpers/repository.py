@@ -28,6 +28,7 @@ PROGRAMS = frozenset(
     "rm",
     "ruff",
     "sed",
+    "su",
     "tail",
     "vixml",
     "vixml completion",

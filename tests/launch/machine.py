@@ -26,6 +26,7 @@ case "$program $*" in
   *"projects describe"*) answers=$FAKE/projects ;;
   *"buckets describe"*) answers=$FAKE/bucket ;;
   *"accelerator-types list"*) answers=$FAKE/types ;;
+  *"quotas info"*) answers=$FAKE/quota ;;
   *"storage ls"*) answers=$FAKE/ls ;;
   *) answers=$FAKE/$program ;;
 esac
@@ -69,6 +70,7 @@ class Machine:
     self.answer("projects", "123")
     self.answer("bucket", "US-A1\tTrue")
     self.answer("types", "v5litepod-16")
+    self.answer("quota", ",8;us-a1-z,32;us-b1-z,")
     self.answer("ls", "gs://b/data/lf/")
 
   def replace(self, *programs: str) -> None:

@@ -21,7 +21,7 @@ SUBMIT = [
   "--image=i",
   "--type=v5litepod-16",
 ]
-READING = {"auth", "projects", "buckets", "accelerator-types", "ls"}
+READING = {"auth", "projects", "buckets", "accelerator-types", "quotas", "ls"}
 NO = "!1 ERROR: gcloud said no"
 NAMESPACE = "--bucket=b: has no hierarchical namespace"
 
@@ -34,6 +34,9 @@ FAILING = {
   "kind of bucket": ("bucket", "US-A1", NAMESPACE),
   "type": ("types", "", "--type=v5litepod-16: is not offered in --zone=us-a1-z"),
   "zone": ("types", "!1", "--zone=us-a1-z: its accelerator types cannot be read"),
+  "quota": ("quota", "us-a1-z,8;,64", "and the quota TPUV5sLitepodPerProjectPerZoneForTPUAPI of p in us-a1-z is 8"),
+  "no quota in the zone": ("quota", ",64;us-a1-z,", "of p in us-a1-z is 0; request more at"),
+  "quota of other zones": ("quota", ",8;us-b1-z,64", "of p in us-a1-z is 8;"),
   "data": ("ls", "!1", "--data_dir: must be given, because gs://b/data has no lf"),
   "weights of this machine": ("config", "dataset=lf;pretrained=/tmp/qwen", "give it as --weights=/tmp/qwen before --"),
   "config": ("config", "!1", ""),
@@ -48,7 +51,7 @@ def test_a_failing_check_is_one_line_and_nothing_is_created(case, machine):
     (machine.bin / "reader").write_text(reader)
     message = "error: config.train.epochs=-1: must not be negative"
   else:
-    machine.answer(what, *answer.split(";"))
+    machine.answer(what, *([answer] if what == "quota" else answer.split(";")))  # One answer of several lines.
   result = machine.run(*RUN, *TRAINING)
   assert result.returncode == 1
   lines = [line for line in result.stderr.splitlines() if " check: " not in line]
@@ -76,6 +79,7 @@ def test_check_prints_what_it_found_and_the_cost_and_buys_nothing(machine):
     "check: project: p, number 123",
     "check: bucket: gs://b in us-a1",
     "check: type: v5litepod-16 is offered in us-a1-z",
+    "check: quota: 32 in us-a1-z, 16 needed",
     "check: data: gs://b/data/lf",
     "check: data: gs://b/data/lf_features/siglip",
     "check: weights: every worker downloads Qwen/Qwen2.5-3B; --weights=FOLDER would stage them",
@@ -84,6 +88,26 @@ def test_check_prints_what_it_found_and_the_cost_and_buys_nothing(machine):
   assert all(READING & set(call) for call in machine.calls())
   # The reader of the config gets the training flags as they were typed.
   assert (machine.folder / "reader").read_text().splitlines()[1:] == TRAINING[1:]
+
+
+@pytest.mark.parametrize(
+  ("flags", "quota"),
+  [
+    (["--type=v5litepod-16", "--spot"], "TPUV5sPreemptibleLitepod"),
+    (["--type=v5litepod-8"], "TPUV5sLitepodServing"),
+    (["--type=v5p-32"], "TPUV5P"),
+    (["--type=v6e-16", "--spot"], "TPUV6EPreemptible"),
+    (["--type=v4-32"], "TPUV4sPod"),
+    (["--type=v6e-16", "--reserved"], None),
+  ],
+)
+def test_the_quota_is_that_of_the_type_and_one_that_cannot_be_read_is_a_warning(flags, quota, machine):
+  machine.answer("quota", "!1 ERROR: the API is not enabled")
+  result = machine.run("tpu_pod.sh", "check", *POD, *flags, *TRAINING)
+  assert result.returncode == 0, result.stderr
+  asked = [call[call.index("describe") + 1] for call in machine.calls() if "quotas" in call]
+  assert asked == ([] if quota is None else [f"{quota}PerProjectPerZoneForTPUAPI"])
+  assert ("cannot be read; gcloud services enable cloudquotas" in result.stderr) == (quota is not None)
 
 
 @pytest.mark.parametrize(("type_", "chips"), [("v4-32", 16), ("v5p-8", 4), ("v5litepod-16", 16), ("v6e-8", 8)])

@@ -5,6 +5,7 @@ import gzip
 import json
 
 import jax
+from jax.profiler import ProfileData
 import numpy as np
 from PIL import Image
 import pytest
@@ -79,7 +80,7 @@ def results(folder, tiny):
   tables = [f"--data={folder}/a.csv", f"--test_data={folder}/b.csv", f"--labels_table={folder}/labels.csv", *columns]
   main = ["main", f"--data={folder}/products.csv", *tiny]
   commands = {
-    "train": [*main, f"--workdir={folder}/run"],
+    "train": [*main, f"--workdir={folder}/run", "--profile=2:2"],
     "continue": [*main, f"--workdir={folder}/run"],
     "other table": ["main", f"--data={folder}/changed.csv", *tiny, f"--workdir={folder}/run"],
     "prepare": ["prepare_data", data, *tables],
@@ -123,6 +124,12 @@ def test_ten_rows_are_trained_and_evaluated_with_the_defaults(results, folder):
   assert len(prepared) == 2, "another --test_fraction makes another data set"
   assert dataset["raw_dir"] in map(str, prepared) and dataset["raw_dir"] == dataset["data_dir"] + "/raw"
   assert 0 <= json.loads((folder / "run" / "final_metrics.json").read_text())["P@1"] <= 100
+
+
+def test_the_flag_profile_writes_a_trace_of_its_steps(results, folder):
+  assert results["train"][0] == 0, results["train"]
+  (trace,) = (folder / "run" / "profile" / "plugins" / "profile").rglob("*.xplane.pb")  # Where TensorBoard looks.
+  assert ProfileData.from_file(str(trace)).find_plane_with_name("/host:CPU") is not None
 
 
 @pytest.mark.slow

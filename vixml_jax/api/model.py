@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 import numpy as np
 
@@ -25,6 +26,9 @@ from vixml_jax.run.workdir import FINAL_METRICS, REPORT
 
 class Model:
   """A trained model; `train` and `load` return it.
+
+  Among several processes (`jax.distributed`), each has a model of its own on its own devices. Only process 0 may change
+  or save it.
 
   Args:
     predictor: Encoder and label index of a workdir.
@@ -172,13 +176,15 @@ class Model:
       replace: Whether a label may have the uid of an existing one, which is then deleted.
 
     Raises:
-      InputError: A label is wrong (the message names its position from 0), or its uid exists and `replace` is False.
+      InputError: A label is wrong (the message names its position from 0), its uid exists and `replace` is False, or
+        this is not process 0.
 
     Examples:
       >>> model.add_labels([{"uid": "otter", "title": "horse fish", "positives": ["brown horse fish"]}])
       >>> model.predict(["brown horse fish"], k=1, ranking="retrieval_augmented")[0][0].label
       'otter'
     """
+    _check_first_process("add_labels")
     form, index = label_format(self._predictor.encoder.config), self._predictor.index
     new = [form.parse(label, f"label {number}") for number, label in enumerate(labels)]
     known = {
@@ -196,13 +202,15 @@ class Model:
       uids: Uids of the labels.
 
     Raises:
-      InputError: A uid is unknown, or its label was deleted before; the message names its position from 0.
+      InputError: A uid is unknown, or its label was deleted before (the message names its position from 0), or this is
+        not process 0.
 
     Examples:
       >>> model.delete_labels(["otter"])
       >>> model.num_labels
       24
     """
+    _check_first_process("delete_labels")
     if isinstance(uids, str):
       raise InputError("uids: must be a list of uids; put a single one into brackets")
     self._change([], {uid: f"uid {number}" for number, uid in enumerate(uids)})
@@ -219,12 +227,13 @@ class Model:
       The folder.
 
     Raises:
-      InputError: The folder exists, or the disk is full.
+      InputError: The folder exists, the disk is full, or this is not process 0.
 
     Examples:
       >>> vixml_jax.load(model.save(tmp / "saved"))
       Model('...saved', labels=24, ranking='plain')
     """
+    _check_first_process("save")
     target = Path(folder)
     save_for_inference(self.workdir, self._predictor.encoder.checkpoint["step"], target)
     return target
@@ -247,6 +256,14 @@ class Model:
     """Writes the next snapshot of the index and opens it."""
     index = change_labels(self._predictor.index, self._predictor, new, delete, {})
     self._predictor, self._other_rankings = self._predictor.with_index(index), {}
+
+
+def _check_first_process(method: str) -> None:
+  """Raises an InputError in all processes but the first: two must not write the same files."""
+  if jax.process_index() > 0:
+    raise InputError(
+      f"{method}: this is process {jax.process_index()}, and only process 0 writes; call it if jax.process_index() == 0"
+    )
 
 
 def load(

@@ -30,7 +30,11 @@ def train(
   the run ends its step and is saved before `KeyboardInterrupt` is raised; a second Ctrl-C stops it at once, and it
   continues from its last checkpoint. Outside of the main thread, Python receives no Ctrl-C; there, a callback can stop
   the run by raising an exception. Nothing is printed: messages go to the logger `vixml_jax`, and `ProgressBars` is a
-  callback. A run in several processes is started with `python -m vixml_jax.main`.
+  callback.
+
+  In several processes, call `jax.distributed.initialize` first, then make the same calls in all of them, with the same
+  arguments. They must see the same files. A callback that ends training must decide alike in all processes, for
+  example by the metrics, which are the same everywhere. SIGTERM stops all processes at the same step; Ctrl-C does not.
 
   Args:
     dataset: Training queries, test queries and labels.

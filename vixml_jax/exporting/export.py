@@ -14,7 +14,7 @@ from vixml_jax.exporting.model_card import write_model_card
 from vixml_jax.exporting.onnx_folder import write_onnx_folder
 from vixml_jax.exporting.peft_folder import check_has_adapters, write_peft_folder
 from vixml_jax.exporting.sentence_transformers_folder import write_sentence_transformers_folder
-from vixml_jax.exporting.texts_only import check_encodes_texts
+from vixml_jax.exporting.texts_only import check_encodes_texts, check_has_text
 from vixml_jax.exporting.transformers_folder import write_transformers_folder
 from vixml_jax.files import new_folder
 from vixml_jax.inference.onnx_conversion import check_convertible
@@ -23,32 +23,42 @@ from vixml_jax.run import configuration
 from vixml_jax.run.workdir import CONFIG
 
 
-def export(workdir: Path, kind: str, output: Path, dtype: str = "float32", max_shard_bytes: int = 5 * 10**9) -> None:
+def export(
+  workdir: Path,
+  kind: str,
+  output: Path,
+  dtype: str = "float32",
+  max_shard_bytes: int = 5 * 10**9,
+  image_checkpoint: str | None = None,
+) -> None:
   """Writes a new folder with a model card, README.md, whole or not at all. No training data are needed.
 
   Args:
     workdir: Folder that training, or `vixml_jax.evaluate`, wrote.
     kind: One of `formats.FORMATS`. "hf" is the encoder with merged adapters, for `transformers.AutoModel`. "peft" is
       the adapters alone. "sentence-transformers" is the encoder with tokenizer, pooling and normalization, which gives
-      texts the same embeddings as here. "onnx" is the same as a file that ONNX Runtime runs. "label-vectors" is the
-      label prototypes, for other search systems.
+      texts the same embeddings as here. "onnx" is the same as a file that ONNX Runtime runs; it takes images as well.
+      "label-vectors" is the label prototypes, for other search systems.
     output: Folder to create.
     dtype: Type of the weights or of the vectors; "peft" has float32 only, "onnx" float32 and int8, "label-vectors"
       float32 and float16, the others all but int8.
     max_shard_bytes: Maximum size of one file of weights of "hf" and "sentence-transformers".
+    image_checkpoint: The tower that made the run's image features, for "onnx"; None for the recorded one.
 
   Raises:
     InputError: The format is unknown or lacks the type, the folder exists and is not empty, a file of the workdir is
       missing or damaged, or the format cannot represent the model.
   """
   _check_format(kind, dtype)
+  if image_checkpoint is not None and kind != "onnx":
+    raise InputError(f"--image_checkpoint: --format={kind} has no image tower; leave it out, or use --format=onnx")
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise InputError(f"{output}: exists already; use a new folder as --output, or delete it")
   config = configuration.read(workdir / CONFIG)
   _check_model(workdir, kind, config)
   try:
     with new_folder(output) as folder:
-      usage = _write(workdir, kind, folder, dtype, max_shard_bytes)
+      usage = _write(workdir, kind, folder, dtype, max_shard_bytes, image_checkpoint)
       card = write_model_card(workdir, config, kind, folder, usage)
       _share_permissions(folder, card)
   except OSError as error:
@@ -72,11 +82,13 @@ def _check_model(workdir: Path, kind: str, config: ConfigDict) -> None:
   elif kind == "sentence-transformers":
     check_encodes_texts(workdir, config, "sentence-transformers")
   elif kind == "onnx":
-    check_encodes_texts(workdir, config, "ONNX Runtime")
+    check_has_text(workdir, config, "ONNX Runtime")
     check_convertible(workdir, config)
 
 
-def _write(workdir: Path, kind: str, folder: Path, dtype: str, max_shard_bytes: int) -> dict[str, Any]:
+def _write(
+  workdir: Path, kind: str, folder: Path, dtype: str, max_shard_bytes: int, image_checkpoint: str | None
+) -> dict[str, Any]:
   """Writes all files but the model card, and returns what that needs to know."""
   if kind == "label-vectors":
     return write_label_vectors(workdir, folder, dtype)
@@ -85,7 +97,7 @@ def _write(workdir: Path, kind: str, folder: Path, dtype: str, max_shard_bytes: 
   if kind == "peft":
     return write_peft_folder(encoder, folder)
   if kind == "onnx":
-    return write_onnx_folder(encoder, folder, dtype)
+    return write_onnx_folder(encoder, folder, dtype, image_checkpoint)
   write = write_transformers_folder if kind == "hf" else write_sentence_transformers_folder
   return write(encoder, folder, dtype, max_shard_bytes)
 

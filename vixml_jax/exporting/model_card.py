@@ -30,6 +30,7 @@ _LIBRARIES: dict[str, tuple[str, str | None]] = {
   "onnx": ("onnx", "feature-extraction"),
   "label-vectors": ("vixml_jax", None),
 }
+_WITH_IMAGES = ("onnx", "label-vectors")  # Formats that contain what a model makes of images.
 # Ranking -> the prefix of its keys in final_metrics.json, and its name for readers.
 _RANKINGS = {"plain": ("", "plain"), "augmented": ("RA/", "retrieval-augmented"), "blend": ("blend/", "blend")}
 _TASK = "Extreme multi-label retrieval"
@@ -168,7 +169,7 @@ def _metadata(
   library, pipeline = _LIBRARIES[kind]
   vectors = kind == "label-vectors"
   # A folder that encodes texts only has the results of queries without images.
-  images = config.images if vectors else 0
+  images = config.images if kind in _WITH_IMAGES else 0
   results = [row for row in rows if row["images"] == images]
   optional: dict[str, Any] = {}
   if evaluation and results:

@@ -37,24 +37,23 @@ def check_convertible(workdir: Path, config: ConfigDict) -> None:
   refused = {
     "encoder.architecture": config.encoder.architecture != "bert" and config.encoder.architecture,
     "encoder.pooling": config.encoder.pooling != "mean" and config.encoder.pooling,
-    "fusion.method": config.images > 0 and config.fusion.method != "early" and config.fusion.method,
   }
   for key, value in refused.items():
     if value:
       raise InputError(
         f"{workdir}: a model with {key}={value} cannot be an ONNX model; encoders of the BERT family can, with mean "
-        "pooling, and with early fusion if there are images"
+        "pooling"
       )
 
 
 def to_onnx(encoder: TrainedEncoder) -> Any:
-  """Returns the encoder of texts as an `onnx.ModelProto` in float32; see `bert_model`.
+  """Returns the encoder, with its images if it has any, as an `onnx.ModelProto` in float32; see `bert_model`.
 
   Raises:
     InputError: `check_convertible` refuses the model, or onnx is not installed.
   """
   check_convertible(encoder.workdir, encoder.config)
-  return bert_model(_parameters(encoder, images=False), encoder.definition.arguments["encoder"])
+  return bert_model(_parameters(encoder), encoder.definition.arguments["encoder"])
 
 
 class QuantizedModel(NamedTuple):
@@ -70,12 +69,11 @@ class QuantizedModel(NamedTuple):
   cosine: dict[str, float] | None
 
 
-def to_int8(encoder: TrainedEncoder, *, images: bool) -> QuantizedModel:
+def to_int8(encoder: TrainedEncoder) -> QuantizedModel:
   """Returns the encoder as an ONNX model whose layers are in int8, compared on texts of labels in the index.
 
   Args:
     encoder: The encoder.
-    images: Whether the model also takes images, if the encoder does.
 
   Raises:
     InputError: As for `to_onnx`.
@@ -84,7 +82,7 @@ def to_int8(encoder: TrainedEncoder, *, images: bool) -> QuantizedModel:
   arguments, tokenizer = encoder.definition.arguments["encoder"], encoder.tokenizer
   special = tokenizer([""])[0].tolist()
   examples = random_items(arguments["vocab_size"], special, tokenizer.max_length, encoder.layout)
-  content = int8_model(_parameters(encoder, images), arguments, examples)
+  content = int8_model(_parameters(encoder), arguments, examples)
   cosine = _cosine(encoder, OnnxEncoder(content))
   if cosine is not None:
     level = logging.INFO if cosine["mean"] >= _LEAST_COSINE else logging.WARNING
@@ -100,10 +98,9 @@ def to_int8(encoder: TrainedEncoder, *, images: bool) -> QuantizedModel:
   return QuantizedModel(content, cosine)
 
 
-def _parameters(encoder: TrainedEncoder, images: bool) -> Tree:
-  """Returns the parameters of the encoder on the host, with those of its images if it has any and they are wanted."""
-  names = ("encoder", "fusion") if images and "fusion" in encoder.params else ("encoder",)
-  return jax.device_get({name: encoder.params[name] for name in names})
+def _parameters(encoder: TrainedEncoder) -> Tree:
+  """Returns the parameters of the encoder on the host, with those of its images if it has any."""
+  return jax.device_get({name: encoder.params[name] for name in ("encoder", "fusion") if name in encoder.params})
 
 
 def _cosine(encoder: TrainedEncoder, rounded: OnnxEncoder) -> dict[str, float] | None:

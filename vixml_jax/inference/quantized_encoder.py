@@ -100,7 +100,7 @@ def _model(encoder: TrainedEncoder) -> tuple[bytes, str]:
 def _make(encoder: TrainedEncoder, folder: Path) -> tuple[bytes, str]:
   """Makes and stores the ONNX model. `int8.json` is written last, so that it never describes another file for long."""
   _log.info("making the int8 encoder of %s in %s", encoder.workdir, folder)
-  content, cosine = to_int8(encoder, images=True)
+  content, cosine = to_int8(encoder)
   sha256 = hashlib.sha256(content).hexdigest()
   with new_file(folder / _MODEL) as work:
     work.write_bytes(content)

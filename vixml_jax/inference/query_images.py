@@ -78,42 +78,75 @@ class QueryImageEncoder:
 
   @functools.cached_property
   def _loaded_tower(self) -> ImageTower:
-    checkpoint = self._find()
-    origin, features = self._origin, self._config.features
-    published = origin.get("preprocessing") == _PUBLISHED
-    if not published and sorted(checkpoint_hashes(checkpoint).values()) != sorted(origin["checkpoint_sha256"]):
-      raise InputError(
-        f"{checkpoint}: is not the tower that made the image features {features.name} (its sha256 differs); "
-        f"set --image_checkpoint to {origin.get('checkpoint', 'that tower')}"
-      )
-    dtype = "float32" if jax.default_backend() == "cpu" else origin.get("dtype", "bfloat16")
-    tower = ImageTower(
-      checkpoint,
-      origin.get("variant") or None,
-      features.preprocessing if published else origin["preprocessing"],
-      self._batch_size,
-      dtype,
-    )
-    if tower.dim != features.dim:
-      raise InputError(
-        f"{checkpoint}: makes features of size {tower.dim}, but the model takes size {features.dim}; set "
-        "--image_checkpoint to the tower that made the model's image features"
-      )
+    found = find_tower(self._config, self._origin, self._checkpoint)
+    dtype = "float32" if jax.default_backend() == "cpu" else self._origin.get("dtype", "bfloat16")
+    tower = ImageTower(found.checkpoint, found.variant, found.preprocessing, self._batch_size, dtype)
+    check_feature_size(found.checkpoint, tower.dim, self._config)
     return tower
 
-  def _find(self) -> str:
-    """Returns the given checkpoint, or the first recorded one that exists."""
-    if self._checkpoint:
-      return self._checkpoint
-    recorded = [self._config.features.checkpoint, self._origin.get("checkpoint", "")]
-    recorded = [place for place in recorded if place and not place.endswith(".npy")]
-    for place in recorded:
-      if _exists(place):
-        return place
+
+class FoundTower(NamedTuple):
+  """The tower that made the image features of a run.
+
+  Attributes:
+    checkpoint: File, folder or name on the hub; see `load_siglip`.
+    variant: Name of the published tower that it must be, or None.
+    preprocessing: Key of `images.preprocess.PREPROCESSING`.
+  """
+
+  checkpoint: str
+  variant: str | None
+  preprocessing: str
+
+
+def find_tower(config: ConfigDict, origin: dict[str, Any], checkpoint: str | None) -> FoundTower:
+  """Returns the tower of a run, whose hashes are compared with the recorded ones.
+
+  Args:
+    config: As for `QueryImageEncoder`.
+    origin: As for `QueryImageEncoder`.
+    checkpoint: As for `QueryImageEncoder`.
+
+  Raises:
+    InputError: The tower cannot be found, or it is not the one of the training data.
+  """
+  features = config.features
+  published = origin.get("preprocessing") == _PUBLISHED
+  found = checkpoint or _recorded_tower(config, origin)
+  if not published and sorted(checkpoint_hashes(found).values()) != sorted(origin["checkpoint_sha256"]):
     raise InputError(
-      f"the image features {self._config.features.name} were made by {' or '.join(recorded) or 'a tower'}, which does "
-      "not exist here; set --image_checkpoint to its npz file or folder, or give feature vectors instead of images"
+      f"{found}: is not the tower that made the image features {features.name} (its sha256 differs); "
+      f"set --image_checkpoint to {origin.get('checkpoint', 'that tower')}"
     )
+  return FoundTower(
+    found, origin.get("variant") or None, features.preprocessing if published else origin["preprocessing"]
+  )
+
+
+def check_feature_size(checkpoint: str, size: int, config: ConfigDict) -> None:
+  """Checks that the features of a tower have the size that the model takes.
+
+  Raises:
+    InputError: They do not.
+  """
+  if size != config.features.dim:
+    raise InputError(
+      f"{checkpoint}: makes features of size {size}, but the model takes size {config.features.dim}; set "
+      "--image_checkpoint to the tower that made the model's image features"
+    )
+
+
+def _recorded_tower(config: ConfigDict, origin: dict[str, Any]) -> str:
+  """Returns the first recorded tower that exists."""
+  recorded = [config.features.checkpoint, origin.get("checkpoint", "")]
+  recorded = [place for place in recorded if place and not place.endswith(".npy")]
+  for place in recorded:
+    if _exists(place):
+      return place
+  raise InputError(
+    f"the image features {config.features.name} were made by {' or '.join(recorded) or 'a tower'}, which does "
+    "not exist here; set --image_checkpoint to its npz file or folder, or give feature vectors instead of images"
+  )
 
 
 def image_vectors(

@@ -1,1 +1,1 @@
-"""Text encoders as ONNX models: made of our parameters, quantized to int8, and run by ONNX Runtime on CPUs."""
+"""Encoders of texts and images as ONNX models: made of our parameters, rounded to int8, run by ONNX Runtime on CPUs."""

@@ -64,7 +64,11 @@ class Graph:
 
   def as_float(self, value: str) -> str:
     """Returns a value as float32."""
-    return self.apply("Cast", value, to=self._type(np.float32))
+    return self.cast(value, np.float32)
+
+  def cast(self, value: str, dtype: type) -> str:
+    """Returns a value with another type of its elements."""
+    return self.apply("Cast", value, to=self._type(dtype))
 
   def linear(self, name: str, x: str, kernel: np.ndarray, bias: np.ndarray) -> str:
     """Returns x W + b; the node of the product is called NAME/product."""

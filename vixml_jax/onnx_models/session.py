@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from vixml_jax.input.packing import WholeItems
-from vixml_jax.onnx_models.bert import ATTENTION_MASK, IMAGE_FEATURES, IMAGE_PLACES, INPUT_IDS, POOLED
+from vixml_jax.onnx_models.bert import ATTENTION_MASK, INPUT_IDS, POOLED
+from vixml_jax.onnx_models.image_fusion import IMAGE_FEATURES, IMAGE_PLACES
 from vixml_jax.onnx_models.libraries import import_library
 from vixml_jax.ragged import ranges
 
