@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from vixml_jax.array_file import release_pages
 from vixml_jax.run.checkpoint import checkpoint_id, newest_checkpoint
 from vixml_jax.run.workdir import CHECKPOINTS, INDEX
-from vixml_jax.search.host_search import LABELS_PER_BLOCK, search_rows, top_k_positions
+from vixml_jax.search.host_search import search_rows, top_k_positions
 from vixml_jax.search.label_index_files import IndexFiles, open_current
 
 LABELS, QUERIES = "labels.parquet", "queries.parquet"
@@ -65,7 +65,7 @@ def write_label_vectors(
   rows = max(group_bytes // (dim * np.dtype(dtype).itemsize), 1)
   _write_labels(files, live, folder / LABELS, vector, metadata, rows)
   if len(queries):
-    _write_queries(files, live, queries, folder / QUERIES, vector, metadata)
+    _write_queries(files, live, queries, folder / QUERIES, vector, metadata, rows)
   return metadata | {"num_queries": len(queries), "has_categories": files.categories is not None}
 
 
@@ -99,9 +99,15 @@ def _write_labels(
 
 
 def _write_queries(
-  files: IndexFiles, live: np.ndarray, queries: np.ndarray, path: Path, vector: pa.DataType, metadata: dict[str, Any]
+  files: IndexFiles,
+  live: np.ndarray,
+  queries: np.ndarray,
+  path: Path,
+  vector: pa.DataType,
+  metadata: dict[str, Any],
+  block_rows: int,
 ) -> None:
-  scores, ids = _best_labels(files.embeddings, live, queries)
+  scores, ids = _best_labels(files.embeddings, live, queries, block_rows)
   table = pa.table(
     {
       "vector": _vectors(queries, vector),
@@ -113,10 +119,12 @@ def _write_queries(
   pq.write_table(table, path)
 
 
-def _best_labels(embeddings: np.ndarray, live: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _best_labels(
+  embeddings: np.ndarray, live: np.ndarray, queries: np.ndarray, block_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Returns scores and ids of the best labels of each query, [Q, K]; a block of labels is in memory at a time."""
   scores, ids = (np.zeros((len(queries), 0), dtype) for dtype in (np.float32, np.int32))
-  for block in _blocks(live, LABELS_PER_BLOCK):
+  for block in _blocks(live, block_rows):
     found = search_rows(embeddings, block, queries, min(_BEST, len(block)))
     release_pages(embeddings)
     scores, ids = (np.concatenate(parts, axis=1) for parts in zip((scores, ids), found, strict=True))
