@@ -180,6 +180,7 @@ def _campaign(folder, kills, seed=0):
   return runs
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
   assert sum(len(run["hit"]) for run in _campaign(tmp_path, 2)) == 2
 
