@@ -186,8 +186,9 @@ def _parse(path: RawFile, line: int, raw: bytes) -> dict[str, Any]:
   try:
     record = JSON.decode(text)
   except (ValueError, RecursionError) as error:
-    is_syntax = isinstance(error, json.JSONDecodeError)
-    reason = f"{error.msg} at column {error.colno}" if is_syntax else json_fault(error)
+    reason = json_fault(error)
+    if isinstance(error, json.JSONDecodeError):
+      reason = f"{error.msg} at column {error.colno}"
     raise InputError(f"{path}:{line}: malformed JSON, {reason}; each line must be one JSON object") from error
   if not isinstance(record, dict):
     raise InputError(f"{path}:{line}: expected a JSON object with uid, title, ... but found {excerpt(raw)}")

@@ -145,7 +145,8 @@ def _rgb(image: Image.Image) -> np.ndarray:
   rows = max(1, _PIXELS_AT_ONCE // image.width)
   for top in range(0, image.height, rows):
     bottom = min(top + rows, image.height)
-    pixels[top:bottom] = _rgb_band(image if bottom - top == image.height else image.crop((0, top, image.width, bottom)))
+    band = image if bottom - top == image.height else image.crop((0, top, image.width, bottom))
+    pixels[top:bottom] = np.asarray(_rgb_band(band))
   return pixels
 
 

@@ -112,7 +112,12 @@ class Checkpointer:
     step = newest_whole_step(self._folder, steps)
     newer = [self._folder / str(each) for each in steps if step is None or each > step]
     if newer:
-      self._in_first_process(lambda: [set_aside(each, aside(each)) for each in newer])
+
+      def rename() -> None:
+        for each in newer:
+          set_aside(each, aside(each))
+
+      self._in_first_process(rename)
     return step
 
   def _in_first_process(self, rename: Callable[[], object]) -> None:

@@ -12,8 +12,10 @@ import jax
 
 import vixml_jax
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "safetensors")
-_PACKAGES += ("tensorflow-datasets", "array-record", "scipy", "scikit-learn", "lightgbm", "pillow")
+_PACKAGES = (
+  *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "safetensors"),
+  *("tensorflow-datasets", "array-record", "scipy", "scikit-learn", "lightgbm", "pillow"),
+)
 # Only where they are installed.
 _OPTIONAL = ("scann", "libtpu", "jax-cuda12-pjrt", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "onnxruntime")
 # Variables that change results or the compiled programs, besides those that start with JAX_.

@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic.json_schema import models_json_schema
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 import vixml_jax
@@ -75,8 +76,9 @@ def make_app(
   add_page(app)
   _add_errors(app)
   for route in app.routes:  # FastAPI reads the source of a route when it is first asked for, unless that is in a cache.
-    with contextlib.suppress(OSError, TypeError):
-      inspect.getsourcelines(getattr(route, "endpoint", None))
+    if isinstance(route, Route):
+      with contextlib.suppress(OSError, TypeError):
+        inspect.getsourcelines(route.endpoint)
   return Gate(_PredictFirst(app, predict), access, limits, metrics, observers)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from vixml_jax.images.decoding import BadImage, count_pixels, from_data_uri
 from vixml_jax.images.tower import PreparedImage
+from vixml_jax.inference.queries import QueryImage
 from vixml_jax.inference.query_images import QueryImageEncoder
 from vixml_jax.serving.engine import QueryRequest
 from vixml_jax.serving.request_error import RequestError
@@ -69,14 +70,15 @@ async def prepare_images(
   """
   prepared = []
   for request in queries:
-    images = list(request.query.images)
-    for i, image in enumerate(images):
+    images: list[QueryImage] = list(request.query.images)
+    for i, image in enumerate(request.query.images):
       if isinstance(image, bytes):
         job = pool.submit(prepare, image)
         started(job)
         try:
-          images[i] = await asyncio.wrap_future(job)
+          prepared_image = await asyncio.wrap_future(job)
         except BadImage as error:
           raise RequestError(422, str(error), f"{request.query.where}.images[{i}]") from error
+        images[i] = prepared_image
     prepared.append(dataclasses.replace(request, query=dataclasses.replace(request.query, images=tuple(images))))
   return prepared
