@@ -11,7 +11,7 @@ import numpy as np
 import vixml_jax
 from vixml_jax.onnx_models.graph import Graph
 from vixml_jax.onnx_models.image_fusion import ImageInputs
-from vixml_jax.onnx_models.layers import SHORTEST, Batch, Hidden, attention, mean_of_tokens, take_layer
+from vixml_jax.onnx_models.layers import SHORTEST, Hidden, TokenBatch, attention, mean_of_tokens, take_layer
 from vixml_jax.typing import Tree
 
 LAYERS = "layers"
@@ -57,7 +57,7 @@ def bert_model(params: Tree, arguments: Mapping[str, Any], largest: Mapping[str,
   table, length = graph.constant("position_embedding", positions), graph.apply("Shape", ids, start=1, end=2)
   x = graph.apply("Add", x, graph.apply("Slice", table, graph.integers(0), length, graph.integers(0)))
   x = graph.apply("Reshape", x, graph.integers(-1, arguments["embed_dim"]))
-  batch = Batch.of_mask(graph, mask)
+  batch = TokenBatch.of_mask(graph, mask)
 
   def norm(name: str, x: str, params: Tree, *readers: Tree) -> Hidden:
     """Returns x normalized, as the linear maps `readers` read it next."""

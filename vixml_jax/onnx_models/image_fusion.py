@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from vixml_jax.onnx_models.graph import Graph
-from vixml_jax.onnx_models.layers import Batch, Hidden, attention, layer_norm, mean_of_tokens
+from vixml_jax.onnx_models.layers import Hidden, TokenBatch, attention, layer_norm, mean_of_tokens
 from vixml_jax.typing import Tree
 
 IMAGE_FEATURES, IMAGE_PLACES = "image_features", "image_places"
@@ -37,7 +37,7 @@ class ImageInputs:
     """Returns the word vectors [batch, length, D] with the images in their places, as `ImageFusion.place`."""
     return self._graph.apply("ScatterND", x, self._places, self._adapted())
 
-  def add_to(self, pooled: str, batch: Batch) -> str:
+  def add_to(self, pooled: str, batch: TokenBatch) -> str:
     """Returns the pooled outputs [batch, D] with the residual of early fusion, as `ImageFusion.add_residual`."""
     if "residual" not in self._params:
       return pooled
@@ -73,7 +73,7 @@ class ImageInputs:
     images = graph.apply("ScatterND", self._filled(0, grid, dim), self._places, self._adapted())
     x = graph.apply("Concat", graph.apply("Unsqueeze", pooled, graph.integers(1)), images, axis=1)
     present = graph.apply("ScatterND", self._filled(0, grid), self._places, self._filled(1, self._count()))
-    batch = Batch.of_mask(graph, graph.apply("Concat", self._filled(1, items, 1), present, axis=1))
+    batch = TokenBatch.of_mask(graph, graph.apply("Concat", self._filled(1, items, 1), present, axis=1))
     x = graph.apply("Reshape", x, graph.integers(-1, dim))
     mixed = attention(
       graph, "fusion/attention", params["attention"], Hidden(x, x), batch.shape, num_heads, scores=batch.scores

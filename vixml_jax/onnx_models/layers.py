@@ -14,7 +14,7 @@ SHORTEST = 1e-12
 _MASKED = 1e30  # Subtracted from the scores of padding, whose probability is then exactly 0.
 
 
-class Batch(NamedTuple):
+class TokenBatch(NamedTuple):
   """What several parts of a graph need to know of a batch of padded items.
 
   Attributes:
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
   scores: str
 
   @classmethod
-  def of_mask(cls, graph: Graph, mask: str) -> "Batch":
+  def of_mask(cls, graph: Graph, mask: str) -> "TokenBatch":
     """Returns the values for a mask, float32 [batch, length]."""
     scores = graph.apply("Mul", graph.apply("Sub", mask, graph.number(1)), graph.number(_MASKED))
     return cls(graph.apply("Shape", mask), mask, graph.apply("Unsqueeze", scores, graph.integers(1, 2)))
@@ -114,7 +114,7 @@ def attention(
   return graph.linear(f"{name}/output", joined, output["kernel"].reshape(dim, dim), output["bias"])
 
 
-def mean_of_tokens(graph: Graph, hidden: str, batch: Batch, dim: int) -> str:
+def mean_of_tokens(graph: Graph, hidden: str, batch: TokenBatch, dim: int) -> str:
   """Returns the mean of each item's tokens, [batch, D]; zero for an item without tokens."""
   hidden = graph.apply("Reshape", hidden, graph.apply("Concat", batch.shape, graph.integers(dim), axis=0))
   summed = graph.apply("MatMul", graph.apply("Unsqueeze", batch.mask, graph.integers(1)), hidden)

@@ -9,7 +9,7 @@ from vixml_jax.errors import InputError, shown
 from vixml_jax.run.configuration.combinations import check_combinations
 from vixml_jax.run.configuration.keys import flatten_config
 from vixml_jax.run.configuration.ranges import OF_ARCHITECTURES, RANGES, rule_of
-from vixml_jax.run.configuration.rules import Rule
+from vixml_jax.run.configuration.rules import ValueRule
 
 _ARCHITECTURE = "encoder.architecture"
 
@@ -36,7 +36,7 @@ def check(config: ConfigDict) -> None:
   check_combinations(values)
 
 
-def _check_value(key: str, values: dict[str, Any], rule: Rule) -> None:
+def _check_value(key: str, values: dict[str, Any], rule: ValueRule) -> None:
   """Checks that a key exists, and that its value has its range."""
   if key not in values:
     sections = key.split(".")[:-1]

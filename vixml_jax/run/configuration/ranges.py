@@ -20,9 +20,9 @@ from vixml_jax.run.configuration.rules import (
   Pattern,
   Place,
   RopeScaling,
-  Rule,
   Several,
   Text,
+  ValueRule,
   Whole,
 )
 from vixml_jax.weights.siglip import VARIANTS
@@ -51,7 +51,7 @@ _HITS = 10_000
 _CHOSEN_NAME = Text(1, 200)
 _FLOATS = ("float32", "bfloat16", "float16")
 
-RANGES: dict[str, Rule] = {
+RANGES: dict[str, ValueRule] = {
   "name": Place(),
   "seed": Whole(0, _LARGEST),
   "method": Choice(METHODS),
@@ -162,7 +162,7 @@ RANGES: dict[str, Rule] = {
 }
 """Key -> its rule; the keys of the encoder's architecture are in `OF_ARCHITECTURES`."""
 
-OF_ARCHITECTURES: dict[str, dict[str, Rule]] = {
+OF_ARCHITECTURES: dict[str, dict[str, ValueRule]] = {
   "bert": {
     "encoder.max_position": Whole(1, _TOKENS),
     "encoder.num_token_types": Whole(0, 1000),
@@ -190,14 +190,14 @@ OF_ARCHITECTURES: dict[str, dict[str, Rule]] = {
 }
 """Architecture -> the further keys of its encoders."""
 
-OF_SECTIONS: dict[tuple[str, ...], Rule] = {
+OF_SECTIONS: dict[tuple[str, ...], ValueRule] = {
   ("prompt", "phrases", "*"): Text(0, 10_000),
   ("baselines", "*", "*"): Number(0, 100),  # Metrics in percent.
 }
 """Parts of the keys that the user chooses, where * is any name -> the rule of their values."""
 
 
-def rule_of(key: str, architecture: str) -> Rule | None:
+def rule_of(key: str, architecture: str) -> ValueRule | None:
   """Returns the rule of a key with an architecture; None if there is no such key."""
   found = RANGES.get(key) or OF_ARCHITECTURES[architecture].get(key)
   if found is None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from vixml_jax.files import path_problem
 
 
-class Rule(Protocol):
+class ValueRule(Protocol):
   """A rule for one value. Values may come from JSON, so a list stands for a tuple and an int for a float."""
 
   @property
@@ -41,14 +41,14 @@ class Whole:
 
   @property
   def allowed(self) -> str:
-    """See `Rule`."""
+    """See `ValueRule`."""
     kind = "a power of two" if self.power_of_two else "an even number" if self.even else "a whole number"
     return f"{kind} from {self.low:,} to {self.high:,}" + "".join(
       f", or {number} {words}" for number, words in self.also
     )
 
   def accepts(self, value: Any) -> bool:
-    """See `Rule`."""
+    """See `ValueRule`."""
     if type(value) is not int:  # True is an int as well.
       return False
     if any(value == number for number, _ in self.also):
@@ -77,7 +77,7 @@ class Number:
 
   @property
   def allowed(self) -> str:
-    """See `Rule`."""
+    """See `ValueRule`."""
     bounds = f"from {self.low:g} to {self.high:g}"
     if self.above_low or self.below_high:
       low, high = "above" if self.above_low else "at least", "below" if self.below_high else "at most"
@@ -85,7 +85,7 @@ class Number:
     return f"a number {bounds}" + "".join(f", or {number:g}" for number in self.also)
 
   def accepts(self, value: Any) -> bool:
-    """See `Rule`."""
+    """See `ValueRule`."""
     if type(value) not in (int, float) or not (isinstance(value, int) or math.isfinite(value)):
       return False
     above = value > self.low if self.above_low else value >= self.low
@@ -100,7 +100,7 @@ class Flag:
   allowed: str = "True or False"
 
   def accepts(self, value: Any) -> bool:
-    """See `Rule`."""
+    """See `ValueRule`."""
     return isinstance(value, bool)
 
 
@@ -112,12 +112,12 @@ class Choice:
 
   @property
   def allowed(self) -> str:
-    """See `Rule`."""
+    """See `ValueRule`."""
     empty = "empty, or " if "" in self.names else ""
     return f"{empty}one of {', '.join(filter(None, self.names))}"
 
   def accepts(self, value: Any) -> bool:
-    """See `Rule`."""
+    """See `ValueRule`."""
     return isinstance(value, str) and value in self.names
 
 
@@ -135,11 +135,11 @@ class Text:
 
   @property
   def allowed(self) -> str:
-    """See `Rule`."""
+    """See `ValueRule`."""
     return f"{'' if self.least else 'empty, or '}a text of {max(self.least, 1)} to {self.most:,} characters of Unicode"
 
   def accepts(self, value: Any) -> bool:
-    """See `Rule`."""
+    """See `ValueRule`."""
     if not isinstance(value, str) or len(value) > self.most or (self.least and not value.strip()):
       return False
     return not re.search("[\0\ud800-\udfff]", value)
@@ -159,12 +159,12 @@ class Place:
 
   @property
   def allowed(self) -> str:
-    """See `Rule`."""
+    """See `ValueRule`."""
     start = "empty, or " if self.empty else ""
     return start + ("a path that can be written" if self.inner else "a name that a file can have")
 
   def accepts(self, value: Any) -> bool:
-    """See `Rule`."""
+    """See `ValueRule`."""
     if not isinstance(value, str):
       return False
     if not value:
@@ -189,7 +189,7 @@ class Pattern:
   ascending: bool = False
 
   def accepts(self, value: Any) -> bool:
-    """See `Rule`."""
+    """See `ValueRule`."""
     if not isinstance(value, str):
       return False
     found = re.fullmatch(self.pattern, value)
@@ -210,7 +210,7 @@ class Several:
     descending: Whether values must descend.
   """
 
-  item: Rule
+  item: ValueRule
   least: int = 0
   most: int = 100
   once: bool = False
@@ -218,13 +218,13 @@ class Several:
 
   @property
   def allowed(self) -> str:
-    """See `Rule`."""
+    """See `ValueRule`."""
     number = f"{self.least or 1} to {self.most}" if self.most > 1 else "1"
     order = ", in descending order" if self.descending else ", each once" if self.once else ""
     return f"{'' if self.least else 'empty, or '}a list of {number} values{order}, each {self.item.allowed}"
 
   def accepts(self, value: Any) -> bool:
-    """See `Rule`."""
+    """See `ValueRule`."""
     if not isinstance(value, list | tuple) or not self.least <= len(value) <= self.most:
       return False
     if not all(self.item.accepts(each) for each in value):
@@ -245,7 +245,7 @@ class RopeScaling:
   )
 
   def accepts(self, value: Any) -> bool:
-    """See `Rule`."""
+    """See `ValueRule`."""
     if not isinstance(value, list | tuple):
       return False
     if len(value) == 0:
