@@ -13,7 +13,7 @@ _CASES = {
   "wrong type": (("main", _CUSTOM, "--config.train.epochs=three"), "train.epochs"),
   "value out of range": (("main", _CUSTOM, "--config.train.epochs=-1"), "train.epochs"),
   "word among numbers": (("main", _CUSTOM, "--config.eval.ks=all"), "eval.ks"),
-  "steps that are no range": (("main", _CUSTOM, "--profile=3"), "profile.steps='3': must be FIRST:LAST"),
+  "steps that are no range": (("main", _CUSTOM, "--profile=3"), "profile.steps='3': must be empty, or FIRST:LAST"),
   "steps twice": (("main", _CUSTOM, "--profile=3:4", "--config.profile.steps=5:6"), "--profile and --config.profile"),
   "no config": (("main",), "--config"),
   "no config to prepare": (("prepare_data",), "--config"),

@@ -35,7 +35,7 @@ def listed(names: Sequence[str], mark: str = ", ") -> str:
   """Returns names from a file for a message, in quotes: the first twenty, of each the first characters.
 
   >>> listed(["a", "b" * 80])
-  "'a', 'bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb..."
+  "'a', 'bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb..."
 
   Args:
     names: Names of columns or keys, of any length.

@@ -110,7 +110,7 @@ _PLACES = {
 }
 
 ACCEPTED = {
-  "minus one": {"dataset.validation_fraction", "mesh.data", "mesh.fsdp", "mesh.tensor"},
+  "minus one": {"eval.classifier_epochs", "dataset.validation_fraction", "mesh.data", "mesh.fsdp", "mesh.tensor"},
   "zero": _SHARES
   | {
     "seed",
@@ -125,6 +125,7 @@ ACCEPTED = {
     "train.chunk_rows",
     "mining.start_epoch",
     "eval.every_epochs",
+    "eval.classifier_epochs",
     "eval.bootstrap_samples",
     "eval.retrieval_query_hits",
   },

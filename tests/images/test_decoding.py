@@ -207,7 +207,7 @@ def test_an_image_of_several_strips_is_converted_as_a_whole_one(monkeypatch, mod
   pixels = RNG.integers(0, 256, (37, 20, 4), np.uint8)
   blob = encoded(Image.fromarray(pixels, "RGBA").convert(mode))
   whole = decode(blob)
-  monkeypatch.setattr(decoding, "_STRIP_PIXELS", 100)  # Five rows.
+  monkeypatch.setattr(decoding, "_PIXELS_AT_ONCE", 100)  # Five rows.
   np.testing.assert_array_equal(decode(blob), whole)
 
 

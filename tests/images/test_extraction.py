@@ -321,7 +321,7 @@ def test_killed_extraction_keeps_what_it_finished(shared, expected, tmp_path, mo
     ("slot below 0", "record 1: row 3, slot -1 is out of range"),
     ("no row", "record 1: row None, slot 0 is out of range"),
     ("text for a row", "trn_images.parquet: near record 0: row and slot must be integers"),
-    ("no image column", "columns must be row, slot and one of png, jpg, .*; found row, slot, photo"),
+    ("no image column", "columns must be row, slot and one of png, jpg, .*; found 'row', 'slot', 'photo'"),
     ("column of text", "column png has type string; it must have the encoded images"),
     ("not parquet", "trn_images.parquet: not a readable parquet file"),
     ("cut short", "trn_images.parquet: not a readable parquet file"),

@@ -112,7 +112,7 @@ def test_features_are_made_from_images_by_id(tmp_path, monkeypatch):
   ("columns", "message"),
   [
     ({"jpg": None}, r"has URLs and no images; download them with img2dataset \(docs/images.md\), keeping id"),
-    ({"id": None}, "columns must be id and one of png, .*; found url, key, jpg"),
+    ({"id": None}, "columns must be id and one of png, .*; found 'url', 'key', 'jpg'"),
     ({"id": ["A", None, "B"]}, "column id has 1 records without an id"),
     ({"jpg": ["a", "b", "c"]}, "column jpg has type string; it must have the encoded images"),
   ],

@@ -222,7 +222,7 @@ def test_staging_copies_code_data_and_weights(machine):
 def test_dry_run_of_a_whole_run_prints_its_commands_in_order_and_runs_none(machine):
   result = machine.run("tpu_pod.sh", "run", "--dry-run", *POD, "--type=v5litepod-16", "--spot", "--delete", *TRAINING)
   printed = commands_of(result)
-  checks = ["auth", "projects", "buckets", "accelerator-types", "ls"]
+  checks = ["auth", "projects", "buckets", "accelerator-types", "quotas", "ls"]
   words = [*checks, "archive", "create", "describe", "ssh", "rm", "cat", "delete"]
   kinds = [next(word for word in words if word in line) for line in printed]
   run = ["archive", "create", "describe", "ssh", "rm", "ssh", "describe", "cat", "delete", "create", "delete"]

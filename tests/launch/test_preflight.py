@@ -154,7 +154,7 @@ def test_the_config_reader_prints_what_a_run_needs_and_refuses_what_training_ref
   ]
   result = read("--config.train.epochs=-1")
   assert result.returncode == 1 and result.stdout == ""
-  assert result.stderr == "error: config.train.epochs=-1: must not be negative\n"
+  assert result.stderr == "error: config.train.epochs=-1: must be a whole number from 0 to 1,000,000\n"
 
 
 def test_after_max_hours_the_run_is_stopped_and_the_pod_deleted(machine):

@@ -13,8 +13,8 @@ _DEEP = 20_000
 # config.json of a workdir -> what the line of every command that reads it must name.
 _FILES = {
   "a list": ("[]", "is not a JSON object"),
-  "deep lists": (_DEEP * "[", "is nested too deeply"),
-  "deep objects": (_DEEP * '{"train":' + "1" + _DEEP * "}", "is nested too deeply"),
+  "deep lists": (_DEEP * "[", "nested too deep"),
+  "deep objects": (_DEEP * '{"train":' + "1" + _DEEP * "}", "nested too deep"),
   "a number": ({"encoder.pretrained": 7}, "config.encoder.pretrained=7: must be a path"),
   "an infinity": ({"train.learning_rate": float("inf")}, "config.train.learning_rate=inf: must be a number"),
   "no number": ({"mesh.data": None}, "config.mesh.data=None: must be a whole number"),

@@ -25,6 +25,7 @@ from vixml_jax.images import tower
 from vixml_jax.images.decoding import MAX_SCANS
 from vixml_jax.inference.predictor import Predictor
 from vixml_jax.search.label_index import LabelIndex
+from vixml_jax.serving import page_files
 from vixml_jax.serving.access import Access
 from vixml_jax.serving.gate import OPEN_PATHS
 

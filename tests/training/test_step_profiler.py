@@ -50,5 +50,5 @@ def test_without_steps_no_trace_is_written(tmp_path):
 def test_steps_that_are_no_range_are_refused(steps):
   config = base_config()
   config.name, config.dataset.name, config.profile.steps = "x", "custom", steps
-  with pytest.raises(InputError, match=f"config.profile.steps='{steps}': must be FIRST:LAST"):
+  with pytest.raises(InputError, match=f"config.profile.steps='{steps}': must be empty, or FIRST:LAST"):
     configuration.check(config)

@@ -10,13 +10,16 @@ import math
 
 import jax
 import numpy as np
+import optax
 
-from vixml_jax import sharded_rows
+from vixml_jax import sharded_rows, sharding
 from vixml_jax.ahead_of_time.plan import Plan, bytes_a_chip
 from vixml_jax.ahead_of_time.program_parts import ProgramParts, RunProgram, Work
 from vixml_jax.ahead_of_time.workload import item_lengths
+from vixml_jax.blend import classifiers
 from vixml_jax.evaluation.evaluator import MOST_HELD_OUT
 from vixml_jax.mining.order import cluster_size_at, is_cluster_update, num_query_clusters
+from vixml_jax.rounding import next_power_of_two
 from vixml_jax.run.from_config import chooses_retrieval
 from vixml_jax.run.state import init_program, start_program
 from vixml_jax.training.optimizer import optimizer_from_config
@@ -198,6 +201,28 @@ class _Run:
       held + bytes_a_chip((ids, values)),
       blocks,
     )
+    if config.eval.blend and config.eval.classifier_epochs:
+      yield self._classifiers(held)
     searched = number if config.eval.split == "validation" else 0
     searched += min(number, MOST_HELD_OUT) if chooses_retrieval(config) else 0
     yield from self._parts.search(held, searched, queries, masked=True, prefix="held out: ")
+
+  def _classifiers(self, held: float) -> RunProgram:
+    """Returns the program that trains the classifiers of labels."""
+    shape = (sharding.padded_rows(self._size.labels), self._model.embed_dim + 1)
+    rows = self._plan.array(shape, np.float32, "query", "vector")
+    adam = optax.ScaleByAdamState(self._plan.array((), np.int32), rows, rows)
+    size = min(classifiers.BATCH_SIZE, next_power_of_two(self._size.train))
+    arguments = (
+      classifiers.ClassifierState(rows, adam),
+      self._parts.queries,
+      self._plan.array((size,), np.int32),
+      self._plan.array((size, next_power_of_two(round(self._size.labels_per_query))), np.int32),
+      self._plan.array((), np.float32),
+    )
+    return RunProgram(
+      "train classifiers",
+      lambda: classifiers.classifier_step.lower(*arguments, num_labels=self._size.labels, mesh=self._mesh),
+      held + bytes_a_chip(arguments[0]),
+      self._config.eval.classifier_epochs * math.ceil(self._size.train / size),
+    )

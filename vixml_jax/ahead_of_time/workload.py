@@ -52,6 +52,7 @@ class Workload:
     """
     config = chosen.with_held_out(chosen.with_dtype(config, _PLATFORM), size.train)
     config = chosen.with_free_vectors(config, size.labels)
+    config = chosen.with_classifier_epochs(config, size.train, size.labels, _PLATFORM)
     layout = _layout(config)
     config = chosen.with_row_length(config, layout.longest(config.dataset.max_length), _PLATFORM)
     if not config.train.chunk_rows:

@@ -35,8 +35,8 @@ _ADAM = optax.scale_by_adam(b1=0.9, b2=0.99)
 _PAIRS_PER_BLOCK = 8192
 
 
-class _State(NamedTuple):
-  """Classifiers [L rounded up, D + 1], sharded by rows over the devices as both moments of Adam are."""
+class ClassifierState(NamedTuple):
+  """Classifiers [L rounded up, D + 1], and the state of Adam; all sharded by rows over the devices."""
 
   classifiers: jax.Array
   adam: optax.ScaleByAdamState
@@ -70,7 +70,9 @@ def fit_classifiers(
   steps = epochs * math.ceil(len(rows) / size)
   classifiers, mean, variance = (zeros(num_labels, embeddings.shape[1] + 1, mesh).values for _ in range(3))
   whole = sharding.named_sharding(mesh)
-  state = _State(classifiers, optax.ScaleByAdamState(sharding.to_global(np.zeros((), np.int32), whole), mean, variance))
+  state = ClassifierState(
+    classifiers, optax.ScaleByAdamState(sharding.to_global(np.zeros((), np.int32), whole), mean, variance)
+  )
   rng, done = np.random.default_rng(seed), 0
   with stage(f"train classifiers of {num_labels:,} labels", total=epochs * len(rows), unit="item") as progress:
     for _ in range(epochs):
@@ -78,7 +80,7 @@ def fit_classifiers(
       for start in range(0, len(order), size):
         part = order[start : start + size]
         queries = np.pad(part, (0, size - len(part)), constant_values=-1)
-        state = _step(
+        state = classifier_step(
           state,
           embeddings.values,
           sharding.to_global(queries.astype(np.int32), whole),
@@ -125,8 +127,8 @@ def _positives(labels_of_queries: Ragged, queries: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("num_labels", "mesh"))
-def _step(
-  state: _State,
+def classifier_step(
+  state: ClassifierState,
   embeddings: jax.Array,
   queries: jax.Array,
   positives: jax.Array,
@@ -134,7 +136,7 @@ def _step(
   *,
   num_labels: int,
   mesh: Mesh,
-) -> _State:
+) -> ClassifierState:
   """Returns the state after a step of Adam.
 
   Args:
@@ -149,7 +151,7 @@ def _step(
   inputs = SCALE * take_rows(embeddings, queries, mesh)
   gradient = _gradient(state.classifiers, inputs, positives, num_labels, mesh)
   update, adam = _ADAM.update(gradient, state.adam)
-  return _State(state.classifiers - learning_rate * update, adam)
+  return ClassifierState(state.classifiers - learning_rate * update, adam)
 
 
 def _gradient(
