@@ -418,7 +418,7 @@ async def _ask(
   reply = await connection.ask(message)
   if reply is None and reused:  # The server may close an idle connection at any time; a client then tries once more.
     reply = await campaign.once(message)
-  return _refused(reply) if wanted is None else campaign.check_good(reply, wanted)
+  return _refused(reply, 503) if wanted is None else campaign.check_good(reply, wanted)
 
 
 async def load(

@@ -200,7 +200,9 @@ def test_chunks_and_trailers_without_end_are_cut_off(served, endless):
   before = served.ended("large head")
   with served.connect() as connection:
     with contextlib.suppress(ConnectionError):
-      connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + endless)
+      connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+      time.sleep(0.2)  # What arrives with the head counts as progress.
+      connection.sendall(endless)
     wait_for(lambda: served.ended("large head") == before + 1, 5)
 
 
@@ -279,6 +281,7 @@ def test_a_body_that_is_not_ended_after_its_response_ends_the_connection():
       await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
       await send({"type": "http.response.body"})
 
+    wait_for(lambda: served.server.started)  # It loads the app first.
     served.server.config.loaded_app = early
     with served.connect() as connection:
       connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
