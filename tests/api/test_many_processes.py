@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from tests.helpers.miniature import read_lines
 from tests.helpers.miniature_runs import miniature_config
@@ -54,6 +55,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model_and_each_has_it(tmp_path):
   config = miniature_config(tmp_path)
   config.eval.update(dict(retrieval_augmented=False, blend=False, baselines=()))

@@ -82,7 +82,8 @@ WITHOUT_MINING = (("mining.start_epoch", 999),)
 IN_BFLOAT16 = (("encoder.dtype", "bfloat16"),)
 
 
-@pytest.mark.parametrize("name", ["images", pytest.param("texts", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["images", "texts"])
 def test_losses_in_bfloat16_follow_those_in_float32(run, name):
   exact, rounded = (run(name, WITHOUT_MINING + dtype).losses for dtype in ((), IN_BFLOAT16))
   print("largest relative difference of a loss:", np.max(np.abs(np.divide(rounded, exact) - 1)))

@@ -36,6 +36,7 @@ def _tried(run, cases):
   return trained, lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["texts"], indirect=True)
 def test_a_few_extreme_values_train_or_are_refused(run):
   trained, lines = _tried(run, _QUICK.items())
