@@ -7,6 +7,7 @@ as held by the programs that use them.
 
 from collections.abc import Iterator
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -210,7 +211,7 @@ class _Run:
   def _classifiers(self, held: float) -> RunProgram:
     """Returns the program that trains the classifiers of labels."""
     shape = (sharding.padded_rows(self._size.labels), self._model.embed_dim + 1)
-    rows = self._plan.array(shape, np.float32, "query", "vector")
+    rows: Any = self._plan.array(shape, np.float32, "query", "vector")
     adam = optax.ScaleByAdamState(self._plan.array((), np.int32), rows, rows)
     size = min(classifiers.BATCH_SIZE, next_power_of_two(self._size.train))
     arguments = (
