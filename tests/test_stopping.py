@@ -54,6 +54,17 @@ def test_a_main_thread_that_does_not_come_back_is_ended_in_time(work):
   assert seconds < stopping.SECONDS
 
 
+def test_sigterm_where_python_ignores_exceptions_ends_the_command_a_moment_later():
+  work = """class Sleeper:
+      def __del__(self):
+        time.sleep(2)
+    Sleeper()
+    time.sleep(60)"""
+  status, lines, seconds = _stopped(work)
+  assert (status, lines) == (143, [_LINE])
+  assert seconds < stopping.SECONDS - 1.5
+
+
 def test_work_that_is_being_saved_may_take_longer():
   work = """try:
       stopping.is_saving("steps", True)

@@ -5,15 +5,16 @@ in between. A thread therefore hears of SIGTERM as well (`signal.set_wakeup_fd`)
 process in time, the thread does. That loses no more than SIGKILL would: whatever is stored is whole at any instant.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import os
 import signal
 import sys
 import threading
 import time
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vixml_jax.errors import Preempted
 from vixml_jax.stages import Callback, Stage, reporting
@@ -91,7 +92,8 @@ def stoppable(saved: str, status: int = STATUS) -> Iterator[None]:
   _stop = stop = _Stop(saved, status)
   reading, writing = os.pipe()
   os.set_blocking(writing, False)
-  former = signal.signal(signal.SIGTERM, _preempt)
+  former, former_hook = signal.signal(signal.SIGTERM, _preempt), sys.unraisablehook
+  sys.unraisablehook = functools.partial(_raise_again, former_hook)
   signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
   threading.Thread(target=stop.watch, args=(reading,), name="SIGTERM", daemon=True).start()
   with reporting(stop):
@@ -99,6 +101,7 @@ def stoppable(saved: str, status: int = STATUS) -> Iterator[None]:
   # After an exception, the thread watches until the process has ended.
   signal.set_wakeup_fd(-1)
   signal.signal(signal.SIGTERM, former)
+  sys.unraisablehook = former_hook
   os.close(writing)
 
 
@@ -133,3 +136,12 @@ def end_in_time() -> None:
 def _preempt(number: int, frame: FrameType | None) -> None:
   signal.signal(signal.SIGTERM, signal.SIG_IGN)  # A second one would interrupt the end.
   raise Preempted(_stop.line())
+
+
+def _raise_again(report: Callable[[Any], object], ignored: Any) -> None:
+  """Raises `Preempted` a moment later if Python ignored it, as it does in `__del__` and callbacks of the collector."""
+  if not isinstance(ignored.exc_value, Preempted):
+    report(ignored)
+    return
+  signal.signal(signal.SIGTERM, _preempt)
+  threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
