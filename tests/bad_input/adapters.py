@@ -8,6 +8,7 @@ import numpy as np
 
 from tests.bad_input import values, weights
 from tests.bad_input.campaign import Expected, refused
+from tests.bad_input.mutations import mutations_of
 from vixml_jax.weights import engine, peft
 
 RANK, ALPHA = 4, 6.0
@@ -90,15 +91,7 @@ _ROPE = {
 
 
 MUTATIONS = {}
-
-
-def mutation(function):
-  @st.composite
-  def cases(draw):
-    return function(draw)
-
-  MUTATIONS[function.__name__.strip("_").replace("_", " ")] = cases()
-  return function
+mutation = mutations_of(MUTATIONS)
 
 
 def _adapter(config=CONFIG, content=None):

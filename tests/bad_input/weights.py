@@ -15,6 +15,7 @@ import numpy as np
 
 from tests.bad_input import values
 from tests.bad_input.campaign import Expected, refused
+from tests.bad_input.mutations import mutations_of
 from vixml_jax.models.siglip import define_siglip
 from vixml_jax.weights import engine, tables
 
@@ -57,15 +58,7 @@ class Weights:
 
 
 MUTATIONS = {}
-
-
-def mutation(function):
-  @st.composite
-  def cases(draw):
-    return function(draw)
-
-  MUTATIONS[function.__name__.strip("_").replace("_", " ")] = cases()
-  return function
+mutation = mutations_of(MUTATIONS)
 
 
 WORKS = Expected(TOWER)

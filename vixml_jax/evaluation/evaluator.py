@@ -185,7 +185,8 @@ class EvaluationIndex:
       asked.append((retrieval.hits, retrieval.num_query_hits))
     if blend is not None:
       asked.append((blend.index.widths.labels, blend.index.widths.queries))
-    found = self.search_both(np.asarray(queries.embeddings), *(max(hits) for hits in zip(*asked, strict=True)))
+    embeddings = np.asarray(queries.embeddings)
+    found = self.search_both(embeddings, *(max(hits) for hits in zip(*asked, strict=True)))
     plain = found.first(width, 0)
     rows = {"plain": drop_members(plain.label_scores, plain.label_ids, queries.filter, config.depth)}
     if retrieval is not None:
@@ -202,7 +203,6 @@ class EvaluationIndex:
     if blend is None:
       return rows, None
     assert queries.words is not None
-    embeddings = np.asarray(queries.embeddings)
     described = blend.index.described(embeddings, found, queries.words, exclude=queries.filter)
     scored = ScoredCandidates.score(blend.model, *described)
     rows["blend"] = scored.ranked(config.depth, self.inverse_propensity)
