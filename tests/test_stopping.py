@@ -65,6 +65,15 @@ def test_sigterm_where_python_ignores_exceptions_ends_the_command_a_moment_later
   assert seconds < stopping.SECONDS - 1.5
 
 
+def test_an_exception_that_a_library_made_of_sigterm_ends_the_command_with_the_same_line():
+  work = """try:
+      time.sleep(60)
+    except BaseException as error:
+      raise ImportError("initialization failed") from error"""
+  status, lines, _ = _stopped(work)
+  assert (status, lines) == (143, [_LINE])
+
+
 def test_work_that_is_being_saved_may_take_longer():
   work = """try:
       stopping.is_saving("steps", True)

@@ -75,7 +75,7 @@ def run(
       messages.set_up()
       _check_processes(divides)
       _join_processes()
-      with reporting(ProgressBars()), progress_lines():
+      with reporting(ProgressBars()), progress_lines(), stopping.unwrapped():
         main()
     except InputError as error:
       _fail(str(error))

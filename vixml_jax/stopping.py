@@ -105,6 +105,20 @@ def stoppable(saved: str, status: int = STATUS) -> Iterator[None]:
   os.close(writing)
 
 
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+  """Raises `Preempted` itself where a library made another exception of it, as a failed import of C++ code does."""
+  try:
+    yield
+  except Exception as error:
+    cause: BaseException | None = error
+    while cause is not None:
+      if isinstance(cause, Preempted):
+        raise cause from None
+      cause = cause.__cause__ or cause.__context__
+    raise
+
+
 def has_saved(what: str) -> None:
   """Replaces what the line of a stopped command says was saved, such as "step 40 is saved"."""
   _stop.saved = what
