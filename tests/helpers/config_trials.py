@@ -2,10 +2,11 @@
 
 import contextlib
 import math
+import multiprocessing
+from multiprocessing.connection import Connection
 import os
 from pathlib import Path
 import resource
-import signal
 
 from tests.helpers.absurd_values import changed
 from tests.helpers.image_features import write_random_features
@@ -95,32 +96,64 @@ class _OneStep(Callback):
     raise StopTraining
 
 
-def try_value(config, key, value, trained, folder):
-  """Starts a run with a value, and returns `TRAINED`, or the line of the error.
+class Trials:
+  """Tries values, each in a fork of a process that has imported everything.
 
-  Args:
-    config: Config of the miniature.
-    key: The key.
-    value: Its value.
-    trained: Workdir of a run with `config`, which is evaluated again for keys of the evaluation.
-    folder: Folder for the workdir of another run.
-
-  Raises:
-    Exception: What is not an `InputError` of one line, within the limits of time and memory, is a bug.
+  So memory that a case leaves behind, or a device that waits for others whose program failed, does not reach the next.
   """
-  evaluates = key.startswith("eval.")
-  with changed(config, key, value), _limited(), reporting(_OneStep()):
+
+  def __init__(self):
+    self._context = multiprocessing.get_context("forkserver")
+    self._context.set_forkserver_preload(["vixml_jax.experiment", __name__])
+
+  def try_value(self, config, key, value, trained, folder):
+    """Starts a run with a value, and returns `TRAINED`, or the line of the error.
+
+    Args:
+      config: Config of the miniature.
+      key: The key.
+      value: Its value.
+      trained: Workdir of a run with `config`, which is evaluated again for keys of the evaluation.
+      folder: Folder for the workdir of another run.
+
+    Raises:
+      AssertionError: It is neither trained nor refused in one line within the limits of time and memory: a bug.
+    """
+    receiver, sender = self._context.Pipe(duplex=False)
+    process = self._context.Process(target=_try_value, args=(sender, config, key, value, trained, folder))
+    process.start()
+    sender.close()
     try:
+      assert receiver.poll(MOST_SECONDS), f"more than {MOST_SECONDS} s"
+      refused, line = receiver.recv()
+    except EOFError:
+      process.join()
+      raise AssertionError(f"the process ended with {process.exitcode}") from None
+    finally:
+      process.kill()
+      process.join()
+      receiver.close()
+    assert refused or line == TRAINED, line
+    assert "\n" not in line, line
+    return line
+
+
+def _try_value(sender: Connection, config, key, value, trained, folder) -> None:
+  """Sends whether the value was refused, and the line, `TRAINED` or the exception."""
+  _limit_memory()
+  try:
+    with changed(config, key, value), reporting(_OneStep()):
       configuration.check(config)
-      if evaluates:
+      if key.startswith("eval."):
         evaluate_workdir(config, trained)
       else:
         with _without_evaluation():
           train_and_evaluate(config, folder)
-    except InputError as error:
-      assert "\n" not in str(error), error
-      return str(error)
-  return TRAINED
+    sender.send((False, TRAINED))
+  except InputError as error:
+    sender.send((True, str(error)))
+  except BaseException as error:
+    sender.send((False, repr(error)))
 
 
 @contextlib.contextmanager
@@ -134,20 +167,7 @@ def _without_evaluation():
     experiment._evaluate_and_write = before
 
 
-@contextlib.contextmanager
-def _limited():
-  """Limits the seconds and the bytes that the block may add."""
-
-  def stop(number, frame):
-    raise TimeoutError(f"more than {MOST_SECONDS} s")
-
+def _limit_memory() -> None:
+  """Limits the bytes that the process may add."""
   used = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
-  limits, handler = resource.getrlimit(resource.RLIMIT_DATA), signal.signal(signal.SIGALRM, stop)
-  resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_BYTES, limits[1]))
-  signal.alarm(MOST_SECONDS)
-  try:
-    yield
-  finally:
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, handler)
-    resource.setrlimit(resource.RLIMIT_DATA, limits)
+  resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.helpers.config_trials import ENCODERS, TRAINED, base_config, cases_of, try_value
+from tests.helpers.config_trials import ENCODERS, TRAINED, Trials, base_config, cases_of
 from vixml_jax.experiment import train_and_evaluate
 
 # Enough to notice that sizes, rates, places and searches are checked; the others are slow.
@@ -23,12 +23,14 @@ def run(request, tmp_path_factory):
 def _tried(run, cases):
   """Tries all cases; returns how many trained and the lines of the others."""
   _, config, folder = run
-  bugs, lines, trained = [], [], 0
+  bugs, lines, trained, trials = [], [], 0, Trials()
   for number, (key, value) in enumerate(cases):
+    print(f"{number + 1} of {len(cases)}: {key}={value!r}"[:100], flush=True)
     try:
-      outcome = try_value(config, key, value, folder / "base", folder / f"run{number}")
-    except Exception as error:
-      bugs.append(f"{key}={value!r}"[:100] + f": {error!r}"[:300])
+      outcome = trials.try_value(config, key, value, folder / "base", folder / f"run{number}")
+    except AssertionError as error:
+      bugs.append(f"{key}={value!r}"[:100] + f": {error}"[:300])
+      print(bugs[-1], flush=True)
       continue
     trained += outcome == TRAINED
     lines += [outcome] * (outcome != TRAINED)
