@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+import gc
 import ipaddress
 import os
 from pathlib import Path
@@ -36,6 +37,8 @@ os.environ.update(
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     # Compilation takes most of the tests' time, and their programs are too small to gain from optimization.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    # Without the place in the source of every operation, a program is traced and lowered in less time.
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
     # Everything that tests load is on disk.
     "HF_HUB_OFFLINE": "1",
     # The threads of tokenizers do not survive a fork, and do not pay off for a few rows.
@@ -93,6 +96,14 @@ def network_attempts() -> Iterator[list[str]]:
   _attempts.clear()
   yield _attempts
   assert not _attempts, f"the test asked the network for {_attempts}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap() -> Iterator[None]:
+  """Leaves what a file's tests have imported and compiled out of later garbage collections, which took a second each."""
+  yield
+  gc.collect()
+  gc.freeze()
 
 
 def _shared_workdir(name: str) -> Any:
