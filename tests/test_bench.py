@@ -10,16 +10,14 @@ from benchmarks.bench import __main__ as program
 from benchmarks.bench import harness, report, rows
 from benchmarks.bench.harness import OURS, Check, Cost, Side, Started, UnavailableError, Work
 
+# Sides that need a package which the tests do not.
+_ONLY_IN_BENCH = ("faiss-cpu", "numba", "onnx", "onnxscript", "onnxruntime")
 
 
 @pytest.fixture(autouse=True)
 def no_collection(monkeypatch):
   """A row collects garbage before each timed call, which takes seconds where thousands of tests have run before."""
   monkeypatch.setattr(harness.gc, "collect", lambda: 0)
-
-
-# Sides that need a package which the tests do not.
-_ONLY_IN_BENCH = ("faiss-cpu", "numba", "onnx", "onnxscript", "onnxruntime")
 
 
 def _equal(ours, theirs):

@@ -87,8 +87,8 @@ def test_the_abstract_state_of_the_full_size_has_the_published_number_of_paramet
 
 
 # One run for each architecture and input: BERT with and without token types, Qwen2, Qwen3 and Llama, texts and images.
-# The others differ from them in sizes, which the abstract state checks. Those that are slow tests combine a reader and an
-# encoder of which each runs in another case, or in tests of training and of export.
+# The others differ from them in sizes, which the abstract state checks. Each reader and encoder of a slow case runs in
+# another case, or in tests of training and of export.
 @pytest.mark.parametrize(
   "name,variant",
   [

@@ -90,12 +90,11 @@ def test_a_run_is_refused_with_another_base_and_evaluated_with_a_moved_one(finis
   assert metrics_of(evaluate_workdir(config, workdir)) == metrics_of(finished[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "change",
   [
-    pytest.param(
-      {"encoder.pooling": "last", "fusion.method": "late", "encoder.random_init": True}, marks=pytest.mark.slow
-    ),
+    {"encoder.pooling": "last", "fusion.method": "late", "encoder.random_init": True},
     {
       "prompt.template": "E V eos",
       "encoder.lora_rank": 0,

@@ -151,6 +151,7 @@ def test_a_batch_on_the_host_is_refused(config, tmp_path, monkeypatch):
     train_and_evaluate(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_after_a_flipped_bit_in_the_newest_checkpoint_the_run_ends_with_the_same_bits(finished, config, tmp_path):
   config.checkpoint.every_steps = 3
   train_and_evaluate(config, tmp_path)
