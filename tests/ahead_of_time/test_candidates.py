@@ -88,7 +88,9 @@ def test_flags_are_quoted_for_a_shell():
   [
     pytest.param({}, 32, marks=pytest.mark.slow),
     ({"train.chunks_in": "layer"}, 32),
-    ({"encoder.remat": True, "encoder.remat_saved": ("query", "key", "value", "up")}, 64),
+    pytest.param(
+      {"encoder.remat": True, "encoder.remat_saved": ("query", "key", "value", "up")}, 64, marks=pytest.mark.slow
+    ),
   ],
   ids=str,
 )

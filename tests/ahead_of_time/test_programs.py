@@ -179,6 +179,7 @@ def test_programs_run_as_often_as_in_a_run(plan):
   assert runs["cluster queries into 16"] == 3
 
 
+@pytest.mark.slow
 def test_devices_that_share_parameters_also_share_rows(tmp_path):
   config = miniature_config(tmp_path, "minilm-l3")
   workload = Workload.of(config, DataSize(40, 0, 24, tokens=6.0, images=0.0))
