@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _ROOT = Path(__file__).resolve().parent.parent
 
 # The heap of a process that has run thousands of tests is large, and little of it is garbage; see `frozen_heap`.
-gc.set_threshold(10_000, 20, 50)
+gc.set_threshold(5_000, 10, 20)
 # Files that take long start first, so that no process is left with one of them at the end.
 _FIRST = (
   "tests/training/",

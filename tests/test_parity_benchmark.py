@@ -60,7 +60,8 @@ def test_another_schedule_on_one_side_is_found(config, tmp_path, monkeypatch):
   assert parity_torch.largest_difference(losses, "loss") > 1e-3
 
 
-@pytest.mark.parametrize("rate", [0.1, pytest.param(0.4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [0.1, 0.4])
 def test_with_dropout_both_sides_have_the_same_loss_on_average(config, tmp_path, rate, capsys, monkeypatch):
   config.encoder.update(dict(dropout=0.1, attention_dropout=0.1, projection_dropout=0.1))
   config.prototype.dropout = 0.1

@@ -70,6 +70,7 @@ def test_a_checkpoint_has_trained_adapters_and_no_base(finished, tmp_path):
     assert not np.array_equal(engine.flatten_tree(state.params)[name], value), f"{name} was not trained"
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_sigterm_continues_to_the_same_bits(finished, config, tmp_path, monkeypatch):
   assert_sigterm_changes_no_bit(config, finished[1], tmp_path, monkeypatch)
 
