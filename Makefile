@@ -22,7 +22,7 @@ HASHES ?= yes
 # URL of an index that torch alone is installed from. As an extra index it could replace any other package as well.
 TORCH_INDEX_URL ?=
 
-PYTEST = $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+PYTEST = $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Separates arguments of `call`, so it must be a variable within one.
 comma := ,

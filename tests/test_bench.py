@@ -14,6 +14,12 @@ from benchmarks.bench.harness import OURS, Check, Cost, Side, Started, Unavailab
 _ONLY_IN_BENCH = ("faiss-cpu", "numba", "onnx", "onnxscript", "onnxruntime")
 
 
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch):
+  """A row collects garbage before each timed call, which takes seconds where thousands of tests have run before."""
+  monkeypatch.setattr(harness.gc, "collect", lambda: 0)
+
+
 def _equal(ours, theirs):
   return Check(ours == theirs, f"{theirs} and {ours}")
 
@@ -152,14 +158,13 @@ def test_rows_are_listed(capsys):
   assert [line.split()[0] for line in lines] == list(rows.NAMES)
 
 
-_SLOW = ("training_names", "lora")
+# Rows of each kind that are quick: without training, and one of each implementation of attention, mining and search.
+_QUICK = ("packing", "kmeans", "exact_search", "approximate_search", "attention_64", "encoding")
 
 
 @pytest.mark.filterwarnings("ignore")  # Those of the peers.
 @pytest.mark.parametrize(
-  "name",
-  # Training compiles three programs and takes most of the time.
-  [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in rows.names_of("tiny")],
+  "name", [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in rows.names_of("tiny")]
 )
 def test_row_runs_and_its_sides_agree(name):
   row = harness.run_row(name, rows.maker(name, "tiny"), 1, 600.0, lambda cost: 1e9)

@@ -30,6 +30,16 @@ def _circles(path):
   return ElementTree.fromstring(path.read_text("utf-8")).findall(f".//{_SVG}circle")
 
 
+def test_a_measured_part_prints_its_table_and_writes_json_and_a_plot(tmp_path, capsys):
+  assert cost_growth.main(["--parts=search", "--size=tiny", f"--output={tmp_path}"]) == 0
+  (part,) = json.loads((tmp_path / "cost_growth.json").read_text("utf-8")).values()
+  assert {"command", "hardware", "versions"} <= set(part)
+  assert [row["labels"] for row in part["rows"]] == [500, 2000]
+  assert "| labels | cpu_ms_a_query |" in capsys.readouterr().out
+  assert len(_circles(tmp_path / "cost_growth_search.svg")) == 2 * 3
+
+
+@pytest.mark.slow
 def test_measured_parts_print_tables_and_write_json_and_plots(tmp_path, capsys):
   assert cost_growth.main(["--parts=search", "--size=tiny", f"--output={tmp_path}"]) == 0
   both = ["--parts=virtual", "--size=tiny", f"--output={tmp_path}", f"--plots={tmp_path / 'plots'}"]

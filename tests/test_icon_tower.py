@@ -72,6 +72,7 @@ def test_training_reduces_the_loss_and_teaches_which_tag_an_image_has(capsys):
   assert tool.rank_by_tower(features, labels, prior, one_each)["P@1"] > 90  # 25 by chance.
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_tower_and_another_seed_another():
   one, same, other = (jax.tree.leaves(trained(seed, 10)["tower"]) for seed in (0, 0, 1))
   assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))

@@ -44,6 +44,7 @@ def test_all_parts_of_the_loss_agree_at_every_step(config, tmp_path, capsys):
   assert losses["PyTorch"][-1]["loss"] < losses["PyTorch"][0]["loss"]
 
 
+@pytest.mark.slow
 def test_texts_alone_agree_as_well(config, tmp_path):
   config.images = 0
   losses = parity_torch.compare_steps(config, tmp_path, 3)
@@ -59,6 +60,7 @@ def test_another_schedule_on_one_side_is_found(config, tmp_path, monkeypatch):
   assert parity_torch.largest_difference(losses, "loss") > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.1, 0.4])
 def test_with_dropout_both_sides_have_the_same_loss_on_average(config, tmp_path, rate, capsys, monkeypatch):
   config.encoder.update(dict(dropout=0.1, attention_dropout=0.1, projection_dropout=0.1))
@@ -102,6 +104,7 @@ def test_the_table_has_means_and_standard_deviations_of_both_sides():
   ]
 
 
+@pytest.mark.slow
 def test_another_drawn_positive_on_one_side_is_found(config, tmp_path, monkeypatch):
   drawn = parity_sides.Run.drawn_positives
   monkeypatch.setattr(parity_sides.Run, "drawn_positives", lambda run, batch, step: drawn(run, batch, step + 1))

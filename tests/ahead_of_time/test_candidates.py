@@ -86,9 +86,11 @@ def test_flags_are_quoted_for_a_shell():
 @pytest.mark.parametrize(
   "changes,rows",
   [
-    ({}, 32),
+    pytest.param({}, 32, marks=pytest.mark.slow),
     ({"train.chunks_in": "layer"}, 32),
-    ({"encoder.remat": True, "encoder.remat_saved": ("query", "key", "value", "up")}, 64),
+    pytest.param(
+      {"encoder.remat": True, "encoder.remat_saved": ("query", "key", "value", "up")}, 64, marks=pytest.mark.slow
+    ),
   ],
   ids=str,
 )

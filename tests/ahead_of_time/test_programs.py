@@ -109,7 +109,10 @@ def compiled_programs():
     logger.propagate = True
 
 
-@pytest.mark.parametrize("changes", ["decoder", "held out", "ngame"])
+@pytest.mark.parametrize(
+  "changes",
+  [pytest.param("decoder", marks=pytest.mark.slow), "held out", pytest.param("ngame", marks=pytest.mark.slow)],
+)
 def test_a_plan_lists_every_program_that_a_run_compiles(changes, tmp_path):
   config = miniature_config(tmp_path, "qwen2.5-0.5b" if changes == "decoder" else "minilm-l3", num_train=48)
   config.mesh.update(dict(data=2, fsdp=4, tensor=1))
@@ -176,8 +179,9 @@ def test_programs_run_as_often_as_in_a_run(plan):
   assert runs["cluster queries into 16"] == 3
 
 
+@pytest.mark.slow
 def test_devices_that_share_parameters_also_share_rows(tmp_path):
-  config = miniature_config(tmp_path, "qwen2.5-0.5b")
+  config = miniature_config(tmp_path, "minilm-l3")
   workload = Workload.of(config, DataSize(40, 0, 24, tokens=6.0, images=0.0))
   plans = [Plan.of(workload, cpu_slice(), MeshPlan(*mesh, 1, 16)) for mesh in ((8, 1), (1, 8))]
   replicated, sharded = (compile_program(plan, program_of(plan, TRAIN_STEP)).cost.flops for plan in plans)

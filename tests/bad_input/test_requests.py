@@ -5,14 +5,14 @@ import json
 import pytest
 
 from tests.bad_input import campaign, requests
-from tests.helpers.http_server import call, running
+from tests.helpers.http_server import call, quick_to_stop, running
 from vixml_jax.inference.loading import load_predictor
 
 
 @pytest.fixture(scope="module")
 def server(with_images):
   predictor = load_predictor(with_images.workdir)
-  with running(lambda: predictor) as server:
+  with quick_to_stop(), running(lambda: predictor) as server:
     yield server
 
 

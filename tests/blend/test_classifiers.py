@@ -35,18 +35,18 @@ def _loss(weights, inputs, positives):
   return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
-def test_the_gradient_is_that_of_the_loss(devices):
+def test_the_gradient_is_that_of_the_loss():
   rows = [[0], [3, 12, 7], [], [11]]
   inputs, weights = _unit(len(rows), 0), np.random.default_rng(1).normal(size=(NUM_LABELS, DIM + 1)).astype(np.float32)
   positives = np.full((len(rows), 4), -1, np.int32)
   for row, of_query in enumerate(rows):
     positives[row, : len(of_query)] = of_query
-  mesh = _mesh(devices)
-  found = classifiers._gradient(shard_rows(weights, mesh), jnp.asarray(inputs), positives, NUM_LABELS, mesh)
-  expected = jax.grad(_loss)(jnp.asarray(weights), inputs, rows)
-  np.testing.assert_allclose(np.asarray(found)[:NUM_LABELS], expected, atol=1e-6)
-  np.testing.assert_array_equal(np.asarray(found)[NUM_LABELS:], 0)
+  expected = jax.jit(jax.grad(lambda weights: _loss(weights, inputs, rows)))(weights)
+  for devices in (1, 8):
+    mesh = _mesh(devices)
+    found = classifiers._gradient(shard_rows(weights, mesh), jnp.asarray(inputs), positives, NUM_LABELS, mesh)
+    np.testing.assert_allclose(np.asarray(found)[:NUM_LABELS], expected, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(found)[NUM_LABELS:], 0)
 
 
 def test_a_query_whose_positives_are_all_labels_changes_nothing():

@@ -74,7 +74,7 @@ def test_no_items_give_no_embeddings(encoder, items):
   assert encoder.embed(params, items.take(np.arange(0))).shape == (0, DIM)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_rows_on_the_devices_equal_vectors_on_the_host(encoder, items, sizes):
   on_one_axis, params = encoder
   other = dataclasses.replace(on_one_axis, mesh=sharding.make_mesh(*sizes))

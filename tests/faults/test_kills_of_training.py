@@ -13,15 +13,18 @@ from tests.helpers.miniature_runs import ROOT
 
 _KILLS = 50
 _PHASES = {
+  "preparation": "(hash raw files|prepare (train|test|labels)|compare .*custom/)",
   "extraction": "encode (train|test|labels) images",
+  "feature set": r"(write (train|test|labels) features|compare .*custom_features/)",
+  "image features": "load (train|test|labels) features",
   "tokenizing": "tokenize",
-  "image features": "load .* features",
-  "free vectors": r"(encode|divide) \d+ (labels|rows into 8)",
+  "free vectors": r"divide 24 rows",
   "training": "train$",
   "checkpoint": "save a checkpoint",
-  "mining": r"(divide \d+ rows into (4|8|16) clusters|compute the means)",
-  "evaluation": r"(encode \d+ test queries|evaluate|compute \d+ prototypes)",
-  "blend": "(fit the blend|count the words)",
+  "mining": r"divide 18 rows",
+  "centroids": "(encode .* training queries|compute the means)",
+  "evaluation": r"(encode \d+ (test queries|labels)|evaluate|compute \d+ prototypes|place)",
+  "blend": "(count the words|train classifiers|fit the blend)",
   "embeddings": "write embeddings",
   "label index": "write the label index",
 }
@@ -135,14 +138,16 @@ if kills > 4:  # Compiles everything, so that the next run tells how long one ta
     shutil.rmtree(place / folder)
 status, _, expected, seconds, seen = attempt(None)
 report(seconds=seconds, stages=seen, status=status)
-done, number = 0, 0
+done, number, order = 0, 0, []
 while done < kills:
   for folder in ("run", "data"):
     shutil.rmtree(place / folder)
   # A run is killed in a few phases one after the other, or at random seconds.
   if number % 2 == 0:
-    chosen = sorted(rng.sample(range(len(phases)), 4))
-    plan = [(list(phases.values())[i], rng.choice([1, 1, 2]), rng.random() * 0.2) for i in chosen]
+    if not order:
+      order = rng.sample(range(len(phases)), len(phases))
+    chosen, order = sorted(order[:4]), order[4:]
+    plan = [(list(phases.values())[i], rng.choice([1, 1, 2]), rng.choice([0, rng.random() * 0.2])) for i in chosen]
   else:
     plan = [rng.random() * seconds for _ in range(3)]
   hit, status, told = [], None, None

@@ -11,8 +11,10 @@ import time
 from urllib.parse import urlsplit
 
 from PIL import Image
+import pytest
 
 from vixml_jax.inference.rankings import RANKINGS
+from vixml_jax.serving import failures
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.rankings import Rankings
 from vixml_jax.serving.server import Server
@@ -33,6 +35,14 @@ def running(load, limits=LIMITS, ready=True, rankings=RANKINGS, **options):
   finally:
     server.stop()
     thread.join()
+
+
+@contextlib.contextmanager
+def quick_to_stop():
+  """Shortens the time in which a server reads on after status 413, since it waits for that when it is stopped."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(failures, "_LINGER_SECONDS", 1.0)
+    yield
 
 
 def wait_for(condition, seconds=60):

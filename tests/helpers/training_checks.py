@@ -198,16 +198,17 @@ def joined_commands(config, workdir, count, devices=2, encoder="minilm-l6", modu
   return [subprocess.Popen(**started) for started in commands]
 
 
-def assert_two_processes_train_like_one(config, one, two, encoder="minilm-l6"):
-  """Trains in two processes of four devices each, and compares with a workdir of one process of eight devices.
+def assert_two_processes_train_like_one(config, one, two, devices=2, encoder="minilm-l6"):
+  """Trains in two processes, and compares with a workdir of one process of eight devices.
 
   Args:
     config: Config of the finished run.
     one: Workdir of the finished run.
     two: Workdir of the two processes.
+    devices: Number of devices of each of them.
     encoder: Name of the encoder in the config.
   """
-  processes = two_processes(config, two, 4, encoder)
+  processes = two_processes(config, two, devices, encoder)
   outputs = [process.communicate(timeout=300)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 

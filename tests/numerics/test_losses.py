@@ -121,17 +121,17 @@ def assert_loss_equals(case, function, transcription, num_terms):
       np.testing.assert_allclose(np.asarray(found[i], np.float64), wanted, atol=error * max(1.0, np.abs(wanted).max()))
 
 
-@few_and_many(12, 200)
+@few_and_many(6, 200)
 def test_the_loss_of_prime_and_its_gradients_equal_the_transcription(examples):
   for_all(cases(3), examples, lambda case: assert_loss_equals(case, losses.prime_loss, float64.prime, 4))
 
 
-@few_and_many(8, 100)
+@few_and_many(4, 100)
 def test_the_loss_of_ngame_and_dexa_and_its_gradients_equal_the_transcription(examples):
   for_all(cases(2), examples, lambda case: assert_loss_equals(case, losses.siamese_loss, float64.siamese, 2))
 
 
-@few_and_many(4, 60)
+@few_and_many(2, 60)
 def test_the_loss_over_prefixes_is_the_mean_of_transcriptions_of_each_prefix(examples):
   """Prefixes of hostile vectors have any norm, zero among them; their norms have gradients of their own."""
   dims = (4, 2, 1)

@@ -87,17 +87,18 @@ def test_the_abstract_state_of_the_full_size_has_the_published_number_of_paramet
 
 
 # One run for each architecture and input: BERT with and without token types, Qwen2, Qwen3 and Llama, texts and images.
-# The others differ from them in sizes, which the abstract state checks.
+# The others differ from them in sizes, which the abstract state checks. Each reader and encoder of a slow case runs in
+# another case, or in tests of training and of export.
 @pytest.mark.parametrize(
   "name,variant",
   [
-    ("quickstart", None),
+    pytest.param("quickstart", None, marks=pytest.mark.slow),
     ("quickstart", "images=3"),
     ("custom", "encoder=distilbert"),
     ("lf_amazon_1.3m", "encoder=bert,images=3"),
-    ("lf_amazon_131k", "encoder=qwen2.5-0.5b"),
-    ("lf_amazon_1.3m", "encoder=qwen2.5-3b,images=3"),
-    ("custom", "encoder=qwen3-0.6b"),
+    pytest.param("lf_amazon_131k", "encoder=qwen2.5-0.5b", marks=pytest.mark.slow),
+    pytest.param("lf_amazon_1.3m", "encoder=qwen2.5-3b,images=3", marks=pytest.mark.slow),
+    pytest.param("custom", "encoder=qwen3-0.6b", marks=pytest.mark.slow),
     ("custom", "encoder=llama-3.2-1b,images=3"),
   ],
 )

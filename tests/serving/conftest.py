@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.helpers.http_server import running
+from tests.helpers.http_server import quick_to_stop, running
 from tests.helpers.trained_workdirs import Trained
 from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.predictor import Predictor
@@ -20,5 +20,5 @@ def predictor(with_images: Trained) -> Predictor:
 @pytest.fixture(scope="module")
 def server(predictor: Predictor) -> Iterator[Server]:
   """Running server of `predictor`."""
-  with running(lambda: predictor) as server:
+  with quick_to_stop(), running(lambda: predictor) as server:
     yield server

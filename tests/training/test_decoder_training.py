@@ -70,6 +70,7 @@ def test_a_checkpoint_has_trained_adapters_and_no_base(finished, tmp_path):
     assert not np.array_equal(engine.flatten_tree(state.params)[name], value), f"{name} was not trained"
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_sigterm_continues_to_the_same_bits(finished, config, tmp_path, monkeypatch):
   assert_sigterm_changes_no_bit(config, finished[1], tmp_path, monkeypatch)
 
@@ -90,6 +91,7 @@ def test_a_run_is_refused_with_another_base_and_evaluated_with_a_moved_one(finis
   assert metrics_of(evaluate_workdir(config, workdir)) == metrics_of(finished[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "change",
   [
@@ -114,23 +116,28 @@ def test_variants_train_with_images_and_evaluation_again_gives_the_same_numbers(
   assert metrics_of(evaluate_workdir(configuration.read(tmp_path / "config.json"), tmp_path)) == trained
 
 
-def test_a_run_with_an_int8_base_learns_continues_to_the_same_bits_and_is_evaluated_with_it(
-  finished, config, tmp_path, monkeypatch
-):
+def use_int8_base(config):
   config.encoder.base_dtype = "int8"
   config.train.epochs = 3
   configuration.check(config)
-  trained = metrics_of(train_and_evaluate(config, tmp_path / "undisturbed"))
-  assert_sigterm_changes_no_bit(config, tmp_path / "undisturbed", tmp_path / "stopped", monkeypatch)
-  assert (
-    metrics_of(evaluate_workdir(configuration.read(tmp_path / "stopped/config.json"), tmp_path / "stopped")) == trained
-  )
-  lines = map(json.loads, (tmp_path / "stopped/metrics.jsonl").read_text().splitlines())
+  return config
+
+
+def test_a_run_with_an_int8_base_learns_and_is_evaluated_with_it(config, tmp_path):
+  trained = metrics_of(train_and_evaluate(use_int8_base(config), tmp_path))
+  assert metrics_of(evaluate_workdir(configuration.read(tmp_path / "config.json"), tmp_path)) == trained
+  lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
   losses = [line["values"]["mean_loss"] for line in lines if line["split"] == "epoch"]
   assert losses[-1] < losses[0]
   config.encoder.base_dtype = ""
   with pytest.raises(InputError, match="this run was started with encoder.base_dtype='int8', not ''"):
-    train_and_evaluate(config, tmp_path / "stopped")
+    train_and_evaluate(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_with_an_int8_base_stopped_by_sigterm_continues_to_the_same_bits(config, tmp_path, monkeypatch):
+  train_and_evaluate(use_int8_base(config), tmp_path / "undisturbed")
+  assert_sigterm_changes_no_bit(config, tmp_path / "undisturbed", tmp_path / "stopped", monkeypatch)
 
 
 @pytest.mark.slow
@@ -145,4 +152,4 @@ def test_two_processes_of_four_devices_train_like_one_of_eight(config, tmp_path)
   config.mesh.update(dict(data=2, fsdp=2, tensor=2))
   config.train.epochs = 2
   train_and_evaluate(config, tmp_path / "one")
-  assert_two_processes_train_like_one(config, tmp_path / "one", tmp_path / "two", encoder="qwen2.5-0.5b")
+  assert_two_processes_train_like_one(config, tmp_path / "one", tmp_path / "two", devices=4, encoder="qwen2.5-0.5b")

@@ -62,7 +62,11 @@ def test_evaluating_again_needs_no_tower_and_gives_the_same_numbers(finished, tm
 
 
 @pytest.mark.parametrize(
-  "template,fusion", [("E V", dict(adapter="mlp", residual=0.3)), ("V E", dict(method="late", adapter="gated"))]
+  "template,fusion",
+  [
+    pytest.param("E V", dict(adapter="mlp", residual=0.3), marks=pytest.mark.slow),
+    ("V E", dict(method="late", adapter="gated")),
+  ],
 )
 def test_every_kind_of_fusion_trains_and_evaluates(config, tmp_path, template, fusion):
   config.prompt.template = template

@@ -123,8 +123,7 @@ def test_a_run_with_matryoshka_dims_continues_to_the_same_bits_and_logs_the_loss
   np.testing.assert_allclose(values["loss"], np.mean([values[f"loss_of_{dim}"] for dim in (32, 16, 8)]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
-@pytest.mark.parametrize("bad_step", [2, 4], ids=["within an epoch", "last step of an epoch"])
+@pytest.mark.parametrize("bad_step,name", [(2, "loss"), (4, "gradient_norm")], ids=["within an epoch", "at its end"])
 def test_a_run_stops_at_a_metric_that_is_not_finite_and_keeps_the_checkpoint_before(
   config, tmp_path, monkeypatch, bad_step, name
 ):
@@ -152,6 +151,7 @@ def test_a_batch_on_the_host_is_refused(config, tmp_path, monkeypatch):
     train_and_evaluate(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_after_a_flipped_bit_in_the_newest_checkpoint_the_run_ends_with_the_same_bits(finished, config, tmp_path):
   config.checkpoint.every_steps = 3
   train_and_evaluate(config, tmp_path)
@@ -163,6 +163,7 @@ def test_after_a_flipped_bit_in_the_newest_checkpoint_the_run_ends_with_the_same
 
 
 def test_two_processes_train_like_one(finished, config, tmp_path):
+  config.eval.update(dict(retrieval_augmented=False, bootstrap_samples=0))  # Only what was trained is compared.
   assert_two_processes_train_like_one(config, finished[1], tmp_path)
 
 

