@@ -3,10 +3,13 @@
 import contextlib
 import math
 import multiprocessing
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 import os
 from pathlib import Path
 import resource
+
+import pytest
 
 from tests.helpers.absurd_values import changed
 from tests.helpers.image_features import write_random_features
@@ -105,6 +108,10 @@ class Trials:
   def __init__(self):
     self._context = multiprocessing.get_context("forkserver")
     self._context.set_forkserver_preload(["vixml_jax.experiment", __name__])
+    with pytest.MonkeyPatch.context() as patch:
+      # Eight devices would hold everything eight times.
+      patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("_device_count=8", "_device_count=1"))
+      forkserver.ensure_running()
 
   def try_value(self, config, key, value, trained, folder):
     """Starts a run with a value, and returns `TRAINED`, or the line of the error.

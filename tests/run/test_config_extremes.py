@@ -54,4 +54,4 @@ def test_every_extreme_value_trains_or_is_refused(run):
   cases = cases_of(kind, config)
   trained, lines = _tried(run, cases)
   print(f"{kind}: {len(cases)} cases, {trained} trained, {len(lines)} refused")
-  assert trained > len(lines)
+  assert trained > len(cases) // 4, "\n".join(lines)
