@@ -75,7 +75,7 @@ test: $(VENV)/.installed-test $(VENV)/.installed-quickstart
 	@$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-docs $(VENV)/.installed-quickstart
-	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+	@$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-quickstart
 	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist load -m faults $(PYTEST_ARGS) tests/faults

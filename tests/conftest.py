@@ -23,6 +23,9 @@ gc.set_threshold(5_000, 10, 20)
 _FIRST = (
   "tests/training/",
   "tests/ahead_of_time/",
+  "tests/run/test_config_extremes.py",
+  "tests/faults/",
+  "tests/bad_input/",
   "tests/api/",
   "tests/exporting/test_export.py",
   "tests/run/test_configs.py",
