@@ -17,13 +17,15 @@ import sys, time
 from vixml_jax import cli, joined_processes, stopping
 joined_processes.HEARTBEAT_SECONDS, joined_processes._SILENT_SECONDS, joined_processes._BEAT_SECONDS = 12, 7, 1
 work = sys.argv.pop(1)
+if work == "end":
+  joined_processes._BEAT_SECONDS = 0  # So the thread is always in C++.
 def main():
   import jax, numpy as np
   from jax.experimental import multihost_utils
   from vixml_jax.errors import InputError
   multihost_utils.process_allgather(np.int32(0))
   print("ready", flush=True)
-  while True:
+  while work != "end":
     if work == "exchange":
       multihost_utils.process_allgather(np.int32(0))
     time.sleep(0.1)
@@ -73,6 +75,11 @@ def _ended(processes):
   """Returns the exit status and the last line of stderr of each process."""
   found = [(process, process.communicate(timeout=120)[1]) for process in processes]
   return [(process.returncode, errors.splitlines()[-1]) for process, errors in found]
+
+
+def test_processes_that_have_done_their_work_end_with_status_0_and_without_a_line(start):
+  processes = start("end")
+  assert [(process.communicate(timeout=120)[1], process.returncode) for process in processes] == [("", 0)] * _COUNT
 
 
 @pytest.mark.parametrize(

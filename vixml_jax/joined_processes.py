@@ -5,6 +5,7 @@ its missing heartbeats and aborts the other processes with many lines of C++. He
 the process. SIGTERM to one process is known to all of them, since `jax.distributed` passes it on.
 """
 
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -51,17 +52,28 @@ class _Members:
     self._heard = dict.fromkeys(range(count), now)
     self._answered = now
     self._stopped = False
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._beat, name="joined processes", daemon=True)
     self._abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
 
   def start(self) -> None:
     """Starts to give signs of life and to note those of others, and takes over the abort of JAX."""
-    threading.Thread(target=self._beat, name="joined processes", daemon=True).start()
+    self._thread.start()
+    atexit.register(self._leave)
     # Python's own handlers run in the main thread, when it returns to Python: an abort does not wait for that.
     ctypes.CDLL(None).signal(signal.SIGABRT, self._abort)
 
+  def _leave(self) -> None:
+    """Leaves the others, and ends the thread: C++ code that returns to an interpreter that has ended aborts."""
+    import jax
+
+    jax.distributed.shutdown()
+    self._ended.set()
+    self._thread.join(_LEAVE_SECONDS)
+
   def _beat(self) -> None:
     number = 0
-    while True:
+    while not self._ended.is_set():
       number += 1
       with contextlib.suppress(Exception):  # The service is lost or ends; JAX decides about it.
         self._client.key_value_set(f"{_ALIVE}{self.index}", str(number), allow_overwrite=True)
@@ -71,7 +83,7 @@ class _Members:
           self._client.key_value_try_get(_NOTICE)
           self._stopped = True
           stopping.end_in_time()
-      time.sleep(_BEAT_SECONDS)
+      self._ended.wait(_BEAT_SECONDS)
 
   def _note(self, entries: list[tuple[str, str]]) -> None:
     self._answered = time.monotonic()
