@@ -12,7 +12,7 @@ import logging
 import resource
 import sys
 import time
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -281,5 +281,9 @@ def device_bytes() -> int:
   """Returns the bytes of all arrays on the devices of this process. Arrays that share a buffer count once."""
   import jax  # Late, because commands and users import the callbacks before they need JAX.
 
-  shards = [shard.data for array in jax.live_arrays() for shard in array.addressable_shards]
-  return sum({(shard.device, shard.unsafe_buffer_pointer()): shard.nbytes for shard in shards}.values())
+  sizes: dict[tuple[Any, int], int] = {}
+  for array in jax.live_arrays():
+    with contextlib.suppress(RuntimeError):  # Another thread has deleted it meanwhile.
+      for data in [shard.data for shard in array.addressable_shards]:
+        sizes[data.device, data.unsafe_buffer_pointer()] = data.nbytes
+  return sum(sizes.values())
