@@ -230,5 +230,5 @@ def value_of_rotary_positions(draw):
 @mutation
 def structure_of_a_config(draw):
   key = draw(st.sampled_from(["rope_parameters", "rope_scaling", "layer_types"]))
-  value = draw(st.sampled_from([3, "linear", ["sliding_attention"], [[]], [1], True, 1.5]))
+  value = draw(st.sampled_from([3, "linear", ["sliding_attention"], [[]], [1], True, 1.5, "", 0, False]))
   return _config(QWEN | {key: value}), refused("config.json", key)

@@ -576,7 +576,7 @@ def bad_pair_of_the_matrix(draw, folder):
   number = folder.rows[split].index(row)
   bad = st.one_of(
     st.sampled_from(["0", "0:", ":1", "0:1:1", "a:1", "0:a", "0.0:1", "-1:1", "0:nan", "0:inf", "0:1e400", "0:1e39"]),
-    st.sampled_from(["0_0:1", "0:1_0", "\u0660:1", "0:\u0661", "0:1\0", "+0:1"]),
+    st.sampled_from(["0_0:1", "0:1_0", "\u0660:1", "0:\u0661", "0:1\0", "+0:1", "-0:1"]),
     st.integers(folder.num_labels, 10**30).map(lambda label: f"{label}:1"),
     values.HUGE_INTEGERS.map(lambda label: f"{label}:1"),
     values.HUGE_INTEGERS.map(lambda label: f"0:{label}"),

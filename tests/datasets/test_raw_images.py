@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.damage import hide_a_page
 from vixml_jax.datasets.raw_images import read_images
 from vixml_jax.errors import InputError
 
@@ -56,6 +57,36 @@ def test_bad_image_record_is_named(tmp_path, columns, message):
   with pytest.raises(InputError, match=message) as caught:
     _images(path, columns)
   assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+  "group, reason",
+  [(300, "its pages have 0 of the 300 rows of its footer"), (256, "its pages have 256 of the 300 rows")],
+)
+def test_a_page_that_pyarrow_skips_is_no_lack_of_images(tmp_path, group, reason):
+  path = tmp_path / "trn_images.parquet"
+  table = pa.table({"row": range(300), "slot": [0] * 300, "png": [_png()] * 300})
+  pq.write_table(table, path, row_group_size=group, write_page_checksum=True)
+  hide_a_page(path)
+  with pytest.raises(InputError, match=rf"^{path}: not a readable parquet file \({reason}"):
+    list(read_images(path, 300))
+
+
+@pytest.mark.slow
+def test_images_with_any_flipped_bit_in_the_pages_are_right_or_refused(tmp_path):
+  path, blobs = tmp_path / "trn_images.parquet", [b"BM1", b"BM22", b"GIF89a"]
+  pq.write_table(pa.table({"row": [0, 0, 2], "slot": [1, 2, 4], "png": blobs}), path, write_page_checksum=True)
+  expected, content = list(read_images(path, 4)), path.read_bytes()
+  footer, refused = int.from_bytes(content[-8:-4], "little") + 8, 0
+  for bit in range(4 * 8, (len(content) - footer) * 8):
+    flipped = bytearray(content)
+    flipped[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(flipped)
+    try:
+      assert list(read_images(path, 4)) == expected, bit
+    except InputError:
+      refused += 1
+  assert refused > 1000
 
 
 def test_image_file_that_is_not_parquet_is_named(tmp_path):

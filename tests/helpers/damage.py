@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 
 def flip_a_bit(path: Path) -> None:
   """Changes one bit in the middle of a file."""
@@ -19,6 +21,16 @@ def cut_off(path: Path) -> None:
 def make_empty(path: Path) -> None:
   """Drops the contents of a file."""
   path.write_bytes(b"")
+
+
+def hide_a_page(path: Path) -> None:
+  """Flips a bit in the header of a page of a Parquet file, its first column's last, so that pyarrow skips the page."""
+  metadata = pq.read_metadata(path)
+  start = metadata.row_group(metadata.num_row_groups - 1).column(0).data_page_offset
+  content = bytearray(path.read_bytes())
+  assert content[start : start + 2] == b"\x15\x00"  # Field 1, the kind of page, is 0: a page of data.
+  content[start + 1] = 2  # 1 in Thrift's zigzag: a page of an index.
+  path.write_bytes(content)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {

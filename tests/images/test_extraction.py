@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers import miniature
+from tests.helpers.damage import hide_a_page
 from tests.helpers.miniature_runs import ROOT, run_commands
 from vixml_jax import datasets
 from vixml_jax.datasets.records import Records
@@ -325,6 +326,7 @@ def test_killed_extraction_keeps_what_it_finished(shared, expected, tmp_path, mo
     ("column of text", "column png has type string; it must have the encoded images"),
     ("not parquet", "trn_images.parquet: not a readable parquet file"),
     ("cut short", "trn_images.parquet: not a readable parquet file"),
+    ("hidden page", r"trn_images.parquet: not a readable parquet file \(its pages have 0 of the 1 rows"),
     ("empty folder", "no images found; give a folder with trn, tst or lbl"),
     ("name of a file", "1-2.png: the name of an image file must be ROW_SLOT.EXT or ROW.EXT"),
     ("row of a file", "40_0.png: row 40, slot 0 is out of range; rows are 0 to 39"),
@@ -349,6 +351,9 @@ def test_unusable_images_are_named(shared, tmp_path, case, line):
   elif case == "cut short":
     _write_parquet(path, [(3, 0, blob)])
     path.write_bytes(path.read_bytes()[:-100])
+  elif case == "hidden page":
+    _write_parquet(path, [(3, 0, blob)])
+    hide_a_page(path)
   elif "file" in case:
     (folder / "trn").mkdir()
     (folder / "trn" / ("1-2.png" if case == "name of a file" else "40_0.png")).write_bytes(blob)

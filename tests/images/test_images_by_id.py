@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers import miniature
+from tests.helpers.damage import hide_a_page
 from vixml_jax import datasets
 from vixml_jax.errors import InputError
 from vixml_jax.images import sources
@@ -76,6 +77,13 @@ def test_without_keys_images_are_in_the_order_of_the_records(builder, tmp_path):
   path = _write(tmp_path / "photos.parquet", SECOND, key=None)
   found = sources.open_sources(str(path), builder)
   assert _images(found["test"]) == [(0, 0, b"C second"), (0, 1, b"C first")]
+
+
+def test_ids_of_a_page_that_pyarrow_skips_are_not_left_out(builder, tmp_path):
+  path = _write(tmp_path / "photos.parquet", SECOND, key=None)
+  hide_a_page(path)
+  with pytest.raises(InputError, match=r"photos.parquet: not a readable parquet file \(its pages have 0 of the 3 rows"):
+    sources.open_sources(str(path), builder)
 
 
 def test_ids_may_be_numbers(builder, tmp_path):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers.damage import DAMAGES
+from tests.helpers.damage import DAMAGES, hide_a_page
 from tests.helpers.miniature_runs import run_commands
 from vixml_jax.errors import InputError
 from vixml_jax.inference import part_store
@@ -278,6 +278,12 @@ def _cut(name):
   return write
 
 
+def _with_a_hidden_page(folder, queries):
+  path = write_queries(folder / "q.parquet", queries)
+  hide_a_page(path)
+  return path
+
+
 def _table(**columns):
   def write(folder, queries):
     pq.write_table(pa.table(columns), folder / "q.parquet")
@@ -307,6 +313,7 @@ def _table(**columns):
     (_write("q.csv", ""), "q.csv: is empty"),
     (_write("q.csv", "title\n"), "q.csv: has no queries"),
     (_cut("q.parquet"), "q.parquet: cannot be read as Parquet .*truncated"),
+    (_with_a_hidden_page, r"q.parquet: cannot be read as Parquet \(its pages have 0 of the .* rows of its footer"),
     (_table(title=["a"], color=["b"]), "q.parquet: unknown 'color'"),
     (_table(title=[1]), "q.parquet: column 'title' is int64; it must be string"),
     (_table(title=["a"], images=["b"]), "column 'images' is string; it must be a list of binary, string or lists"),

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.damage import hide_a_page
 from vixml_jax.errors import InputError
 from vixml_jax.tables import Columns, write_raw_folder
 
@@ -156,6 +157,12 @@ def test_a_truncated_parquet_file_is_named(tmp_path):
   path = _parquet(tmp_path, _GOOD_ROWS)
   path.write_bytes(path.read_bytes()[:-20])
   _fails(path, tmp_path, ["t.parquet: cannot be read"])
+
+
+def test_a_parquet_file_of_which_pyarrow_skips_a_page_is_named(tmp_path):
+  path = _parquet(tmp_path, _GOOD_ROWS)
+  hide_a_page(path)
+  _fails(path, tmp_path, ["t.parquet: cannot be read (its pages have 0 of the 2 rows of its footer)"])
 
 
 def test_another_object_is_refused(tmp_path):

@@ -1,6 +1,6 @@
 """Reads the images of a raw folder from its parquet files, row by row."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,34 @@ def open_parquet(path: Path) -> pq.ParquetFile:
   return file
 
 
+def row_batches(
+  file: pq.ParquetFile, size: int, columns: Sequence[str] | None, group: int | None = None
+) -> Iterator[pa.RecordBatch]:
+  """Yields the rows of a parquet file, or of one of its row groups, at most `size` at a time.
+
+  Raises:
+    pa.ArrowInvalid: There are fewer rows than the footer says.
+  """
+  metadata, rows = file.metadata, 0
+  groups = None if group is None else [group]
+  for batch in file.iter_batches(size, row_groups=groups, columns=columns):
+    rows += len(batch)
+    yield batch
+  check_num_rows(rows, metadata.num_rows if group is None else metadata.row_group(group).num_rows)
+
+
+def check_num_rows(rows: int, expected: int) -> None:
+  """Checks that the pages of a parquet file have as many rows as its footer says.
+
+  The headers of pages have no checksums, and pyarrow skips a page whose header gives an unknown kind of page.
+
+  Raises:
+    pa.ArrowInvalid: There are others.
+  """
+  if rows != expected:
+    raise pa.ArrowInvalid(f"its pages have {rows} of the {expected} rows of its footer")
+
+
 def check_columns(path: Path | str, schema: pa.Schema) -> None:
   """Checks that the names of the columns of a file differ.
 
@@ -90,7 +118,7 @@ def _image_records(path: Path, num_rows: int) -> Iterator[tuple[int, int, bytes]
       if column is None or not {"row", "slot"} <= set(names):
         raise InputError(f"{path}: columns must be row, slot, png; found {listed(names)}")
       wanted = ["row", "slot", column]
-      for batch in file.iter_batches(_IMAGES_PER_READ, columns=wanted):
+      for batch in row_batches(file, _IMAGES_PER_READ, wanted):
         values = (batch.column(name).to_pylist() for name in wanted)  # A batch has the column order of the file.
         for row, slot, blob in zip(*values, strict=True):
           _check_image(path, record, num_rows, row, slot, blob, last)

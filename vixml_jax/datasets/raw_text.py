@@ -116,10 +116,11 @@ def _matrix_rows(
       raise InputError(f"{path}:{line}: more rows than the {num_rows} of the header; download it again")
     rows += 1
     try:
-      if b"_" in text:  # Python reads 1_0 as 10.
-        raise ValueError
       pairs = [pair.split(b":") for pair in text.split()]
       ids, relevance = [int(label) for label, _ in pairs], [float(value) for _, value in pairs]
+      # Python reads 1_0 as 10, and +0 and -0 as 0. Negative labels are out of range.
+      if b"_" in text or not all(label.isdigit() or i < 0 for i, (label, _) in zip(ids, pairs, strict=True)):
+        raise ValueError
     except ValueError as error:
       raise InputError(
         f"{path}:{line}: expected 'label:relevance label:relevance ...', but found {excerpt(text)}; correct the line"

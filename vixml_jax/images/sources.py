@@ -18,7 +18,14 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 
 from vixml_jax.datasets.raw import SPLITS
-from vixml_jax.datasets.raw_images import MAX_SLOT, open_parquet, out_of_range, unreadable_parquet
+from vixml_jax.datasets.raw_images import (
+  MAX_SLOT,
+  check_num_rows,
+  open_parquet,
+  out_of_range,
+  row_batches,
+  unreadable_parquet,
+)
 from vixml_jax.datasets.records import Records
 from vixml_jax.datasets.uids import hash_of_uid
 from vixml_jax.errors import InputError, listed
@@ -205,7 +212,7 @@ class _ParquetImages:
   ) -> Iterator[tuple[int, list[EncodedImage]]]:
     """Yields the wanted images of a row group; `where` are the first records of the group and of its file."""
     position, start = where
-    for batch in file.iter_batches(PER_READ, row_groups=[group], columns=columns):
+    for batch in row_batches(file, PER_READ, columns, group):
       while len(batch):
         part = position // IMAGES_PER_PART
         taken = batch.slice(0, (part + 1) * IMAGES_PER_PART - position)
@@ -252,6 +259,8 @@ class _ImageIds:
         names = [name for name in ("id", "key") if name in file.schema_arrow.names]
         try:
           table = file.read(columns=names)
+          for column in table.columns:
+            check_num_rows(len(column), file.metadata.num_rows)
         except (pa.ArrowException, OSError) as error:
           raise unreadable_parquet(path, error) from error
       if table.column("id").null_count:

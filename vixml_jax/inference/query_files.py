@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vixml_jax.datasets.raw_images import check_columns
+from vixml_jax.datasets.raw_images import check_columns, row_batches
 from vixml_jax.errors import InputError
 from vixml_jax.inference.queries import LISTS, Query, QueryFormat
 from vixml_jax.record_files import CsvFile, filled_lines, parse_json
@@ -183,7 +183,7 @@ class _ParquetQueries:
       for group in range(file.metadata.num_row_groups):
         end = row + file.metadata.row_group(group).num_rows
         if any(map(wanted, range(row // size, -(-end // size)))):
-          batches = file.iter_batches(rows, row_groups=[group], columns=names)
+          batches = row_batches(file, rows, names, group)
           while (batch := self._reading(functools.partial(next, batches, None))) is not None:
             while len(batch):
               number = row // size

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vixml_jax.datasets.raw_images import check_columns
+from vixml_jax.datasets.raw_images import check_columns, row_batches
 from vixml_jax.errors import InputError
 from vixml_jax.files import sha256_of_file
 from vixml_jax.record_files import CsvFile, json_lines
@@ -160,7 +160,7 @@ class ArrowPart:
           file = stack.enter_context(
             pq.ParquetFile(self._source, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
           )
-          yield file.schema_arrow, file.iter_batches(size, columns=names)
+          yield file.schema_arrow, row_batches(file, size, names)
           return
         stream = stack.enter_context(pa.memory_map(str(self._source)))
         yield _arrow_batches(stream)

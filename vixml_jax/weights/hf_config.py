@@ -245,8 +245,10 @@ def _kind_of(arguments: Mapping[str, Any]) -> str:
 
 def _derived_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
   """Returns the arguments of a decoder that depend on several keys, or on the absence of a key."""
-  layer_types = config.get("layer_types") or []
-  kinds = {str(kind) for kind in (layer_types if isinstance(layer_types, list) else [layer_types])} - {"full_attention"}
+  layer_types = config.get("layer_types")
+  if layer_types is not None and not isinstance(layer_types, list):
+    raise InputError(f"{path}: layer_types is {layer_types!r:.60}; it must be a list: fetch the file again")
+  kinds = {str(kind) for kind in layer_types or []} - {"full_attention"}
   if kinds:
     raise InputError(
       f"{path}: layer_types has {', '.join(sorted(kinds)):.200}; the encoder supports only full_attention: choose "
@@ -260,8 +262,9 @@ def _derived_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
       raise InputError(
         f"{path}: hidden_size {embed_dim} is not divisible by num_attention_heads {num_heads}; add head_dim"
       )
+  num_kv_heads = config.get("num_key_value_heads")
   return {
-    "num_kv_heads": config.get("num_key_value_heads") or num_heads,
+    "num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads,
     "head_dim": head_dim,
     **_rotary_arguments(config, path),
   }
@@ -269,8 +272,8 @@ def _derived_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _rotary_arguments(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
   """Returns `rope_theta` and `rope_scaling` from a config of transformers 5 or of an older version."""
-  key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-  rope = config.get(key) or {}
+  key = "rope_scaling" if config.get("rope_parameters") in (None, {}) else "rope_parameters"
+  rope = {} if config.get(key) is None else config[key]
   if not isinstance(rope, dict):
     raise InputError(f"{path}: {key} is {rope!r:.60}; it must be an object: fetch the file again")
   theta = rope["rope_theta"] if "rope_theta" in rope else _value(config, "rope_theta", path)
