@@ -16,6 +16,19 @@ def server(with_images):
     yield server
 
 
+# What the campaign found.
+_FOUND = [
+  *(
+    ("/v1/predict", {"queries": [{"title": "a", "images": [vector]}]}, 422, "queries[0]")
+    for vector in ([1e300] * requests.DIM, [-1e39] + [0.0] * (requests.DIM - 1))
+  ),
+  *(
+    ("/v1/embeddings", {"input": "a", "model": "run", "encoding_format": value}, 400, "encoding_format")
+    for value in ([], "", {}, 0, False)
+  ),
+]
+
+
 def _check(server, tally, case):
   path, body, status, field = case
   reply = tally.attempt(lambda: call(server, path, body))
@@ -34,6 +47,11 @@ def _check(server, tally, case):
   assert "\n" not in error["message"] and len(reply.body) < 1_000
   found = error["param" if path == "/v1/embeddings" else "field"]
   assert field is None or found.startswith(field), error
+
+
+@pytest.mark.parametrize("path, body, status, field", _FOUND)
+def test_what_was_found_is_refused(server, path, body, status, field):
+  _check(server, campaign.Tally(), (path, json.dumps(body).encode(), status, field))
 
 
 @campaign.examples_of_each(60)

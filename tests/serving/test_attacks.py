@@ -127,6 +127,16 @@ def test_bytes_are_limited_for_each_client_and_in_all(attacked):
     assert labels_of(Reply(again.getresponse()))
 
 
+@pytest.mark.parametrize("path", ["/v1/predict", "/v1/embeddings"])
+def test_a_connection_whose_body_was_refused_after_it_had_arrived_answers_the_next_request(attacked, path):
+  connection = http.client.HTTPConnection(*_address(attacked), timeout=30)
+  _opened.append(connection)
+  for body, statuses in ((b"[" + b"0," * 2_001 + b"0]", [413]), (b"{}", [400, 422])):
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    socket_of_both, reply = connection.sock, Reply(connection.getresponse())
+    assert reply.status in statuses and connection.sock is socket_of_both
+
+
 class _Decoded:
   """Counts the images that are decoded, and holds the decoders back while `go` is not set."""
 
@@ -271,7 +281,10 @@ def test_queries_of_one_client_leave_room_in_the_queue(predictor, monkeypatch):
   encoded.go.set()
   with running(lambda: predictor, dataclasses.replace(_LIMITS, queries=2, queue=8, batch=2)) as server:
     encoded.go.clear()
-    asked = [_ask(server, {"title": f"one {i}"}, "127.0.0.2") for i in range(4)]
+    encoded.texts.clear()
+    asked = [_ask(server, {"title": "one"}, "127.0.0.2")]
+    wait_for(lambda: encoded.texts)  # Otherwise the first batch may have two queries.
+    asked += [_ask(server, {"title": f"one {i}"}, "127.0.0.2") for i in range(3)]
     wait_for(lambda: metric(server, "vixml_queue_queries") == 3)
     fifth = _ask(server, {"title": "five"}, "127.0.0.2")
     assert Reply(fifth.getresponse()).status == 503

@@ -8,7 +8,11 @@ import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 64 * 2**20
-"""Largest number of pixels that an image may have by its header (8192 x 8192). Decoding takes up to 450 MB."""
+"""Largest number of pixels that an image may have by its header (8192 x 8192).
+
+Decoding takes up to 500 MB. A WebP takes up to 1.1 GB and a copy of the file: Pillow decodes it as an animation, which
+keeps two frames and copies one twice.
+"""
 
 MISSING = "missing"
 UNREADABLE = "the file cannot be read"

@@ -118,8 +118,8 @@ def parse_texts(body: bytes, model: ServedModel, limits: Limits) -> TextsToEmbed
     if key not in EmbeddingsRequest.model_fields:
       raise RequestError(400, f"is not known; known are {', '.join(EmbeddingsRequest.model_fields)}", shortened(key))
   check_model(given.get("model"), model)
-  encoding, dimensions = given.get("encoding_format") or "float", given.get("dimensions")
-  if encoding not in ("float", "base64"):
+  encoding, dimensions = given.get("encoding_format"), given.get("dimensions")
+  if encoding not in (None, "float", "base64"):
     raise RequestError(400, "must be float or base64", "encoding_format")
   if dimensions not in (None, model.labels.dim):
     raise RequestError(400, f"must be {model.labels.dim}, the dimension of the model", "dimensions")

@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from vixml_jax.errors import InputError
 from vixml_jax.serving.request_error import RequestError
+from vixml_jax.serving.request_record import RequestRecord
 
 OPENAI_PATHS = ("/v1/embeddings", "/v1/models")
 """Paths whose errors have OpenAI's form."""
@@ -37,12 +38,15 @@ def failure(error: Exception, path: str) -> Response:
 
 
 class _EarlyResponse(Response):
-  """A response that is sent before the request's body has arrived, and then reads the rest of the body.
+  """A response that may be sent before the request's body has arrived, and then reads the rest of the body.
 
   A client that sends its whole body before it reads would otherwise not see the response.
   """
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    if RequestRecord.of(scope).has_body:
+      await super().__call__(scope, receive, send)
+      return
     self.headers["Connection"] = "close"
     await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
     await send({"type": "http.response.body", "body": self.body, "more_body": True})

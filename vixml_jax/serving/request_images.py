@@ -32,7 +32,8 @@ def read_image(
     RequestError: It is not an image, or has too many pixels.
   """
   if isinstance(given, list):
-    return np.asarray(given, np.float32), 0
+    with np.errstate(over="ignore"):  # `QueryFormat.parse` refuses infinity.
+      return np.asarray(given, np.float32), 0
   if encoder is None:
     raise RequestError(422, "this server does not read image files; leave them out", where)
   try:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from vixml_jax.errors import InputError
 from vixml_jax.inference.queries import Query, QueryFormat
@@ -17,6 +17,7 @@ from vixml_jax.serving.engine import QueryRequest, ServedModel
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.request_error import RequestError, shortened
 from vixml_jax.serving.request_images import read_image
+from vixml_jax.serving.request_record import RequestRecord
 from vixml_jax.serving.schema import Strict, request_model
 
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b"[{,:"))
@@ -65,11 +66,15 @@ class RequestParser:
     return await self._read(request)
 
   async def _read(self, request: Request) -> bytes:
-    body, share = bytearray(), Share.of(request.scope)
+    body, share, record = bytearray(), Share.of(request.scope), RequestRecord.of(request.scope)
     try:
       async with asyncio.timeout(self._limits.body_seconds):
-        async for part in request.stream():
-          body += part
+        while not record.has_body:
+          message = await request.receive()
+          if message["type"] == "http.disconnect":
+            raise RequestError(400, "the connection was closed before the body had arrived; send it again")
+          body += message.get("body", b"")
+          record.has_body = not message.get("more_body", False)
           if len(body) > self._limits.body_bytes:
             raise self._too_large()
           if not share.resize(len(body)):
@@ -78,8 +83,6 @@ class RequestParser:
       raise RequestError(
         408, f"the body did not arrive within {self._limits.body_seconds:g} s; send it again"
       ) from error
-    except ClientDisconnect as error:
-      raise RequestError(400, "the connection was closed before the body had arrived; send it again") from error
     return bytes(body)
 
   def _too_large(self) -> RequestError:

@@ -31,6 +31,7 @@ class RequestRecord:
     client: Address of the client, or of the proxy before it.
     traceparent: Trace that the client's request belongs to, a header of W3C Trace Context; None if it names none.
     started: When its headers had arrived, by `time.perf_counter`.
+    has_body: Whether its body has arrived as a whole.
     ended: When the response was sent.
     status: Status of the response; 500 if none was sent.
     queries: Number of queries, or of texts to embed.
@@ -44,6 +45,7 @@ class RequestRecord:
   client: str | None
   traceparent: str | None
   started: float
+  has_body: bool = False
   ended: float = 0.0
   status: int = 500
   queries: int = 0
