@@ -17,14 +17,15 @@ import sys, time
 from vixml_jax import cli, joined_processes, stopping
 joined_processes.HEARTBEAT_SECONDS, joined_processes._SILENT_SECONDS, joined_processes._BEAT_SECONDS = 12, 7, 1
 work = sys.argv.pop(1)
-if work == "end":
-  joined_processes._BEAT_SECONDS = 0  # So the thread is always in C++.
 def main():
   import jax, numpy as np
   from jax.experimental import multihost_utils
   from vixml_jax.errors import InputError
   multihost_utils.process_allgather(np.int32(0))
   print("ready", flush=True)
+  if work == "end":
+    joined_processes._BEAT_SECONDS = 0  # From its next beat on, the thread is always in C++.
+    time.sleep(1.5)
   while work != "end":
     if work == "exchange":
       multihost_utils.process_allgather(np.int32(0))
@@ -67,7 +68,8 @@ def _start(work, processes):
     for number in range(_COUNT)
   ]
   for process in processes:
-    assert "ready\n" in iter(process.stdout.readline, "")  # Gloo prints lines before.
+    is_ready = "ready\n" in iter(process.stdout.readline, "")  # Gloo prints lines before.
+    assert is_ready, process.communicate()[1]
   return processes
 
 

@@ -50,7 +50,7 @@ def triplet(sim, positives, drawn, config, valid):
     inside = (gap >= config.margin_min) & (gap <= config.margin_max) & (s_n <= s_p)
     x[inside] = 0.0
     for bound in (config.margin_min, config.margin_max):
-      near_tie |= bool(np.any((np.abs(gap - bound) < _TIE) & (s_n <= s_p)))
+      near_tie |= bool(np.any((np.abs(gap - bound) < _TIE) & (s_n <= s_p + _TIE)))
     hinge, slope = np.maximum(x, 0), np.where(x > 0, 1.0, np.where(x == 0, 0.5, 0.0))
     logits = np.where(hinge > 0, s_n, _NO_VIOLATION) / config.temperature
     weights = np.exp(logits - logits.max())

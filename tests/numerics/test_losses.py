@@ -150,11 +150,13 @@ def test_the_loss_over_prefixes_is_the_mean_of_transcriptions_of_each_prefix(exa
       values.append(value)
       near_tie |= tie
       by_rows = float64.through_similarities(rows, by_sims)
-      for total, scale, x, upstream in zip(gradients, scales, short, by_rows, strict=True):
+      # Of unit vectors, so the sum of the weights of each row bounds its gradient before all cancellation.
+      weights = [sum(np.abs(by_sim).sum(1) for by_sim in by_sims), *(np.abs(by_sim).sum(0) for by_sim in by_sims)]
+      for total, scale, x, upstream, weight in zip(gradients, scales, short, by_rows, weights, strict=True):
         total[:, :dim] += (upstream if dim == DIM else float64.unit_gradient(x, upstream)) / len(dims)
         if dim != DIM:
           norms = np.linalg.norm(np.asarray(x, np.float64), axis=1, keepdims=True)
-          np.maximum(scale, np.abs(upstream).max(1, keepdims=True) / np.maximum(norms, 1e-12), out=scale)
+          np.maximum(scale, weight[:, None] / np.maximum(norms, 1e-12), out=scale)
     return np.mean(values), gradients, scales, near_tie
 
   def check(case):
@@ -173,7 +175,8 @@ def test_the_loss_over_prefixes_is_the_mean_of_transcriptions_of_each_prefix(exa
       np.testing.assert_allclose(loss[i], value, rtol=2e-6, atol=2e-6)
       error = 3e-6 * max(1, 1 / case.config.temperature)
       for found, each, scale in zip(gradients, wanted, scales, strict=True):
-        # Parts along a short prefix cancel, all of them where it has one element, and leave their rounding.
+        # Parts along a short prefix cancel, all of them where it has one element, and leave their rounding. So do
+        # equal units of labels and prototypes. A norm of 1e-12 multiplies it.
         each, limit = each / scale, error * max(1.0, np.abs(each / scale).max())
         np.testing.assert_allclose(np.asarray(found[i], np.float64) / scale, each, atol=limit)
 
