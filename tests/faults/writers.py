@@ -23,6 +23,7 @@ from vixml_jax import datasets
 from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.datasets.records import Records
 from vixml_jax.exporting.export import export
+from vixml_jax.files import writing
 from vixml_jax.images.decoding import REASONS
 from vixml_jax.images.feature_parts import FeaturePart, FeatureParts
 from vixml_jax.images.features import load_image_features
@@ -332,8 +333,9 @@ def _save_end_of_epoch(folder: Path) -> None:
 def _replace(folder: Path) -> None:
   """Does what saving a step again does, in place of Orbax by a rename."""
   step = folder / "checkpoints" / "2"
-  set_aside(step, replaced(step))
-  (folder / "end" / "2").rename(step)
+  with writing(step):
+    set_aside(step, replaced(step))
+    (folder / "end" / "2").rename(step)
   with Checkpointer(step.parent, 2) as checkpointer:
     checkpointer._complete(2)
   assert not replaced(step).exists()
@@ -448,9 +450,7 @@ WRITERS: dict[str, Writer] = {
     _write_index(12), lambda folder: _open_index(folder).delete([3]), _read_index, again=_write_index_again
   ),
   "checkpoint": Writer(_save_checkpoints, _complete, _read_checkpoint, unsynced=("checkpoints/3",), again=_save_again),
-  "checkpoint, saved again": Writer(
-    _save_end_of_epoch, _replace, _read_checkpoint, unsynced=("checkpoints/2", "end/2")
-  ),
+  "checkpoint, saved again": Writer(_save_end_of_epoch, _replace, _read_checkpoint, unsynced=("end/2",)),
   "folder of a table": Writer(_nothing, _convert, _convert),
   "saved model": Writer(_inference_workdir, _save_model, _read_saved),
   "tokens": Writer(_prepare_outside, _tokenize, _tokenize),

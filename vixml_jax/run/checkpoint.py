@@ -149,10 +149,10 @@ class Checkpointer:
       InputError: the disk is full or fails.
     """
     self.wait()
-    if step in self._manager.all_steps():
-      self._in_first_process(lambda: set_aside(self._folder / str(step), replaced(self._folder / str(step))))
     state, clusters = checkpoint.state, checkpoint.query_clusters
     with writing(self._folder / str(step)):
+      if step in self._manager.all_steps():
+        self._in_first_process(lambda: set_aside(self._folder / str(step), replaced(self._folder / str(step))))
       self._manager.save(
         step,
         args=ocp.args.Composite(
