@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from vixml_jax import sharding, stopping
 from vixml_jax.errors import InputError
-from vixml_jax.files import make_folder, remove_folder, sha256_of_file, writing
+from vixml_jax.files import make_folder, remove_folder, sha256_of_file, sync_folder, writing
 from vixml_jax.manifest import MANIFEST, read_manifest, write_manifest
 from vixml_jax.run.checkpoint_arrays import restore_item, restore_items, restoring
 from vixml_jax.run.checkpoint_damage import HASHED, aside, newest_whole_step, put_back_replaced, replaced, set_aside
@@ -176,6 +176,7 @@ class Checkpointer:
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
           write_manifest(folder)
+          sync_folder(self._folder)  # The name of the step, before the former one loses files.
       stopping.has_saved(f"step {step} is saved")
     finally:
       stopping.is_saving("checkpoint", False)
