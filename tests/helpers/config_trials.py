@@ -148,6 +148,7 @@ class Trials:
 def _try_value(sender: Connection, config, key, value, trained, folder) -> None:
   """Sends whether the value was refused, and the line, `TRAINED` or the exception."""
   _limit_memory()
+  os.chdir(folder.parent)  # Some values are relative paths.
   try:
     with changed(config, key, value), reporting(_OneStep()):
       configuration.check(config)
