@@ -1,5 +1,7 @@
 """Bad input ends every entry point with one line on stderr and status 1, without a traceback."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.helpers.miniature import write_tokenizer
@@ -79,6 +81,7 @@ _CASES = {
   "unknown search": (("evaluate", "--workdir={folder}", "--search=faiss"), "--search=faiss"),
   "no topology": (("aot_compile", _CUSTOM), "--topology"),
   "unknown topology": (("aot_compile", "--config=configs/lf_amazon_1.3m.py", "--topology=v5e:x"), "--topology=v5e:x"),
+  "a workdir in the home folder": (("evaluate", "--workdir=~/no_run"), f"{Path.home()}/no_run/config.json"),
   "nothing to describe": (("describe",), "--config: must be given, or --workdir"),
   "two things to describe": (("describe", _CUSTOM, "--workdir={folder}"), "and not both"),
   "data set of an unknown size": (

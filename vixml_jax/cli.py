@@ -112,13 +112,20 @@ def _parse(argv: Sequence[str]) -> list[str]:
     command_help.show(command_help.text("__main__"))
     sys.exit(0)
   try:
-    return flags.FLAGS(list(argv))
+    return flags.FLAGS([_with_home_folder(argument) for argument in argv])
   except flags.Error as error:
     _fail(_out_of_range(str(error)) or _shortened(_cause(str(error))))
   except OSError as error:
     _fail(_unreadable("config", error))
   except (KeyError, AttributeError, ValueError, TypeError, ImportError, SyntaxError) as error:
     _fail(_shortened(_missing_key(argv, str(error)) or f"--config: {type(error).__name__}: {error}"))
+
+
+def _with_home_folder(argument: str) -> str:
+  """Returns an argument such as --workdir=~/runs with the home folder in the place of ~, which shells leave there."""
+  name, equals, value = argument.partition("=")
+  is_home = name.startswith("-") and (value == "~" or value.startswith("~/"))
+  return name + equals + os.path.expanduser(value) if is_home else argument
 
 
 def _out_of_range(message: str) -> str | None:

@@ -246,7 +246,11 @@ def path_problem(text: str) -> str | None:
   >>> path_problem("runs/quickstart")
   >>> path_problem("runs/" + 300 * "a")
   'a name in it has 300 bytes, and file systems accept 255'
+  >>> path_problem("~/runs")
+  'it starts with ~, which is not replaced by a home folder here: write the home folder in full'
   """
+  if text.startswith("~"):
+    return "it starts with ~, which is not replaced by a home folder here: write the home folder in full"
   if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
     return "it has characters that cannot be printed, such as NUL, or halves of characters"
   length = len(text.encode())

@@ -28,6 +28,7 @@ ABSURD = {
   "5,000 characters": 5000 * "a",
   "half a character": "a\ud800",
   "a number as text": "1",
+  "a home folder": "~/a",
   "bytes": b"a",
   "an empty list": [],
   "nothing in a list": [None],
@@ -162,6 +163,7 @@ ACCEPTED = {
   "a space": {"track.wandb_project", "prompt.phrases.I", "prompt.phrases.T", "prompt.phrases.T2"},
   "5,000 characters": {"prompt.phrases.I", "prompt.phrases.T", "prompt.phrases.T2"},
   "a number as text": (_TEXTS | _PLACES),
+  "a home folder": _TEXTS,
   "an empty list": _LISTS,
   "zero in a list": {"mining.doubling_epochs", "eval.test_images"},
 }

@@ -57,7 +57,7 @@ def write_peft_folder(encoder: TrainedEncoder, folder: Path) -> dict[str, Any]:
 
 def base_name(pretrained: str) -> tuple[str, str | None]:
   """Returns the absolute folder of a pretrained encoder, or its name and its revision on the hub, as PEFT expects."""
-  if pretrained.startswith("package:") or Path(pretrained).expanduser().is_dir():
+  if pretrained.startswith("package:") or Path(pretrained).is_dir():
     return str(source.resolve(pretrained, weights=False, tokenizer=False).absolute()), None
   name, _, revision = pretrained.partition("@")
   return name, revision or None

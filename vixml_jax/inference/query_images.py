@@ -141,7 +141,7 @@ def _recorded_tower(config: ConfigDict, origin: dict[str, Any]) -> str:
   recorded = [config.features.checkpoint, origin.get("checkpoint", "")]
   recorded = [place for place in recorded if place and not place.endswith(".npy")]
   for place in recorded:
-    if _exists(place):
+    if Path(place).exists():
       return place
   raise InputError(
     f"the image features {config.features.name} were made by {' or '.join(recorded) or 'a tower'}, which does "
@@ -187,10 +187,3 @@ def image_vectors(
     ]
     for i, query in enumerate(queries)
   ]
-
-
-def _exists(place: str) -> bool:
-  try:
-    return Path(place).expanduser().exists()
-  except RuntimeError:  # The home of a user of another machine.
-    return False

@@ -91,7 +91,7 @@ def chooses_retrieval(config: ConfigDict) -> bool:
 def adapter_folder(config: ConfigDict) -> Path | None:
   """Returns the folder of the adapters that a run starts with; None for new adapters."""
   adapter = config.encoder.get("adapter")
-  return Path(adapter).expanduser() if adapter else None
+  return Path(adapter) if adapter else None
 
 
 def layout_from_config(config: ConfigDict, tokenizer: Tokenizer) -> PackedLayout:

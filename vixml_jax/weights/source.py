@@ -62,7 +62,7 @@ def resolve(pretrained: str, *, weights: bool = True, tokenizer: bool = True) ->
   if pretrained.startswith(_PACKAGE):
     folder = _package_folder(pretrained)
   elif _is_folder(pretrained):
-    folder = Path(pretrained).expanduser()
+    folder = Path(pretrained)
   else:
     folder = _hub_folder(pretrained, weights=weights, tokenizer=tokenizer)
   check_names(str(folder), _names_in(folder), weights=weights, tokenizer=tokenizer)
@@ -85,7 +85,7 @@ def find_local(pretrained: str) -> Path | None:
   if pretrained.startswith(_PACKAGE):
     return _package_folder(pretrained)
   if _is_folder(pretrained):
-    return Path(pretrained).expanduser()
+    return Path(pretrained)
   name, _, revision = pretrained.partition("@")
   try:
     return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
@@ -132,8 +132,8 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 def _is_folder(path: str) -> bool:
   try:
-    return Path(path).expanduser().is_dir()
-  except (OSError, RuntimeError):  # A name that is too long; the home of an unknown user.
+    return Path(path).is_dir()
+  except OSError:  # A name that is too long.
     return False
 
 
