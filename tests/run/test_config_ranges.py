@@ -34,6 +34,14 @@ def test_every_key_of_a_config_has_a_range_and_every_range_a_key(name, encoder):
   configuration.check(config)
 
 
+@pytest.mark.parametrize("name", named_configs.config_names())
+@pytest.mark.parametrize("images", [0, 3])
+def test_every_config_starts_on_the_devices_of_a_usual_host(name, images):
+  """Otherwise a first run on a host with four TPU chips or eight GPUs would end with an error."""
+  train = named_configs.load(f"{name}:images={images}").train
+  assert train.batch_size % 8 == 0 and train.chunk_rows % 8 == 0  # 0 is chosen for the devices.
+
+
 def _refused(key, value, config):
   """Checks that a value is refused in one line that names the key, the value and what is allowed."""
   with pytest.raises(InputError) as caught:

@@ -158,7 +158,7 @@ def check_divides(config: ConfigDict, mesh: Mesh) -> None:
   rows = sharding.row_devices(mesh)
   for key in ("batch_size", "chunk_rows"):
     if config.train[key] % rows:
-      raise InputError(f"train.{key}={config.train[key]}: must divide by mesh.data x mesh.fsdp = {rows}")
+      raise InputError(f"train.{key}={config.train[key]}: must be a multiple of mesh.data x mesh.fsdp = {rows}")
   if sharding.padded_rows(1) % mesh.size:
     raise InputError(
       f"mesh: it has {mesh.size} devices, but their number must divide {sharding.padded_rows(1)}, so that embeddings "
