@@ -59,11 +59,11 @@ class _Members:
   def start(self) -> None:
     """Starts to give signs of life and to note those of others, and takes over the abort of JAX."""
     self._thread.start()
-    atexit.register(self._leave)
+    atexit.register(self.leave)
     # Python's own handlers run in the main thread, when it returns to Python: an abort does not wait for that.
     ctypes.CDLL(None).signal(signal.SIGABRT, self._abort)
 
-  def _leave(self) -> None:
+  def leave(self) -> None:
     """Leaves the others, and ends the thread: C++ code that returns to an interpreter that has ended aborts."""
     import jax
 
@@ -160,9 +160,8 @@ def leave(status: int) -> NoReturn:
 
   They wait for this one in exchanges, and only its end tells them. If all have the same error, all leave at once.
   """
-  import jax
-
-  leaving = threading.Thread(target=jax.distributed.shutdown, name="leave", daemon=True)
+  assert _members is not None
+  leaving = threading.Thread(target=_members.leave, name="leave", daemon=True)
   leaving.start()
   leaving.join(_LEAVE_SECONDS)
   sys.stdout.flush()

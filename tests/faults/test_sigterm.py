@@ -5,12 +5,10 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 
-from tests.helpers.miniature_runs import ROOT
+from tests.helpers.forked_commands import run_command
 from vixml_jax import stopping
 
 _ARGUMENTS = {
@@ -47,74 +45,11 @@ _ARGUMENTS = {
 }
 _LINE = re.compile(r"(stopped by SIGTERM.*|saved step \d+); .*start the same command again to continue|saved step .*")
 
-# Starts commands as `python -m` does, in forks of a process that has done the slow imports. Reads JSON: the name of a
-# module, its arguments, and seconds until SIGTERM or null. Answers with status, seconds, seconds after SIGTERM, stderr.
-_SERVER = """
-import json, os, runpy, signal, sys, threading, time
-import vixml_jax.experiment, ml_collections.config_flags, vixml_jax.inference.loading, vixml_jax.exporting.export
-for line in sys.stdin:
-  module, arguments, delay, log = json.loads(line)
-  began, asked = time.monotonic(), None
-  child = os.fork()
-  if not child:
-    for number, name in ((1, os.devnull), (2, log)):
-      os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = [module, *arguments]
-    status = 99
-    try:
-      runpy.run_module(f"vixml_jax.{module}", run_name="__main__", alter_sys=True)
-    except SystemExit as stop:
-      status = stop.code
-    except BaseException:
-      import traceback
-      traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(status or 0)
-  if delay is not None:
-    timer = threading.Timer(delay, os.kill, (child, signal.SIGTERM))
-    timer.start()
-  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-  seconds = time.monotonic() - began
-  if delay is not None:
-    timer.cancel()
-  print(json.dumps([status, seconds, delay is not None and seconds - delay]), flush=True)
-"""
-
-
-class Commands:
-  """Runs commands in forks of one process."""
-
-  def __init__(self, folder):
-    self._log = folder / "stderr"
-    self._process = subprocess.Popen(
-      [sys.executable, "-W", "ignore", "-c", _SERVER],
-      cwd=ROOT,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-
-  def run(self, module, arguments, delay=None):
-    self._process.stdin.write(json.dumps([module, arguments, delay, str(self._log)]) + "\n")
-    self._process.stdin.flush()
-    status, seconds, after = json.loads(self._process.stdout.readline())
-    return status, seconds, after, self._log.read_text()
-
-  def close(self):
-    self._process.communicate()
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-  started = Commands(tmp_path_factory.mktemp("commands"))
-  yield started
-  started.close()
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", _ARGUMENTS)
 def test_a_command_that_sigterm_stops_at_any_instant_ends_within_ten_seconds_and_continues(
-  module, commands, with_images, tmp_path
+  module, with_images, tmp_path
 ):
   if module == "aot_compile":
     pytest.importorskip("libtpu", reason="needs a compiler for TPUs: pip install -e '.[tpu]'")
@@ -132,9 +67,9 @@ def test_a_command_that_sigterm_stops_at_any_instant_ends_within_ten_seconds_and
     queries=queries,
     labels=labels,
   )
-  arguments = [part.format(**places) for part in _ARGUMENTS[module]]
+  command = [module] + [part.format(**places) for part in _ARGUMENTS[module]]
   if module in ("main", "study"):
-    arguments += _model_flags(trained)
+    command += _model_flags(trained)
 
   def fresh():
     shutil.rmtree(tmp_path / "new", ignore_errors=True)
@@ -148,15 +83,16 @@ def test_a_command_that_sigterm_stops_at_any_instant_ends_within_ten_seconds_and
 
   fresh()
   # The server has no end: all its instants are before it is ready, or while it waits.
-  whole = 20.0 if module == "serve" else _finished(commands, module, arguments)
+  whole = 20.0 if module == "serve" else _seconds(command, tmp_path)
   times = 10 if whole < 3 else 3
   longest = 0.0
   for _ in range(times):
     fresh()
-    status, seconds, after, errors = commands.run(module, arguments, rng.random() * whole)
+    delay = rng.random() * whole
+    status, seconds, _, errors = run_command(command, tmp_path, delay)
     assert "Traceback" not in errors, errors
-    assert after < stopping.SECONDS, (seconds, errors)
-    longest = max(longest, after)
+    assert seconds - delay < stopping.SECONDS, (seconds, errors)
+    longest = max(longest, seconds - delay)
     if module == "serve":
       assert status == 0, errors
     elif status == -signal.SIGTERM:
@@ -165,13 +101,13 @@ def test_a_command_that_sigterm_stops_at_any_instant_ends_within_ten_seconds_and
       assert status == stopping.STATUS, errors
       assert _LINE.fullmatch(errors.splitlines()[-1]), errors
     if module != "serve" and not (tmp_path / "new" / "exported").exists():  # Stopped after its folder was complete.
-      _finished(commands, module, arguments)
+      _seconds(command, tmp_path)
   print(f"{module}: {times} times, ended within {longest:.1f} s")
 
 
-def _finished(commands, module, arguments):
+def _seconds(command, folder):
   """Runs a command to its end and returns its seconds."""
-  status, seconds, _, errors = commands.run(module, arguments)
+  status, seconds, _, errors = run_command(command, folder)
   assert status == 0, errors
   return seconds
 

@@ -1,20 +1,16 @@
 """A tiny pretrained encoder and a miniature data set in a folder, configs cut down to them, and command lines."""
 
-import atexit
-import functools
 import importlib.util
-import json
 from pathlib import Path
-import subprocess
 import sys
 
 from ml_collections import ConfigDict
 import torch
 import transformers
 
+from tests.helpers.forked_commands import ROOT, run_command
 from tests.helpers.miniature import write_raw_folder, write_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 _TINY = dict(vocab_size=160, num_layers=2, embed_dim=32, mlp_dim=48)
 TINY = _TINY | dict(num_heads=4, max_position=64)
 TINY_DECODER = _TINY | dict(
@@ -127,53 +123,7 @@ def miniature_config(folder: Path, encoder: str = "minilm-l6", **sizes) -> Confi
   return config
 
 
-# Starts each command as `python -m` does, in a fork of one process that has done the slow imports. A line of stdin has
-# commands, and a line of stdout their results.
-_SERVER = """
-import json, os, runpy, sys
-import vixml_jax.experiment, ml_collections.config_flags
-
-for line in sys.stdin:
-  commands, folder = json.loads(line)
-  results = {}
-  for name, (module, *arguments) in commands.items():
-    child = os.fork()
-    if not child:
-      os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-      for number in (1, 2):
-        os.dup2(os.open(f"{folder}/{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-      sys.argv = [module, *arguments]
-      status = 99  # The module came back instead of exiting.
-      try:
-        runpy.run_module(f"vixml_jax.{module}", run_name="__main__", alter_sys=True)
-      except SystemExit as stop:
-        status = stop.code
-      except BaseException:
-        import traceback
-        traceback.print_exc()
-      sys.stderr.flush()
-      sys.stdout.flush()
-      os._exit(status or 0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    results[name] = status, *(open(f"{folder}/{number}").read() for number in (1, 2))
-  print(json.dumps(results), flush=True)
-"""
-
-
-@functools.cache
-def _server() -> subprocess.Popen:
-  """The process that starts commands. It lives as long as this one, since its imports take seconds."""
-  command = [sys.executable, "-W", "ignore", "-c", _SERVER]
-  server = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-  atexit.register(server.communicate)  # The end of its stdin ends it.
-  return server
-
-
 def run_commands(commands: dict[str, list[str]], folder: Path) -> dict[str, tuple[int, str, str]]:
   """Exit status, stdout and stderr of each `python -m vixml_jax.MODULE ARGUMENTS...`, given as [MODULE, *ARGUMENTS]."""
-  server = _server()
-  assert server.stdin is not None and server.stdout is not None
-  print(json.dumps([commands, str(folder)]), file=server.stdin, flush=True)
-  answer = server.stdout.readline()
-  assert answer, "the process that starts commands has ended; see its stderr"
-  return json.loads(answer)
+  finished = {name: run_command(command, folder) for name, command in commands.items()}
+  return {name: (done.status, done.stdout, done.stderr) for name, done in finished.items()}

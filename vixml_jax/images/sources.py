@@ -18,17 +18,11 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 
 from vixml_jax.datasets.raw import SPLITS
-from vixml_jax.datasets.raw_images import (
-  MAX_SLOT,
-  check_num_rows,
-  open_parquet,
-  out_of_range,
-  row_batches,
-  unreadable_parquet,
-)
+from vixml_jax.datasets.raw_images import MAX_SLOT, out_of_range
 from vixml_jax.datasets.records import Records
 from vixml_jax.datasets.uids import hash_of_uid
 from vixml_jax.errors import InputError, listed
+from vixml_jax.parquet_files import check_num_rows, open_parquet, read_errors, row_batches
 from vixml_jax.ragged import offsets_of
 
 IMAGES_PER_PART = 2048
@@ -182,24 +176,20 @@ class _ParquetImages:
   def __init__(self, paths: list[Path], num_rows: int):
     self._paths, self._num_rows = paths, num_rows
     self._columns = [self._columns_of(path) for path in paths]
-    lengths = [open_parquet(path).metadata.num_rows for path in paths]
-    self._starts = offsets_of(lengths)
+    self._starts = offsets_of([_num_records(path) for path in paths])
     self.num_parts = -(-int(self._starts[-1]) // IMAGES_PER_PART)
     self.identity: Any = [[path.name, path.stat().st_size] for path in paths]
 
   def read(self, parts: Sequence[int]) -> Iterator[tuple[int, list[EncodedImage]]]:
     wanted = set(parts)
     for path, columns, start in zip(self._paths, self._columns, self._starts, strict=False):
-      try:
-        yield from self._read_file(path, columns, int(start), wanted)
-      except (pa.ArrowException, OSError) as error:
-        raise unreadable_parquet(path, error) from error
+      yield from self._read_file(path, columns, int(start), wanted)
 
   def _read_file(
     self, path: Path, columns: list[str], start: int, wanted: set[int]
   ) -> Iterator[tuple[int, list[EncodedImage]]]:
     """Yields the wanted images of a file whose first record is record `start` of the source."""
-    with open_parquet(path) as file:
+    with read_errors(path), open_parquet(path) as file:
       position = start
       for group in range(file.metadata.num_row_groups):
         end = position + file.metadata.row_group(group).num_rows
@@ -255,14 +245,11 @@ class _ImageIds:
     hashes, places = [], []
     for path in paths:
       _blob_column(path, ("id",))
-      with open_parquet(path) as file:
+      with read_errors(path), open_parquet(path) as file:
         names = [name for name in ("id", "key") if name in file.schema_arrow.names]
-        try:
-          table = file.read(columns=names)
-          for column in table.columns:
-            check_num_rows(len(column), file.metadata.num_rows)
-        except (pa.ArrowException, OSError) as error:
-          raise unreadable_parquet(path, error) from error
+        table = file.read(columns=names)
+        for column in table.columns:
+          check_num_rows(len(column), file.metadata.num_rows)
       if table.column("id").null_count:
         raise InputError(f"{path}: column id has {table.column('id').null_count} records without an id")
       hashes.append(np.array([hash_of_uid(str(uid)) for uid in table.column("id").to_pylist()], np.int64))
@@ -319,9 +306,15 @@ def _row_and_slot(folder: Path, name: str, num_rows: int) -> tuple[int, int, str
   return row, slot, name
 
 
+def _num_records(path: Path) -> int:
+  with read_errors(path), open_parquet(path) as file:
+    num_records = file.metadata.num_rows
+  return num_records
+
+
 def _blob_column(path: Path, required: tuple[str, ...]) -> str:
   """Returns the name of the column of encoded images of a parquet file that must also have the required columns."""
-  with open_parquet(path) as file:
+  with read_errors(path), open_parquet(path) as file:
     schema = file.schema_arrow
   names, wanted = schema.names, " and ".join(required)
   blob = next((name for name in _COLUMNS if name in names), None)

@@ -4,6 +4,7 @@ Every reader yields the queries in the order of the file. Errors name the file a
 """
 
 from collections.abc import Callable, Iterator
+import contextlib
 import functools
 import itertools
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vixml_jax.datasets.raw_images import check_columns, row_batches
 from vixml_jax.errors import InputError
 from vixml_jax.inference.queries import LISTS, Query, QueryFormat
+from vixml_jax.parquet_files import open_parquet, read_errors, row_batches
 from vixml_jax.record_files import CsvFile, filled_lines, parse_json
 
 _SEPARATOR = ";"
@@ -150,7 +151,6 @@ class _ParquetQueries:
     self._path, self._form = path, form
     with self._file() as file:
       schema, self._num_rows = file.schema_arrow, file.metadata.num_rows
-    check_columns(path, schema)
     form.check_keys(schema.names, str(path))
     for name in schema.names:
       if not _fits(name, schema.field(name).type):
@@ -184,7 +184,7 @@ class _ParquetQueries:
         end = row + file.metadata.row_group(group).num_rows
         if any(map(wanted, range(row // size, -(-end // size)))):
           batches = row_batches(file, rows, names, group)
-          while (batch := self._reading(functools.partial(next, batches, None))) is not None:
+          while (batch := self._next(batches)) is not None:
             while len(batch):
               number = row // size
               taken = batch.slice(0, (number + 1) * size - row)
@@ -202,15 +202,15 @@ class _ParquetQueries:
     ]
 
   def _file(self) -> pq.ParquetFile:
-    return self._reading(lambda: pq.ParquetFile(self._path, page_checksum_verification=True))
+    with self._read_errors():
+      return open_parquet(self._path)
 
-  def _reading(self, read: Callable[[], Any]) -> Any:
-    try:
-      return read()
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # The last one if a name of a column is damaged.
-      raise InputError(
-        f"{self._path}: cannot be read as Parquet ({str(error).splitlines()[0]}); is the file truncated?"
-      ) from error
+  def _next(self, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
+    with self._read_errors():
+      return next(batches, None)
+
+  def _read_errors(self) -> contextlib.AbstractContextManager[None]:
+    return read_errors(self._path, "cannot be read as Parquet", "is the file truncated?")
 
 
 _TYPES = {

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from vixml_jax.datasets.raw_images import check_columns, row_batches
 from vixml_jax.errors import InputError
 from vixml_jax.files import sha256_of_file
+from vixml_jax.parquet_files import check_column_names, open_parquet, read_errors, row_batches
 from vixml_jax.record_files import CsvFile, json_lines
 
-_BUFFER_BYTES = 1 << 20
 _JSON_ROWS_FOR_COLUMNS = 1000
 _ARROW_MAGIC = b"ARROW1"
 
@@ -118,7 +116,7 @@ class ArrowPart:
     self.folder = source.parent if isinstance(source, Path) else Path()
     with self._opened(1, None) as (schema, _):
       self.columns = list(schema.names)
-    check_columns(name, schema)
+    check_column_names(name, schema)
     self._classes = _class_names(schema)
 
   def batches(self, names: Sequence[str], size: int) -> Iterator[RowBatch]:
@@ -151,23 +149,15 @@ class ArrowPart:
   @contextlib.contextmanager
   def _opened(self, size: int, names: list[str] | None) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
     """Yields the schema and the batches, which may be larger than `size`."""
-    with contextlib.ExitStack() as stack:
-      try:
-        if isinstance(self._source, pa.Table):
-          yield self._source.schema, iter(self._source.to_batches(size))
-          return
-        if self._source.suffix == ".parquet":
-          file = stack.enter_context(
-            pq.ParquetFile(self._source, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
-          )
+    with read_errors(self.name, "cannot be read", "is the file truncated?"):
+      if isinstance(self._source, pa.Table):
+        yield self._source.schema, iter(self._source.to_batches(size))
+      elif self._source.suffix == ".parquet":
+        with open_parquet(self._source) as file:
           yield file.schema_arrow, row_batches(file, size, names)
-          return
-        stream = stack.enter_context(pa.memory_map(str(self._source)))
-        yield _arrow_batches(stream)
-      except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # The last one if a name is damaged.
-        raise InputError(
-          f"{self.name}: cannot be read ({str(error).splitlines()[0]}); is the file truncated?"
-        ) from error
+      else:
+        with pa.memory_map(str(self._source)) as stream:
+          yield _arrow_batches(stream)
 
 
 class RecordsPart:
