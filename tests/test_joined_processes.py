@@ -68,7 +68,8 @@ def _start(work, processes):
     for number in range(_COUNT)
   ]
   for process in processes:
-    is_ready = "ready\n" in iter(process.stdout.readline, "")  # Gloo prints lines before.
+    # Gloo prints lines before, of which the last may not have ended.
+    is_ready = any(line.endswith("ready\n") for line in iter(process.stdout.readline, ""))
     assert is_ready, process.communicate()[1]
   return processes
 
