@@ -4,9 +4,10 @@
 #   launch/train_worker.sh --workdir=DIR [--store=DIR] [--name=NAME] [--copy=FROM:TO ...] -- COMMAND...
 #
 #   --workdir  folder that the run writes to; passed to COMMAND as its last flag
-#   --store    folder of the run that all workers see, such as a mounted bucket. All workers write checkpoints there.
-#              The other files are written to --workdir, which is local, and copied to the store every minute and at the
-#              end. An empty local workdir is filled from the store first. Omit the flag if --workdir is shared.
+#   --store    folder of the run that all workers see, such as a mounted bucket. All workers write their parts
+#              of checkpoints and embeddings there. The other files are written to --workdir, which is local, and copied
+#              to the store every minute and at the end. An empty local workdir is filled from the store first. Omit the
+#              flag if --workdir is shared.
 #   --name     name of this worker, for logs/NAME.log and state/NAME; by default worker-NUMBER on GKE and SLURM,
 #              and worker-SLICE-NUMBER with several slices
 #   --copy     copies missing and changed files of folder FROM to folder TO before the run
@@ -47,15 +48,15 @@ done
 (($#)) || fail "COMMAND: must be given after --"
 [[ $deadline =~ ^[0-9]*$ ]] || fail "--deadline=$deadline: must be a whole number"
 
-# Copies the small files of the store to the workdir. Checkpoints stay in the store; old embeddings, logs and states are
-# not read here.
+# Copies the small files of the store to the workdir. Checkpoints and embeddings stay in the store; old logs and states
+# are not read here.
 restore() {
   cd "$store"
   find . \( -path ./checkpoints -o -path ./embeddings -o -path ./logs -o -path ./state \) -prune -o -type f \
     -exec cp --parents -t "$workdir" {} +
 }
 
-# Copies files that have changed since the last call. `find` does not follow the link to the checkpoints. Commands of a
+# Copies files that have changed since the last call. `find` does not follow the links into the store. Commands of a
 # process that was killed during a call may still run, so the next call has a file of its own.
 publish() {
   local next=$published.next.$BASHPID
@@ -95,12 +96,16 @@ mkdir -p "$workdir"
 workdir=$(cd "$workdir" && pwd)
 published=$workdir/.published
 if [[ -n $store ]]; then
-  mkdir -p "$store/checkpoints" "$store/state"
+  mkdir -p "$store/checkpoints" "$store/embeddings" "$store/state"
   store=$(cd "$store" && pwd)
   if [[ ! -e $workdir/config.json ]]; then
     (restore)
   fi
+  # The first worker reads the embeddings of all. A local folder is that of an earlier version, which copied its files to
+  # the store.
+  [[ -L $workdir/embeddings ]] || rm -rf -- "$workdir/embeddings"
   ln -sfn "$store/checkpoints" "$workdir/checkpoints"
+  ln -sfn "$store/embeddings" "$workdir/embeddings"
   touch "$published"
 fi
 mkdir -p "$workdir/logs" "$workdir/state"

@@ -505,7 +505,7 @@ def test_sigterm_is_handed_on_and_the_run_is_waited_for(machine):
 
 def test_a_worker_keeps_a_copy_in_the_store_and_starts_from_it_elsewhere(machine):
   store = machine.folder / "store"
-  first = f"""cd {machine.folder}/one; mkdir embeddings checkpoints/7
+  first = f"""cd {machine.folder}/one; mkdir checkpoints/7
     echo 1 > config.json; echo a > metrics.jsonl; echo big > embeddings/labels.npy
     for _ in {{1..500}}; do test -e {store}/metrics.jsonl && break; sleep 0.02; done
     test -e {store}/metrics.jsonl && echo 'copied while at work'
@@ -522,11 +522,26 @@ def test_a_worker_keeps_a_copy_in_the_store_and_starts_from_it_elsewhere(machine
   assert not list(store.rglob("*.incomplete*")), "incomplete files of an evaluation must not be copied"
   assert (store / "state/w").read_text() == "again\n"
   # On another machine the small files are copied and the checkpoints are those of the store.
-  second = f"cd {machine.folder}/two; cat metrics.jsonl; ls checkpoints; test ! -e embeddings; echo c >> metrics.jsonl"
+  second = f"cd {machine.folder}/two; cat metrics.jsonl; ls checkpoints embeddings; echo c >> metrics.jsonl"
   result = _worker(machine, f"--workdir={machine.folder}/two", f"--store={store}", script=second)
   assert result.returncode == 0, result.stderr
-  assert result.stdout.splitlines() == ["a", "b", "7"]
+  assert result.stdout.splitlines() == ["a", "b", "checkpoints:", "7", "", "embeddings:", "labels.npy"]
   assert (store / "metrics.jsonl").read_text() == "a\nb\nc\n"
+
+
+def test_every_worker_writes_its_part_where_the_first_reads_it(machine):
+  store = machine.folder / "store"
+  for name in ("two", "one"):
+    workdir = machine.folder / name
+    (workdir / "embeddings").mkdir(parents=True)  # Of a version that kept them there.
+    (workdir / "embeddings/old").write_text("old\n")
+    script = f"cd {workdir}; for each in checkpoints embeddings; do mkdir -p $each; echo {name} > $each/{name}; done"
+    result = _worker(machine, f"--workdir={workdir}", f"--store={store}", script=script)
+    assert result.returncode == 0, result.stderr
+  for each in ("checkpoints", "embeddings"):
+    parts = [machine.folder / "one" / each / name for name in ("one", "two")]
+    assert [part.read_text() for part in parts] == ["one\n", "two\n"]
+  assert not list(store.rglob("old"))
 
 
 def test_a_worker_that_only_reads_does_not_overwrite_the_store(machine):
