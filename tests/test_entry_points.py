@@ -82,6 +82,11 @@ _CASES = {
   "no topology": (("aot_compile", _CUSTOM), "--topology"),
   "unknown topology": (("aot_compile", "--config=configs/lf_amazon_1.3m.py", "--topology=v5e:x"), "--topology=v5e:x"),
   "a workdir in the home folder": (("evaluate", "--workdir=~/no_run"), f"{Path.home()}/no_run/config.json"),
+  "no port of a coordinator": (
+    ("main", _CUSTOM, "--coordinator=host:0", "--num_processes=2", "--process=1"),
+    "--coordinator='host:0': must be HOST:PORT",
+  ),
+  "no cluster": (("main", _CUSTOM, "--distributed"), "--distributed: JAX detects no cluster here"),
   "nothing to describe": (("describe",), "--config: must be given, or --workdir"),
   "two things to describe": (("describe", _CUSTOM, "--workdir={folder}"), "and not both"),
   "data set of an unknown size": (

@@ -179,7 +179,11 @@ def _fail(message: str) -> NoReturn:
 
 
 def _check_processes(divides: bool) -> None:
-  """Checks `--num_processes` and `--process` before any work."""
+  """Checks `--coordinator`, `--num_processes` and `--process` before any work."""
+  if _COORDINATOR.value is not None:
+    host, _, port = _COORDINATOR.value.rpartition(":")
+    if not (host and port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 65536):
+      raise InputError(f"--coordinator={shown(_COORDINATOR.value)}: must be HOST:PORT of process 0")
   count, index = _PROCESSES.value, _PROCESS.value
   if count is None and index is None:
     return

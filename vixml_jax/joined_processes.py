@@ -18,6 +18,7 @@ import time
 from typing import Any, NoReturn
 
 from vixml_jax import stopping
+from vixml_jax.errors import InputError
 
 STATUS = 75
 """Exit status after the loss of another process: EX_TEMPFAIL of sysexits.h, a failure that another try may not have."""
@@ -124,12 +125,21 @@ def join(coordinator: str | None, count: int | None, index: int | None) -> None:
     coordinator: HOST:PORT of process 0; None on a cluster that JAX detects, as the other arguments.
     count: Number of processes.
     index: Number of this process.
+
+  Raises:
+    InputError: JAX detects no cluster here.
   """
   global _members
   import jax
   from jax._src import distributed  # JAX has no public access to the client; Orbax takes it from here, too.
 
-  jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  try:
+    jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  except ValueError as error:  # It should be given what no cluster says.
+    flag = f"--coordinator={coordinator}" if coordinator else "--distributed"
+    raise InputError(
+      f"{flag}: JAX detects no cluster here ({error}); give --coordinator, --num_processes and --process"
+    ) from error
   state = distributed.global_state
   if state.num_processes > 1:
     _members = _Members(state.client, str(state.coordinator_address), state.num_processes, state.process_id)
