@@ -123,9 +123,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _with_home_folder(argument: str) -> str:
   """Returns an argument such as --workdir=~/runs with the home folder in the place of ~, which shells leave there."""
-  name, equals, value = argument.partition("=")
+  name, _, value = argument.partition("=")
   is_home = name.startswith("-") and (value == "~" or value.startswith("~/"))
-  return name + equals + os.path.expanduser(value) if is_home else argument
+  return f"{name}={Path(value).expanduser()}" if is_home else argument
 
 
 def _out_of_range(message: str) -> str | None:

@@ -50,7 +50,7 @@ def extremes(rule):
   if isinstance(rule, rules.Text):
     return ["" if not rule.least else "a", rule.most * "\u202e"]
   if isinstance(rule, rules.Place):
-    return [*([""] if rule.empty else []), "/".join(7 * [250 * "a"]) if rule.inner else 255 * "a", "\u202e", "./~nobody"]
+    return [*([""] if rule.empty else []), "/".join(7 * [250 * "a"]) if rule.inner else 255 * "a", "\u202e"]
   if isinstance(rule, rules.Pattern):
     return ["", *(["1:1", "9999999999:9999999999"] if rule.ascending else ["http://" + 2000 * "a"])]
   if isinstance(rule, rules.Several):

@@ -161,7 +161,9 @@ class Place:
   def allowed(self) -> str:
     """See `ValueRule`."""
     start = "empty, or " if self.empty else ""
-    return start + ("a path that can be written, in full and not from ~" if self.inner else "a name that a file can have")
+    return start + (
+      "a path that can be written, without ~ at its start" if self.inner else "a name that a file can have"
+    )
 
   def accepts(self, value: Any) -> bool:
     """See `ValueRule`."""
