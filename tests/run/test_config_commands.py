@@ -45,7 +45,7 @@ _FLAGS = {
   f"--config.dataset.data_dir={5000 * 'a'}": "config.dataset.data_dir='aaaa",
   f"--workdir={5000 * 'a'}": "--workdir='aaaa",
   "--workdir=~nobody/run": "--workdir='~nobody/run': it starts with ~",
-  "--config.dataset.data_dir=~nobody": "config.dataset.data_dir='~nobody': must be a path that can be written, without ~",
+  "--config.dataset.data_dir=~nobody": "config.dataset.data_dir='~nobody': must be a path that can be written, without",
   f"--config.seed={5000 * '9'}": "config.seed='999",
   "--config.encoder.max_position=16": "config.dataset.max_length=32: must be at most config.encoder.max_position=16",
   "--config.mesh.tensor=-1": "config.mesh.data=-1: must be a number, since config.mesh.tensor=-1",
