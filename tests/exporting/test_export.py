@@ -386,7 +386,7 @@ def test_the_command_exports_and_reports_errors(encoders, tmp_path):
     },
     tmp_path,
   )
-  assert found["good"][:2] == [0, f"hf in {tmp_path}/good\n"], found["good"][2]
+  assert found["good"][:2] == (0, f"hf in {tmp_path}/good\n"), found["good"][2]
   assert (tmp_path / "good/model.safetensors.index.json").is_file()
   messages = {
     "size": "--max_shard_size=5: must be",

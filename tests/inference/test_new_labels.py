@@ -378,9 +378,9 @@ def test_the_command_adds_replaces_and_deletes_and_writes_nothing_after_an_error
   ):
     status, stdout, stderr = done[name]
     assert status == 1 and not stdout and [message in line for line in stderr.splitlines()].count(True) == 1, stderr
-  assert done["good"][:2] == [0, f"{workdir}/index: 2 deleted, 4 added, 2 of them with positives; it has 26 labels\n"]
-  assert done["delete"][:2] == [0, f"{workdir}/index: 1 deleted; it has 25 labels\n"]
-  assert done["categories"][:2] == [0, f"{workdir}/index: categories of 2 set; it has 25 labels\n"]
+  assert done["good"][:2] == (0, f"{workdir}/index: 2 deleted, 4 added, 2 of them with positives; it has 26 labels\n")
+  assert done["delete"][:2] == (0, f"{workdir}/index: 1 deleted; it has 25 labels\n")
+  assert done["categories"][:2] == (0, f"{workdir}/index: categories of 2 set; it has 25 labels\n")
   index = load_predictor(workdir).index
   assert index.categories == ["blue", "red"]
   live = sorted(index.uids(np.flatnonzero(~index.deleted)))

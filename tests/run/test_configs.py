@@ -99,7 +99,7 @@ def test_the_abstract_state_of_the_full_size_has_the_published_number_of_paramet
     pytest.param("lf_amazon_131k", "encoder=qwen2.5-0.5b", marks=pytest.mark.slow),
     pytest.param("lf_amazon_1.3m", "encoder=qwen2.5-3b,images=3", marks=pytest.mark.slow),
     pytest.param("custom", "encoder=qwen3-0.6b", marks=pytest.mark.slow),
-    ("custom", "encoder=llama-3.2-1b,images=3"),
+    pytest.param("custom", "encoder=llama-3.2-1b,images=3", marks=pytest.mark.slow),
   ],
 )
 def test_two_steps_run_on_a_miniature(name, variant, tmp_path, monkeypatch):
