@@ -23,7 +23,13 @@ _OUTPUT = flags.DEFINE_string("output", "runs/goodput", "Folder of the runs.")
 _SECONDS = flags.DEFINE_float("seconds", 60.0, "Time from one start to its kill.")
 _ARGUMENTS = flags.DEFINE_multi_string(
   "argument",
-  ["--config=configs/quickstart.py:images=3", "--config.train.epochs=2", "--config.checkpoint.every_steps=10"],
+  [
+    "--config=configs/quickstart.py:encoder=qwen2.5-tiny",
+    "--config.train.epochs=3",
+    "--config.checkpoint.every_steps=5",
+    "--config.eval.blend=False",
+    "--config.eval.baselines=()",
+  ],
   "Argument of vixml_jax.main; give it once for each.",
 )
 

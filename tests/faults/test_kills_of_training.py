@@ -138,12 +138,15 @@ if kills > 4:  # Compiles everything, so that the next run tells how long one ta
     shutil.rmtree(place / folder)
 status, _, expected, seconds, seen = attempt(None)
 report(seconds=seconds, stages=seen, status=status)
-done, number, order = 0, 0, []
-while done < kills:
+done, number, order, missing = 0, 0, [], list(phases.values()) if kills > 4 else []
+while done < kills or missing and number < kills:
   for folder in ("run", "data"):
     shutil.rmtree(place / folder)
-  # A run is killed in a few phases one after the other, or at random seconds.
-  if number % 2 == 0:
+  # A run is killed in a few phases one after the other, or at random seconds. Then it is killed in phases that these
+  # kills have missed: some take milliseconds.
+  if done >= kills:
+    plan = [(pattern, rng.choice([1, 2, 3, 4]), 0) for pattern in missing[:4]]
+  elif number % 2 == 0:
     if not order:
       order = rng.sample(range(len(phases)), len(phases))
     chosen, order = sorted(order[:4]), order[4:]
@@ -151,12 +154,13 @@ while done < kills:
   else:
     plan = [rng.random() * seconds for _ in range(3)]
   hit, status, told = [], None, None
-  for kill in [*plan[: kills - done], None]:
+  for kill in [*(plan if done >= kills else plan[: kills - done]), None]:
     status, open_stages, told, _, _ = attempt(kill)
     if status != -signal.SIGKILL:
       break
     done += 1
     hit.append(open_stages[-1] if open_stages else "between stages")
+    missing = [pattern for pattern in missing if not re.match(pattern, hit[-1])]
   wrong = [key for key in expected if told is None or told[key] != expected[key]]
   report(run=number, hit=hit, status=status, wrong=wrong)
   if wrong and told:
@@ -194,9 +198,9 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
 def test_50_kills_of_training_runs_with_images_change_no_bit(tmp_path, record_property):
   runs = _campaign(tmp_path, _KILLS, seed=1)
   hit = collections.Counter(_phase(stage) for run in runs for stage in run["hit"])
-  assert hit.total() == _KILLS
+  assert hit.total() >= _KILLS
   assert set(_PHASES) <= set(hit), f"a phase was never hit: {hit}"
-  record_property("kills: training with images", _KILLS)
+  record_property("kills: training with images", hit.total())
   print(len(runs), "runs;", dict(hit))
 
 
