@@ -88,11 +88,13 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # negatives of the batch, with almost equal weights, spread the vectors.
     config.loss.update(dict(num_negatives=500, temperature=1.0))
   config.encoder.dtype = "float32"  # bfloat16 is emulated on most CPUs.
-  config.train.update(dict(batch_size=512, row_length=48, chunk_rows=0, remat=False, log_every_steps=10))
+  # A batch is one chunk, and the eight devices of a host divide it.
+  config.train.update(dict(batch_size=512, row_length=48, chunk_rows=96, remat=False, log_every_steps=10))
   config.checkpoint.every_steps = 100
   common.use_images(config, options["images"])
   if config.images:
     config.features.update(dict(name="icon_tower", dim=192, checkpoint=str(_TOWER)))
+    config.train.chunk_rows = 104  # Images are tokens as well.
     # The encoder does not learn to use images in so few steps. The residual makes items with similar images similar
     # from the start (docs/results.md).
     config.fusion.residual = 0.4

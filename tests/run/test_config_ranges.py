@@ -39,7 +39,8 @@ def test_every_key_of_a_config_has_a_range_and_every_range_a_key(name, encoder):
 def test_every_config_starts_on_the_devices_of_a_usual_host(name, images):
   """Otherwise a first run on a host with four TPU chips or eight GPUs would end with an error."""
   train = named_configs.load(f"{name}:images={images}").train
-  assert train.batch_size % 8 == 0 and train.chunk_rows % 8 == 0  # 0 is chosen for the devices.
+  assert train.batch_size % 8 == 0
+  assert train.chunk_rows % 8 == 0, "0 is chosen for the devices"
 
 
 def _refused(key, value, config):
