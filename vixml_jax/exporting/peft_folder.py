@@ -37,7 +37,7 @@ def write_peft_folder(encoder: TrainedEncoder, folder: Path) -> dict[str, Any]:
     What the model card needs to know: `base`, and whether its attention is `bidirectional`.
   """
   config = encoder.config.encoder
-  base, revision = base_name(config.pretrained)
+  base, revision = source.peft_base(config.pretrained)
   peft.save_adapter(encoder.params["encoder"], folder, base, config.lora_alpha, revision)
   copy_tokenizer(encoder.workdir, folder)
   if config.base_dtype:
@@ -53,11 +53,3 @@ def write_peft_folder(encoder: TrainedEncoder, folder: Path) -> dict[str, Any]:
       base,
     )
   return {"base": base, "bidirectional": bool(config.bidirectional)}
-
-
-def base_name(pretrained: str) -> tuple[str, str | None]:
-  """Returns the absolute folder of a pretrained encoder, or its name and its revision on the hub, as PEFT expects."""
-  if pretrained.startswith("package:") or Path(pretrained).is_dir():
-    return str(source.resolve(pretrained, weights=False, tokenizer=False).absolute()), None
-  name, _, revision = pretrained.partition("@")
-  return name, revision or None

@@ -59,12 +59,7 @@ def resolve(pretrained: str, *, weights: bool = True, tokenizer: bool = True) ->
     InputError: If there is no such folder, package or model, it lacks a file, the hub cannot be reached, or a pinned
       hash differs. The message for pickled weights has a command that converts them.
   """
-  if pretrained.startswith(_PACKAGE):
-    folder = _package_folder(pretrained)
-  elif _is_folder(pretrained):
-    folder = Path(pretrained)
-  else:
-    folder = _hub_folder(pretrained, weights=weights, tokenizer=tokenizer)
+  folder = _local_folder(pretrained) or _hub_folder(pretrained, weights=weights, tokenizer=tokenizer)
   check_names(str(folder), _names_in(folder), weights=weights, tokenizer=tokenizer)
   if weights:
     weight_files(folder)  # Raises an error that names a missing shard.
@@ -82,15 +77,29 @@ def find_local(pretrained: str) -> Path | None:
   Raises:
     InputError: The package is not installed, or has no such folder.
   """
-  if pretrained.startswith(_PACKAGE):
-    return _package_folder(pretrained)
-  if _is_folder(pretrained):
-    return Path(pretrained)
-  name, _, revision = pretrained.partition("@")
+  if folder := _local_folder(pretrained):
+    return folder
+  name, revision = _on_hub(pretrained)
   try:
-    return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+    return Path(snapshot_download(name, revision=revision, local_files_only=True))
   except (HfHubHTTPError, HFValidationError, OSError):
     return None
+
+
+def peft_base(pretrained: str) -> tuple[str, str | None]:
+  """Returns how the adapters of PEFT refer to a model.
+
+  Args:
+    pretrained: As for `resolve`.
+
+  Returns:
+    (absolute folder, None), or (`owner/name`, revision or None) for a model on the hub.
+
+  Raises:
+    InputError: The package is not installed, or has no such folder.
+  """
+  folder = _local_folder(pretrained)
+  return (str(folder.absolute()), None) if folder else _on_hub(pretrained)
 
 
 def check_hashes(folder: str | os.PathLike[str], wanted: dict[str, str]) -> None:
@@ -130,11 +139,20 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     raise InputError(f"{path}: cannot be read ({error.strerror}); fetch it again") from error
 
 
-def _is_folder(path: str) -> bool:
+def _local_folder(pretrained: str) -> Path | None:
+  """Returns the folder that `pretrained` names; None if it names a model on the hub."""
+  if pretrained.startswith(_PACKAGE):
+    return _package_folder(pretrained)
   try:
-    return Path(path).is_dir()
+    return Path(pretrained) if Path(pretrained).is_dir() else None
   except OSError:  # A name that is too long.
-    return False
+    return None
+
+
+def _on_hub(pretrained: str) -> tuple[str, str | None]:
+  """Returns the name of a model on the hub, and its revision if one is given."""
+  name, _, revision = pretrained.partition("@")
+  return name, revision or None
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -161,15 +179,13 @@ def _package_folder(pretrained: str) -> Path:
 
 
 def _hub_folder(pretrained: str, *, weights: bool, tokenizer: bool) -> Path:
-  name, _, revision = pretrained.partition("@")
+  name, revision = _on_hub(pretrained)
   names = _names_on_hub(name, revision)
   if names is not None:
     check_names(pretrained, names, weights=weights, tokenizer=tokenizer)
   unwanted = [] if weights else ["*.safetensors", f"{MODEL}{INDEX_ENDING}"]
   try:
-    folder = Path(
-      snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES), ignore_patterns=unwanted)
-    )
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=unwanted))
     if not revision:  # The cache of the hub names its folders after commits.
       _log.warning("%s: the newest revision is used; %s@%s keeps it fixed", pretrained, name, folder.name)
     return folder
@@ -190,10 +206,10 @@ def _hub_folder(pretrained: str, *, weights: bool, tokenizer: bool) -> Path:
     ) from error
 
 
-def _names_on_hub(name: str, revision: str) -> Collection[str] | None:
+def _names_on_hub(name: str, revision: str | None) -> Collection[str] | None:
   """Returns the names of the files of a model on the hub, or None if they cannot be known."""
   try:
-    return list_repo_files(name, revision=revision or None)
+    return list_repo_files(name, revision=revision)
   except Exception as error:  # Of several libraries. The download that follows raises it again, or finds the cache.
     _log.debug("%s: files cannot be listed (%s)", name, error)
   return PUBLISHED[name].files if name in PUBLISHED and not revision else None
