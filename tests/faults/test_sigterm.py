@@ -41,7 +41,14 @@ _ARGUMENTS = {
   ],
   "serve": ["--workdir={run}", "--port=0"],
   "describe": ["--config=configs/lf_amazon_1.3m.py"],
-  "aot_compile": ["--config=configs/quickstart.py", "--topology=v5e:2x2", "--num_queries=9000", "--num_labels=900"],
+  "aot_compile": [
+    "--config=configs/custom.py:encoder=minilm-l3",
+    "--config.encoder.num_layers=1",
+    "--config.eval.blend=False",
+    "--topology=v5e:2x2",
+    "--num_queries=900",
+    "--num_labels=90",
+  ],
 }
 _LINE = re.compile(r"(stopped by SIGTERM.*|saved step \d+); .*start the same command again to continue|saved step .*")
 
