@@ -64,8 +64,10 @@ def _address(server):
 
 
 def test_every_good_request_is_answered_while_others_attack(attacked, capsys):
-  assert asyncio.run(run(_address(attacked), 300, _NUMBERS, clients=8, hung=120, seconds=300)), capsys.readouterr().out
-  rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+  right = asyncio.run(run(_address(attacked), 300, _NUMBERS, clients=8, hung=120, seconds=300))
+  said = capsys.readouterr()
+  assert right, said.out + said.err
+  rows = [line.split(" | ") for line in said.out.splitlines() if line.startswith("| ")]
   counts = {row[0][2:]: row[1:] for row in rows}
   assert set(counts) == {"kind", "good requests", "malformed requests", *NUMBERS}
   assert int(counts["good requests"][1]) + int(counts["malformed requests"][2]) == 300

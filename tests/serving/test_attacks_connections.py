@@ -344,7 +344,7 @@ def test_connections_of_a_proxy_are_those_of_many_clients():
       stack.enter_context(served.connect("127.0.0.1"))
     for _ in range(3):
       stack.enter_context(served.connect("127.0.0.8"))
-    wait_for(lambda: served.open() == 7)
-    assert served.ended("evicted") == 1
+    wait_for(lambda: served.ended("evicted") == 1)
+    assert served.open() == 7
   with pytest.raises(InputError, match="--proxies=shop.example: must be an address or a network"):
     Connections(Limits(), Metrics(), ["shop.example"])
