@@ -176,10 +176,13 @@ def command(config, workdir, devices=8, encoder="minilm-l6", module="vixml_jax.m
 
 
 def read_step(workdir):
-  """Returns the step of the last line of metrics.jsonl; 0 if there is none."""
+  """Returns the step of the last line of metrics.jsonl; 0 if there is none, or if it is being written."""
   path = workdir / "metrics.jsonl"
   lines = path.read_text().splitlines() if path.exists() else []
-  return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+  try:
+    return json.loads(lines[-1])["step"] if lines else 0
+  except json.JSONDecodeError:
+    return 0
 
 
 def two_processes(config, workdir, devices=2, encoder="minilm-l6", module="vixml_jax.main"):

@@ -177,7 +177,7 @@ def test_killed_at_three_random_steps_a_run_ends_with_the_same_bits(config, tmp_
   for step in kill_at:
     process = subprocess.Popen(**command(config, tmp_path / "killed"))
     while read_step(tmp_path / "killed") < step and process.poll() is None:
-      pass
+      time.sleep(0.01)
     assert process.poll() is None, f"ended before step {step}: {process.communicate()[0]}"
     process.kill()
     process.communicate()
