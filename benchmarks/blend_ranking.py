@@ -1,10 +1,10 @@
 """Measures the time and memory of the blend at the size of a published data set, beside the search of embeddings.
 
-  python -m benchmarks.blend_ranking [--labels=1305265] [--train_queries=2248619] [--queries=512]
+  python -m benchmarks.blend_ranking [--labels=1305265] [--train_queries=2248619] [--queries=512] [--dim=384]
 
 The words of labels and training queries are drawn from a Zipf distribution. The results of the search of embeddings are
-random, and so are the trees: both take their usual time. Times are processor seconds of this process, so that other
-programs matter less, and the memory is that of the process at most.
+random, and so are classifiers and trees: all take their usual time. `--dim=0` leaves the classifiers out. Times are
+processor seconds of this process, so that other programs matter less, and the memory is that of the process at most.
 """
 
 import resource
@@ -14,7 +14,7 @@ from absl import app, flags
 import numpy as np
 import scipy.sparse
 
-from vixml_jax.blend.features import FEATURES
+from vixml_jax.blend.features import CLASSIFIER_FEATURES, FEATURES
 from vixml_jax.blend.lexical import NUM_COLUMNS, TfIdf
 from vixml_jax.blend.model import BlendModel
 from vixml_jax.blend.ranking import BlendIndex, ScoredCandidates
@@ -25,6 +25,7 @@ _LABELS = flags.DEFINE_integer("labels", 1_305_265, "Number of labels.")
 _TRAIN_QUERIES = flags.DEFINE_integer("train_queries", 2_248_619, "Number of training queries.")
 _QUERIES = flags.DEFINE_integer("queries", 512, "Number of queries that are ranked.")
 _BLOCK = flags.DEFINE_integer("block", 64, "Number of queries that are ranked at a time.")
+_DIM = flags.DEFINE_integer("dim", 384, "Width of the embeddings that classifiers read; 0 for no classifiers.", 0)
 _WORDS = flags.DEFINE_integer("words", 9, "Words of an item; it has as many pairs of words, less one.")
 _LABELS_PER_QUERY = 5
 
@@ -64,11 +65,14 @@ def main(argv: list[str]) -> None:
   positives = rng.integers(0, labels, queries * _LABELS_PER_QUERY).astype(np.int32).reshape(queries, -1)
   positives.sort(axis=1)
   rows = Ragged.of_lengths(positives.ravel(), np.full(queries, _LABELS_PER_QUERY))
+  classifiers = rng.random((labels, _DIM.value + 1), np.float32) if _DIM.value else None
+  embeddings = rng.random((_QUERIES.value, _DIM.value), np.float32)
   started = time.process_time()
-  index = BlendIndex.build(*vectors, rows)
+  index = BlendIndex.build(*vectors, rows, classifiers_of=None if classifiers is None else classifiers.__getitem__)
   print(f"{labels:,} labels, {queries:,} training queries: {stored / 2**30:.2f} GiB of word vectors")
   print(f"inverted indexes built in {time.process_time() - started:.1f} s")
-  features = rng.normal(size=(20_000, len(FEATURES))).astype(np.float32)
+  names = FEATURES if classifiers is None else FEATURES + CLASSIFIER_FEATURES
+  features = rng.normal(size=(20_000, len(names))).astype(np.float32)
   model = BlendModel.fit(features, features[:, 0] + rng.normal(size=20_000) > 2)
   propensity = rng.uniform(1, 10, labels)
   asked = tfidf.vectors(_counts(rng, _QUERIES.value))
@@ -77,7 +81,7 @@ def main(argv: list[str]) -> None:
   for start in range(0, _QUERIES.value, _BLOCK.value):
     block = np.arange(start, min(start + _BLOCK.value, _QUERIES.value))
     times = [time.process_time()]
-    candidates, described = index.described(found.take(block), asked[block])
+    candidates, described = index.described(embeddings[block], found.take(block), asked[block])
     times.append(time.process_time())
     scored = ScoredCandidates.score(model, candidates, described)
     times.append(time.process_time())

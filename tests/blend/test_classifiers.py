@@ -35,16 +35,21 @@ def _loss(weights, inputs, positives):
   return sum(losses) / len(losses)
 
 
-def test_the_gradient_is_that_of_the_loss():
+def _gradient_and_loss(weights, inputs, positives, mesh):
+  return classifiers._gradient_and_loss(shard_rows(weights, mesh), jnp.asarray(inputs), positives, NUM_LABELS, mesh)
+
+
+def test_the_loss_and_its_gradient_are_those_of_automatic_differentiation():
   rows = [[0], [3, 12, 7], [], [11]]
   inputs, weights = _unit(len(rows), 0), np.random.default_rng(1).normal(size=(NUM_LABELS, DIM + 1)).astype(np.float32)
   positives = np.full((len(rows), 4), -1, np.int32)
   for row, of_query in enumerate(rows):
     positives[row, : len(of_query)] = of_query
-  expected = jax.jit(jax.grad(lambda weights: _loss(weights, inputs, rows)))(weights)
+  loss, expected = jax.jit(jax.value_and_grad(lambda weights: _loss(weights, inputs, rows)))(weights)
   for devices in (1, 8):
     mesh = _mesh(devices)
-    found = classifiers._gradient(shard_rows(weights, mesh), jnp.asarray(inputs), positives, NUM_LABELS, mesh)
+    found, value = _gradient_and_loss(weights, inputs, positives, mesh)
+    assert float(value) == pytest.approx(float(loss), rel=1e-5)
     np.testing.assert_allclose(np.asarray(found)[:NUM_LABELS], expected, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(found)[NUM_LABELS:], 0)
 
@@ -52,8 +57,9 @@ def test_the_gradient_is_that_of_the_loss():
 def test_a_query_whose_positives_are_all_labels_changes_nothing():
   mesh, weights = _mesh(2), np.ones((NUM_LABELS, DIM + 1), np.float32)
   positives = np.arange(NUM_LABELS, dtype=np.int32)[None]
-  found = classifiers._gradient(shard_rows(weights, mesh), jnp.asarray(_unit(1, 0)), positives, NUM_LABELS, mesh)
+  found, loss = _gradient_and_loss(weights, _unit(1, 0), positives, mesh)
   np.testing.assert_array_equal(np.asarray(found), 0)
+  assert float(loss) == 0
 
 
 @pytest.fixture(scope="module")

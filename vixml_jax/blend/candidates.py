@@ -30,12 +30,12 @@ class BlendWidths:
     lexical_voted: Labels by the votes of these.
   """
 
-  labels: int = 100
-  queries: int = 50
-  voted: int = 60
+  labels: int = 120
+  queries: int = 100
+  voted: int = 100
   lexical_labels: int = 40
-  lexical_queries: int = 50
-  lexical_voted: int = 40
+  lexical_queries: int = 100
+  lexical_voted: int = 50
 
 
 DEFAULT_WIDTHS = BlendWidths()

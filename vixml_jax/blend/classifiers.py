@@ -10,6 +10,7 @@ embedding, plus the bias.
 
 from collections.abc import Callable
 import functools
+import logging
 import math
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ SCALE = 10.0
 BATCH_SIZE = 512
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.99)
 _PAIRS_PER_BLOCK = 8192
+
+_log = logging.getLogger(__name__)
 
 
 class ClassifierState(NamedTuple):
@@ -74,13 +77,15 @@ def fit_classifiers(
     classifiers, optax.ScaleByAdamState(sharding.to_global(np.zeros((), np.int32), whole), mean, variance)
   )
   rng, done = np.random.default_rng(seed), 0
+  loss: jax.Array | None = None
   with stage(f"train classifiers of {num_labels:,} labels", total=epochs * len(rows), unit="item") as progress:
     for _ in range(epochs):
       order = rng.permutation(rows)
       for start in range(0, len(order), size):
         part = order[start : start + size]
         queries = np.pad(part, (0, size - len(part)), constant_values=-1)
-        state = classifier_step(
+        before = loss
+        state, loss = classifier_step(
           state,
           embeddings.values,
           sharding.to_global(queries.astype(np.int32), whole),
@@ -89,9 +94,15 @@ def fit_classifiers(
           num_labels=num_labels,
           mesh=mesh,
         )
+        # One step in flight hides the host's work. Many would keep their batches in memory, and the collectives of CPU
+        # devices that share the threads of a busy host may then wait for each other forever.
+        if before is not None:
+          before.block_until_ready()
         done += 1
         progress.advance(len(part))
     jax.block_until_ready(state)
+  if loss is not None:
+    _log.info("classifiers: loss of the last batch %.4f", float(loss))
   return ShardedRows(state.classifiers, num_labels)
 
 
@@ -136,8 +147,8 @@ def classifier_step(
   *,
   num_labels: int,
   mesh: Mesh,
-) -> ClassifierState:
-  """Returns the state after a step of Adam.
+) -> tuple[ClassifierState, jax.Array]:
+  """Returns the state after a step of Adam, and the loss before it.
 
   Args:
     state: The state before.
@@ -149,19 +160,19 @@ def classifier_step(
     mesh: The devices.
   """
   inputs = SCALE * take_rows(embeddings, queries, mesh)
-  gradient = _gradient(state.classifiers, inputs, positives, num_labels, mesh)
+  gradient, loss = _gradient_and_loss(state.classifiers, inputs, positives, num_labels, mesh)
   update, adam = _ADAM.update(gradient, state.adam)
-  return ClassifierState(state.classifiers - learning_rate * update, adam)
+  return ClassifierState(state.classifiers - learning_rate * update, adam), loss
 
 
-def _gradient(
+def _gradient_and_loss(
   classifiers: jax.Array, inputs: jax.Array, positives: jax.Array, num_labels: int, mesh: Mesh
-) -> jax.Array:
-  """Returns the gradient of the mean loss of all pairs of a query and a positive, sharded as the classifiers.
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the gradient of the mean loss of all pairs, sharded as the classifiers, and this loss.
 
-  The loss of a pair is ln(1 + exp(n - s)), where s is the score of the positive, and n the logarithm of the sum of
-  exp(score) over all labels that are not positives of the query. Each device computes the scores [B, L'] of its own
-  labels; only sums over labels are exchanged.
+  The loss of a pair of a query and a positive is ln(1 + exp(n - s)), where s is the score of the positive, and n the
+  logarithm of the sum of exp(score) over all labels that are not positives of the query. Each device computes the
+  scores [B, L'] of its own labels; only sums over labels are exchanged.
 
   Args:
     classifiers: [L rounded up, D + 1], sharded by rows.
@@ -172,7 +183,7 @@ def _gradient(
   """
   axes = sharding.row_axes()
 
-  def share(classifiers: jax.Array, inputs: jax.Array, positives: jax.Array) -> jax.Array:
+  def share(classifiers: jax.Array, inputs: jax.Array, positives: jax.Array) -> tuple[jax.Array, jax.Array]:
     count = len(classifiers)
     first = lax.axis_index(axes) * count
     scores = inputs @ classifiers[:, :-1].T + classifiers[:, -1]
@@ -189,14 +200,16 @@ def _gradient(
     weights = jnp.exp(negatives - highest)
     total = lax.psum(weights.sum(axis=1, keepdims=True), axes)
     of_positives = lax.psum(jnp.where(here, scores[queries, jnp.minimum(columns, count - 1)], 0), axes)
+    margins = highest + jnp.log(total) - of_positives
+    pairs = jnp.maximum(given.sum(), 1)
+    loss = jnp.where(given, jax.nn.softplus(margins), 0).sum() / pairs
     # The derivative of the loss of each pair by n; that by s is its negative.
-    slopes = jnp.where(given, jax.nn.sigmoid(highest + jnp.log(total) - of_positives), 0)
-    slopes = slopes / jnp.maximum(given.sum(), 1)
+    slopes = jnp.where(given, jax.nn.sigmoid(margins), 0) / pairs
     by_score = slopes.sum(axis=1, keepdims=True) * weights / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
     by_score = by_score.at[queries, columns].add(-slopes, mode="drop")
-    return jnp.concatenate([by_score.T @ inputs, by_score.sum(axis=0)[:, None]], axis=1)
+    return jnp.concatenate([by_score.T @ inputs, by_score.sum(axis=0)[:, None]], axis=1), loss
 
   split, whole = PartitionSpec(axes), PartitionSpec()
-  return jax.shard_map(share, mesh=mesh, in_specs=(split, whole, whole), out_specs=split, check_vma=False)(
+  return jax.shard_map(share, mesh=mesh, in_specs=(split, whole, whole), out_specs=(split, whole), check_vma=False)(
     classifiers, inputs, positives
   )

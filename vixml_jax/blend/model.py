@@ -7,11 +7,12 @@ from vixml_jax.blend.libraries import import_library
 from vixml_jax.errors import InputError
 
 NUM_ROUNDS = 150
+_FEWEST_LEAVES, _MOST_LEAVES, _POSITIVES_PER_LEAF = 15, 127, 50
 _PARAMETERS = {
   "objective": "binary",
-  "learning_rate": 0.1,
-  "num_leaves": 15,
+  "learning_rate": 0.07,
   "min_data_in_leaf": 20,
+  "feature_fraction": 0.5,
   "seed": 0,
   # The same trees for the same data and number of threads: LightGBM, "deterministic".
   "deterministic": True,
@@ -47,7 +48,9 @@ class BlendModel:
 
   @classmethod
   def fit(cls, features: np.ndarray, hits: np.ndarray, num_threads: int = 0) -> "BlendModel":
-    """Trains a model.
+    """Trains a model, whose trees are larger where there are more positives.
+
+    Large trees rank better (docs/results.md), but probabilities that are fitted on few positives are less calibrated.
 
     Args:
       features: Features of the candidates of held-out queries, float32 [P, V], with or without those of classifiers.
@@ -65,7 +68,9 @@ class BlendModel:
     lightgbm = import_library("lightgbm")
     names = (FEATURES + CLASSIFIER_FEATURES)[: features.shape[1]]
     data = lightgbm.Dataset(features, hits.astype(np.float32), feature_name=list(names))
-    booster = lightgbm.train(_PARAMETERS | {"num_threads": num_threads}, data, num_boost_round=NUM_ROUNDS)
+    leaves = min(max(int(hits.sum()) // _POSITIVES_PER_LEAF, _FEWEST_LEAVES), _MOST_LEAVES)
+    chosen = {"num_leaves": leaves, "num_threads": num_threads}
+    booster = lightgbm.train(_PARAMETERS | chosen, data, num_boost_round=NUM_ROUNDS)
     return cls(booster.model_to_string())
 
   def probabilities(self, features: np.ndarray) -> np.ndarray:

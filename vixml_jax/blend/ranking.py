@@ -76,12 +76,14 @@ class BlendIndex:
 
     Args:
       embeddings: Embeddings of the queries [Q, D], which are read only if labels have classifiers.
-      found: Labels and training queries by embedding, at least as many as `widths` asks for.
+      found: Labels and training queries by embedding, at least as many as `widths` asks for when the excluded labels
+        are left out, so that scores and ranks are those of a search that had not found them.
       vectors: TF-IDF vectors of the queries [Q, F].
       exclude: Labels to leave out for each query, Q rows.
       filters: Labels that each query may have.
     """
     candidates, features = [], []
+    found = found if exclude is None else found.without(exclude)
     found = found.first(self.widths.labels, self.widths.queries)
     for start in range(0, len(found.label_ids), QUERIES_PER_BLOCK):
       rows = np.arange(start, min(start + QUERIES_PER_BLOCK, len(found.label_ids)))

@@ -20,6 +20,7 @@ from vixml_jax.input.corpus import Corpus
 from vixml_jax.ragged import Ragged
 from vixml_jax.rounding import at_equal_distances
 from vixml_jax.row_files import RowFiles
+from vixml_jax.search.index import search_width
 from vixml_jax.search.label_index_blend import StoredBlend, WordVectors
 from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import stage
@@ -135,8 +136,11 @@ def fit_blend(index: EvaluationIndex, blend: BlendIndex, held_out: EvaluationQue
         continue
       assert block.words is not None
       embeddings = np.asarray(block.embeddings)[wanted]
-      found = index.search_both(embeddings, blend.widths.labels, blend.widths.queries)
-      candidates, part = blend.described(embeddings, found, block.words[wanted], exclude=block.filter.take(wanted))
+      exclude = block.filter.take(wanted)
+      found = index.search_both(
+        embeddings, search_width(blend.widths.labels, exclude, len(blend.frequencies)), blend.widths.queries
+      )
+      candidates, part = blend.described(embeddings, found, block.words[wanted], exclude=exclude)
       if blend.classifiers_of is not None:
         part[hidden[candidates.values], -len(CLASSIFIER_FEATURES) :] = np.nan
       features.append(part)

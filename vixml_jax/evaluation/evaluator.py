@@ -179,12 +179,14 @@ class EvaluationIndex:
     The rows are "plain", "augmented" if the config asks for it, and "blend" if there is one. One search serves all.
     """
     retrieval, blend = config.retrieval, self.blend
-    width = search_width(config.depth, queries.filter, self.label_index.num_labels)
+    num_labels = self.label_index.num_labels
+    width = search_width(config.depth, queries.filter, num_labels)
     asked = [(width, 0)]
     if retrieval is not None:
       asked.append((retrieval.hits, retrieval.num_query_hits))
     if blend is not None:
-      asked.append((blend.index.widths.labels, blend.index.widths.queries))
+      widths = blend.index.widths
+      asked.append((search_width(widths.labels, queries.filter, num_labels), widths.queries))
     embeddings = np.asarray(queries.embeddings)
     found = self.search_both(embeddings, *(max(hits) for hits in zip(*asked, strict=True)))
     plain = found.first(width, 0)

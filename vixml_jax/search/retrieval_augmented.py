@@ -106,6 +106,13 @@ class Neighbors:
       self.query_ids[:, :query_hits],
     )
 
+  def without(self, exclude: Ragged) -> "Neighbors":
+    """Returns the neighbors without the labels that a query must not have, Q rows; the places at the end are empty."""
+    width = self.label_ids.shape[1]
+    return Neighbors(
+      *drop_members(self.label_scores, self.label_ids, exclude, width), self.query_scores, self.query_ids
+    )
+
   @classmethod
   def concatenate(cls, parts: Sequence["Neighbors"]) -> "Neighbors":
     """Joins the neighbors of several blocks of queries."""
