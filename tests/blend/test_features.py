@@ -39,7 +39,7 @@ def test_the_features_of_three_labels_by_hand():
     "lexical_score": [0, 0.5, 0],
     "lexical_vote": [0, 0, 1],
     "best_lexical_voter": [nan, nan, 0.6],
-    "log_frequency": [0, math.log(2), math.log(4)],
+    "frequency_class": [0, 0.5, 1.5],  # ln 2 and ln 4 in steps of a half.
     "best_prototype_score": [0.9] * 3,
     "nearest_query": [0.8] * 3,
     "num_candidates": [3] * 3,

@@ -41,15 +41,6 @@ def test_training_again_with_any_number_of_threads_gives_the_same_trees(learned)
     assert trees(BlendModel.fit(features, hits, threads).text) == trees(model.text)
 
 
-@pytest.mark.parametrize("positives,leaves", [(100, 15), (2000, 40), (20_000, 127)])
-def test_trees_grow_with_the_number_of_positives(positives, leaves):
-  rng = np.random.default_rng(0)
-  features = rng.uniform(0, 1, (2 * positives, len(FEATURES))).astype(np.float32)
-  model = BlendModel.fit(features, np.arange(2 * positives) < positives)
-  grown = [int(line.partition("=")[2]) for line in model.text.splitlines() if line.startswith("num_leaves=")]
-  assert max(grown) <= leaves and (max(grown) == leaves or leaves == 15)
-
-
 def test_without_positives_or_with_a_damaged_or_other_model_there_is_one_line(learned):
   features, hits, model = learned
   with pytest.raises(InputError, match=r"0 of the 4000 candidates.*validation_fraction higher"):

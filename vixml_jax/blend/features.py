@@ -15,7 +15,7 @@ FEATURES = (
   "lexical_score",
   "lexical_vote",
   "best_lexical_voter",
-  "log_frequency",
+  "frequency_class",
   "best_prototype_score",
   "nearest_query",
   "num_candidates",
@@ -31,7 +31,8 @@ def candidate_features(sources: Sources, candidates: Ragged, frequencies: np.nda
   The first nine describe the label for the query: its score and rank (from 0) by prototype and the gap to the best
   label; the votes of the nearest training queries that have it at two temperatures, and the similarity of the best of
   these; the same three by words (score of the label's name, vote, best voter). A vote is 0 where no neighbor has the
-  label. The tenth is ln(1 + number of training queries of the label). The others describe the query.
+  label. The tenth is ln(1 + number of training queries of the label) in steps of a half: the exact number would tell
+  which label it is, and trees would learn labels by heart. The others describe the query.
 
   Args:
     sources: What is known about the labels of Q queries.
@@ -52,7 +53,7 @@ def candidate_features(sources: Sources, candidates: Ragged, frequencies: np.nda
     sources.lexical_labels.look_up(keys, 0)[:, 0],
     np.nan_to_num(lexical_votes[:, 0]),
     lexical_votes[:, 1],
-    np.log1p(frequencies[candidates.values]),
+    np.round(2 * np.log1p(frequencies[candidates.values])) / 2,
     sources.best_label[queries],
     sources.best_query[queries],
     candidates.lengths[queries],

@@ -7,10 +7,11 @@ from vixml_jax.blend.libraries import import_library
 from vixml_jax.errors import InputError
 
 NUM_ROUNDS = 150
-_FEWEST_LEAVES, _MOST_LEAVES, _POSITIVES_PER_LEAF = 15, 127, 50
 _PARAMETERS = {
   "objective": "binary",
+  # Chosen on held-out queries (docs/results.md).
   "learning_rate": 0.07,
+  "num_leaves": 31,
   "min_data_in_leaf": 20,
   "feature_fraction": 0.5,
   "seed": 0,
@@ -48,9 +49,7 @@ class BlendModel:
 
   @classmethod
   def fit(cls, features: np.ndarray, hits: np.ndarray, num_threads: int = 0) -> "BlendModel":
-    """Trains a model, whose trees are larger where there are more positives.
-
-    Large trees rank better (docs/results.md), but probabilities that are fitted on few positives are less calibrated.
+    """Trains a model.
 
     Args:
       features: Features of the candidates of held-out queries, float32 [P, V], with or without those of classifiers.
@@ -68,9 +67,7 @@ class BlendModel:
     lightgbm = import_library("lightgbm")
     names = (FEATURES + CLASSIFIER_FEATURES)[: features.shape[1]]
     data = lightgbm.Dataset(features, hits.astype(np.float32), feature_name=list(names))
-    leaves = min(max(int(hits.sum()) // _POSITIVES_PER_LEAF, _FEWEST_LEAVES), _MOST_LEAVES)
-    chosen = {"num_leaves": leaves, "num_threads": num_threads}
-    booster = lightgbm.train(_PARAMETERS | chosen, data, num_boost_round=NUM_ROUNDS)
+    booster = lightgbm.train(_PARAMETERS | {"num_threads": num_threads}, data, num_boost_round=NUM_ROUNDS)
     return cls(booster.model_to_string())
 
   def probabilities(self, features: np.ndarray) -> np.ndarray:
