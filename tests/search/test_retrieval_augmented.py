@@ -109,3 +109,12 @@ def test_settings_out_of_range_are_named(case, neighbors, lambda_, temperature, 
   rows = Ragged.from_rows(case.train_labels)
   with pytest.raises(InputError, match=message):
     combine(neighbors, rows, num_labels=NUM_LABELS, lambda_=lambda_, temperature=temperature, k=3)
+
+
+def test_neighbors_without_labels_are_those_of_a_search_that_has_not_found_them():
+  labels = np.array([[0.9, 0.8, 0.7], [0.6, 0.5, 0.4]], np.float32), np.array([[4, 2, 7], [1, 4, 0]], np.int32)
+  queries = np.array([[0.3], [0.2]], np.float32), np.array([[5], [6]], np.int32)
+  left = Neighbors(*labels, *queries).without(Ragged.from_rows([[2, 9], []]))
+  np.testing.assert_array_equal(left.label_ids, [[4, 7, -1], [1, 4, 0]])
+  np.testing.assert_array_equal(left.label_scores, np.array([[0.9, 0.7, -np.inf], [0.6, 0.5, 0.4]], np.float32))
+  np.testing.assert_array_equal(left.query_ids, queries[1])
