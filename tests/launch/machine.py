@@ -17,7 +17,9 @@ TRAINING = ["--", CONFIG, FIELDS]
 # (";" is a new line, "!" a failure with a status and words). The last line of the file is repeated.
 FAKE = r"""#!/usr/bin/env bash
 program=$(basename "$0")
-{ printf '%s' "$program"; printf '\037%s' "$@"; printf '\n'; } >> "$FAKE/calls"
+# In one write: both ends of a pipe log their calls at the same time.
+printf -v call '\037%s' "$program" "$@"
+printf '%s\n' "${call:1}" >> "$FAKE/calls"
 case "$program $*" in
   *" ssh "*) answers=$FAKE/ssh ;;
   *"queued-resources describe"*) answers=$FAKE/describe ;;
