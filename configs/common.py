@@ -44,7 +44,7 @@ def base_config() -> ConfigDict:
   config.fusion = ConfigDict(
     dict(
       method="early",  # Images are tokens of the encoder. Or "late": an extra layer combines them with the pooled text.
-      adapter="linear",  # Map from the features to the token width; or "mlp", "gated".
+      adapter="linear",  # Map from the features to the token width; or "mlp", "gated", "cross_attention".
       # Early fusion: norm of the linear map of the images that is added to the pooled text, relative to the text.
       residual=0.0,
       modality_dropout=0.0,  # Probability that all images of an item of a training batch are dropped.

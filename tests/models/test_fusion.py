@@ -109,11 +109,41 @@ def test_early_fusion_equals_transformers_with_images_among_its_input_embeddings
       tokens = linear("hidden", torch.nn.functional.gelu(tokens))
     if adapter == "gated":
       tokens = tokens * torch.sigmoid(linear("gate", features))
-    parts = [tokens, words(torch.tensor(queries.tokens[i]).long())]
+    texts = words(torch.tensor(queries.tokens[i]).long())
+    if adapter == "cross_attention":
+      tokens = tokens + torch_attention(model.fusion.attention, tokens, texts)
+    parts = [tokens, texts]
     embeddings = torch.cat(parts if order == "before" else parts[::-1])[None]
     with torch.no_grad():
       wanted = theirs(inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2])).last_hidden_state[0]
     np.testing.assert_allclose(ours[i], wanted.mean(0).numpy(), atol=2e-5)
+
+
+def torch_attention(ours, x, context):
+  """The output of torch's attention with our parameters."""
+  heads, _, dim = ours.output.kernel.shape
+  theirs = torch.nn.MultiheadAttention(dim, heads, batch_first=True).eval()
+  parts = [getattr(ours, name) for name in ("query", "key", "value")]
+  value = lambda param: torch.tensor(np.asarray(param[...]))
+  theirs.load_state_dict(
+    {
+      "in_proj_weight": torch.cat([value(part.kernel).reshape(dim, dim).T for part in parts]),
+      "in_proj_bias": torch.cat([value(part.bias).reshape(dim) for part in parts]),
+      "out_proj.weight": value(ours.output.kernel).reshape(dim, dim).T,
+      "out_proj.bias": value(ours.output.bias),
+    }
+  )
+  return theirs(x[None], context[None], context[None])[0][0]
+
+
+def test_an_image_without_words_attends_to_nothing(bert):
+  queries, bank = items()
+  layout = PackedLayout(16, 4, IMAGES, ("images",))  # An item with images has no words.
+  model = with_images(bert, adapter="cross_attention")
+  found = pooled(model, pack(queries, layout), bank, layout)
+  model.fusion.attention = None
+  compiled.cache_clear()  # The module is its key.
+  np.testing.assert_allclose(found, pooled(model, pack(queries, layout), bank, layout), atol=1e-6)
 
 
 def test_late_fusion_is_the_mean_of_the_outputs_of_a_torch_layer(bert):
@@ -187,9 +217,17 @@ def test_an_item_without_images_has_the_vector_of_a_model_of_texts_only(bert):
   np.testing.assert_allclose(with_slots, np.asarray(out).reshape(-1, out.shape[-1])[rows.slots], atol=1e-6)
 
 
-@pytest.mark.parametrize("method,order", [("early", "before"), ("early", "after"), ("late", "apart")])
-def test_items_of_a_row_are_independent_and_empty_places_get_no_gradient(bert, method, order):
-  model = with_images(bert, method=method)
+@pytest.mark.parametrize(
+  "fusion,order",
+  [
+    (dict(method="early"), "before"),
+    (dict(method="early"), "after"),
+    (dict(adapter="cross_attention"), "after"),
+    (dict(method="late"), "apart"),
+  ],
+)
+def test_items_of_a_row_are_independent_and_empty_places_get_no_gradient(bert, fusion, order):
+  model = with_images(bert, **fusion)
   layout = PackedLayout(24, 2, IMAGES, TEMPLATES[order])
   queries, bank = items()
   together = pooled(model, pack(queries, layout), bank, layout)
@@ -219,9 +257,10 @@ def test_a_model_with_fusion_but_no_images_raises_an_error(bert):
     model.pool(row, row, row, 2)
 
 
-def test_a_residual_with_late_fusion_raises_an_error(bert):
+@pytest.mark.parametrize("early", [dict(residual=True), dict(adapter="cross_attention")])
+def test_a_part_of_early_fusion_with_late_fusion_raises_an_error(bert, early):
   with pytest.raises(ValueError, match="requires early fusion"):
-    with_images(bert, method="late", residual=True)
+    with_images(bert, method="late", **early)
 
 
 @pytest.mark.parametrize("unknown", [dict(method="middle"), dict(adapter="conv")])

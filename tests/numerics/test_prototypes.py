@@ -91,6 +91,7 @@ def test_prototypes_of_hostile_labels_and_their_gradients_equal_the_transcriptio
   [
     dict(method="early", adapter="linear", residual=True),
     dict(method="early", adapter="gated"),
+    dict(method="early", adapter="cross_attention"),
     dict(method="late", adapter="mlp"),
   ],
   ids=lambda fusion: f"{fusion['method']}, {fusion['adapter']}",

@@ -41,6 +41,7 @@ KINDS = {
   "distilbert": (0, None),
   "images": (2, dict(adapter="linear", residual=True)),
   "gated": (2, dict(adapter="gated", residual=False)),
+  "cross-attention": (2, dict(adapter="cross_attention", residual=True)),
   "mlp": (0, dict(adapter="mlp", residual=True)),
   "late": (2, dict(adapter="linear", method="late")),
   "late gated": (0, dict(adapter="gated", method="late")),

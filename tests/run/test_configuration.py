@@ -94,10 +94,14 @@ def test_a_bad_value_is_refused(changes, message):
       "config.eval.test_images=(-1,): must be empty, or a list of 1 to 6 values, each once, each a",
     ),
     ({"fusion.method": "middle"}, "config.fusion.method='middle': must be one of early, late"),
-    ({"fusion.adapter": "conv"}, "config.fusion.adapter='conv': must be one of linear, mlp, gated"),
+    ({"fusion.adapter": "conv"}, "config.fusion.adapter='conv': must be one of linear, mlp, gated, cross_attention"),
     (
       {"fusion.residual": 0.3, "fusion.method": "late"},
       "config.fusion.residual=0.3: must be 0 unless config.fusion.method is early",
+    ),
+    (
+      {"fusion.adapter": "cross_attention", "fusion.method": "late"},
+      "config.fusion.adapter=cross_attention: needs config.fusion.method=early",
     ),
     ({"prompt.template": "E"}, "no place for the images"),
     ({"fusion.bank": "disk"}, "config.fusion.bank='disk': must be one of auto, device, host"),

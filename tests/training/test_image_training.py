@@ -65,6 +65,7 @@ def test_evaluating_again_needs_no_tower_and_gives_the_same_numbers(finished, tm
   "template,fusion",
   [
     pytest.param("E V", dict(adapter="mlp", residual=0.3), marks=pytest.mark.slow),
+    pytest.param("V E", dict(adapter="cross_attention", residual=0.3), marks=pytest.mark.slow),
     ("V E", dict(method="late", adapter="gated")),
   ],
 )

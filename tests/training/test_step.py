@@ -25,7 +25,7 @@ PUBLISHED_SIZES = (294_805, 131_073)  # Training queries and labels of LF-Amazon
 # Name -> encoder, and changes of its config.
 MODELS = {
   "bert": ("minilm-l6", {}),
-  "bert with early images": ("minilm-l6", {"images": 3, "fusion.adapter": "gated"}),
+  "bert with early images": ("minilm-l6", {"images": 3, "fusion.adapter": "cross_attention"}),
   "bert with late images": ("minilm-l6", {"images": 3, "fusion.method": "late", "fusion.adapter": "mlp"}),
   "decoder": ("qwen2.5-0.5b", {"prototype.num_heads": 8}),
   "decoder with images": ("qwen2.5-0.5b", {"images": 3, "prototype.num_heads": 8}),

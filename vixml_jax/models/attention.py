@@ -72,13 +72,14 @@ def segment_attention(
   dropout_key: Key[Array, ""] | None = None,
   causal: bool = False,
   implementation: str = REFERENCE,
+  query_segments: Int[Array, "R Q"] | None = None,
 ) -> Float[Array, "R Q H head_dim"]:
   """Computes scaled dot-product attention in which each token attends to the tokens of its own segment only.
 
   Padding (segment 0) attends to padding, so that its rows stay finite. No text attends to padding.
 
   Args:
-    query: Queries [R, Q, H, head_dim] with H heads. Q must equal T if `segments` is given.
+    query: Queries [R, Q, H, head_dim] with H heads. Q must equal T if `segments` is given without `query_segments`.
     key: Keys [R, T, G, head_dim]. Each of the G heads serves H / G adjacent heads of the queries.
     value: Values [R, T, G, head_dim].
     segments: Slot of each token, int32 [R, T]; 0 for padding. None lets every token attend to its whole row.
@@ -86,6 +87,8 @@ def segment_attention(
     dropout_key: Random key of the dropout; None for no dropout.
     causal: Whether a token attends only to itself and to earlier tokens of its row. Requires Q = T.
     implementation: One of `attention_call.IMPLEMENTATIONS`; see `choose`. They differ by rounding.
+    query_segments: Slot of each query, int32 [R, Q], where queries are not the tokens themselves; only the reference
+      has them. A query whose slot no token has attends to all tokens of its row.
 
   Returns:
     [R, Q, H, head_dim] in the dtype of `value`. The softmax is computed in float32.
@@ -96,7 +99,9 @@ def segment_attention(
   dropout = dropout_rate > 0 and dropout_key is not None
   chosen = choose(implementation, AttentionCall.of(query, key, segments is not None, dropout))
   if chosen == REFERENCE:
-    return attention_reference.attend(query, key, value, segments, dropout_rate, dropout_key, causal)
+    return attention_reference.attend(query, key, value, segments, dropout_rate, dropout_key, causal, query_segments)
+  if query_segments is not None:
+    raise ValueError(f"attention {chosen!r}: only the reference has segments of queries")
   heads, kv_heads = (("row", "position", name, "head_dim") for name in ("heads", "kv_heads"))
   # The kernels are custom calls, which XLA cannot divide among devices. Rows and heads do not depend on each other.
   attend = functools.partial(_FUSED[chosen].attend, causal=causal)
@@ -162,7 +167,23 @@ class Attention(nnx.Module):
     mixed = segment_attention(query, keys, value, segments, self.dropout, key, implementation=self.implementation)
     return self.output(checkpoint_name(mixed, "attention"))
 
-  def cross(self, x: Float[Array, "R Q D"], context: Float[Array, "R T D"]) -> Float[Array, "R Q D"]:
-    """Computes attention of Q vectors to the T vectors of the same row, without dropout."""
-    mixed = segment_attention(self.query(x), self.key(context), self.value(context), None)
+  def cross(
+    self,
+    x: Float[Array, "R Q D"],
+    context: Float[Array, "R T D"],
+    x_segments: Int[Array, "R Q"] | None = None,
+    segments: Int[Array, "R T"] | None = None,
+  ) -> Float[Array, "R Q D"]:
+    """Computes attention of Q vectors to the T vectors of the same row, without dropout.
+
+    Args:
+      x: Vectors that attend.
+      context: Vectors that they attend to.
+      x_segments: Slot of each vector of x; it attends to the vectors of its slot only, and there must be some. None for
+        attention to the whole row.
+      segments: Slot of each vector of the context; None together with `x_segments`.
+    """
+    mixed = segment_attention(
+      self.query(x), self.key(context), self.value(context), segments, query_segments=x_segments
+    )
     return self.output(mixed)

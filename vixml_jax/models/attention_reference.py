@@ -21,6 +21,7 @@ def attend(
   dropout_rate: float = 0.0,
   dropout_key: Key[Array, ""] | None = None,
   causal: bool = False,
+  query_segments: Int[Array, "R Q"] | None = None,
 ) -> Float[Array, "R Q H head_dim"]:
   """Computes attention; the arguments and the result are those of `attention.segment_attention`."""
   rows, length, num_heads, head_dim = query.shape
@@ -33,14 +34,14 @@ def attend(
   logits = logits.reshape(rows, num_heads, length, -1)
   if sharding.platform() == "gpu":  # Without it, XLA computes the gradient of the logits once for each of its products.
     logits = jax.lax.optimization_barrier(logits)
-  bias = _bias(segments, causal, length)
+  bias = _bias(segments, causal, length, query_segments)
   weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
   weights = layers.dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
   weights = weights.reshape(rows, groups, *group, length, -1)
   return jnp.einsum("rg...qk,rkgd->rqg...d", weights, value).reshape(query.shape)
 
 
-def _bias(segments: Array | None, causal: bool, length: int) -> Array | None:
+def _bias(segments: Array | None, causal: bool, length: int, query_segments: Array | None) -> Array | None:
   """Returns what is added to the logits, float32 [R or 1, 1, Q, T]; None if every token attends to its whole row.
 
   It is 0 where a token attends. Elsewhere it is so large that the sum is the same number for every logit, as if the
@@ -49,7 +50,8 @@ def _bias(segments: Array | None, causal: bool, length: int) -> Array | None:
   """
   masks: list[Array] = []
   if segments is not None:
-    masks.append(segments[:, None, :, None] == segments[:, None, None, :])
+    of_queries = segments if query_segments is None else query_segments
+    masks.append(of_queries[:, None, :, None] == segments[:, None, None, :])
   if causal:
     masks.append(jnp.tri(length, dtype=bool)[None, None])
   if not masks:

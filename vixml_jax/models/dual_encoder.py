@@ -116,7 +116,7 @@ class DualEncoder(nnx.Module):
     Raises:
       ValueError: If a model with `fusion` gets no images, or a model without `fusion` gets some.
     """
-    hidden = self.encoder.encode(self._embed(tokens, images), segments, positions, key)
+    hidden = self.encoder.encode(self._embed(tokens, segments, images), segments, positions, key)
     return self._pool_hidden(num_slots, hidden, segments, images, _fusion_key(key))
 
   def pool_chunks(
@@ -134,19 +134,19 @@ class DualEncoder(nnx.Module):
     The backward pass recomputes a layer chunk by chunk: see `transformer.scan_layers`. The arguments are those of
     `pool`, with a dimension of chunks, and `filled`: which chunks have any item.
     """
-    x = jax.vmap(self._embed)(tokens, images)
+    x = jax.vmap(self._embed)(tokens, segments, images)
     hidden = self.encoder.encode(x, segments, positions, key, filled)
     fusion_key = _fusion_key(key)
     keys = None if fusion_key is None else jax.random.split(fusion_key, len(filled))
     return jax.vmap(functools.partial(self._pool_hidden, num_slots))(hidden, segments, images, keys)
 
-  def _embed(self, tokens: Array, images: ImageTokens | None) -> Array:
+  def _embed(self, tokens: Array, segments: Array, images: ImageTokens | None) -> Array:
     """Returns the word vectors of rows [R, T, D], with the images that are tokens in their places."""
     if (self.fusion is None) != (images is None):
       raise ValueError("images must be given if and only if the model was made with `fusion`")
     x = self.encoder.embed_tokens(tokens)
     if self.fusion is not None and images is not None and self.fusion.method == "early":
-      x = self.fusion.place(x, images)
+      x = self.fusion.place(x, segments, images)
     return x
 
   def _pool_hidden(

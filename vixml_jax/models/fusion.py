@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from vixml_jax.models import layers
+from vixml_jax.models.attention import Attention
 from vixml_jax.models.pooling import pool_segments
 from vixml_jax.models.transformer import PostNormLayer
 from vixml_jax.typing import Array, Float, Int, Key
 
 METHODS = ("early", "late")
-ADAPTERS = ("linear", "mlp", "gated")
+ADAPTERS = ("linear", "mlp", "gated", "cross_attention")
 
 
 @jax.tree_util.register_dataclass
@@ -38,12 +39,14 @@ class ImageFusion(nnx.Module):
   Args:
     feature_dim: F, width of an image's feature vector.
     embed_dim: D, width of the encoder's tokens and embeddings.
-    num_heads: Number of attention heads of late fusion.
+    num_heads: Number of attention heads of late fusion and of cross-attention.
     mlp_dim: Feed-forward width of late fusion.
     method: "early": each image is a token of the encoder (ViXML, arXiv 2511.13189). "late": self-attention over the
       pooled text and the images, followed by their mean (similar to MUFIN, arXiv 2309.04961).
     adapter: Map from F to D. "linear": one linear map (ViXML). "mlp": two linear maps with GELU between them. "gated":
-      a linear map, multiplied by the sigmoid of another one, which can turn off single features.
+      a linear map, multiplied by the sigmoid of another one, which can turn off single features. "cross_attention": a
+      linear map, plus the attention of the image to the words of its item, as the cross-attention layers of Flamingo
+      (arXiv 2204.14198) with the parts exchanged; only with early fusion. Its output starts as 0.
     residual: Whether early fusion also adds a linear map of an item's mean feature vector to its pooled output (not in
       the paper).
     dropout: Dropout rate in the layer of late fusion.
@@ -53,7 +56,8 @@ class ImageFusion(nnx.Module):
     rngs: Source of the initial values.
 
   Raises:
-    ValueError: If the method or the adapter is unknown, or a residual is combined with late fusion.
+    ValueError: If the method or the adapter is unknown, or late fusion is combined with a residual or with
+      cross-attention.
   """
 
   def __init__(
@@ -78,6 +82,8 @@ class ImageFusion(nnx.Module):
       raise ValueError(f"fusion adapter {adapter!r}: must be one of {', '.join(ADAPTERS)}")
     if residual and method != "early":
       raise ValueError("fusion residual: requires early fusion; set the residual to 0 or the method to 'early'")
+    if adapter == "cross_attention" and method != "early":
+      raise ValueError("fusion adapter 'cross_attention': requires early fusion; set the method to 'early'")
     self.method = method
     self.feature_dim = feature_dim
     self.adapter = adapter
@@ -95,6 +101,18 @@ class ImageFusion(nnx.Module):
     self.project = linear({"feature": feature_dim})
     self.hidden = linear({"vector": embed_dim}) if adapter == "mlp" else None
     self.gate = linear({"feature": feature_dim}) if adapter == "gated" else None
+    self.attention = (
+      Attention(
+        embed_dim,
+        num_heads,
+        dtype=dtype,
+        kernel_init=layers.fan_in_uniform,
+        output_init=jax.nn.initializers.zeros,
+        rngs=rngs,
+      )
+      if adapter == "cross_attention"
+      else None
+    )
     self.residual = linear({"feature": feature_dim}) if residual else None
     self.mixer = (
       PostNormLayer(
@@ -121,10 +139,24 @@ class ImageFusion(nnx.Module):
       x = x * jax.nn.sigmoid(self.gate(features))
     return x
 
-  def place(self, x: Float[Array, "R T D"], images: ImageTokens) -> Float[Array, "R T D"]:
-    """Early fusion: returns the word vectors [R, T, D] with the images written to their places."""
+  def place(
+    self, x: Float[Array, "R T D"], segments: Int[Array, "R T"], images: ImageTokens
+  ) -> Float[Array, "R T D"]:
+    """Early fusion: returns the word vectors [R, T, D] with the images written to their places.
+
+    Args:
+      x: Word vectors. Those at the places of images are ignored.
+      segments: Slot of each place, 1..S, images included; 0 for padding.
+      images: Images of the rows.
+    """
     rows = jnp.arange(x.shape[0])[:, None]
-    return x.at[rows, images.positions].set(self.adapt(images.features).astype(x.dtype), mode="drop")
+    tokens = self.adapt(images.features)
+    if self.attention is not None:
+      words = segments.at[rows, images.positions].set(-1, mode="drop")  # An image attends to no image.
+      has_words = (images.segments[:, :, None] == words[:, None, :]).any(-1, keepdims=True)
+      attended = self.attention.cross(tokens, x, images.segments, words)
+      tokens = tokens + jnp.where(has_words, attended, 0)
+    return x.at[rows, images.positions].set(tokens.astype(x.dtype), mode="drop")
 
   def add_residual(self, pooled: Float[Array, "R S D"], images: ImageTokens) -> Float[Array, "R S D"]:
     """Adds a linear map of each item's mean features to its pooled output [R, S, D].

@@ -33,7 +33,7 @@ def bert_model(params: Tree, arguments: Mapping[str, Any], largest: Mapping[str,
 
   Args:
     params: Parameters on the host: `encoder`, a `BertEncoder`, and optionally `fusion`, an `ImageFusion`.
-    arguments: Arguments of `BertEncoder`. Its heads and `layer_norm_eps` are those of late fusion, too.
+    arguments: Arguments of `BertEncoder`. Its heads and `layer_norm_eps` are those of the fusion, too.
     largest: Largest absolute value of each dimension of each norm's output, from `calibration.largest_outputs`. It
       prepares the model for quantization, at the cost of a few more nodes: what products read is scaled so that large
       values in few dimensions or in few tokens do not decide the range of all.
@@ -50,7 +50,7 @@ def bert_model(params: Tree, arguments: Mapping[str, Any], largest: Mapping[str,
   x = graph.apply("Gather", graph.constant("word_embedding", encoder["word_embedding"]), ids)
   images = ImageInputs(graph, params["fusion"]) if "fusion" in params else None
   if images is not None and images.are_tokens:
-    x = images.place(x)
+    x = images.place(x, mask, arguments["num_heads"])
   positions = encoder["position_embedding"]
   if "token_type_embedding" in encoder:
     positions = positions + encoder["token_type_embedding"][0]

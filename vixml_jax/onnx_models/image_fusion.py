@@ -33,16 +33,25 @@ class ImageInputs:
     """Whether images are tokens of their items (early fusion)."""
     return "mixer" not in self._params
 
-  def place(self, x: str) -> str:
-    """Returns the word vectors [batch, length, D] with the images in their places, as `ImageFusion.place`."""
-    return self._graph.apply("ScatterND", x, self._places, self._adapted())
+  def place(self, x: str, mask: str, num_heads: int) -> str:
+    """Returns the word vectors [batch, length, D] with the images in their places, as `ImageFusion.place`.
+
+    Args:
+      x: Word vectors, [batch, length, D].
+      mask: 1 for tokens, images included, and 0 for padding, float32 [batch, length].
+      num_heads: Number of heads of cross-attention.
+    """
+    tokens = self._adapted()
+    if "attention" in self._params:
+      tokens = self._graph.apply("Add", tokens, self._attended(tokens, x, mask, num_heads))
+    return self._graph.apply("ScatterND", x, self._places, tokens)
 
   def add_to(self, pooled: str, batch: TokenBatch) -> str:
     """Returns the pooled outputs [batch, D] with the residual of early fusion, as `ImageFusion.add_residual`."""
     if "residual" not in self._params:
       return pooled
     graph, params = self._graph, self._params["residual"]
-    rows = graph.apply("Slice", self._places, graph.integers(0), graph.integers(1), graph.integers(1))
+    rows = self._column(0)
     items = graph.apply("Shape", batch.mask, start=0, end=1)
 
     def by_item(values: str, width: int) -> str:
@@ -65,8 +74,7 @@ class ImageInputs:
       epsilon: Added to the variance in its norms.
     """
     graph, params = self._graph, self._params["mixer"]
-    columns = graph.apply("Slice", self._places, graph.integers(1), graph.integers(2), graph.integers(1))
-    used = graph.apply("Add", graph.apply("Reshape", columns, graph.integers(-1)), graph.integers(1))
+    used = graph.apply("Add", graph.apply("Reshape", self._column(1), graph.integers(-1)), graph.integers(1))
     width = graph.apply("ReduceMax", graph.apply("Concat", graph.integers(0), used, axis=0), keepdims=1)
     items = graph.apply("Shape", pooled, start=0, end=1)
     grid = graph.apply("Concat", items, width, axis=0)
@@ -93,6 +101,46 @@ class ImageInputs:
     if "gate" in params:
       x = graph.apply("Mul", x, graph.apply("Sigmoid", graph.linear("fusion/gate", self._features, **params["gate"])))
     return x
+
+  def _attended(self, tokens: str, x: str, mask: str, num_heads: int) -> str:
+    """Returns the attention of images [images, D] to the words of their items, [images, D], as `Attention.cross`."""
+    graph, params = self._graph, self._params["attention"]
+    dim = params["query"]["kernel"].shape[0]
+    head_dim = dim // num_heads
+    items = graph.apply("Reshape", self._column(0), graph.integers(-1))
+
+    def heads(part: str, values: str, order: list[int], scale: float = 1.0) -> str:
+      """Returns a projection of values, [batch or images, length or 1, D], divided into heads."""
+      kernel, bias = (params[part][leaf] * np.float32(scale) for leaf in ("kernel", "bias"))
+      projected = graph.linear(f"fusion/cross/{part}", values, kernel.reshape(dim, dim), bias.reshape(dim))
+      shape = graph.apply("Shape", values, start=0, end=2)
+      shape = graph.apply("Concat", shape, graph.integers(num_heads, head_dim), axis=0)
+      return graph.apply("Transpose", graph.apply("Reshape", projected, shape), perm=order)
+
+    query = heads("query", graph.apply("Unsqueeze", tokens, graph.integers(1)), [0, 2, 1, 3], 1 / math.sqrt(head_dim))
+    key, value = (
+      graph.apply("Gather", heads(part, x, order), items)
+      for part, order in (("key", [0, 2, 3, 1]), ("value", [0, 2, 1, 3]))
+    )
+    # An image attends to no image.
+    words = graph.apply("ScatterND", mask, self._places, self._filled(0, self._count()))
+    batch = TokenBatch.of_mask(graph, graph.apply("Gather", words, items))
+    scores = graph.apply("Add", graph.apply("MatMul", query, key), batch.scores)
+    mixed = graph.apply("MatMul", graph.apply("Softmax", scores, axis=-1), value)
+    output = params["output"]
+    attended = graph.linear(
+      "fusion/cross/output",
+      graph.apply("Reshape", mixed, graph.integers(-1, dim)),
+      output["kernel"].reshape(dim, dim),
+      output["bias"],
+    )
+    count = graph.apply("ReduceSum", batch.mask, graph.integers(1), keepdims=1)
+    return graph.apply("Mul", attended, graph.apply("Min", count, graph.number(1)))
+
+  def _column(self, column: int) -> str:
+    """Returns the items (0) of the images or their places there (1), int64 [images, 1]."""
+    graph = self._graph
+    return graph.apply("Slice", self._places, *(graph.integers(number) for number in (column, column + 1, 1)))
 
   def _count(self) -> str:
     """Returns the number of images, int64 [1]."""

@@ -98,8 +98,10 @@ def _images(config: ConfigDict) -> list[Cell]:
 
 def _adapters(config: ConfigDict) -> list[Cell]:
   """The maps from image features to tokens."""
+  from vixml_jax.models.fusion import ADAPTERS  # Late, as above.
+
   _needs_images("adapters", config)
-  return _each("fusion.adapter", ("linear", "mlp", "gated"))
+  return _each("fusion.adapter", ADAPTERS)
 
 
 def _attention(config: ConfigDict) -> list[Cell]:

@@ -45,6 +45,10 @@ def _check_images(values: dict[str, Any]) -> None:
     raise InputError(
       f"config.fusion.residual={values['fusion.residual']}: must be 0 unless config.fusion.method is early"
     )
+  if values["fusion.adapter"] == "cross_attention" and values["fusion.method"] != "early":
+    raise InputError(
+      "config.fusion.adapter=cross_attention: needs config.fusion.method=early, where images are tokens beside words"
+    )
   if len(values["eval.test_images"]) and not values["images"]:
     raise InputError(f"config.eval.test_images={values['eval.test_images']}: must be empty, since config.images=0")
 
