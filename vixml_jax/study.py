@@ -4,8 +4,8 @@
       [--split=validation|test] [--output=runs/studies/NAME] [--config.train.epochs=2 ...]
 
 Studies: mining (margins, negatives, cluster size, start, interval), prompts (every order of the parts of an item),
-images (0 to 5 in training and in tests), adapters, attention (of decoders), fusion, methods, seeds. Each run has a
-workdir in the output folder. The same command continues a study that was stopped. Several machines share one by
+images (0 to 5 in training and in tests), adapters, attention (of decoders), fusion, methods, encoders, seeds. Each run
+has a workdir in the output folder. The same command continues a study that was stopped. Several machines share one by
 --shard=i/n and a common folder; afterwards, the command without --shard writes the table. Choose on the validation
 split, and add --split=test once: it evaluates the trained runs again. Writes study-SPLIT.json and study-SPLIT.html.
 """

@@ -59,6 +59,27 @@ def test_a_config_that_lacks_what_is_varied_is_refused(study, message):
     cells_of(study, load_config("quickstart"))
 
 
+def test_encoders_differ_in_weights_and_sizes_and_keep_how_they_are_computed():
+  config = load_config("quickstart", "images=3")
+  cells = {cell.name: cell.config(config, 0) for cell in cells_of("encoders", config)}
+  distilbert, bert = cells["encoder=distilbert"], cells["encoder=bert"]
+  assert (distilbert.encoder.num_layers, distilbert.encoder.num_token_types, distilbert.train.learning_rate) == (
+    6,
+    0,
+    2e-4,
+  )
+  assert (bert.encoder.num_layers, bert.encoder.pretrained, bert.train.learning_rate) == (
+    12,
+    "intfloat/e5-base-v2",
+    1e-4,
+  )
+  assert {other.encoder.dtype for other in cells.values()} == {config.encoder.dtype} == {"float32"}
+  decoders = cells_of("encoders", load_config("custom", "encoder=qwen2.5-0.5b"))
+  ends = {cell.name: cell.changes.get("prompt.eos") for cell in decoders}
+  assert "encoder=qwen2.5-0.5b" not in ends  # That is the config as it is.
+  assert (ends["encoder=qwen3-0.6b"], ends["encoder=llama-3.2-1b"]) == ("<|endoftext|>", "<|end_of_text|>")
+
+
 def test_an_invalid_config_names_the_run(tmp_path):
   config = load_config("quickstart", "images=3")
   config.dataset.validation_fraction = 0.0

@@ -139,9 +139,7 @@ class ImageFusion(nnx.Module):
       x = x * jax.nn.sigmoid(self.gate(features))
     return x
 
-  def place(
-    self, x: Float[Array, "R T D"], segments: Int[Array, "R T"], images: ImageTokens
-  ) -> Float[Array, "R T D"]:
+  def place(self, x: Float[Array, "R T D"], segments: Int[Array, "R T"], images: ImageTokens) -> Float[Array, "R T D"]:
     """Early fusion: returns the word vectors [R, T, D] with the images written to their places.
 
     Args:

@@ -31,6 +31,19 @@ class Cell:
     return config
 
 
+# Architecture of a config -> names of the encoders that the study compares, as `encoder=` in config variants has them.
+# Decoders have up to 1.7 billion parameters.
+_ENCODERS = {
+  "bert": ("minilm-l3", "minilm-l6", "distilbert", "bert"),
+  "decoder": ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-0.6b", "qwen3-1.7b", "llama-3.2-1b"),
+}
+# Keys of the section `encoder` that say how it is computed and not what it is.
+_KEPT_BY_ENCODERS = {
+  f"encoder.{name}" for name in ("dtype", "residual_dtype", "base_dtype", "attention", "remat", "remat_saved")
+}
+# Keys of other sections that depend on the encoder.
+_OF_AN_ENCODER = ("train.learning_rate", "train.decay_layer_norms", "prompt.eos")
+
 BASE = Cell("as configured")
 """The config without changes, with which the other cells are compared."""
 
@@ -141,6 +154,19 @@ def _methods(config: ConfigDict) -> list[Cell]:
   return [Cell(f"method={method}", {"method": method, **fixed}) for method in ("ngame", "dexa")]
 
 
+def _encoders(config: ConfigDict) -> list[Cell]:
+  """Published encoders of the config's architecture, each with its learning rate and its end token."""
+  from vixml_jax.run import named_configs  # Late: the help of a command lists the studies.
+  from vixml_jax.run.configuration import flatten_config
+
+  cells = []
+  for name in _ENCODERS[config.encoder.architecture]:
+    flat = flatten_config(named_configs.load(f"custom:encoder={name}"))
+    changes = {key: flat[key] for key in flat if key.startswith("encoder.") and key not in _KEPT_BY_ENCODERS}
+    cells.append(Cell(f"encoder={name}", changes | {key: flat[key] for key in _OF_AN_ENCODER}))
+  return cells
+
+
 def _seeds(_: ConfigDict) -> list[Cell]:
   """No changes: how much results vary with the seed."""
   return []
@@ -154,6 +180,7 @@ STUDIES: dict[str, Callable[[ConfigDict], list[Cell]]] = {
   "attention": _attention,
   "fusion": _fusion,
   "methods": _methods,
+  "encoders": _encoders,
   "seeds": _seeds,
 }
 """The cells of each study beside the config as it is. A cell that changes nothing is left out."""
