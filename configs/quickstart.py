@@ -24,51 +24,6 @@ import vixml_jax
 
 _TOWER = Path(vixml_jax.__file__).parent / "datasets" / "mm_icons_9k" / "icon_tower.npz"
 
-# Recorded results of the same recipe on texts only, which runs with images print below their own and mark as
-# "(recorded)" (docs/results.md). They are not computed again.
-_TEXTS_ONLY = {
-  "": {
-    "trained on texts only": {
-      "P@1": 49.75,
-      "P@3": 39.13,
-      "P@5": 33.02,
-      "PSP@1": 35.55,
-      "PSP@3": 34.75,
-      "PSP@5": 34.19,
-      "R@100": 70.66,
-    },
-    "trained on texts only + retrieval": {
-      "P@1": 71.32,
-      "P@3": 59.52,
-      "P@5": 52.59,
-      "PSP@1": 31.09,
-      "PSP@3": 35.32,
-      "PSP@5": 39.02,
-      "R@100": 82.71,
-    },
-  },
-  "full": {
-    "trained on texts only": {
-      "P@1": 67.88,
-      "P@3": 55.89,
-      "P@5": 48.83,
-      "PSP@1": 32.62,
-      "PSP@3": 36.82,
-      "PSP@5": 39.84,
-      "R@100": 78.76,
-    },
-    "trained on texts only + retrieval": {
-      "P@1": 70.98,
-      "P@3": 59.12,
-      "P@5": 52.43,
-      "PSP@1": 27.94,
-      "PSP@3": 32.77,
-      "PSP@5": 36.91,
-      "R@100": 81.89,
-    },
-  },
-}
-
 
 def get_config(variant: str | None = None) -> ConfigDict:
   """Returns the config; `variant` is the text after the colon of `--config`."""
@@ -100,8 +55,6 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.fusion.residual = 0.4
     config.fusion.modality_dropout = 0.2  # So that the model also answers queries without images.
     config.eval.test_images = (0,)  # Also evaluates the test queries without their images.
-    if options["encoder"] == "minilm-l6":
-      config.baselines.update(_recorded(_TEXTS_ONLY.get(chosen, {})))
   # The recipe with which the published code was run on this set.
   config.train.update(dict(new_learning_rate=2e-4, free_vector_learning_rate=2e-4, free_vectors=2048))
   config.mining.update(dict(start_epoch=2, update_epochs=2, doubling_epochs=()))
@@ -134,7 +87,3 @@ def get_config(variant: str | None = None) -> ConfigDict:
   else:
     raise ValueError(f"variant {chosen!r}: must be reference or full")
   return config
-
-
-def _recorded(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-  return {f"{name} (recorded)": metrics for name, metrics in rows.items()}
