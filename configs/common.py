@@ -77,6 +77,9 @@ def base_config() -> ConfigDict:
   config.train = ConfigDict(
     dict(
       epochs=300,
+      # Limit of training in minutes; 0 for none. Fewer epochs are trained where all of them would take longer, by the
+      # time of the first steps. What comes before and after training is not part of it.
+      minutes=0.0,
       batch_size=2048,  # Queries per step over the whole mesh.
       learning_rate=2e-4,
       new_learning_rate=5e-4,  # Prototype network and image fusion.

@@ -50,6 +50,7 @@ from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import report_evaluation, stage
 from vixml_jax.training.loop import train, training_ended
 from vixml_jax.training.optimizer import learning_rates
+from vixml_jax.training.time_limit import num_epochs
 from vixml_jax.training.trackers import Trackers, check_trackers
 
 _log = logging.getLogger(__name__)
@@ -127,7 +128,8 @@ def evaluate_workdir(
   """
   _check_libraries(config)
   setup = set_up_run(config, workdir, extract=False)
-  model, total_steps = newest_model(setup, workdir), _total_steps(setup)
+  model = newest_model(setup, workdir)
+  total_steps = _total_steps(setup, model.meta)
   if not training_ended(model.step, total_steps, model.meta):
     _log.warning("step %d of %d: training of this run has not finished", model.step, total_steps)
   write_config(setup, workdir)
@@ -143,9 +145,9 @@ def _check_libraries(config: ConfigDict) -> None:
   check_trackers(config)
 
 
-def _total_steps(setup: RunSetup) -> int:
-  train = setup.config.train
-  return train.epochs * steps_per_epoch(len(setup.data.train_rows), train.batch_size)
+def _total_steps(setup: RunSetup, meta: dict[str, Any]) -> int:
+  """Returns the steps of a run, given the JSON part of one of its checkpoints."""
+  return num_epochs(setup.config, meta) * steps_per_epoch(len(setup.data.train_rows), setup.config.train.batch_size)
 
 
 def _check_same_run(setup: RunSetup, workdir: Path, meta: dict[str, Any]) -> None:
@@ -205,7 +207,7 @@ def _evaluate_and_write(
       split=config.eval.split,
       rows=rows,
       propensity=(config.dataset.propensity_a, config.dataset.propensity_b),
-      learning_rates=learning_rates(config, _total_steps(setup)),
+      learning_rates=learning_rates(config, _total_steps(setup, model.meta)),
     )
     show(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines, small))
   _write_embeddings(workdir / EMBEDDINGS, config.eval.split, encoder, model, evaluation)

@@ -172,6 +172,7 @@ class ProgressBars(Callback):
         leave=False,
       )
     bar = self._bars[stage]
+    bar.total = stage.total
     bar.update(stage.done - bar.n)
 
   def on_step(self, step: int, metrics: Mapping[str, float]) -> None:

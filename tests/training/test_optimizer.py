@@ -1,5 +1,7 @@
 """The optimizer against torch's AdamW with the same groups; the schedule against that of transformers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,20 @@ def test_schedule_is_that_of_transformers(warmup, total):
   ours = optimizer.schedule(warmup, total)
   steps = range(total + 3)
   np.testing.assert_allclose([ours(step) for step in steps], [theirs(step) for step in steps], rtol=1e-6)
+
+
+def test_a_number_of_steps_that_is_known_later_gives_the_updates_of_an_optimizer_made_for_it():
+  params = nested({name: np.ones(3, np.float32) for name in PARAMETERS})
+  rates = dict(learning_rate=0.1, new_learning_rate=0.2, free_vector_learning_rate=0.3, warmup_steps=2)
+  known, later = (optimizer.make_optimizer(params, **rates, total_steps=total) for total in (9, 1000))
+  states = known.init(params), later.init(params)
+  update = jax.jit(lambda state, total: later.update(params, state, params, total_steps=total))
+  for _ in range(9):
+    wanted, first = known.update(params, states[0], params)
+    found, second = update(states[1], jnp.int32(9))
+    states = first, second
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, wanted)
+  assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted)) < 0.1 < np.abs(params["free_vectors"]).max()
 
 
 def test_a_parameter_without_a_rule_is_refused():

@@ -36,6 +36,7 @@ from vixml_jax.training.step import device_batch, make_train_step, step_config
 from vixml_jax.training.step_checks import BatchRows
 from vixml_jax.training.step_metrics import StepMetrics
 from vixml_jax.training.step_profiler import StepProfiler
+from vixml_jax.training.time_limit import TimeLimit
 from vixml_jax.training.trackers import Trackers
 
 _log = logging.getLogger(__name__)
@@ -89,21 +90,24 @@ def train(
   mesh = encoder.mesh
   queries = training_queries(config, data)
   num_steps = steps_per_epoch(len(queries), config.train.batch_size)
-  total_steps = config.train.epochs * num_steps
-  how = step_config(config, encoder.model, encoder.layout, total_steps)
+  how = step_config(config, encoder.model, encoder.layout, config.train.epochs * num_steps)
   abstract = abstract_state(encoder.model, how.optimizer, len(queries), data.num_labels, config.train.bank_dtype, mesh)
 
+  has_steps = config.train.epochs > 0
   if step is None:
     checkpoint = initial_checkpoint(
-      config, abstract, how.optimizer, queries, encoder, weights_folder, data.fingerprint, has_steps=total_steps > 0
+      config, abstract, how.optimizer, queries, encoder, weights_folder, data.fingerprint, has_steps=has_steps
     )
   else:
     checkpoint = checkpointer.restore(step, abstract, len(queries))
-    _log.info("resuming at step %d of %d", step, total_steps)
-  end_is_saved = step is not None and training_ended(step, total_steps, checkpoint.meta)
-  step, state, clusters, meta = step or 0, checkpoint.state, checkpoint.query_clusters, dict(checkpoint.meta)
+  meta = dict(checkpoint.meta)
+  limit = TimeLimit(config, num_steps, meta)
+  if step is not None:
+    _log.info("resuming at step %d of %d", step, limit.total_steps)
+  end_is_saved = step is not None and training_ended(step, limit.total_steps, meta)
+  step, state, clusters = step or 0, checkpoint.state, checkpoint.query_clusters
   record_start(workdir, meta)
-  ended, train_embeddings = step == total_steps or meta.get(_ENDED_EARLY, False), None
+  ended, train_embeddings = step == limit.total_steps or meta.get(_ENDED_EARLY, False), None
   epoch_end_due = meta.pop(_EPOCH_END_DUE, False)
 
   step_fn = make_train_step(how, abstract, mesh)
@@ -133,7 +137,7 @@ def train(
   with (
     MetricWriter(workdir, step, lambda: Trackers(config, workdir), epoch_end_due=epoch_end_due) as writer,
     StepProfiler(workdir, config.profile.steps) as profiler,
-    stage("train", total=total_steps, unit="step", done=step, logged=False) as progress,
+    stage("train", total=limit.total_steps, unit="step", done=step, logged=False) as progress,
     Preemption(checkpointer.reached_preemption) as preemption,
   ):
     rows = BatchRows(config, workdir, data.train_rows)
@@ -153,9 +157,12 @@ def train(
         for batch in batches:
           on_mesh = device_batch(batch, encoder.features, mesh)
           profiler.before(step + 1)
+          arguments = [sharding.to_global(value, sharding.named_sharding(mesh)) for value in limit.arguments]
           with jax.transfer_guard("disallow"):
-            state, values = step_fn(state, encoder.frozen, on_mesh)
+            state, values = step_fn(state, encoder.frozen, on_mesh, *arguments)
           step += 1
+          limit.after(step, values)
+          progress.total = limit.total_steps
           profiler.after(step, values)
           stopping.is_saving("steps", True)
           meta["tokens"] += batch.items.num_tokens
@@ -168,9 +175,9 @@ def train(
             started = time.monotonic()
 
       metrics.flush()
-      if metrics.stop_asked and step < total_steps:
+      if metrics.stop_asked and step < limit.total_steps:
         meta[_ENDED_EARLY] = True
-      ended = step == total_steps or meta.get(_ENDED_EARLY, False)
+      ended = step == limit.total_steps or meta.get(_ENDED_EARLY, False)
       is_evaluated = _is_evaluated(config, epoch) and not ended
       if not epoch_end_due:
         epoch_end_due = True
@@ -189,7 +196,7 @@ def train(
         loss = metrics.end_epoch(step, epoch, meta["train_seconds"])
         if shares := current_shares():
           writer.write(step, epoch, "goodput", shares)
-        _log.info("epoch %d of %d: mean loss %.4f", epoch + 1, config.train.epochs, loss)
+        _log.info("epoch %d of %d: mean loss %.4f", epoch + 1, limit.epochs, loss)
         if is_evaluated:
           model = trained_model(step, meta, model_part(state), data.num_labels)
           metrics.evaluated(step, epoch, config.eval.split, evaluate(model))
@@ -198,7 +205,7 @@ def train(
             state, train_embeddings = _with_final_centroids(encoder, state, data)
       epoch_end_due = False
 
-    if not total_steps:
+    if not has_steps:
       state, train_embeddings = _with_final_centroids(encoder, state, data)
     if not end_is_saved:
       save()

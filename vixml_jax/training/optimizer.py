@@ -59,7 +59,7 @@ def parameter_groups(params: Tree, rules: Rules = RULES) -> Tree:
   return jax.tree_util.tree_map_with_path(group, params)
 
 
-def schedule(warmup_steps: int, total_steps: int) -> optax.Schedule:
+def schedule(warmup_steps: int, total_steps: int | Array) -> optax.Schedule:
   """Returns the factor on the learning rate: 0 at step 0, 1 at `warmup_steps`, 0 at `total_steps`, linear between."""
   if not warmup_steps >= 0:
     raise InputError(f"train.warmup_steps={warmup_steps}: must not be negative")
@@ -67,13 +67,28 @@ def schedule(warmup_steps: int, total_steps: int) -> optax.Schedule:
   def factor(step: Any) -> Array:
     step = jnp.asarray(step, jnp.float32)
     rising = step / max(warmup_steps, 1)
-    falling = (total_steps - step) / max(total_steps - warmup_steps, 1)
+    falling = (total_steps - step) / jnp.maximum(total_steps - warmup_steps, 1)
     return jnp.where(step < warmup_steps, rising, jnp.maximum(falling, 0.0))
 
   return factor
 
 
-def optimizer_from_config(config: ConfigDict, model: ModelDefinition, total_steps: int) -> optax.GradientTransformation:
+def scale_by_linear_schedule(warmup_steps: int, total_steps: int) -> optax.GradientTransformationExtraArgs:
+  """Returns `optax.scale_by_schedule` of `schedule`, whose update also takes another `total_steps`."""
+  fixed = optax.scale_by_schedule(schedule(warmup_steps, total_steps))
+
+  def update(
+    updates: Tree, state: Any, params: Tree | None = None, *, total_steps: Array | None = None, **_: Any
+  ) -> tuple[Tree, Any]:
+    scale = fixed if total_steps is None else optax.scale_by_schedule(schedule(warmup_steps, total_steps))
+    return scale.update(updates, state, params)
+
+  return optax.GradientTransformationExtraArgs(fixed.init, update)
+
+
+def optimizer_from_config(
+  config: ConfigDict, model: ModelDefinition, total_steps: int
+) -> optax.GradientTransformationExtraArgs:
   """Returns the optimizer that a config describes, for a run of `total_steps`."""
   train = config.train
   return make_optimizer(
@@ -115,8 +130,10 @@ def make_optimizer(
   decay_layer_norms: bool = False,
   adam_eps: float = 1e-6,
   clip_norm: float | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """Returns AdamW with three learning rates (ViXML, arXiv 2511.13189, implementation details).
+
+  Its update takes another number of steps as `total_steps`, if that was not known when the optimizer was made.
 
   Args:
     params: tree of the trained parameters or their shapes; only the paths are used.
@@ -141,6 +158,6 @@ def make_optimizer(
     optax.scale_by_adam(eps=adam_eps),
     optax.add_decayed_weights(weight_decay, mask=decayed),
     scale_leaves,
-    optax.scale_by_schedule(schedule(warmup_steps, total_steps)),
+    scale_by_linear_schedule(warmup_steps, total_steps),
   ]
   return optax.chain(*steps)

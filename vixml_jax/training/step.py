@@ -70,7 +70,7 @@ class StepConfig:
   """
 
   model: ModelDefinition
-  optimizer: optax.GradientTransformation
+  optimizer: optax.GradientTransformationExtraArgs
   layout: PackedLayout
   loss: LossConfig
   seed: int
@@ -184,7 +184,13 @@ def batch_loss(
 
 
 def train_step(
-  config: StepConfig, mesh: Mesh, base_key: Array, state: TrainState, frozen: Tree, batch: DeviceBatch
+  config: StepConfig,
+  mesh: Mesh,
+  base_key: Array,
+  state: TrainState,
+  frozen: Tree,
+  batch: DeviceBatch,
+  total_steps: Array | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
   """Returns the state after one optimizer step, and the step's metrics; see `make_train_step`."""
   key = jax.random.fold_in(base_key, state.step)
@@ -194,7 +200,7 @@ def train_step(
     return batch_loss(config, mesh, join_params(trainable, frozen), state, batch, key)
 
   gradients, (parts, queries) = jax.grad(loss_of, has_aux=True)(state.params)
-  updates, opt_state = config.optimizer.update(gradients, state.opt_state, state.params)
+  updates, opt_state = config.optimizer.update(gradients, state.opt_state, state.params, total_steps=total_steps)
   # Empty places of the batch have no row in the bank.
   bank_rows = jnp.where(batch.valid, batch.query_ids, -1)
   bank = put_rows(state.bank, bank_rows, jax.lax.stop_gradient(queries), mesh)
@@ -206,9 +212,10 @@ def train_step(
 
 
 def make_train_step(config: StepConfig, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
-  """Returns the jitted `(state, frozen, batch) -> (state, metrics)`.
+  """Returns the jitted `(state, frozen, batch, total_steps=None) -> (state, metrics)`.
 
   The state is donated and keeps its shardings. `frozen` are the parameters that are not trained; they are only read.
+  `total_steps`, an integer on the devices, replaces the number of steps that the optimizer was made for.
 
   Args:
     config: what a step does.

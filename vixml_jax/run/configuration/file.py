@@ -20,6 +20,7 @@ _LATER_KEYS: dict[str, Any] = {
   "encoder.base_dtype": "",
   "encoder.remat_saved": (),
   "train.chunks_in": "encoder",
+  "train.minutes": 0.0,
   "train.new_init": "fan_in",
   "train.matryoshka_dims": (),
   "encoder.attention": "auto",

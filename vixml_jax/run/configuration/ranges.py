@@ -102,6 +102,7 @@ RANGES: dict[str, ValueRule] = {
   "loss.regulariser_margin": _COSINE,
   "loss.reverse_weight": _WEIGHT,
   "train.epochs": Whole(0, 10**6),
+  "train.minutes": Number(0, 10**6),
   "train.batch_size": Whole(1, 2**22),
   "train.learning_rate": _RATE,
   "train.new_learning_rate": _RATE,
