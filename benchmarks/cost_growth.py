@@ -225,7 +225,7 @@ def _measured_step(plan: Plan) -> Row:
   trained, frozen = model.split(init_params(model, mesh, seed=0))
   state = create_state(plan.state, trained, optimizer)
   batch = device_batch(workload.batch, None, mesh)
-  how = step_config(config, model, workload.layout, workload.steps)
+  how = step_config(config, model, workload.layout, workload.steps, workload.size.labels)
   step = make_train_step(how, plan.state, mesh).lower(state, frozen, batch).compile()
   memory = step.memory_analysis()
   losses, times = [], []

@@ -92,7 +92,7 @@ class Run:
     config, data = setup.config, setup.data
     queries = training_queries(config, data)
     total_steps = config.train.epochs * steps_per_epoch(len(queries), config.train.batch_size)
-    step = step_config(config, setup.model, setup.layout, total_steps)
+    step = step_config(config, setup.model, setup.layout, total_steps, data.num_labels)
     abstract = abstract_state(
       setup.model, step.optimizer, len(queries), data.num_labels, config.train.bank_dtype, setup.mesh
     )

@@ -88,6 +88,10 @@ def base_config() -> ConfigDict:
       new_init="torch",
       free_vector_learning_rate=5e-4,
       warmup_steps=100,
+      # Weight of a further loss: the decoupled softmax of queries against a classifier of each label, which is trained
+      # beside the encoder (DEXML, arXiv 2310.10636); 0 for none. Its vectors are not used after training.
+      classifier_weight=0.0,
+      classifier_learning_rate=0.02,
       weight_decay=0.01,
       # Whether weight decay includes the norm scales of the encoder's layers. `use_encoder` sets it for DistilBERT.
       decay_layer_norms=False,

@@ -17,6 +17,7 @@ from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.errors import InputError, StopTraining
 from vixml_jax.evaluation.baseline_rows import baseline_rows
 from vixml_jax.evaluation.baselines import BaselineTask, check_baselines
+from vixml_jax.evaluation.classifier_search import CLASSIFIER_ROW, evaluate_classifiers
 from vixml_jax.evaluation.evaluate_model import (
   ModelEvaluation,
   all_prototypes,
@@ -175,7 +176,7 @@ def _evaluate_and_write(
   config, data = setup.config, setup.data
   evaluation = _evaluate(setup, workdir, encoder, model)
   fewer_images = evaluate_with_fewer_images(config, data, encoder, model, evaluation)
-  baselines = _baselines(setup, encoder, model, evaluation)
+  compared = _classifiers(evaluation) | _baselines(setup, encoder, model, evaluation)
   small = small_vector_metrics(evaluation, config.eval)
   seconds = model.meta["train_seconds"]
   final = final_metrics(evaluation, small)
@@ -193,7 +194,7 @@ def _evaluate_and_write(
       num_labels=data.num_labels,
       has_images=data.items[split].images.lengths[rows] > 0 if config.images else None,
       bootstrap_samples=config.eval.bootstrap_samples,
-      baselines=baselines,
+      baselines=compared,
       confusions=describe_confusions(data.corpus, evaluation.result, evaluation.queries.labels),
       small_vectors=small,
     )
@@ -209,7 +210,7 @@ def _evaluate_and_write(
       propensity=(config.dataset.propensity_a, config.dataset.propensity_b),
       learning_rates=learning_rates(config, _total_steps(setup, model.meta)),
     )
-    show(results_table(config.name, evaluation.result, fewer_images, evaluation.config, baselines, small))
+    show(results_table(config.name, evaluation.result, fewer_images, evaluation.config, compared, small))
   _write_embeddings(workdir / EMBEDDINGS, config.eval.split, encoder, model, evaluation)
   _write_for_inference(setup, workdir, evaluation, model)
   with contextlib.suppress(StopTraining):  # Training has ended.
@@ -226,6 +227,14 @@ def _mapped_prototypes(train_labels: Ragged, evaluation: ModelEvaluation) -> tup
   mapped = mapped_labels(np.bincount(train_labels.values, minlength=len(evaluation.index.inverse_propensity)))
   assert isinstance(prototypes, ShardedRows)
   return mapped, np.asarray(prototypes.take(mapped))
+
+
+def _classifiers(evaluation: ModelEvaluation) -> dict[str, dict[str, float]]:
+  """Returns the metrics of the classifiers that the blend reads, as a row that is printed beside the baselines."""
+  if evaluation.blend is None or evaluation.blend.classifiers is None:
+    return {}
+  classifiers, propensity = evaluation.blend.classifiers, evaluation.index.inverse_propensity
+  return {CLASSIFIER_ROW: evaluate_classifiers(classifiers, evaluation.queries, propensity, evaluation.config)}
 
 
 def _baselines(

@@ -187,3 +187,20 @@ def padded(rows: Ragged, values: np.ndarray, missing: float) -> np.ndarray:
   array = np.full(places.shape, missing, values.dtype)
   array[places] = values
   return array
+
+
+def padded_ids(rows: Ragged, num_rows: int, width: int) -> np.ndarray:
+  """Returns ragged rows of ids as an array int32 [num_rows, width], filled with -1.
+
+  >>> padded_ids(Ragged.from_rows([[7, 8], [9]]), 3, 2)
+  array([[ 7,  8],
+         [ 9, -1],
+         [-1, -1]], dtype=int32)
+
+  Args:
+    rows: At most `num_rows` rows of at most `width` ids.
+    num_rows: Number of rows of the result.
+    width: Their length.
+  """
+  found = padded(rows, rows.values.astype(np.int32), -1)
+  return np.pad(found, ((0, num_rows - len(found)), (0, width - found.shape[1])), constant_values=-1)

@@ -1,7 +1,6 @@
-"""Classifiers of labels: their gradient against automatic differentiation, any number of devices, their scores."""
+"""Classifiers that are fitted on embeddings: what they learn, on any number of devices, and their scores."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,44 +21,6 @@ def _mesh(count):
 def _unit(rows, seed):
   vectors = np.random.default_rng(seed).normal(size=(rows, DIM)).astype(np.float32)
   return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def _loss(weights, inputs, positives):
-  """The mean of ln(1 + exp(n - s)) over pairs, written with loops over pairs."""
-  losses = []
-  for row, of_query in enumerate(positives):
-    scores = inputs[row] @ weights[:, :-1].T + weights[:, -1]
-    others = np.setdiff1d(np.arange(NUM_LABELS), of_query)
-    negatives = jax.nn.logsumexp(scores[others]) if len(others) else -jnp.inf
-    losses += [jnp.logaddexp(0, negatives - scores[label]) for label in of_query]
-  return sum(losses) / len(losses)
-
-
-def _gradient_and_loss(weights, inputs, positives, mesh):
-  return classifiers._gradient_and_loss(shard_rows(weights, mesh), jnp.asarray(inputs), positives, NUM_LABELS, mesh)
-
-
-def test_the_loss_and_its_gradient_are_those_of_automatic_differentiation():
-  rows = [[0], [3, 12, 7], [], [11]]
-  inputs, weights = _unit(len(rows), 0), np.random.default_rng(1).normal(size=(NUM_LABELS, DIM + 1)).astype(np.float32)
-  positives = np.full((len(rows), 4), -1, np.int32)
-  for row, of_query in enumerate(rows):
-    positives[row, : len(of_query)] = of_query
-  loss, expected = jax.jit(jax.value_and_grad(lambda weights: _loss(weights, inputs, rows)))(weights)
-  for devices in (1, 8):
-    mesh = _mesh(devices)
-    found, value = _gradient_and_loss(weights, inputs, positives, mesh)
-    assert float(value) == pytest.approx(float(loss), rel=1e-5)
-    np.testing.assert_allclose(np.asarray(found)[:NUM_LABELS], expected, atol=1e-6)
-    np.testing.assert_array_equal(np.asarray(found)[NUM_LABELS:], 0)
-
-
-def test_a_query_whose_positives_are_all_labels_changes_nothing():
-  mesh, weights = _mesh(2), np.ones((NUM_LABELS, DIM + 1), np.float32)
-  positives = np.arange(NUM_LABELS, dtype=np.int32)[None]
-  found, loss = _gradient_and_loss(weights, _unit(1, 0), positives, mesh)
-  np.testing.assert_array_equal(np.asarray(found), 0)
-  assert float(loss) == 0
 
 
 @pytest.fixture(scope="module")

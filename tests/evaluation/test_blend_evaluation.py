@@ -42,6 +42,7 @@ def test_all_outputs_have_the_row_the_dial_and_the_calibration(trained, capsys):
   assert dial[0]["P@1"] == pytest.approx(final["blend/P@1"])
   assert dial[0]["PSP@1"] == pytest.approx(final["blend/PSP@1"])
   assert evaluation["blend"]["ECE"] == final["blend/ECE"] and evaluation["blend"]["reliability"]
+  assert evaluation["baselines"]["classifiers of labels"].keys() == {*names}
   page = (workdir / "report.html").read_text()
   assert "The dial" in page and "reliability" in page
   again = evaluate_workdir(configuration.read(workdir / "config.json"), workdir, print)
@@ -49,7 +50,7 @@ def test_all_outputs_have_the_row_the_dial_and_the_calibration(trained, capsys):
     name: final[name] for name in final if name.startswith("blend/")
   }
   printed = capsys.readouterr().out
-  assert "\nblend " in printed and "expected calibration error" in printed and "PSP@1" in printed
+  assert "\nblend " in printed and "\nclassifiers of labels " in printed and "expected calibration error" in printed and "PSP@1" in printed
 
 
 def test_the_fit_sees_no_held_out_query(trained, monkeypatch):

@@ -43,7 +43,7 @@ def training_parts(config, workdir):
   setup = set_up_run(config, workdir, extract=True)
   queries = training_queries(setup.config, setup.data)
   total_steps = setup.config.train.epochs * steps_per_epoch(len(queries), setup.config.train.batch_size)
-  step = step_config(setup.config, setup.model, setup.layout, total_steps)
+  step = step_config(setup.config, setup.model, setup.layout, total_steps, setup.data.num_labels)
   return TrainingParts(setup, queries, total_steps, step, abstract_on(setup, step, queries, setup.mesh))
 
 
@@ -66,7 +66,8 @@ def first_checkpoint(config, workdir):
 
 def abstract_on(setup, step, queries, mesh):
   """Returns the abstract state on a mesh."""
-  return abstract_state(setup.model, step.optimizer, len(queries), setup.data.num_labels, "float32", mesh)
+  sizes, has_classifiers = (len(queries), setup.data.num_labels), step.classifiers is not None
+  return abstract_state(setup.model, step.optimizer, *sizes, "float32", mesh, has_classifiers=has_classifiers)
 
 
 def one_batch(parts, size=16):

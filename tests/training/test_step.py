@@ -159,7 +159,7 @@ def test_memory_of_the_step_does_not_grow_with_the_batch_if_chunks_have_a_fixed_
   model = model_from_config(config)
   mesh = _one_device()
   layout = PackedLayout(config.train.row_length, config.train.chunk_rows, template=(Phrase((1, 2, 3)), "text"))
-  step = step_config(config, model, layout, 1000)
+  step = step_config(config, model, layout, 1000, PUBLISHED_SIZES[1])
   state = abstract_state(model, step.optimizer, *PUBLISHED_SIZES, config.train.bank_dtype, mesh)
   frozen = model.split(abstract_params(model, mesh))[1]
   lengths = np.random.default_rng(0).integers(6, 33, 4096)

@@ -111,9 +111,18 @@ def describe(
   mesh = abstract_mesh(config, devices or _devices_of(config))
   steps = config.train.epochs * steps_per_epoch(size.train, config.train.batch_size)
   optimizer = optimizer_from_config(config, model, max(steps, 1))
-  state = abstract_state(model, optimizer, size.train, size.labels, config.train.bank_dtype, mesh)
+  state = abstract_state(
+    model,
+    optimizer,
+    size.train,
+    size.labels,
+    config.train.bank_dtype,
+    mesh,
+    has_classifiers=config.train.classifier_weight > 0,
+  )
   parts = {
     "optimizer state": state.opt_state,
+    **({} if state.classifiers is None else {"classifiers of labels": state.classifiers}),
     "embedding bank": state.bank,
     "label centroids": state.centroids,
     "free vector of each label": state.label_clusters,

@@ -106,7 +106,15 @@ class Plan:
     check_divides(config, mesh)
     check_attention(config, mesh)
     optimizer = optimizer_from_config(config, model, workload.steps)
-    state = abstract_state(model, optimizer, size.train, size.labels, config.train.bank_dtype, mesh)
+    state = abstract_state(
+      model,
+      optimizer,
+      size.train,
+      size.labels,
+      config.train.bank_dtype,
+      mesh,
+      has_classifiers=config.train.classifier_weight > 0,
+    )
     frozen = model.split(abstract_params(model, mesh))[1]
     features = _abstract_features(config, size, mesh, where.chip.hbm_bytes)
     # The batch itself is put on one device of this machine, which gives the shapes and shardings of its parts.

@@ -108,7 +108,7 @@ class _Run:
     """Yields the programs of the epochs, and of their end."""
     config, plan, batch = self._config, self._plan, self._plan.workload.batch
     lengths = item_lengths(batch.items.segments)
-    how = step_config(config, self._model, plan.workload.layout, plan.workload.steps)
+    how = step_config(config, self._model, plan.workload.layout, plan.workload.steps, self._size.labels)
     yield RunProgram(
       TRAIN_STEP,
       lambda: make_train_step(how, plan.state, self._mesh).lower(*plan.train_arguments),

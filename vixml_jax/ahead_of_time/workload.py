@@ -89,7 +89,7 @@ class Workload:
     queries, labels = (_synthetic_items(train.batch_size, size, self.config, seed) for seed in range(2))
     own = _one_each(train.batch_size)
     dropout = self.config.fusion.modality_dropout if self.config.images else 0.0
-    data = TrainingQueries(queries, own, labels, np.ones(train.batch_size), dropout)
+    data = TrainingQueries(queries, own, labels, np.ones(train.batch_size), dropout, train.classifier_weight > 0)
     return make_batch(data, np.arange(train.batch_size), train.batch_size, self.layout, seed=0, epoch=0, step=0)
 
   @property

@@ -1,12 +1,14 @@
 """Makes training batches as a pure function of (seed, epoch, order, step): queries and positives, packed."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from vixml_jax.input.items import Items
 from vixml_jax.input.packing import PackedItems, PackedLayout, pack
-from vixml_jax.ragged import Ragged
+from vixml_jax.ragged import Ragged, padded_ids
+from vixml_jax.rounding import next_power_of_two
 
 # These numbers separate the random streams of one seed from each other and from the order of the epoch.
 _POSITIVES_STREAM = 1
@@ -23,6 +25,7 @@ class TrainingQueries:
     label_items: Texts and images of the labels, L rows.
     label_weights: Weight of each label when the positive of a query is drawn, float64 [L].
     modality_dropout: Probability with which an item of a batch loses all of its images.
+    lists_positives: Whether a batch has the ids of all positives of its queries.
   """
 
   items: Items
@@ -30,6 +33,12 @@ class TrainingQueries:
   label_items: Items
   label_weights: np.ndarray
   modality_dropout: float = 0.0
+  lists_positives: bool = False
+
+  @functools.cached_property
+  def most_positives(self) -> int:
+    """Number of positives of the query with the most, rounded up to a power of two."""
+    return next_power_of_two(max(int(self.labels.lengths.max(initial=0)), 1))
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -45,6 +54,7 @@ class Batch:
     label_ids: Id of the positive that was drawn for each query, int32 [B].
     positives: Whether label j of the batch is a positive of query i, bool [B, B].
     valid: False for the places that the last batch of an epoch does not fill, bool [B].
+    positive_ids: Ids of all positives of each query, int32 [B, P], -1 for none; None where they are not needed.
   """
 
   items: PackedItems
@@ -52,6 +62,7 @@ class Batch:
   label_ids: np.ndarray
   positives: np.ndarray
   valid: np.ndarray
+  positive_ids: np.ndarray | None = None
 
 
 def steps_per_epoch(num_queries: int, batch_size: int) -> int:
@@ -132,4 +143,5 @@ def make_batch(
   def padded(ids: np.ndarray) -> np.ndarray:
     return np.pad(ids.astype(np.int32), (0, batch_size - filled))
 
-  return Batch(dataclasses.replace(packed, slots=slots), padded(chosen), padded(drawn), positives, valid)
+  listed = padded_ids(labels, batch_size, data.most_positives) if data.lists_positives else None
+  return Batch(dataclasses.replace(packed, slots=slots), padded(chosen), padded(drawn), positives, valid, listed)

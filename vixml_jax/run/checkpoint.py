@@ -306,7 +306,8 @@ def checkpoint_id(directory: Path, step: int) -> dict[str, Any]:
 
 
 def _training_part(state: TrainState) -> dict[str, Any]:
-  return {"step": state.step, "opt_state": state.opt_state, "bank": state.bank}
+  part = {"step": state.step, "opt_state": state.opt_state, "bank": state.bank}
+  return part if state.classifiers is None else part | {"classifiers": state.classifiers}
 
 
 def _no_clusters() -> np.ndarray:

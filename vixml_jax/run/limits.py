@@ -127,7 +127,10 @@ def _state_bytes(config: ConfigDict, model: ModelDefinition, mesh: Mesh, num_que
   del tables["params"]
   bank = float(num_queries) * model.embed_dim * np.dtype(config.train.bank_dtype).itemsize / sharding.row_devices(mesh)
   copies = _COPIES if config.train.epochs else 1
-  return copies * _bytes(trained) + _bytes(frozen) + _bytes(tables) + bank
+  classifiers = 0.0
+  if config.train.epochs and config.train.classifier_weight:
+    classifiers = _COPIES * _FLOAT32 * float(num_labels) * (model.embed_dim + 1) / sharding.row_devices(mesh)
+  return copies * _bytes(trained) + _bytes(frozen) + _bytes(tables) + bank + classifiers
 
 
 def _bytes(tree: object) -> float:

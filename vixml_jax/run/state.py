@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from flax import nnx
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 
 from vixml_jax import sharding
+from vixml_jax.label_classifiers import ClassifierState, classifier_shardings, new_classifiers
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.models.dual_encoder import DualEncoder
 from vixml_jax.models.parameters import split_params
@@ -32,6 +34,8 @@ class TrainState:
       query not seen yet. N is rounded up (`sharding.padded_rows`). After the last epoch, it may have fresh embeddings.
     centroids: [L, D] label centroids; zeros if the method has none. L is rounded up.
     label_clusters: int32 [L], the free vector of each label.
+    classifiers: classifiers of the labels with their own optimizer state; None if the loss has none. They only serve
+      training.
   """
 
   step: jax.Array
@@ -40,6 +44,7 @@ class TrainState:
   bank: jax.Array
   centroids: jax.Array
   label_clusters: jax.Array
+  classifiers: ClassifierState | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +141,8 @@ def abstract_state(
   num_labels: int,
   bank_dtype: str,
   mesh: Mesh,
+  *,
+  has_classifiers: bool = False,
 ) -> TrainState:
   """Returns the state as `jax.ShapeDtypeStruct`s with shardings.
 
@@ -156,6 +163,9 @@ def abstract_state(
       sharding=sharding.named_sharding(mesh, "query", "vector"),
     ),
   }
+  if has_classifiers:
+    shapes = jax.eval_shape(functools.partial(new_classifiers, num_labels, model.embed_dim))
+    rest["classifiers"] = _structs(shapes, classifier_shardings(mesh))
   return TrainState(opt_state=_structs(opt_shapes, opt_shardings), **part, **rest)
 
 
@@ -186,25 +196,26 @@ def create_state(
     label_clusters: int [L] on the host, the free vector of each label; None for the first free vector.
     centroids: [L rounded up, D], sharded by rows; None for zeros.
   """
-  opt_state, step, bank = start_program(abstract, optimizer)(params)
+  opt_state, step, bank, classifiers = start_program(abstract, optimizer)(params)
   if centroids is None:
     centroids = jax.jit(lambda: _zeros(abstract.centroids), out_shardings=abstract.centroids.sharding)()
   clusters = np.zeros(abstract.label_clusters.shape, np.int32)
   if label_clusters is not None:
     clusters[: len(label_clusters)] = label_clusters
-  return TrainState(
-    step, params, opt_state, bank, centroids, sharding.to_global(clusters, abstract.label_clusters.sharding)
-  )
+  label_clusters = sharding.to_global(clusters, abstract.label_clusters.sharding)
+  return TrainState(step, params, opt_state, bank, centroids, label_clusters, classifiers)
 
 
 def start_program(abstract: TrainState, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
-  """Returns the jitted `parameters -> (optimizer state, step, bank)` of `create_state`."""
+  """Returns the jitted `parameters -> (optimizer state, step, bank, classifiers)` of `create_state`."""
   where = shardings_of(abstract)
 
   def init_state(params: Tree) -> tuple[Any, ...]:
-    return optimizer.init(params), _zeros(abstract.step), _zeros(abstract.bank)
+    # Classifiers and their moments start as zeros, too.
+    classifiers = jax.tree.map(_zeros, abstract.classifiers)
+    return optimizer.init(params), _zeros(abstract.step), _zeros(abstract.bank), classifiers
 
-  return jax.jit(init_state, out_shardings=(where.opt_state, where.step, where.bank))
+  return jax.jit(init_state, out_shardings=(where.opt_state, where.step, where.bank, where.classifiers))
 
 
 def _zeros(leaf: Any) -> jax.Array:

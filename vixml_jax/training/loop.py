@@ -90,8 +90,16 @@ def train(
   mesh = encoder.mesh
   queries = training_queries(config, data)
   num_steps = steps_per_epoch(len(queries), config.train.batch_size)
-  how = step_config(config, encoder.model, encoder.layout, config.train.epochs * num_steps)
-  abstract = abstract_state(encoder.model, how.optimizer, len(queries), data.num_labels, config.train.bank_dtype, mesh)
+  how = step_config(config, encoder.model, encoder.layout, config.train.epochs * num_steps, data.num_labels)
+  abstract = abstract_state(
+    encoder.model,
+    how.optimizer,
+    len(queries),
+    data.num_labels,
+    config.train.bank_dtype,
+    mesh,
+    has_classifiers=how.classifiers is not None,
+  )
 
   has_steps = config.train.epochs > 0
   if step is None:
@@ -260,7 +268,9 @@ def training_queries(config: ConfigDict, data: RunData) -> TrainingQueries:
     frequencies = np.bincount(labels.values, minlength=data.num_labels)
     weights = inverse_propensity(frequencies, len(labels), train.sampling_a, train.sampling_b)
   dropout = config.fusion.modality_dropout if config.images else 0.0
-  return TrainingQueries(data.train_items, labels, data.items["labels"], weights, dropout)
+  return TrainingQueries(
+    data.train_items, labels, data.items["labels"], weights, dropout, lists_positives=train.classifier_weight > 0
+  )
 
 
 def _refreshed_clusters(

@@ -15,6 +15,7 @@ from vixml_jax.encoding.inputs import EncoderInputs, image_tokens, inputs_on_mes
 from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.batches import Batch
 from vixml_jax.input.packing import PackedLayout
+from vixml_jax.label_classifiers import decoupled_softmax, updated
 from vixml_jax.losses import LossConfig, matryoshka_loss, mean_cosine, prime_loss, siamese_loss
 from vixml_jax.models.chunks import map_chunks, map_chunks_recomputed
 from vixml_jax.models.definition import ModelDefinition
@@ -22,7 +23,7 @@ from vixml_jax.models.dual_encoder import l2_normalize
 from vixml_jax.models.parameters import join_params
 from vixml_jax.run.state import TrainState, shardings_of
 from vixml_jax.sharded_rows import put_rows
-from vixml_jax.training.optimizer import optimizer_from_config
+from vixml_jax.training.optimizer import optimizer_from_config, schedule
 from vixml_jax.typing import Array, Tree
 
 
@@ -41,6 +42,7 @@ class DeviceBatch:
     label_ids: int32 [B], the positive drawn for each query.
     positives: bool [B, B], whether label j is a positive of query i.
     valid: bool [B], False for the empty places of an epoch's last batch.
+    positive_ids: int32 [B, P], ids of all positives of each query, -1 for none; None without classifiers of labels.
   """
 
   inputs: EncoderInputs
@@ -51,6 +53,24 @@ class DeviceBatch:
   label_ids: Array
   positives: Array
   valid: Array
+  positive_ids: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierTraining:
+  """How the classifiers of labels are trained beside the encoder.
+
+  Attributes:
+    weight: weight of the decoupled softmax of queries against classifiers in the loss.
+    learning_rate: peak rate of the classifiers.
+    schedule: factor on this rate at a step; the second argument is the number of steps of the run.
+    num_labels: L.
+  """
+
+  weight: float
+  learning_rate: float
+  schedule: Callable[[Array, Array | None], Array]
+  num_labels: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +87,7 @@ class StepConfig:
     remat: recompute chunks in the backward pass, so that memory does not grow with the batch.
     chunks_in: where the chunks of a batch are run one after another: the whole "encoder", or each "layer" of it.
     matryoshka_dims: lengths of the prefixes of the embeddings that the loss is the mean over; empty for the whole ones.
+    classifiers: how classifiers of labels are trained; None for a loss without them.
   """
 
   model: ModelDefinition
@@ -78,6 +99,7 @@ class StepConfig:
   remat: bool
   chunks_in: str = "encoder"
   matryoshka_dims: tuple[int, ...] = ()
+  classifiers: ClassifierTraining | None = None
 
   @property
   def base_key(self) -> Array:
@@ -85,8 +107,14 @@ class StepConfig:
     return jax.random.key(self.seed, impl=self.rng_impl)
 
 
-def step_config(config: ConfigDict, model: ModelDefinition, layout: PackedLayout, total_steps: int) -> StepConfig:
-  """Returns the training step that a config describes, for a run of `total_steps`."""
+def step_config(
+  config: ConfigDict, model: ModelDefinition, layout: PackedLayout, total_steps: int, num_labels: int
+) -> StepConfig:
+  """Returns the training step that a config describes, for a run of `total_steps` on L labels."""
+  train, classifiers = config.train, None
+  if train.classifier_weight:
+    factor = lambda step, total: schedule(train.warmup_steps, total_steps if total is None else total)(step)
+    classifiers = ClassifierTraining(train.classifier_weight, train.classifier_learning_rate, factor, num_labels)
   return StepConfig(
     model=model,
     optimizer=optimizer_from_config(config, model, total_steps),
@@ -97,6 +125,7 @@ def step_config(config: ConfigDict, model: ModelDefinition, layout: PackedLayout
     remat=config.train.remat,
     chunks_in=config.train.chunks_in,
     matryoshka_dims=tuple(config.train.matryoshka_dims),
+    classifiers=classifiers,
   )
 
 
@@ -120,6 +149,7 @@ def device_batch(batch: Batch, features: ImageFeatures | None, mesh: Mesh) -> De
     label_ids=sharding.to_global(batch.label_ids, by_batch),
     positives=sharding.to_global(batch.positives, sharding.named_sharding(mesh, "batch", "vector")),
     valid=sharding.to_global(batch.valid, by_batch),
+    positive_ids=None if batch.positive_ids is None else sharding.to_global(batch.positive_ids, replicated),
   )
 
 
@@ -195,17 +225,33 @@ def train_step(
   """Returns the state after one optimizer step, and the step's metrics; see `make_train_step`."""
   key = jax.random.fold_in(base_key, state.step)
 
-  def loss_of(trainable: Tree) -> tuple[Array, tuple[dict[str, Array], Array]]:
+  def loss_of(trainable: Tree, classifiers: Array | None) -> tuple[Array, tuple[dict[str, Array], Array]]:
     # Frozen parameters have no tangent here, so no gradient of them is computed.
-    return batch_loss(config, mesh, join_params(trainable, frozen), state, batch, key)
+    loss, (parts, queries) = batch_loss(config, mesh, join_params(trainable, frozen), state, batch, key)
+    if config.classifiers is None:
+      return loss, (parts, queries)
+    how = config.classifiers
+    added = decoupled_softmax(classifiers, queries, batch.positive_ids, how.num_labels, mesh)
+    loss = loss + how.weight * added
+    return loss, (parts | {"loss": loss, "classifier_loss": added}, queries)
 
-  gradients, (parts, queries) = jax.grad(loss_of, has_aux=True)(state.params)
+  trained = None if state.classifiers is None else state.classifiers.classifiers
+  (gradients, by_classifiers), (parts, queries) = jax.grad(loss_of, argnums=(0, 1), has_aux=True)(state.params, trained)
   updates, opt_state = config.optimizer.update(gradients, state.opt_state, state.params, total_steps=total_steps)
   # Empty places of the batch have no row in the bank.
   bank_rows = jnp.where(batch.valid, batch.query_ids, -1)
   bank = put_rows(state.bank, bank_rows, jax.lax.stop_gradient(queries), mesh)
+  classifiers = state.classifiers
+  if classifiers is not None and config.classifiers is not None:
+    rate = config.classifiers.learning_rate * config.classifiers.schedule(state.step, total_steps)
+    classifiers = updated(classifiers, by_classifiers, rate)
   new_state = dataclasses.replace(
-    state, step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state, bank=bank
+    state,
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    opt_state=opt_state,
+    bank=bank,
+    classifiers=classifiers,
   )
   checked = {"gradient_norm": optax.tree.norm(gradients), "query_cosine": mean_cosine(queries, batch.valid)}
   return new_state, parts | checked

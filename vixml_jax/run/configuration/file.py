@@ -21,6 +21,8 @@ _LATER_KEYS: dict[str, Any] = {
   "encoder.remat_saved": (),
   "train.chunks_in": "encoder",
   "train.minutes": 0.0,
+  "train.classifier_weight": 0.0,
+  "train.classifier_learning_rate": 0.02,
   "train.new_init": "fan_in",
   "train.matryoshka_dims": (),
   "encoder.attention": "auto",

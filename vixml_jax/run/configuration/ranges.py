@@ -108,6 +108,8 @@ RANGES: dict[str, ValueRule] = {
   "train.new_learning_rate": _RATE,
   "train.new_init": Choice(("torch", "fan_in")),
   "train.free_vector_learning_rate": _RATE,
+  "train.classifier_weight": _WEIGHT,
+  "train.classifier_learning_rate": _RATE,
   "train.warmup_steps": _ANY_COUNT_OR_NONE,
   "train.weight_decay": Number(0, 100),
   "train.decay_layer_norms": Flag(),
