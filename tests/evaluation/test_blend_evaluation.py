@@ -50,7 +50,12 @@ def test_all_outputs_have_the_row_the_dial_and_the_calibration(trained, capsys):
     name: final[name] for name in final if name.startswith("blend/")
   }
   printed = capsys.readouterr().out
-  assert "\nblend " in printed and "\nclassifiers of labels " in printed and "expected calibration error" in printed and "PSP@1" in printed
+  assert (
+    "\nblend " in printed
+    and "\nclassifiers of labels " in printed
+    and "expected calibration error" in printed
+    and "PSP@1" in printed
+  )
 
 
 def test_the_fit_sees_no_held_out_query(trained, monkeypatch):

@@ -74,6 +74,8 @@ _SHARES = {
   "loss.regulariser_margin",
   "loss.reverse_weight",
   "train.weight_decay",
+  "train.classifier_weight",
+  "train.minutes",
   "train.clip_norm",
   "train.sampling_a",
   "eval.scann_recall",
@@ -81,7 +83,12 @@ _SHARES = {
   "baselines.other.P@1",
 }
 _DROPOUTS = {"encoder.dropout", "encoder.attention_dropout", "encoder.projection_dropout", "prototype.dropout"}
-_RATES = {"train.learning_rate", "train.new_learning_rate", "train.free_vector_learning_rate"}
+_RATES = {
+  "train.learning_rate",
+  "train.new_learning_rate",
+  "train.free_vector_learning_rate",
+  "train.classifier_learning_rate",
+}
 _TEXTS = {
   "track.wandb_project",
   "track.mlflow_experiment",

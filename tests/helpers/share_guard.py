@@ -10,7 +10,7 @@ from jax._src.array import ArrayImpl
 import numpy as np
 
 from vixml_jax import sharded_rows, sharding
-from vixml_jax.evaluation import baselines, evaluator
+from vixml_jax.evaluation import baselines, classifier_search, evaluator
 from vixml_jax.report import label_map
 
 BLOCK = 64
@@ -82,6 +82,7 @@ class ShareGuard:
     patch(sharded_rows, "BLOCK_ROWS", BLOCK)
     patch(evaluator, "QUERIES_PER_BLOCK", BLOCK)
     patch(baselines, "QUERIES_PER_BLOCK", BLOCK)
+    patch(classifier_search, "QUERIES_PER_BLOCK", BLOCK)
     patch(label_map, "MOST_LABELS", BLOCK)
     patch(evaluator, "_SCANN_BYTES", 0)  # ScaNN needs all vectors on the host, and is compared at small sizes only.
 
