@@ -38,7 +38,9 @@ def base_config() -> ConfigDict:
       dim=1152,  # Its width.
       checkpoint="",  # An .npz file or a folder; if given, main extracts missing features.
       variant="",  # Variant that the checkpoint must be; "" for any.
-      preprocessing="big_vision",  # Or "huggingface", "huggingface_bilinear".
+      # How its images are prepared: "auto" is "big_vision" for SigLIP (or "huggingface", "huggingface_bilinear"), and
+      # "processor" for CLIP and DINOv2.
+      preprocessing="auto",
     )
   )
   config.fusion = ConfigDict(

@@ -21,7 +21,8 @@ from vixml_jax.images.tower import ImageTower
 from vixml_jax.input.hold_out import hold_out
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.ragged import Ragged
-from vixml_jax.weights.siglip import load_siglip, save_npz
+from vixml_jax.weights.siglip import save_npz
+from vixml_jax.weights.vision import load_tower
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "vixml_jax/datasets/mm_icons_9k/icon_tower.npz"
@@ -184,7 +185,7 @@ def test_only_training_icons_that_are_not_held_out_are_trained_on(tmp_path, monk
   assert 0 < held_out.sum() < len(titles)
   assert given["titles"] == [title for title, out in zip(titles, held_out, strict=True) if not out]
   assert len(given["names"]) == len(given["titles"])
-  assert load_siglip(tmp_path / "tower.npz")[1] == TINY
+  assert load_tower(tmp_path / "tower.npz")[1] == TINY
 
 
 def test_features_are_those_that_the_package_extracts(tmp_path):
@@ -202,7 +203,7 @@ def test_features_are_those_that_the_package_extracts(tmp_path):
 
 @pytest.fixture(scope="module")
 def shipped():
-  return load_siglip(SHIPPED)
+  return load_tower(SHIPPED)
 
 
 def test_the_shipped_tower_is_small_and_has_the_scripts_arguments(shipped):

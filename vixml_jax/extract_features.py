@@ -1,7 +1,7 @@
-"""Makes SigLIP features of the images of a data set, or imports the published ones, if that has not been done.
+"""Makes features of the images of a data set, or imports the published ones, if that has not been done.
 
   python -m vixml_jax.extract_features --config=configs/X.py --checkpoint=siglip2_so400m14_384.npz
-      [--variant=siglip2_so400m14_384] [--preprocessing=big_vision|huggingface|huggingface_bilinear]
+      [--variant=siglip2_so400m14_384] [--preprocessing=big_vision|huggingface|huggingface_bilinear|processor]
       [--images=DIR|'DIR/{split}/*.parquet'] [--name=NAME] [--batch_size=64] [--dtype=float32|bfloat16]
       [--num_processes=8 --process=0]
   python -m vixml_jax.extract_features --config=configs/X.py --published=DIR [--name=NAME]
@@ -16,15 +16,22 @@ from absl import flags
 
 from vixml_jax import cli, config_flag, data_flags
 from vixml_jax.errors import InputError
-from vixml_jax.images.preprocess import PREPROCESSING
+from vixml_jax.images.preprocess import AUTO, KINDS
 
 _CONFIG = config_flag.define()
 _DATA = data_flags.define_data_flags()
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "SigLIP tower: an .npz of big_vision, a Hugging Face folder, or a name on the hub."
+  "checkpoint",
+  None,
+  "Tower: an .npz of big_vision (SigLIP), or a Hugging Face folder or a name on the hub (SigLIP, CLIP or DINOv2).",
 )
-_VARIANT = flags.DEFINE_string("variant", None, "Published tower that the checkpoint must be.")
-_PREPROCESSING = flags.DEFINE_enum("preprocessing", "big_vision", list(PREPROCESSING), "How images are resized.")
+_VARIANT = flags.DEFINE_string("variant", None, "Published SigLIP that the checkpoint must be.")
+_PREPROCESSING = flags.DEFINE_enum(
+  "preprocessing",
+  AUTO,
+  list(KINDS),
+  "How images are resized; auto is big_vision for SigLIP and processor (preprocessor_config.json) for CLIP and DINOv2.",
+)
 _IMAGES = flags.DEFINE_string(
   "images",
   "",

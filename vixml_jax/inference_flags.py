@@ -105,7 +105,7 @@ def define_model_flags(image_batch_size: int) -> ModelFlags:
     image_checkpoint=flags.DEFINE_string(
       "image_checkpoint",
       None,
-      "SigLIP tower that encodes images; by default the one that made the features of the training data.",
+      "Tower that encodes images; by default the one that made the features of the training data.",
     ),
     image_batch_size=flags.DEFINE_integer(
       "image_batch_size", image_batch_size, "Number of images that the tower encodes at a time.", lower_bound=1

@@ -14,7 +14,7 @@ from benchmarks.bench.data import temporary_folder
 from benchmarks.bench.harness import OURS, Check, Cost, Side, Started, Work
 from vixml_jax.images.tower import ImageTower
 from vixml_jax.models.parameters import split_params
-from vixml_jax.models.siglip import SiglipVision
+from vixml_jax.models.vision import VisionTransformer
 from vixml_jax.weights.siglip import save_siglip, siglip_arguments
 
 _LARGEST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -31,7 +31,7 @@ def images(size: str) -> Work:
   }[size]
   arguments = siglip_arguments(variant) | (_TINY if size == "tiny" else {})
   folder = temporary_folder()
-  save_siglip(jax.device_get(split_params(SiglipVision(**arguments, rngs=nnx.Rngs(0)))[1]), folder, arguments)
+  save_siglip(jax.device_get(split_params(VisionTransformer(**arguments, rngs=nnx.Rngs(0)))[1]), folder, arguments)
   blobs = _jpegs(count, side)
 
   def ours() -> Started:

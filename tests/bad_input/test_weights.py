@@ -11,28 +11,28 @@ import pytest
 
 from tests.bad_input import campaign, weights
 from tests.bad_input.campaign import Refused
-from vixml_jax.models.siglip import define_siglip
-from vixml_jax.weights import siglip
+from vixml_jax.models.vision import define_vision
+from vixml_jax.weights import vision
 
 _ALLOCATED = 64 * 2**20  # Bytes. The tower has 6 KB; the largest header that safetensors reads takes some megabytes.
 
 
 @functools.cache
 def _define(items):
-  return define_siglip(dict(items))
+  return define_vision(dict(items))
 
 
 @pytest.fixture(autouse=True)
 def structures_are_defined_once(monkeypatch):
   """JAX takes most of the time to find the shapes of a tower, which every case needs."""
-  monkeypatch.setattr(siglip, "define_siglip", lambda arguments: _define(tuple(arguments.items())))
+  monkeypatch.setattr(vision, "define_vision", lambda arguments: _define(tuple(arguments.items())))
 
 
 def _load(path):
   """Loads a tower, and checks what numpy allocated: pages that are never touched do not count as memory."""
   tracemalloc.start()
   try:
-    return siglip.load_siglip(path)[0]
+    return vision.load_tower(path)[0]
   finally:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

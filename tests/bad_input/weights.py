@@ -16,7 +16,7 @@ import numpy as np
 from tests.bad_input import values
 from tests.bad_input.campaign import Expected, refused
 from tests.bad_input.mutations import mutations_of
-from vixml_jax.models.siglip import define_siglip
+from vixml_jax.models.vision import define_vision
 from vixml_jax.weights import engine, tables
 
 ARGUMENTS = dict(image_size=16, patch_size=8, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=12)
@@ -37,7 +37,7 @@ _CONFIG = {
 def random_tower(seed):
   """Returns random parameters of a tower, which are the contents of every case with this seed."""
   generator = np.random.default_rng(seed)
-  return jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), define_siglip(ARGUMENTS)[1])
+  return jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), define_vision(ARGUMENTS)[1])
 
 
 TOWER = random_tower(0)
@@ -136,7 +136,7 @@ def size_of_a_tensor_in_npz(draw):
 
 @functools.cache
 def _wide(width):
-  return engine.Inverse(tables.BIG_VISION_STACKED, define_siglip(ARGUMENTS | {"embed_dim": width})[1])
+  return engine.Inverse(tables.BIG_VISION_STACKED, define_vision(ARGUMENTS | {"embed_dim": width})[1])
 
 
 @mutation

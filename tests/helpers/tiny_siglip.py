@@ -4,7 +4,7 @@ import numpy as np
 import transformers
 
 from tests.helpers import tiny_encoders
-from vixml_jax.models.siglip import define_siglip
+from vixml_jax.models.vision import define_vision
 
 # 30 = 3 * 8 + 6 has a remainder that is ignored, like 384 = 27 * 14 + 6. Three heads of eight.
 ARGUMENTS = {
@@ -46,7 +46,7 @@ def pixels(count=2, size=30, seed=0):
 
 def our_tower(**changes):
   """Structure of the tower of `hf_tower`, with some arguments changed."""
-  return define_siglip(ARGUMENTS | changes)[0]
+  return define_vision(ARGUMENTS | changes)[0]
 
 
 def big_vision_tensors(model, stacked):

@@ -23,7 +23,7 @@ from tests.helpers.miniature_runs import load_config, miniature_config, shrink
 from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.files import locked
-from vixml_jax.models.siglip import define_siglip
+from vixml_jax.models.vision import define_vision
 from vixml_jax.row_files import RowFiles
 from vixml_jax.weights.siglip import save_npz
 
@@ -119,7 +119,7 @@ def with_tower(place: Path, images: int) -> ConfigDict:
   raw = write_raw_folder(place / "raw", num_train=24, images=True)
   config = shrink(load_config("custom", "encoder=minilm-l6"), place, raw)
   rng = np.random.default_rng(0)
-  tower = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), define_siglip(_TOWER)[1])
+  tower = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), define_vision(_TOWER)[1])
   save_npz(tower, place.parent / "tower.npz")
   config.dataset.text_fields = ("title", "content")
   config.dataset.max_length, config.train.epochs, config.images = 20, 1, images

@@ -28,7 +28,7 @@ from vixml_jax.images.extraction import prepare_features
 from vixml_jax.images.feature_parts import FeatureParts
 from vixml_jax.images.tower import ImageTower
 from vixml_jax.models.parameters import merge_params
-from vixml_jax.models.siglip import define_siglip
+from vixml_jax.models.vision import define_vision
 from vixml_jax.process_share import ProcessShare
 from vixml_jax.weights.siglip import save_npz
 
@@ -38,7 +38,7 @@ TOWER = dict(image_size=8, patch_size=4, num_layers=1, embed_dim=8, num_heads=2,
 
 def _params(seed=0):
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), define_siglip(TOWER)[1])
+  return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), define_vision(TOWER)[1])
 
 
 def _write_tower(path, seed=0):
@@ -64,7 +64,7 @@ def expected(shared):
   pixels = [
     np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")) for rows in blobs.values() for row in rows for blob in row
   ]
-  forward = jax.jit(merge_params(define_siglip(TOWER)[0], _params()))
+  forward = jax.jit(merge_params(define_vision(TOWER)[0], _params()))
   vectors = np.asarray(forward(jnp.asarray(np.stack(pixels) / 127.5 - 1, jnp.float32)))
   lengths = {split: np.array([len(row) for row in rows]) for split, rows in blobs.items()}
   parts = np.split(vectors, np.cumsum([counts.sum() for counts in lengths.values()])[:-1])

@@ -12,7 +12,7 @@ from vixml_jax import datasets
 from vixml_jax.errors import InputError
 from vixml_jax.images import sources
 from vixml_jax.images.extraction import prepare_features
-from vixml_jax.models.siglip import define_siglip
+from vixml_jax.models.vision import define_vision
 from vixml_jax.weights.siglip import save_npz
 
 LABELS = ["A", "B", "C"]
@@ -98,7 +98,7 @@ def test_features_are_made_from_images_by_id(tmp_path, monkeypatch):
   raw = miniature.write_raw_folder(tmp_path / "raw", num_train=12, num_test=6, num_labels=8, images=True)
   builder = datasets.prepare("custom", raw, tmp_path / "data")
   rng, tower = np.random.default_rng(0), str(tmp_path / "tower.npz")
-  shapes = define_siglip(dict(image_size=8, patch_size=4, num_layers=1, embed_dim=8, num_heads=2, mlp_dim=16))[1]
+  shapes = define_vision(dict(image_size=8, patch_size=4, num_layers=1, embed_dim=8, num_heads=2, mlp_dim=16))[1]
   save_npz(jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes), tower)
   wanted = prepare_features(builder, tmp_path / "data", tower, name="own")
   records = []

@@ -12,7 +12,7 @@ from vixml_jax.images import decoding
 from vixml_jax.images.decoding import BadImage
 from vixml_jax.images.sources import EncodedImage
 from vixml_jax.images.tower import ImageTower
-from vixml_jax.models.siglip import define_siglip
+from vixml_jax.models.vision import define_vision
 from vixml_jax.weights.siglip import save_npz
 
 ARGUMENTS = dict(image_size=8, patch_size=4, num_layers=1, embed_dim=8, num_heads=2, mlp_dim=16)
@@ -21,7 +21,7 @@ ARGUMENTS = dict(image_size=8, patch_size=4, num_layers=1, embed_dim=8, num_head
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
   rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), define_siglip(ARGUMENTS)[1])
+  params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), define_vision(ARGUMENTS)[1])
   path = tmp_path_factory.mktemp("tower") / "tiny.npz"
   save_npz(params, path)
   return ImageTower(str(path), None, "big_vision", 4, "float32")

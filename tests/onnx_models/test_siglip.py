@@ -9,7 +9,7 @@ from tests.helpers import tiny_siglip
 from vixml_jax.models.parameters import merge_params
 from vixml_jax.onnx_models.session import new_session
 from vixml_jax.onnx_models.siglip import siglip_model
-from vixml_jax.weights.siglip import load_siglip
+from vixml_jax.weights.vision import load_tower
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime")
 def test_features_are_those_of_transformers_and_of_our_tower(tmp_path):
   theirs = tiny_siglip.hf_tower()
   theirs.save_pretrained(tmp_path)
-  params, arguments = load_siglip(tmp_path)
+  params, arguments = load_tower(tmp_path)
   images = np.random.default_rng(0).integers(0, 256, (5, 30, 30, 3)).astype(np.uint8)
   session = new_session(siglip_model(params, arguments).SerializeToString())
   (found,) = session.run(["features"], {"pixels": images})

@@ -198,6 +198,7 @@ def test_a_config_is_read_as_it_was_written(tmp_path):
     ("mesh.fsdp", 2),
     ("eval.search", "scann"),
     ("dataset.data_dir", "other"),
+    ("features.preprocessing", "big_vision"),
     ("encoder.pretrained", "other"),
     ("encoder.attention", "reference"),
   ],

@@ -13,7 +13,7 @@ import pytest
 from configs import custom, encoders
 from tests.helpers.miniature import write_raw_folder
 from tests.helpers.miniature_runs import TINY, load_config, run_commands, write_encoder
-from vixml_jax.models.siglip import define_siglip
+from vixml_jax.models.vision import define_vision
 from vixml_jax.weights.siglip import save_npz
 
 _ROWS = [
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
   _write_csv(folder / "labels.csv", [("uid", "title"), ("l0", "cap"), ("l1", "hat"), ("l2", "red things")])
   _write_csv(folder / "s.csv", [("t", "l", "part"), ("red hat", "hat", "train"), ("green hat", "hat", "dev")])
   write_raw_folder(folder / "given", num_train=6, num_test=4, num_labels=4)
-  tower = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), define_siglip(_TOWER)[1])
+  tower = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), define_vision(_TOWER)[1])
   save_npz(tower, folder / "tower.npz")
   return folder
 

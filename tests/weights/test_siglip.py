@@ -14,8 +14,8 @@ import transformers
 from tests.helpers import tiny_siglip
 from vixml_jax.errors import InputError
 from vixml_jax.models.parameters import merge_params
-from vixml_jax.models.siglip import define_siglip
-from vixml_jax.weights import engine, hf_folder, siglip, source, tables
+from vixml_jax.models.vision import define_vision
+from vixml_jax.weights import engine, hf_folder, positions, siglip, source, tables, vision
 from vixml_jax.weights.npz import NpzFile, write_npz
 
 
@@ -40,7 +40,7 @@ def _assert_equal(one, other):
 
 def _load(tensors, path, **options):
   np.savez(path, **tensors)
-  return siglip.load_siglip(path, **options)
+  return vision.load_tower(path, **options)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ def test_a_big_vision_file_makes_the_features_of_transformers(published, tmp_pat
   named = {f"{prefix}{name}": value for name, value in tensors[stacked].items()}
   params, arguments = _load(named, tmp_path / "tower.npz", image_size=30)
   assert arguments | {"layer_norm_eps": 1e-6} == tiny_siglip.ARGUMENTS
-  _assert_equal(params, siglip.load_siglip(folder)[0])
+  _assert_equal(params, vision.load_tower(folder)[0])
   if prefix:
     return  # The parameters equal those without a prefix.
   pixels = tiny_siglip.pixels()
   with torch.no_grad():
     wanted = model(torch.tensor(pixels).permute(0, 3, 1, 2)).pooler_output
-  graphdef, _, _ = define_siglip(arguments)
+  graphdef, _, _ = define_vision(arguments)
   found = jax.jit(lambda params, pixels: merge_params(graphdef, params)(pixels))(params, pixels)
   np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
 
@@ -78,7 +78,7 @@ def test_a_whole_model_of_transformers_loads_its_vision_tower(published, tmp_pat
   tiny_siglip.hf_towers().save_pretrained(tmp_path)
   names = set(load_file(tmp_path / "model.safetensors"))
   assert "vision_model.head.attention.in_proj_weight" in names and "logit_scale" in names
-  (params, arguments), (wanted, _) = siglip.load_siglip(tmp_path), siglip.load_siglip(folder)
+  (params, arguments), (wanted, _) = vision.load_tower(tmp_path), vision.load_tower(folder)
   _assert_equal(params, wanted)
   assert arguments == tiny_siglip.ARGUMENTS
 
@@ -90,7 +90,7 @@ def test_a_config_without_what_equals_the_defaults_means_the_base_tower(tmp_path
   save_file({"logit_scale": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
   # It has 208 tensors, two of which are three parameters each.
   with pytest.raises(InputError, match=r"212 unfilled: "):
-    siglip.load_siglip(tmp_path, variant="siglip2_b16_224")
+    vision.load_tower(tmp_path, variant="siglip2_b16_224")
 
 
 @pytest.mark.parametrize("prefix,stacked", [("params/img/", True), ("params/", False), ("", True)])
@@ -121,7 +121,7 @@ def test_bf16_is_read_from_raw_bytes_and_written_as_such(tensors, tmp_path):
 
 
 def test_bf16_parameters_are_saved_as_bf16(published, tmp_path):
-  params, _ = siglip.load_siglip(published[0])
+  params, _ = vision.load_tower(published[0])
   siglip.save_npz(jax.tree.map(lambda x: jax.numpy.asarray(x, "bfloat16"), params), tmp_path / "bf16.npz")
   siglip.save_npz(params, tmp_path / "cast.npz", dtype="bfloat16")
   assert (tmp_path / "bf16.npz").read_bytes() == (tmp_path / "cast.npz").read_bytes()
@@ -129,7 +129,7 @@ def test_bf16_parameters_are_saved_as_bf16(published, tmp_path):
 
 def test_huggingface_to_ours_to_huggingface_is_the_identity_and_transformers_loads_it(published, tmp_path):
   folder, model, _ = published
-  params, arguments = siglip.load_siglip(folder)
+  params, arguments = vision.load_tower(folder)
   siglip.save_siglip(params, tmp_path / "out", arguments)
   before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
   # transformers 5 omits the prefix of published checkpoints.
@@ -144,20 +144,20 @@ def test_huggingface_to_ours_to_huggingface_is_the_identity_and_transformers_loa
   pixels = torch.tensor(tiny_siglip.pixels()).permute(0, 3, 1, 2)
   with torch.no_grad():
     assert torch.equal(again.eval()(pixels).pooler_output, model(pixels).pooler_output)
-  _assert_equal(siglip.load_siglip(tmp_path / "out"), siglip.load_siglip(folder))
+  _assert_equal(vision.load_tower(tmp_path / "out"), vision.load_tower(folder))
 
 
 def test_big_vision_becomes_huggingface_and_back(published, tensors, tmp_path):
   params, arguments = _load(tensors, tmp_path / "in.npz", image_size=30)
   siglip.save_siglip(params, tmp_path / "folder", arguments)
-  _assert_equal(siglip.load_siglip(tmp_path / "folder")[0], siglip.load_siglip(published[0])[0])
-  siglip.save_npz(siglip.load_siglip(tmp_path / "folder")[0], tmp_path / "out.npz", prefix="")
+  _assert_equal(vision.load_tower(tmp_path / "folder")[0], vision.load_tower(published[0])[0])
+  siglip.save_npz(vision.load_tower(tmp_path / "folder")[0], tmp_path / "out.npz", prefix="")
   with np.load(tmp_path / "out.npz") as found:
     _assert_equal({name: found[name] for name in found}, tensors)
 
 
 def test_saving_parameters_that_are_no_tower_raises_an_error(published, tmp_path):
-  params, arguments = siglip.load_siglip(published[0])
+  params, arguments = vision.load_tower(published[0])
   del params["head"]["attention"]["key"]["bias"]
   with pytest.raises(InputError, match=r"1 unfilled: -head/attention/key/bias$"):
     siglip.save_npz(params, tmp_path / "out.npz")
@@ -199,7 +199,7 @@ def test_duplicates_are_listed_whether_by_prefix_or_in_the_archive(tensors, tmp_
   with zipfile.ZipFile(tmp_path / "twice.npz", "a") as archive, zipfile.ZipFile(tmp_path / "one.npz") as one:
     archive.writestr(f"{name}.npy", one.read(f"{name}.npy"))
   with pytest.raises(InputError, match=rf"1 duplicate: {name}$"):
-    siglip.load_siglip(tmp_path / "twice.npz")
+    vision.load_tower(tmp_path / "twice.npz")
 
 
 def test_wrong_shapes_are_listed_with_both_shapes(tensors, tmp_path):
@@ -216,12 +216,12 @@ def test_a_fused_tensor_of_the_wrong_shape_is_listed_once(published, tmp_path):
   save_file(tensors, tmp_path / "model.safetensors")
   (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
   with pytest.raises(InputError, match=r"size: 1 wrong shape: .*in_proj_weight is \[48, 24\], expected \[72, 24\]$"):
-    siglip.load_siglip(tmp_path)
+    vision.load_tower(tmp_path)
 
 
 def test_a_part_of_a_tensor_that_no_rule_reads_is_unmapped(published):
   folder, _, _ = published
-  params, _ = siglip.load_siglip(folder)
+  params, _ = vision.load_tower(folder)
   rules = tuple(rule for rule in tables.SIGLIP.rules if rule.ours != "head/attention/value/kernel")
   table = tables.Table("siglip", rules, tables.SIGLIP.ignored, renamed=tables.SIGLIP.renamed)
   del params["head"]["attention"]["value"]["kernel"]
@@ -231,7 +231,7 @@ def test_a_part_of_a_tensor_that_no_rule_reads_is_unmapped(published):
 
 def test_two_rules_for_one_part_are_a_duplicate(published):
   folder, _, _ = published
-  params, _ = siglip.load_siglip(folder)
+  params, _ = vision.load_tower(folder)
   again = next(rule for rule in tables.SIGLIP.rules if rule.part == (1, 3))
   table = tables.Table("siglip", (*tables.SIGLIP.rules, again), tables.SIGLIP.ignored, renamed=tables.SIGLIP.renamed)
   with pytest.raises(InputError, match=r"2 duplicate: head/attention/key/kernel, vision_model\..*in_proj_weight$"):
@@ -276,28 +276,28 @@ def test_unsupported_configs_raise_an_error_that_names_the_key(published, tmp_pa
   (tmp_path / "config.json").write_text(json.dumps(settings))
   (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
   with pytest.raises(InputError, match=message):
-    siglip.load_siglip(tmp_path)
+    vision.load_tower(tmp_path)
 
 
 def test_pickled_damaged_and_missing_files_raise_an_error_that_names_them(tensors, tmp_path):
   file = tmp_path / "tower.npz"
   with pytest.raises(InputError, match=r"tower\.npz: no such file"):
-    siglip.load_siglip(file)
+    vision.load_tower(file)
   name = "Transformer/encoder_norm/bias"
   np.savez(file, **(tensors | {name: np.array([{}] * 24, object)}))
   with pytest.raises(InputError, match=rf"tower\.npz: is not a complete npz file of plain arrays \(tensor {name}\)"):
-    siglip.load_siglip(file)
+    vision.load_tower(file)
   with pytest.raises(InputError, match=rf"tensor {name} is float64; it must be float32, float16 or bfloat16"):
     _load(tensors | {name: np.zeros(24)}, file)
   content = file.read_bytes()
   file.write_bytes(content[:2000])
   with pytest.raises(InputError, match=r"tower\.npz: is not a complete npz file"):
-    siglip.load_siglip(file)
+    vision.load_tower(file)
   value = tensors["pos_embedding"].tobytes()
   assert content.count(value) == 1
   file.write_bytes(content.replace(value, value[::-1]))
   with pytest.raises(InputError, match=r"\(tensor pos_embedding\).*CRC"):
-    siglip.load_siglip(file)
+    vision.load_tower(file)
 
 
 def test_shapes_are_known_without_reading_and_tensors_are_read_one_at_a_time(tensors, tmp_path, monkeypatch):
@@ -313,13 +313,13 @@ def test_shapes_are_known_without_reading_and_tensors_are_read_one_at_a_time(ten
 def test_the_same_tensors_make_the_same_file(tensors, tmp_path):
   for name in ("one.npz", "other.npz"):
     write_npz(tensors, tmp_path / name)
-  one, other = (siglip.checkpoint_hashes(tmp_path / name) for name in ("one.npz", "other.npz"))
+  one, other = (vision.checkpoint_hashes(tmp_path / name) for name in ("one.npz", "other.npz"))
   assert one == {"one.npz": source.file_hash(tmp_path / "one.npz")} and [*one.values()] == [*other.values()]
 
 
 def test_a_folders_hashes_are_those_of_its_safetensors(published):
   folder, _, _ = published
-  assert siglip.checkpoint_hashes(folder) == {"model.safetensors": source.file_hash(folder / "model.safetensors")}
+  assert vision.checkpoint_hashes(folder) == {"model.safetensors": source.file_hash(folder / "model.safetensors")}
 
 
 class _Published:
@@ -379,19 +379,19 @@ def test_the_published_so400m_at_384_is_recognized_and_fits_to_the_last_tensor()
   arguments, table = siglip.npz_arguments(published)
   assert arguments == siglip.siglip_arguments("siglip2_so400m14_384")  # 384 pixels, although 27 patches are 378.
   with pytest.raises(_Fits):
-    engine.apply(table, published, define_siglip(arguments)[1])
+    engine.apply(table, published, define_vision(arguments)[1])
   published.shapes["params/img/MAPHead_0/probe"] = (1, 1152)
   with pytest.raises(InputError, match="1 wrong shape: params/img/MAPHead_0/probe"):
-    engine.apply(table, published, define_siglip(arguments)[1])
+    engine.apply(table, published, define_vision(arguments)[1])
 
 
 def test_a_variant_is_checked_against_the_checkpoint(published, tensors, tmp_path):
   with pytest.raises(InputError, match=r"is not siglip2_b16_224: it has .*patch_size 8 \(not 16\).*embed_dim 24"):
     _load(tensors, tmp_path / "tower.npz", variant="siglip2_b16_224")
   with pytest.raises(InputError, match="is not siglip2_so400m14_384"):
-    siglip.load_siglip(published[0], variant="siglip2_so400m14_384")
+    vision.load_tower(published[0], variant="siglip2_so400m14_384")
   with pytest.raises(InputError, match="variant 'so400m' is not known; it must be one of siglip2_b32_256, "):
-    siglip.load_siglip(published[0], variant="so400m")
+    vision.load_tower(published[0], variant="so400m")
 
 
 def test_the_name_of_a_variant_is_resolved_on_the_hub(monkeypatch, published):
@@ -402,7 +402,7 @@ def test_the_name_of_a_variant_is_resolved_on_the_hub(monkeypatch, published):
     return str(published[0])
 
   monkeypatch.setattr(source, "snapshot_download", fetch)
-  assert siglip.load_siglip("siglip2_g-opt16_384")[1] == tiny_siglip.ARGUMENTS
+  assert vision.load_tower("siglip2_g-opt16_384")[1] == tiny_siglip.ARGUMENTS
   assert asked == ["google/siglip2-giant-opt-patch16-384"]
 
 
@@ -429,7 +429,7 @@ def _bilinear(grid, size):
 @pytest.mark.parametrize("size", [2, 5, 8])
 def test_positions_are_resized_as_by_hand_and_as_by_torch(size):
   grid = np.random.default_rng(0).normal(size=(4, 4, 3)).astype(np.float32)
-  found = siglip.resize_positions(grid.reshape(16, 3), size)
+  found = positions.resize_bilinear(grid.reshape(16, 3), size)
   assert found.shape == (size**2, 3) and found.dtype == np.float32
   np.testing.assert_allclose(found, _bilinear(grid, size).reshape(-1, 3), atol=1e-6)
   wanted = torch.nn.functional.interpolate(
@@ -440,13 +440,13 @@ def test_positions_are_resized_as_by_hand_and_as_by_torch(size):
 
 def test_a_tower_loads_at_another_resolution(published, tensors, tmp_path):
   params, arguments = _load(tensors, tmp_path / "tower.npz", image_size=47)
-  own, _ = siglip.load_siglip(tmp_path / "tower.npz")
+  own, _ = vision.load_tower(tmp_path / "tower.npz")
   assert arguments["image_size"] == 47 and params["position_embedding"].shape == (25, 24)
   np.testing.assert_array_equal(params["position_embedding"][[0, 4, 20, 24]], own["position_embedding"][[0, 2, 6, 8]])
-  graphdef, shapes, _ = define_siglip(arguments)
+  graphdef, shapes, _ = define_vision(arguments)
   assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, params)
   features = jax.jit(lambda params, pixels: merge_params(graphdef, params)(pixels))(params, tiny_siglip.pixels(2, 47))
   assert features.shape == (2, 24) and np.isfinite(features).all()
-  _assert_equal(siglip.load_siglip(published[0], image_size=47)[0], params)
+  _assert_equal(vision.load_tower(published[0], image_size=47)[0], params)
   with pytest.raises(InputError, match="7 pixels are smaller than a patch of 8"):
-    siglip.load_siglip(tmp_path / "tower.npz", image_size=7)
+    vision.load_tower(tmp_path / "tower.npz", image_size=7)

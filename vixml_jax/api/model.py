@@ -299,7 +299,7 @@ def load(
     min_probability: For the blend: labels of a lower probability are left out.
     retrieval_lambda: Weight of the labels against that of the training queries; None for that of the run's evaluation.
     retrieval_temperature: Temperature of retrieval; None for that of the run's evaluation.
-    image_checkpoint: SigLIP tower that encodes images; None for the one that made the features of the training data.
+    image_checkpoint: Tower that encodes images; None for the one that made the features of the training data.
     image_batch_size: Number of images that the tower encodes at a time. A smaller batch takes as long as a full one.
     encoder: "int8" for an encoder in int8 on the CPU, which needs the extra `onnx`; None for the encoder as trained.
     index_dtype: Vectors that are held in memory for search: "float32", "int8" (a quarter of the memory, the same

@@ -11,7 +11,8 @@ from vixml_jax.files import sha256_of_file
 from vixml_jax.inference.query_images import check_feature_size, find_tower
 from vixml_jax.onnx_models.siglip import siglip_model
 from vixml_jax.weights import engine
-from vixml_jax.weights.siglip import load_siglip
+from vixml_jax.weights.vision import family_of, find_checkpoint, load_tower
+from vixml_jax.weights.vision_config import SIGLIP
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ _MOST_BYTES = 2 * 10**9  # protobuf, in which ONNX models are stored, holds at m
 def write_onnx_tower(
   config: ConfigDict, origin: dict[str, Any] | None, checkpoint: str | None, folder: Path
 ) -> dict[str, Any] | None:
-  """Writes `image_tower.onnx`, in float32, if the tower that made the run's image features is there.
+  """Writes `image_tower.onnx`, in float32, if the tower that made the run's image features is there and a SigLIP.
 
   Args:
     config: Config of the run.
@@ -47,7 +48,15 @@ def write_onnx_tower(
       raise
     _log.warning("%s; the folder takes feature vectors only", error)
     return None
-  params, arguments = load_siglip(found.checkpoint, variant=found.variant)
+  family = family_of(find_checkpoint(found.checkpoint))
+  if family is not SIGLIP:
+    _log.warning(
+      "%s: is a %s, and only SigLIP towers are written as ONNX; the folder takes feature vectors only",
+      found.checkpoint,
+      family.name,
+    )
+    return None
+  params, arguments = load_tower(found.checkpoint, variant=found.variant)
   check_feature_size(found.checkpoint, arguments["embed_dim"], config)
   size = sum(leaf.nbytes for leaf in engine.flatten_tree(params).values())
   if size > _MOST_BYTES:

@@ -19,11 +19,12 @@ from vixml_jax.files import fingerprint_of, locked, new_file
 from vixml_jax.images import feature_set, sources
 from vixml_jax.images.feature_parts import FeatureParts, MergedParts
 from vixml_jax.images.feature_set import FeatureSet
-from vixml_jax.images.preprocess import PREPROCESSING
+from vixml_jax.images.preprocess import AUTO
+from vixml_jax.images.processor import choose_preprocessing
 from vixml_jax.images.sources import ImageSource
 from vixml_jax.images.tower import ImageTower
 from vixml_jax.process_share import ProcessShare, joined_share
-from vixml_jax.weights import siglip
+from vixml_jax.weights import vision
 
 BAD_IMAGES = "bad_images.jsonl"
 """File next to the features with a line for each image without features: split, row, slot and reason."""
@@ -38,7 +39,7 @@ def prepare_features(
   *,
   name: str = "",
   variant: str | None = None,
-  preprocessing: str = "big_vision",
+  preprocessing: str = AUTO,
   images: str = "",
   batch_size: int = 64,
   dtype: str = "",
@@ -53,10 +54,10 @@ def prepare_features(
   Args:
     builder: Prepared data set.
     data_dir: Folder for all prepared data.
-    checkpoint: An `.npz` of big_vision, a Hugging Face folder, or a name on the hub; see `weights.siglip.load_siglip`.
+    checkpoint: An `.npz` of big_vision, a Hugging Face folder, or a name on the hub; see `weights.vision.load_tower`.
     name: Name of the features; "" for the variant, or else for the name of the checkpoint's file or folder.
     variant: Key of `weights.siglip.VARIANTS` that the checkpoint must be; None for any tower.
-    preprocessing: Key of `images.preprocess.PREPROCESSING`.
+    preprocessing: One of `images.preprocess.KINDS`.
     images: Place of the images, see `images.sources.open_sources`; "" for the images in the data set.
     batch_size: Number of images per step of each process, rounded up to a multiple of its devices.
     dtype: Type in which the tower computes; "" for float32 on CPUs and bfloat16 elsewhere.
@@ -69,15 +70,15 @@ def prepare_features(
   Raises:
     InputError: The checkpoint or the images cannot be used, or other features with this name exist.
   """
-  if preprocessing not in PREPROCESSING:
-    raise InputError(f"unknown preprocessing {preprocessing!r}; choose from {', '.join(PREPROCESSING)}")
   if batch_size < 1:
     raise InputError(f"batch_size {batch_size}: must be at least 1")
   name = name or variant or Path(checkpoint).name.removesuffix(".npz")
   target = feature_set.features_folder(builder, data_dir, name)
   splits = sources.open_sources(images, builder)
+  path = vision.find_checkpoint(checkpoint)
+  preprocessing = choose_preprocessing(preprocessing, path)
   made_by = {
-    "checkpoint_sha256": sorted(siglip.checkpoint_hashes(checkpoint).values()),
+    "checkpoint_sha256": sorted(vision.checkpoint_hashes(path).values()),
     "preprocessing": preprocessing,
     "images": fingerprint_of([source.identity for source in splits.values()]) if images else "dataset",
   }

@@ -1,4 +1,4 @@
-"""Resizes images to squares for SigLIP, in the ways of big_vision and of Hugging Face's image processor."""
+"""Resizes images to squares for SigLIP, in the ways of big_vision and of Hugging Face; names of all ways."""
 
 from collections.abc import Callable
 import functools
@@ -69,7 +69,16 @@ PREPROCESSING: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
   "huggingface": huggingface,
   "huggingface_bilinear": functools.partial(huggingface, resample=Image.Resampling.BILINEAR),
 }
-"""Ways to resize an image, by name. The name is recorded with the features."""
+"""Ways to resize an image for SigLIP, by name. The name is recorded with the features."""
+
+PROCESSOR = "processor"
+"""The way of `images.processor`, which a CLIP or DINOv2 has in its own file."""
+
+AUTO = "auto"
+"""`big_vision` for SigLIP, and `processor` for CLIP and DINOv2."""
+
+KINDS = (AUTO, *PREPROCESSING, PROCESSOR)
+"""Values of the setting `preprocessing`."""
 
 
 def _taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

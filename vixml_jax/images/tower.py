@@ -1,7 +1,7 @@
-"""Encodes images with a SigLIP tower: threads decode and resize images while the devices compute."""
+"""Encodes images with a vision tower: threads decode and resize images while the devices compute."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 import dataclasses
 import itertools
@@ -18,13 +18,14 @@ from vixml_jax.errors import InputError
 from vixml_jax.images.decoding import MISSING, UNREADABLE, BadImage, decode
 from vixml_jax.images.feature_parts import FeaturePart
 from vixml_jax.images.feature_set import to_float16
-from vixml_jax.images.preprocess import PREPROCESSING
+from vixml_jax.images.preprocess import PREPROCESSING, PROCESSOR
+from vixml_jax.images.processor import choose_preprocessing, read_processor
 from vixml_jax.images.sources import ImageSource
 from vixml_jax.models.parameters import merge_params
-from vixml_jax.models.siglip import define_siglip
+from vixml_jax.models.vision import define_vision, feature_size
 from vixml_jax.stages import counted
 from vixml_jax.typing import Array, Tree
-from vixml_jax.weights.siglip import load_siglip
+from vixml_jax.weights.vision import find_checkpoint, load_tower
 
 # Batches on the devices at a time: the host collects one batch while the devices compute the next.
 _IN_FLIGHT = 2
@@ -66,7 +67,7 @@ class _Encoded(NamedTuple):
 
 
 class ImageTower:
-  """A SigLIP vision tower with its preprocessing, on the devices of this process.
+  """A vision tower with its preprocessing, on the devices of this process.
 
   Attributes:
     dim: F, the size of a feature vector.
@@ -76,31 +77,38 @@ class ImageTower:
     """Loads a tower.
 
     Args:
-      checkpoint: File, folder or name on the hub; see `load_siglip`.
-      variant: Name of the published tower that the checkpoint must be, or None; see `load_siglip`.
-      preprocessing: Key of `PREPROCESSING`.
+      checkpoint: File, folder or name on the hub; see `load_tower`.
+      variant: Name of the published tower that the checkpoint must be, or None; see `load_tower`.
+      preprocessing: One of `preprocess.KINDS`.
       batch_size: Number of images per step, rounded up to a multiple of the number of devices.
       dtype: Type in which the tower computes.
 
     Raises:
-      InputError: The checkpoint cannot be read, or is not the variant.
+      InputError: The checkpoint cannot be read, is not the variant, or has another preprocessing.
     """
-    params, arguments = load_siglip(checkpoint, variant=variant)
-    graphdef, _, _ = define_siglip(arguments | {"dtype": dtype})
+    path = find_checkpoint(checkpoint)
+    kind = choose_preprocessing(preprocessing, path)
+    processor = read_processor(path) if kind == PROCESSOR else None
+    params, arguments = load_tower(path, variant=variant, image_size=processor.size if processor else None)
+    graphdef, _, _ = define_vision(arguments | {"dtype": dtype})
     devices = jax.local_devices()
     mesh = sharding.make_mesh(devices=devices)
-    self.dim: int = arguments["embed_dim"]
+    self.dim: int = feature_size(arguments)
     self._checkpoint = checkpoint
     self._size: int = arguments["image_size"]
-    self._preprocess = PREPROCESSING[preprocessing]
+    self._preprocess: Callable[[np.ndarray], np.ndarray] = processor or (
+      lambda pixels: PREPROCESSING[kind](pixels, self._size)
+    )
+    # big_vision's value_range and the processors of SigLIP map 0..255 to -1..1.
+    mean, std = (processor.mean, processor.std) if processor else (0.5, 0.5)
     self._batch_size = -(-batch_size // len(devices)) * len(devices)
     # The towers are small enough (0.1 to 1.2 billion parameters) for each device to hold one.
     self._params = jax.device_put(params, sharding.named_sharding(mesh))
     self._rows = sharding.named_sharding(mesh, "row")
 
     def encode(params: Tree, pixels: Array) -> Array:
-      # big_vision's value_range and Hugging Face's rescaling and normalizing both map 0..255 to -1..1.
-      return merge_params(graphdef, params)(pixels.astype(jnp.float32) / 255 * 2 - 1)
+      normalized = (pixels.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+      return merge_params(graphdef, params)(normalized)
 
     self._encode = jax.jit(encode, out_shardings=self._rows)
 
@@ -113,7 +121,7 @@ class ImageTower:
     Raises:
       BadImage: The image has no pixels.
     """
-    return PreparedImage(self._preprocess(decode(blob), self._size))
+    return PreparedImage(self._preprocess(decode(blob)))
 
   def encode(self, images: Sequence[bytes | Path | PreparedImage]) -> tuple[np.ndarray, list[str | None]]:
     """Encodes images that are in memory or in files.

@@ -106,7 +106,7 @@ def load_encoder(
   Args:
     workdir: As for `load`, like the others.
     mesh: Devices to use.
-    image_checkpoint: SigLIP tower that encodes images.
+    image_checkpoint: Tower that encodes images.
     image_batch_size: Number of images that it encodes at a time.
     encoder: "int8", or None for the encoder as trained.
 

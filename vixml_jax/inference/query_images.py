@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vixml_jax.errors import InputError
+from vixml_jax.images.processor import choose_preprocessing
 from vixml_jax.images.tower import ImageTower, PreparedImage
 from vixml_jax.inference.queries import Query
-from vixml_jax.weights.siglip import checkpoint_hashes
+from vixml_jax.weights.vision import checkpoint_hashes, find_checkpoint
 
 _PUBLISHED = "published"  # Preprocessing of downloaded features; no file records the hash of the tower that made them.
 
@@ -33,7 +34,7 @@ class UnreadableImage(NamedTuple):
 
 
 class QueryImageEncoder:
-  """A SigLIP tower that is loaded when the first image is encoded."""
+  """An image tower that is loaded when the first image is encoded."""
 
   def __init__(self, config: ConfigDict, origin: dict[str, Any], checkpoint: str | None, batch_size: int):
     """Records where the tower is.
@@ -41,7 +42,7 @@ class QueryImageEncoder:
     Args:
       config: Config of the run.
       origin: `image_features` of `inference.json`: how the features of the training data were made.
-      checkpoint: The tower, see `load_siglip`; None for the one that the config or `origin` names.
+      checkpoint: The tower, see `load_tower`; None for the one that the config or `origin` names.
       batch_size: Number of images that the tower encodes at a time. A smaller batch takes as long as a full one.
     """
     self._config, self._origin = config, origin
@@ -89,9 +90,9 @@ class FoundTower(NamedTuple):
   """The tower that made the image features of a run.
 
   Attributes:
-    checkpoint: File, folder or name on the hub; see `load_siglip`.
+    checkpoint: File, folder or name on the hub; see `load_tower`.
     variant: Name of the published tower that it must be, or None.
-    preprocessing: Key of `images.preprocess.PREPROCESSING`.
+    preprocessing: One of `images.preprocess.KINDS`, except "auto".
   """
 
   checkpoint: str
@@ -113,14 +114,14 @@ def find_tower(config: ConfigDict, origin: dict[str, Any], checkpoint: str | Non
   features = config.features
   published = origin.get("preprocessing") == _PUBLISHED
   found = checkpoint or _recorded_tower(config, origin)
-  if not published and sorted(checkpoint_hashes(found).values()) != sorted(origin["checkpoint_sha256"]):
+  path = find_checkpoint(found)
+  if not published and sorted(checkpoint_hashes(path).values()) != sorted(origin["checkpoint_sha256"]):
     raise InputError(
       f"{found}: is not the tower that made the image features {features.name} (its sha256 differs); "
       f"set --image_checkpoint to {origin.get('checkpoint', 'that tower')}"
     )
-  return FoundTower(
-    found, origin.get("variant") or None, features.preprocessing if published else origin["preprocessing"]
-  )
+  preprocessing = choose_preprocessing(features.preprocessing if published else origin["preprocessing"], path)
+  return FoundTower(found, origin.get("variant") or None, preprocessing)
 
 
 def check_feature_size(checkpoint: str, size: int, config: ConfigDict) -> None:

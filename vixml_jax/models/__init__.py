@@ -1,1 +1,1 @@
-"""Models as Flax NNX modules: layers, text encoders, image fusion, label prototypes, the vision tower of SigLIP."""
+"""Models as Flax NNX modules: layers, text encoders, image fusion, label prototypes, vision towers."""

@@ -1,4 +1,4 @@
-"""The graph of a SigLIP vision tower, `models.siglip.SiglipVision`: pixels to one feature vector for each image."""
+"""The graph of a SigLIP tower, `models.vision.VisionTransformer`: pixels to one feature vector for each image."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +17,11 @@ FEATURES = "features"
 
 
 def siglip_model(params: Tree, arguments: Mapping[str, Any]) -> Any:
-  """Returns an `onnx.ModelProto` that computes what `SiglipVision` does in float32, up to rounding.
+  """Returns an `onnx.ModelProto` that computes what `VisionTransformer` does in float32, up to rounding.
 
   Args:
     params: Parameters on the host.
-    arguments: Arguments of `SiglipVision`.
+    arguments: Arguments of `VisionTransformer`.
 
   Raises:
     InputError: onnx is not installed.

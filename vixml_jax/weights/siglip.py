@@ -1,19 +1,16 @@
-"""Published SigLIP and SigLIP 2 vision towers by name; reads and writes the formats of big_vision and Hugging Face."""
+"""Published SigLIP and SigLIP 2 vision towers by name; the format of big_vision; writes both formats."""
 
 from collections.abc import Mapping
 import math
 import os
-from pathlib import Path
 import re
 from typing import Any
 
 import numpy as np
-import scipy.ndimage
 
 from vixml_jax.errors import InputError
-from vixml_jax.models.siglip import define_siglip
-from vixml_jax.weights import engine, hf_config, hf_folder, source, tables
-from vixml_jax.weights.npz import NpzFile, write_npz
+from vixml_jax.weights import engine, hf_folder, tables, vision_config
+from vixml_jax.weights.npz import write_npz
 
 # Size -> its name on the hub, and the sizes of the tower.
 _SIZES: dict[str, tuple[str, dict[str, int]]] = {
@@ -41,27 +38,11 @@ VARIANTS: dict[str, str] = {
   for pixels in resolutions
 }
 
-# Argument of models.siglip.SiglipVision -> key of the vision config on the hub, and the value of an absent key, because
-# transformers does not write values that equal its defaults.
-_CONFIG_KEYS: dict[str, tuple[str, int | float]] = {
-  "image_size": ("image_size", 224),
-  "patch_size": ("patch_size", 16),
-  "num_layers": ("num_hidden_layers", 12),
-  "embed_dim": ("hidden_size", 768),
-  "num_heads": ("num_attention_heads", 12),
-  "mlp_dim": ("intermediate_size", 3072),
-  "layer_norm_eps": ("layer_norm_eps", 1e-6),
-}
-
-# Key -> the only value that the tower supports, which is also the value of an absent key.
-_REQUIRED: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3, "vision_use_head": True}
-
-_MODEL_TYPES = ("siglip", "siglip_vision_model")
 _QUERY = "MultiHeadDotProductAttention_0/query/kernel"
 
 
 def siglip_arguments(variant: str) -> dict[str, Any]:
-  """Returns the arguments with which `models.siglip.SiglipVision` is a published tower.
+  """Returns the arguments with which `models.vision.VisionTransformer` is a published tower.
 
   Args:
     variant: One of `VARIANTS`, such as siglip2_so400m14_384.
@@ -79,61 +60,6 @@ def siglip_arguments(variant: str) -> dict[str, Any]:
   return {"image_size": int(pixels), "patch_size": int(patch), **_SIZES[size][1]}
 
 
-def load_siglip(
-  path: str | os.PathLike[str], *, variant: str | None = None, image_size: int | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Reads a vision tower.
-
-  Args:
-    path: An `.npz` file of big_vision with the image tower or both towers, a Hugging Face folder of a SiglipModel or
-      SiglipVisionModel, a name on the hub, or one of `VARIANTS`, which is fetched from the hub.
-    variant: One of `VARIANTS` that the checkpoint must be; None to accept any.
-    image_size: Image size in pixels; None for that of the checkpoint. If the grid of patches differs from the
-      checkpoint's, the position embeddings are resized.
-
-  Returns:
-    `(params, arguments)`: a nested dict of float32 numpy arrays, and the arguments of `models.siglip.SiglipVision`,
-    except dtype, remat and rngs.
-
-  Raises:
-    InputError: If the file is missing or damaged, the architecture or variant differs, or the weights do not fit
-      exactly.
-  """
-  path = find_checkpoint(path)
-  checkpoint: engine.TensorSource
-  if path.is_dir():
-    arguments, table, checkpoint = _folder_arguments(path), tables.SIGLIP, hf_folder.SafetensorsFolder(path)
-  else:
-    checkpoint = NpzFile(path)
-    arguments, table = npz_arguments(checkpoint)
-  _check_sizes(checkpoint.name, arguments)
-  if variant is not None:
-    _check_variant(checkpoint.name, variant, arguments)
-  _, shapes, _ = define_siglip(arguments)
-  params = engine.apply(table, checkpoint, shapes)
-  if image_size is None:
-    return params, arguments
-  arguments = arguments | {"image_size": image_size}
-  _check_sizes("image_size", arguments)
-  grid = image_size // arguments["patch_size"]
-  return params | {"position_embedding": resize_positions(params["position_embedding"], grid)}, arguments
-
-
-def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-  """Returns the `.npz` file or local folder that `load_siglip` reads for a path; fetches it if it is on the hub."""
-  if str(path).endswith(".npz"):
-    if not _is_file(path):
-      raise InputError(f"{path}: no such file; give an npz file of big_vision or a Hugging Face folder")
-    return Path(path)
-  return source.resolve(VARIANTS.get(str(path), str(path)), tokenizer=False)
-
-
-def checkpoint_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
-  """Returns the sha256 of each file of weights that `load_siglip` reads for a path, by file name."""
-  path = find_checkpoint(path)
-  return source.weight_hashes(path) if path.is_dir() else {path.name: source.file_hash(path)}
-
-
 def save_npz(
   params: Mapping[str, Any],
   path: str | os.PathLike[str],
@@ -145,7 +71,7 @@ def save_npz(
   """Writes a tower in the format of big_vision.
 
   Args:
-    params: Parameters as `load_siglip` returns them, in float32, float16 or bfloat16.
+    params: Parameters as `vision.load_tower` returns them, in float32, float16 or bfloat16.
     path: The file.
     stacked: Whether the layers are stacked in one tensor `encoderblock/...` instead of one tensor per layer,
       `encoderblock_0/...`.
@@ -167,69 +93,21 @@ def save_siglip(params: Mapping[str, Any], folder: str | os.PathLike[str], argum
   """Writes a tower as a folder that `transformers.SiglipVisionModel` loads.
 
   Args:
-    params: Parameters as `load_siglip` returns them.
+    params: Parameters as `vision.load_tower` returns them.
     folder: Folder to write to. It is created if it does not exist.
-    arguments: Arguments of the tower as `load_siglip` returns them.
+    arguments: Arguments of the tower as `vision.load_tower` returns them.
 
   Raises:
     InputError: If the parameters are not those of a tower.
   """
-  settings = {key: arguments.get(argument, implied) for argument, (key, implied) in _CONFIG_KEYS.items()}
+  keys, required = vision_config.SIGLIP.keys, vision_config.SIGLIP.required
+  settings = {key: arguments.get(argument, implied) for argument, (key, implied) in keys.items()}
   hf_folder.save_pretrained(
     params,
     folder,
-    {"architectures": ["SiglipVisionModel"], "model_type": tables.SIGLIP.name, **settings, **_REQUIRED},
+    {"architectures": ["SiglipVisionModel"], "model_type": tables.SIGLIP.name, **settings, **required},
     tables.SIGLIP,
   )
-
-
-def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
-  """Resizes position embeddings to another grid of patches by bilinear interpolation; corners stay at corners.
-
-  Args:
-    positions: Position embeddings [old grid squared, D].
-    grid: Number of patches in a row and in a column.
-
-  Returns:
-    [grid squared, D].
-
-  Reference: `resample_posemb` in big_vision (models/vit.py), which calls the same function of scipy.
-  """
-  old = math.isqrt(len(positions))
-  if grid == old:
-    return positions
-  zoomed = scipy.ndimage.zoom(positions.reshape(old, old, -1), (grid / old, grid / old, 1), order=1)
-  return zoomed.reshape(grid**2, -1)
-
-
-def _is_file(path: str | os.PathLike[str]) -> bool:
-  try:
-    return Path(path).is_file()
-  except OSError:  # The name is too long.
-    return False
-
-
-def _folder_arguments(folder: Path) -> dict[str, Any]:
-  """Returns the arguments of the tower that a Hugging Face folder's `config.json` describes."""
-  settings = hf_config.read_config(folder)
-  path = folder / "config.json"
-  if settings.get("model_type") not in _MODEL_TYPES:
-    raise InputError(
-      f"{path}: model_type is {settings.get('model_type')!r:.60}; it must be one of {', '.join(_MODEL_TYPES)} (the "
-      "fixed resolutions of SigLIP 2 are siglip; NaFlex is not supported)"
-    )
-  settings = settings.get("vision_config", {}) if settings["model_type"] == "siglip" else settings
-  if not isinstance(settings, dict):
-    raise InputError(f"{path}: vision_config is {settings!r:.60}; it must be an object: fetch the file again")
-  for key, wanted in _REQUIRED.items():
-    if settings.get(key, wanted) != wanted:
-      raise InputError(
-        f"{path}: {key} is {settings[key]!r:.60}; the tower supports only {wanted!r}: choose another model"
-      )
-  arguments = {argument: settings.get(key, implied) for argument, (key, implied) in _CONFIG_KEYS.items()}
-  names = {argument: key for argument, (key, _) in _CONFIG_KEYS.items()}
-  hf_config.check_numbers(path, arguments, names)
-  return arguments
 
 
 def npz_arguments(checkpoint: engine.TensorSource) -> tuple[dict[str, Any], tables.Table]:
@@ -282,28 +160,8 @@ def _image_size(arguments: Mapping[str, int], grid: int) -> int:
   return grid * arguments["patch_size"]
 
 
-def _check_sizes(name: str, arguments: Mapping[str, Any]) -> None:
-  """Raises InputError for sizes, read from a file, that are impossible."""
-  sizes = {key: value for key, value in arguments.items() if key != "layer_norm_eps"}
-  wrong = [f"{key} {value!r:.40}" for key, value in sizes.items() if not hf_config.is_size(value)]
-  if wrong:
-    raise InputError(
-      f"{name}: has {', '.join(wrong)}; it must be a positive integer of at most {hf_config.MAX_SIZE:,}: fetch the "
-      "file again"
-    )
-  if sizes["embed_dim"] % sizes["num_heads"]:
-    raise InputError(
-      f"{name}: a width of {sizes['embed_dim']} is not divisible by {sizes['num_heads']} heads: fetch the file again"
-    )
-  if sizes["image_size"] < sizes["patch_size"]:
-    raise InputError(
-      f"{name}: images of {sizes['image_size']} pixels are smaller than a patch of {sizes['patch_size']}: use larger "
-      "images"
-    )
-
-
-def _check_variant(name: str, variant: str, arguments: Mapping[str, Any]) -> None:
-  """Raises InputError if the arguments are not those of a variant."""
+def check_variant(name: str, variant: str, arguments: Mapping[str, Any]) -> None:
+  """Raises InputError if the arguments of a checkpoint with this name are not those of a variant."""
   wanted = siglip_arguments(variant)
   wrong = [f"{key} {arguments[key]} (not {value})" for key, value in wanted.items() if arguments[key] != value]
   if wrong:

@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 # Files that are fetched from the hub: weights, settings and the tokenizer; no pickles and no code.
 _HUB_FILES = (
   "config.json",
+  "preprocessor_config.json",
   "model.safetensors",
   "model-*-of-*.safetensors",
   "model.safetensors.index.json",

@@ -172,20 +172,33 @@ def _fused(ours: str, theirs: str) -> tuple[Rule, ...]:
   )
 
 
+# SigLIP and CLIP have the same layers, under the same names.
+_CLIP_LAYERS = (
+  *_norm("layers/attention_norm", "vision_model.encoder.layers.{layer}.layer_norm1"),
+  *_affine("layers/attention/query", "vision_model.encoder.layers.{layer}.self_attn.q_proj", _TO_HEADS, _HEADS_BIAS),
+  *_affine("layers/attention/key", "vision_model.encoder.layers.{layer}.self_attn.k_proj", _TO_HEADS, _HEADS_BIAS),
+  *_affine("layers/attention/value", "vision_model.encoder.layers.{layer}.self_attn.v_proj", _TO_HEADS, _HEADS_BIAS),
+  *_affine("layers/attention/output", "vision_model.encoder.layers.{layer}.self_attn.out_proj", _FROM_HEADS),
+  *_norm("layers/mlp_norm", "vision_model.encoder.layers.{layer}.layer_norm2"),
+  *_affine("layers/up", "vision_model.encoder.layers.{layer}.mlp.fc1", _SWAP),
+  *_affine("layers/down", "vision_model.encoder.layers.{layer}.mlp.fc2", _SWAP),
+)
+_CLIP_IGNORED = {
+  r"text_model\..*": "the text tower",
+  r"vision_model\.embeddings\.position_ids": "a constant, 0 1 2 ...",
+  r"classifier\..*": "heads of other tasks",
+}
+# transformers 5 saves a tower alone without the prefix that it has in the whole model.
+_CLIP_RENAMED = {r"^(?=(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)": "vision_model."}
+_PATCHES = "d c y x -> y x c d"
+
 # The vision tower of SigLIP and of the fixed resolutions of SigLIP 2, which have the same classes in transformers.
 SIGLIP = Table(
   name="siglip_vision_model",
   rules=(
-    *_affine("patch_embedding", "vision_model.embeddings.patch_embedding", "d c y x -> y x c d"),
+    *_affine("patch_embedding", "vision_model.embeddings.patch_embedding", _PATCHES),
     Rule("position_embedding", "vision_model.embeddings.position_embedding.weight"),
-    *_norm("layers/attention_norm", "vision_model.encoder.layers.{layer}.layer_norm1"),
-    *_affine("layers/attention/query", "vision_model.encoder.layers.{layer}.self_attn.q_proj", _TO_HEADS, _HEADS_BIAS),
-    *_affine("layers/attention/key", "vision_model.encoder.layers.{layer}.self_attn.k_proj", _TO_HEADS, _HEADS_BIAS),
-    *_affine("layers/attention/value", "vision_model.encoder.layers.{layer}.self_attn.v_proj", _TO_HEADS, _HEADS_BIAS),
-    *_affine("layers/attention/output", "vision_model.encoder.layers.{layer}.self_attn.out_proj", _FROM_HEADS),
-    *_norm("layers/mlp_norm", "vision_model.encoder.layers.{layer}.layer_norm2"),
-    *_affine("layers/up", "vision_model.encoder.layers.{layer}.mlp.fc1", _SWAP),
-    *_affine("layers/down", "vision_model.encoder.layers.{layer}.mlp.fc2", _SWAP),
+    *_CLIP_LAYERS,
     *_norm("final_norm", "vision_model.post_layernorm"),
     Rule("head/probe", "vision_model.head.probe", "1 1 d -> d"),
     *_fused("head/attention", "vision_model.head.attention"),
@@ -194,15 +207,76 @@ SIGLIP = Table(
     *_affine("head/up", "vision_model.head.mlp.fc1", _SWAP),
     *_affine("head/down", "vision_model.head.mlp.fc2", _SWAP),
   ),
-  ignored={
-    r"text_model\..*": "the text tower",
-    r"logit_(scale|bias)": "parameters of the loss between the towers",
-    r"vision_model\.embeddings\.position_ids": "a constant, 0 1 2 ...",
-    r"classifier\..*": "heads of other tasks",
-  },
-  # transformers 5 saves a tower alone without the prefix that it has in the whole model.
-  renamed={r"^(?=(embeddings|encoder|post_layernorm|head)\.)": "vision_model."},
+  ignored=_CLIP_IGNORED | {r"logit_(scale|bias)": "parameters of the loss between the towers"},
+  renamed=_CLIP_RENAMED,
 )
+
+
+PROJECTION = "visual_projection.weight"
+"""Tensor that CLIP has if its features are mapped to the space of texts and images."""
+
+
+def clip(projection: bool) -> Table:
+  """Returns the table of the vision tower of CLIP, with or without `PROJECTION`."""
+  return Table(
+    name="clip_vision_model",
+    rules=(
+      Rule("patch_embedding/kernel", "vision_model.embeddings.patch_embedding.weight", _PATCHES),
+      Rule("class_token", "vision_model.embeddings.class_embedding"),
+      Rule("position_embedding", "vision_model.embeddings.position_embedding.weight"),
+      *_norm("embedding_norm", "vision_model.pre_layrnorm"),  # transformers spells it like this.
+      *_CLIP_LAYERS,
+      *_norm("final_norm", "vision_model.post_layernorm"),
+      *((Rule("projection/kernel", PROJECTION, _SWAP),) if projection else ()),
+    ),
+    ignored=_CLIP_IGNORED
+    | {
+      r"text_projection\.weight": "a part of the text tower",
+      r"logit_scale": "a parameter of the loss between the towers",
+    },
+    renamed=_CLIP_RENAMED,
+  )
+
+
+def dinov2(registers: bool, gated: bool) -> Table:
+  """Returns the table of DINOv2.
+
+  Args:
+    registers: Whether the model has registers.
+    gated: Whether its feed-forward networks are SwiGLU, as in the largest model.
+  """
+  layer = "encoder.layer.{layer}"
+  wide = (  # One tensor has both maps, the gate first.
+    Rule("layers/gate/kernel", f"{layer}.mlp.weights_in.weight", _SWAP, (0, 2)),
+    Rule("layers/gate/bias", f"{layer}.mlp.weights_in.bias", "", (0, 2)),
+    Rule("layers/up/kernel", f"{layer}.mlp.weights_in.weight", _SWAP, (1, 2)),
+    Rule("layers/up/bias", f"{layer}.mlp.weights_in.bias", "", (1, 2)),
+  )
+  return Table(
+    name="dinov2_with_registers" if registers else "dinov2",
+    rules=(
+      *_affine("patch_embedding", "embeddings.patch_embeddings.projection", _PATCHES),
+      Rule("class_token", "embeddings.cls_token", "1 1 d -> d"),
+      *((Rule("registers", "embeddings.register_tokens", "1 r d -> r d"),) if registers else ()),
+      Rule("position_embedding", "embeddings.position_embeddings", "1 t d -> t d"),
+      *_norm("layers/attention_norm", f"{layer}.norm1"),
+      *_affine("layers/attention/query", f"{layer}.attention.attention.query", _TO_HEADS, _HEADS_BIAS),
+      *_affine("layers/attention/key", f"{layer}.attention.attention.key", _TO_HEADS, _HEADS_BIAS),
+      *_affine("layers/attention/value", f"{layer}.attention.attention.value", _TO_HEADS, _HEADS_BIAS),
+      *_affine("layers/attention/output", f"{layer}.attention.output.dense", _FROM_HEADS),
+      Rule("layers/attention_scale", f"{layer}.layer_scale1.lambda1"),
+      *_norm("layers/mlp_norm", f"{layer}.norm2"),
+      *(wide if gated else _affine("layers/up", f"{layer}.mlp.fc1", _SWAP)),
+      *_affine("layers/down", f"{layer}.mlp.{'weights_out' if gated else 'fc2'}", _SWAP),
+      Rule("layers/mlp_scale", f"{layer}.layer_scale2.lambda1"),
+      *_norm("final_norm", "layernorm"),
+    ),
+    ignored={
+      r"embeddings\.mask_token": "stands for a hidden patch in pretraining",
+      r"classifier\..*": "heads of other tasks",
+    },
+    prefixes=("dinov2.", "dinov2_with_registers."),
+  )
 
 
 def _dense(ours: str, theirs: str) -> tuple[Rule, Rule]:

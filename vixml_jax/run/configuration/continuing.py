@@ -23,6 +23,7 @@ _FREE_KEYS = (
   "dataset.data_dir",
   "dataset.allow_empty_filter",
   "features.checkpoint",
+  "features.preprocessing",  # Decides how features are made. A run continues with the ones that it has.
   "fusion.bank",
   "encoder.attention",
   "encoder.pretrained",  # The folder may move: weights and tokens are compared by their hashes.

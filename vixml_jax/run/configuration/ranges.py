@@ -6,7 +6,7 @@ so that it only refuses mistakes. Where less is possible with other values, data
 """
 
 from vixml_jax.datasets.builders import BUILDERS
-from vixml_jax.images.preprocess import PREPROCESSING
+from vixml_jax.images.preprocess import KINDS
 from vixml_jax.models.attention_call import IMPLEMENTATIONS
 from vixml_jax.models.dual_encoder import METHODS
 from vixml_jax.models.fusion import ADAPTERS
@@ -69,7 +69,7 @@ RANGES: dict[str, ValueRule] = {
   "features.dim": _SIZE,
   "features.checkpoint": Place(empty=True),
   "features.variant": Choice(("", *VARIANTS)),
-  "features.preprocessing": Choice(tuple(PREPROCESSING)),
+  "features.preprocessing": Choice(KINDS),
   "fusion.method": Choice(FUSION_METHODS),
   "fusion.adapter": Choice(ADAPTERS),
   "fusion.residual": Number(0, 100),

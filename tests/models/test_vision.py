@@ -12,8 +12,8 @@ import torch
 from tests.helpers import tiny_encoders, tiny_siglip
 from vixml_jax import sharding
 from vixml_jax.models.parameters import merge_params, split_params
-from vixml_jax.models.siglip import SiglipVision, define_siglip
-from vixml_jax.weights import engine, siglip
+from vixml_jax.models.vision import VisionTransformer, define_vision
+from vixml_jax.weights import engine, siglip, tables, vision
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def tower(tmp_path_factory):
   folder = tmp_path_factory.mktemp("siglip")
   theirs = tiny_siglip.hf_tower()
   theirs.save_pretrained(folder)
-  return theirs, siglip.load_siglip(folder)[0]
+  return theirs, vision.load_tower(folder)[0]
 
 
 def _features(params, pixels, **changes):
@@ -58,7 +58,7 @@ def test_gradients_equal_those_of_torch_with_recomputed_activations(tower):
   weights = np.random.default_rng(1).normal(size=(2, 24)).astype(np.float32)
   theirs.zero_grad()
   (theirs(torch.tensor(np.asarray(pixels)).permute(0, 3, 1, 2)).pooler_output * torch.tensor(weights)).sum().backward()
-  wanted = engine.flatten_tree(engine.apply(siglip.tables.SIGLIP, tiny_encoders.Gradients(theirs), params))
+  wanted = engine.flatten_tree(engine.apply(tables.SIGLIP, tiny_encoders.Gradients(theirs), params))
 
   def loss(params):
     return (merge_params(tiny_siglip.our_tower(remat=True), params)(pixels) * weights).sum()
@@ -101,7 +101,7 @@ def test_bfloat16_is_near_float32_and_returned_as_float32(tower):
 
 def test_initial_values_are_distributed_as_in_big_vision():
   arguments = {"image_size": 64, "patch_size": 8, "num_layers": 2, "embed_dim": 64, "num_heads": 4, "mlp_dim": 128}
-  init = jax.jit(lambda: split_params(SiglipVision(**arguments, rngs=nnx.Rngs(0)))[1])
+  init = jax.jit(lambda: split_params(VisionTransformer(**arguments, rngs=nnx.Rngs(0)))[1])
   flat = engine.flatten_tree(init())
   # flax.linen's lecun_normal for the patches, 1 / sqrt(width) for positions, else xavier_uniform.
   for name, deviation in {
@@ -151,7 +151,7 @@ def test_so400m_at_384_has_the_published_shapes():
       for name, shape in (_SO400M_BLOCK | {"attention_norm/scale": (1152,), "attention_norm/bias": (1152,)}).items()
     }
   )
-  _, shapes, _ = define_siglip(siglip.siglip_arguments("siglip2_so400m14_384"))
+  _, shapes, _ = define_vision(siglip.siglip_arguments("siglip2_so400m14_384"))
   found = engine.flatten_tree(shapes)
   assert {name: leaf.shape for name, leaf in found.items()} == wanted
   assert {leaf.dtype for leaf in found.values()} == {np.dtype(np.float32)}
@@ -182,7 +182,7 @@ _MILLIONS = {
 @pytest.mark.parametrize("variant", siglip.VARIANTS)
 def test_every_variant_has_its_published_size_and_can_be_sharded(variant):
   arguments = siglip.siglip_arguments(variant)
-  _, shapes, axes = define_siglip(arguments)
+  _, shapes, axes = define_vision(arguments)
   millions = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) / 1e6
   assert round(millions, 2) == _MILLIONS[variant.partition("_")[2]]
   found = sharding.tree_shardings(sharding.make_mesh(data=2, fsdp=2, tensor=2), shapes, axes)
