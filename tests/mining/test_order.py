@@ -9,10 +9,15 @@ from vixml_jax.mining.order import cluster_size_at, epoch_order, is_cluster_upda
 
 
 @pytest.mark.parametrize("num_queries", [1, 15, 16, 17, 6000, 294_805, 2_248_619])
-@pytest.mark.parametrize("cluster_size", [1, 16, 100, 1024])
+@pytest.mark.parametrize("cluster_size", [2, 16, 100, 1024])
 def test_number_of_clusters_is_the_power_of_two_of_the_paper(num_queries, cluster_size):
   expected = 2 ** max(0, math.ceil(math.log2(num_queries / cluster_size)))
   assert num_query_clusters(num_queries, cluster_size) == expected
+
+
+@pytest.mark.parametrize(("num_queries", "expected"), [(1, 1), (3, 2), (16, 16), (17, 16), (16_229, 8192)])
+def test_no_cluster_is_empty_with_a_cluster_size_of_one(num_queries, expected):
+  assert num_query_clusters(num_queries, 1) == expected
 
 
 def test_impossible_sizes_are_refused():

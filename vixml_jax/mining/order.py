@@ -8,10 +8,13 @@ import numpy as np
 def num_query_clusters(num_queries: int, cluster_size: int) -> int:
   """Returns the number of clusters, `2 ** ceil(log2(num_queries / cluster_size))`, at least 1.
 
-  It is a power of two, so the actual cluster sizes are between half of `cluster_size` and `cluster_size`.
+  It is a power of two, so the actual cluster sizes are between half of `cluster_size` and `cluster_size`. A cluster has
+  at least one query, so with a `cluster_size` of 1 the sizes are 1 and 2.
 
   >>> num_query_clusters(1000, 16)
   64
+  >>> num_query_clusters(1000, 1)
+  512
 
   Raises:
     ValueError: An argument is below 1.
@@ -19,7 +22,8 @@ def num_query_clusters(num_queries: int, cluster_size: int) -> int:
   if num_queries < 1 or cluster_size < 1:
     raise ValueError(f"num_queries {num_queries} and cluster_size {cluster_size} must be at least 1")
   at_least = -(-num_queries // cluster_size)
-  return 1 << (at_least - 1).bit_length()
+  clusters = 1 << (at_least - 1).bit_length()
+  return clusters if clusters <= num_queries else clusters // 2
 
 
 def is_cluster_update(epoch: int, start: int, every: int) -> bool:

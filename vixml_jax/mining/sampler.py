@@ -73,7 +73,7 @@ class HardNegativeSampler:
 
 
 def query_clusters(embeddings: np.ndarray | jax.Array, num_queries: int, cluster_size: int, seed: int) -> np.ndarray:
-  """Returns the cluster of each query, int32 [N], such that no cluster has more than `cluster_size` queries.
+  """Returns the cluster of each query, int32 [N], such that no cluster has more than `cluster_size` queries (2 for 1).
 
   Args:
     embeddings: Embeddings of the queries, [N or more, D]; rows after the first N are padding.
