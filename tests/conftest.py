@@ -32,6 +32,7 @@ _FIRST = (
   "tests/serving/test_requests.py",
   "tests/tables/test_training.py",
   "tests/test_cost_growth.py",
+  "tests/test_documented_commands.py",
   "tests/test_joined_processes.py",
   "tests/test_parity_benchmark.py",
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.document_checks import CHECKS
-from tests.helpers.documents import ROOT, Document, tracked_pages
+from tests.helpers.documents import ROOT, Document, needs_a_trained_model, tracked_pages
 
 PAGES = [path.relative_to(ROOT).as_posix() for path in tracked_pages()]
 # Their blocks form one script for each section.
@@ -53,17 +53,13 @@ def test_every_page_shows_a_command_or_code_on_its_first_screen():
   assert not late
 
 
-def _needs_a_trained_model(code: str) -> bool:
-  return "vixml_jax.load(" in code or '"runs/' in code
-
-
 def test_python_blocks_run(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   _prepare_custom_data(tmp_path)
   executed = []
   for page in PAGES:
     for block in Document.read(ROOT / page).blocks:
-      if block.language == "python" and page not in EXECUTED_ELSEWHERE and not _needs_a_trained_model(block.code):
+      if block.language == "python" and page not in EXECUTED_ELSEWHERE and not needs_a_trained_model(block.code):
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
           exec(compile(block.code, f"{page}:{block.line}", "exec"), {"__name__": "page"})

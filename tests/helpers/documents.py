@@ -94,7 +94,7 @@ class Document:
     """
     for block in self.blocks:
       if block.language in ("bash", "console"):
-        for line, text in _shell_lines(block):
+        for line, text in shell_lines(block):
           try:
             yield from _simple_commands(line, text)
           except ValueError as error:
@@ -118,7 +118,7 @@ def tracked_pages() -> list[Path]:
   return sorted(path for path in paths if path.is_file())
 
 
-def _shell_lines(block: Block) -> Iterator[tuple[int, str]]:
+def shell_lines(block: Block) -> Iterator[tuple[int, str]]:
   """Yields the logical lines of a shell block; in `console` blocks, those after the prompt `$ `."""
   joined = ""
   for number, line in enumerate(block.code.splitlines(), block.line):
@@ -156,6 +156,11 @@ def _without_redirections(words: list[str]) -> list[str]:
       kept.append(word)
     skip = redirects
   return kept
+
+
+def needs_a_trained_model(code: str) -> bool:
+  """Whether a Python block loads a run that commands of the pages train."""
+  return "vixml_jax.load(" in code or '"runs/' in code
 
 
 def program_of(words: list[str]) -> tuple[str, list[str]]:
