@@ -20,17 +20,20 @@ from PIL import Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.helpers import tiny_towers
 from tests.helpers.documents import ROOT
 from tests.helpers.miniature import SPLIT_NAMES, read_lines, write_lines, write_raw_folder
 from tests.helpers.miniature_runs import load_config, write_encoder
 from tests.helpers.page_sizes import ENCODERS, shrunk
-from vixml_jax.models.siglip import define_siglip
+from vixml_jax.models.vision import define_vision
 from vixml_jax.run import named_configs
 from vixml_jax.weights.siglip import save_npz
 
 _COPIED = ("vixml_jax", "configs", "benchmarks", "launch", "tools", "examples", "docs", "requirements")
 _COPIED_FILES = ("Makefile", "constraints.txt", "setup.cfg", "setup.py", "pyproject.toml")
 _ROWS = {"train": 160, "test": 20, "labels": 24}
+# Name of a tower on the hub -> the small one that has its folder.
+_HUB_TOWERS = {"openai/clip-vit-large-patch14": "clip and text", "facebook/dinov2-base": "dinov2"}
 # A tower of the width that features of a checkpoint have, and little else.
 _TOWERS = {"siglip2_b16_256.npz": 768, "siglip2_so400m14_384.npz": 1152, "tower.npz": 1152}
 _STAMPS = ("-torch", "", "-test", "-docs", "-bench", "-bench-gpu", "-coverage", "-supply", "-quickstart")
@@ -159,8 +162,10 @@ class PageCheckout:
     for name, dim in _TOWERS.items():
       sizes = dict(image_size=16, patch_size=8, num_layers=1, embed_dim=dim, num_heads=1, mlp_dim=8)
       tower = folder.parent / name  # Copies of the checkout share it.
-      save_npz(jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), define_siglip(sizes)[1]), tower)
+      save_npz(jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), define_vision(sizes)[1]), tower)
       (folder / name).symlink_to(tower)
+    for name, kind in _HUB_TOWERS.items():
+      tiny_towers.write_tower(folder / name, kind)
     queries = read_lines(raw / "trn.json.gz")
     with (folder / "products.csv").open("w", newline="") as file:
       rows = [[each["title"], "|".join(labels[i]["title"] for i in each["target_ind"])] for each in queries[:80]]
