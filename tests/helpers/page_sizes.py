@@ -43,13 +43,7 @@ def _shrink(config: ConfigDict) -> None:
   config.prototype.update(dict(num_heads=4, mlp_dim=32))
   config.train.update(
     dict(
-      epochs=min(config.train.epochs, 1),
-      batch_size=32,
-      row_length=0,
-      chunk_rows=0,
-      free_vectors=8,
-      warmup_steps=1,
-      log_every_steps=1,
+      epochs=min(config.train.epochs, 1), batch_size=32, chunk_rows=8, free_vectors=8, warmup_steps=1, log_every_steps=1
     )
   )
   config.mining.update(dict(start_epoch=0, update_epochs=1, cluster_size=4, doubling_epochs=()))
