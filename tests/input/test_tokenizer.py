@@ -45,3 +45,21 @@ def test_unusable_tokenizer_or_length_is_named(folder, tmp_path):
   (tmp_path / "tokenizer.json").write_text("{}")
   with pytest.raises(InputError, match="no tokenizer can be loaded"):
     Tokenizer(tmp_path, 6)
+
+
+def test_special_tokens_without_a_vector_are_words_of_a_text(tmp_path, caplog):
+  (tmp_path / "plain").mkdir()
+  plain = Tokenizer(tiny_tokenizers.write_byte_bpe(tmp_path / "plain", begin="<bos>"), 30)
+  (tmp_path / "last").mkdir()
+  folder = tiny_tokenizers.write_byte_bpe(tmp_path / "last", begin="<bos>", last="<image>")
+  number = plain.vocab_size
+  whole = Tokenizer(folder, 30, number + 1)
+  assert whole.vocab_size == number + 1 and whole.uncut("a <image>")[-1] == number and not caplog.records
+  cut = Tokenizer(folder, 30, number)
+  assert f"{folder}: the model has no vectors for the tokens <image>; in texts, they are words" in caplog.text
+  assert cut.vocab_size == number and cut.token_id("<image>") is None and cut.special_tokens == 1
+  for text in ("a <image>", "title of an image <bos>"):
+    np.testing.assert_array_equal(cut([text]).values, plain([text]).values)
+  assert cut.fingerprint == plain.fingerprint
+  # A tokenizer with too many words does not fit the model.
+  assert Tokenizer(folder, 30, 100).vocab_size > 100

@@ -185,7 +185,7 @@ def load_trained_encoder(workdir: Path, mesh: Mesh | None = None) -> TrainedEnco
   step, meta = newest_checkpoint(workdir / CHECKPOINTS)
   info = read_inference_info(workdir, step)
   source.check_hashes(workdir / TOKENIZER, info["tokenizer_sha256"])
-  tokenizer = Tokenizer(workdir / TOKENIZER, config.dataset.max_length)
+  tokenizer = Tokenizer(workdir / TOKENIZER, config.dataset.max_length, config.encoder.vocab_size)
   mesh = mesh or _mesh(config)
   definition = model_from_config(config)
   pretrained = None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import hashlib
 import itertools
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged
+
+_log = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -24,13 +27,15 @@ class Tokenizer:
     fingerprint: sha256 in hex of everything that decides the token ids of a text.
   """
 
-  def __init__(self, path: str | os.PathLike[str], max_length: int):
+  def __init__(self, path: str | os.PathLike[str], max_length: int, num_vectors: int | None = None):
     """Loads a tokenizer.
 
     Args:
       path: Folder with `tokenizer.json`, or a name on the Hugging Face hub. No code from it is executed, and a folder
         is read without network.
       max_length: Maximum number of tokens of a text, special tokens included.
+      num_vectors: Number of tokens for which the model has a vector. Special tokens with larger ids, such as Gemma 3's
+        placeholder of images, are then removed with a warning, so that they are text like any other. None to keep all.
 
     Raises:
       InputError: The folder or the hub has no fast tokenizer, or `max_length` leaves no room for text.
@@ -42,9 +47,9 @@ class Tokenizer:
         f"max_length {max_length} leaves no room for text: the tokenizer {path} adds {self.special_tokens} special "
         "tokens; raise dataset.max_length"
       )
-    self.vocab_size = len(tokenizer)
     self.max_length = max_length
-    self._backend = tokenizer.backend_tokenizer
+    self._backend = _with_vectors(tokenizer.backend_tokenizer, num_vectors, path)
+    self.vocab_size = self._backend.get_vocab_size()
     self._backend.no_padding()
     self._backend.enable_truncation(max_length, direction="right")
     self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
@@ -69,6 +74,20 @@ class Tokenizer:
   def token_id(self, token: str) -> int | None:
     """Returns the id of a token such as `<|endoftext|>`, or None if the vocabulary does not have it."""
     return self._backend.token_to_id(token)
+
+
+def _with_vectors(backend: Any, num_vectors: int | None, path: str | os.PathLike[str]) -> Any:
+  """Returns a tokenizer without the special tokens whose ids are `num_vectors` or larger."""
+  added = {} if num_vectors is None else backend.get_added_tokens_decoder()
+  removed = {token.content for index, token in added.items() if token.special and index >= num_vectors}
+  if not removed:
+    return backend
+  _log.warning("%s: the model has no vectors for the tokens %s; in texts, they are words", path, ", ".join(removed))
+  state = json.loads(backend.to_str())
+  state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in removed]
+  if isinstance(state["model"].get("vocab"), dict):
+    state["model"]["vocab"] = {word: index for word, index in state["model"]["vocab"].items() if word not in removed}
+  return type(backend).from_str(json.dumps(state))
 
 
 def load_fast(path: str) -> Any:

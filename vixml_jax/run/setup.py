@@ -83,7 +83,7 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   pretrained = source.resolve(config.encoder.pretrained, weights=not config.encoder.random_init)
   if not config.encoder.random_init:
     hf_config.check_arguments(pretrained, encoder_arguments(config))
-  tokenizer = Tokenizer(pretrained, config.dataset.max_length)
+  tokenizer = Tokenizer(pretrained, config.dataset.max_length, config.encoder.vocab_size)
   layout = layout_from_config(config, tokenizer)
   config = chosen.with_row_length(config, layout.longest(config.dataset.max_length), platform)
   check_attention(config, mesh)  # Again, since it also depends on the length of the rows.
