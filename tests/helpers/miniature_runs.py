@@ -66,8 +66,21 @@ def _decoder(encoder: ConfigDict) -> transformers.PreTrainedModel:
   rope = {"rope_type": "default", "rope_theta": encoder.rope_theta}
   if len(encoder.rope_scaling):
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    rope |= {"rope_type": "llama3"} | dict(zip(keys, encoder.rope_scaling, strict=True))
+    kind = "linear" if len(encoder.rope_scaling) == 1 else "llama3"
+    rope |= {"rope_type": kind} | dict(zip(keys, encoder.rope_scaling, strict=kind == "llama3"))
   kind = "Qwen3" if encoder.qk_norm else "Qwen2" if encoder.qkv_bias else "Llama"
+  others = {}
+  if encoder.zero_centered_norm:
+    kind = "Gemma3Text"
+    others = dict(
+      layer_types=["sliding_attention", "full_attention"],
+      sliding_window=encoder.window,
+      query_pre_attn_scalar=encoder.head_dim,
+    )
+    rope = {
+      "full_attention": rope,
+      "sliding_attention": {"rope_type": "default", "rope_theta": encoder.local_rope_theta},
+    }
   return getattr(transformers, f"{kind}Model")(
     getattr(transformers, f"{kind}Config")(
       vocab_size=encoder.vocab_size,
@@ -79,6 +92,7 @@ def _decoder(encoder: ConfigDict) -> transformers.PreTrainedModel:
       intermediate_size=encoder.mlp_dim,
       rms_norm_eps=encoder.norm_eps,
       rope_parameters=rope,
+      **others,
     )
   )
 
@@ -87,6 +101,10 @@ def shrink(config: ConfigDict, folder: Path, raw_dir: Path | str) -> ConfigDict:
   """The same recipe on the miniature: same keys, small sizes; encoder and data lie in `folder`."""
   if config.encoder.architecture == "decoder":
     config.encoder.update(TINY_DECODER)
+    if (
+      config.encoder.global_every > 1
+    ):  # A local layer, with a window that items of 16 tokens exceed, and a global one.
+      config.encoder.update(dict(global_every=2, window=8))
     config.prompt.eos = "[SEP]"  # The miniature's tokenizer knows few words; a phrase is three of its tokens.
     config.prompt.phrases.update(dict(T="file", I="map"))
   else:

@@ -14,7 +14,7 @@ from vixml_jax.models.decoder import Decoder
 from vixml_jax.models.parameters import split_params
 from vixml_jax.weights import engine, hf_config, hf_folder, tables
 
-KINDS = ("qwen2", "qwen3", "llama")
+KINDS = ("qwen2", "qwen3", "llama", "gemma3_text")
 VOCAB, LAYERS, DIM, HEADS, KV_HEADS, MLP = tiny_encoders.VOCAB, 3, 32, 4, 2, 48
 
 # Over 64 positions, the pairs of a head of 8 turn 10.2, 1.02, 0.1 and 0.01 times. With the bounds 0.5 and 4, one is
@@ -31,6 +31,10 @@ PROJECTIONS = {
   "down": "mlp.down_proj",
 }
 
+# Of the tiny Gemma 3: its second layer is global, and the others have a window that long texts exceed.
+WINDOW, GLOBAL_EVERY, ATTENTION_SCALAR = 16, 2, 10
+
+_CLASSES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "gemma3_text": "Gemma3Text"}
 _ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 # Number of parameters of the published models, without a separate output head.
@@ -46,6 +50,10 @@ PARAMETERS = {
   "qwen3-4b": 4_022_468_096,
   "llama-3.2-1b": 1_235_814_400,
   "llama-3.2-3b": 3_212_749_824,
+  "gemma-3-270m": 268_098_176,
+  "gemma-3-1b": 999_885_952,
+  # The published number includes the image tower and the map of its outputs to D.
+  "gemma-3-4b": 4_300_079_472 - 416_866_032 - (1152 * 2560 + 1152),
 }
 _NOT_DETERMINED_BY_WEIGHTS = (
   "architecture",
@@ -73,7 +81,7 @@ def published(name):
 
 
 def transformers_config(kind):
-  """A small config of transformers; Llama with scaled frequencies, Qwen3 with heads wider than D / H."""
+  """A small config of transformers; Llama and Gemma with scaled frequencies, Qwen3 and Gemma with wider heads."""
   rope = {"rope_type": "default", "rope_theta": 10000.0}
   if kind == "llama":
     rope |= {"rope_type": "llama3"} | dict(zip(_ROPE_KEYS, ROPE_SCALING, strict=True))
@@ -88,15 +96,36 @@ def transformers_config(kind):
     rope_parameters=rope,
     attn_implementation="eager",
   )
-  made = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}
-  return made[kind](**values | ({"head_dim": 12} if kind == "qwen3" else {}))
+  if kind in ("qwen3", "gemma3_text"):
+    values["head_dim"] = 12
+  if kind == "gemma3_text":
+    scaled = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    values |= dict(
+      rope_parameters={"full_attention": scaled, "sliding_attention": rope},
+      query_pre_attn_scalar=ATTENTION_SCALAR,
+      sliding_window=WINDOW,
+      layer_types=layer_types,
+    )
+  return getattr(transformers, f"{_CLASSES[kind]}Config")(**values)
 
 
 def hf_decoder(kind, seed=0):
-  """A Qwen2Model, Qwen3Model or LlamaModel whose parameters, norms and biases included, are all random."""
-  made = {"qwen2": transformers.Qwen2Model, "qwen3": transformers.Qwen3Model, "llama": transformers.LlamaModel}
-  model = made[kind](transformers_config(kind))
+  """A Qwen2Model, for example, whose parameters, norms and biases included, are all random."""
+  model = getattr(transformers, f"{_CLASSES[kind]}Model")(transformers_config(kind))
   tiny_encoders.randomize(model, seed)
+  return model.eval()
+
+
+def with_image_tower(text):
+  """A Gemma3Model whose text part is the given Gemma3TextModel."""
+  tower = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=16)
+  model = transformers.Gemma3Model(
+    transformers.Gemma3Config(
+      text_config=text.config.to_dict(), vision_config=tower | {"patch_size": 8}, mm_tokens_per_image=1
+    )
+  )
+  model.language_model.load_state_dict(text.state_dict())
   return model.eval()
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
-from tests.helpers import tiny_encoders
+from tests.helpers import tiny_decoders, tiny_encoders
 from tests.helpers.miniature_runs import load_config, shrink, write_encoder
 from tests.helpers.tiny_tokenizers import END_OF_TEXT, write_byte_bpe
 from vixml_jax.exporting import export
@@ -27,6 +27,8 @@ def tiny_config(folder, encoder):
   config.features.dim = 6
   if encoder == "qwen3-0.6b":  # Trained without adapters, bidirectional, and pooled at the final eos.
     config.encoder.update(dict(lora_rank=0, param_dtype="float32", bidirectional=True, pooling="last"))
+  if encoder == "gemma-3-270m":  # Its items are longer than the window.
+    config.encoder.bidirectional = True
   if encoder == "llama-3.2-1b":  # This tokenizer puts a token before every text.
     config.encoder.vocab_size = 400
     config.prompt.eos = END_OF_TEXT
@@ -35,6 +37,8 @@ def tiny_config(folder, encoder):
     write_byte_bpe(folder / "encoder", begin="<begin>")
   base = transformers.AutoModel.from_pretrained(config.encoder.pretrained)
   tiny_encoders.randomize(base, 3)
+  if encoder == "gemma-3-4b":
+    base = tiny_decoders.with_image_tower(base)
   base.save_pretrained(config.encoder.pretrained)
   return config
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from tests.helpers import tiny_decoders, tiny_encoders
-from vixml_jax.models import decoder
+from vixml_jax.models import rotary_attention
 from vixml_jax.models.parameters import merge_params
 from vixml_jax.weights import engine, hf_config, tables
 
@@ -71,7 +71,7 @@ def _rolled(rows, shifts):
 
 def test_bidirectional_attention_equals_transformers_with_a_full_mask(pair):
   _, folder, theirs, causal, params = pair
-  lengths = [7, 11]
+  lengths = [7, 9]  # Within the window of Gemma's local layers.
   texts = tiny_encoders.texts(lengths)
   with torch.no_grad():
     wanted = np.concatenate(
@@ -86,6 +86,25 @@ def test_bidirectional_attention_equals_transformers_with_a_full_mask(pair):
   packed = tiny_encoders.packed([texts], sum(lengths))
   np.testing.assert_allclose(_run(graphdef)(params, *packed)[0], wanted, atol=1e-4, rtol=0)
   assert np.abs(_run(causal)(params, *packed)[0] - wanted).max() > 0.1
+
+
+@pytest.mark.parametrize("lengths", [[9, 9], [40, 17, 3]], ids=["within the window", "beyond the window"])
+def test_bidirectional_local_layers_equal_those_of_transformers(lengths, tmp_path):
+  theirs = tiny_decoders.hf_decoder("gemma3_text")
+  theirs.save_pretrained(tmp_path)
+  graphdef, params = tiny_decoders.our_decoder(tmp_path, bidirectional=True)
+  settings = theirs.config.to_dict() | {"use_bidirectional_attention": True}
+  model = transformers.Gemma3TextModel(transformers.Gemma3TextConfig(**settings, attn_implementation="eager"))
+  model.load_state_dict(theirs.state_dict())
+  texts = tiny_encoders.texts(lengths)
+  tokens, mask = tiny_encoders.padded(texts)
+  with torch.no_grad():
+    wanted = tiny_decoders.run_theirs(model.eval(), tokens, mask).last_hidden_state.numpy()[mask > 0]
+  packed = tiny_encoders.packed([texts], sum(lengths))
+  np.testing.assert_allclose(_run(graphdef)(params, *packed)[0], wanted, atol=1e-4, rtol=0)
+  wide = tiny_decoders.abstract(**hf_config.encoder_arguments(tmp_path) | {"window": 80}, bidirectional=True)[0]
+  found = np.abs(_run(wide)(params, *packed)[0] - wanted).max()
+  assert found > 0.01 if max(lengths) > 9 else found < 1e-4
 
 
 def test_gradients_equal_those_of_torch_with_recomputed_activations(pair):
@@ -108,15 +127,16 @@ def test_gradients_equal_those_of_torch_with_recomputed_activations(pair):
     np.testing.assert_allclose(found[name] / scale, gradient / scale, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("scaling", [None, (32.0, 1.0, 4.0, 8192)])
+@pytest.mark.parametrize("scaling", [None, (8.0,), (32.0, 1.0, 4.0, 8192)])
 def test_rotary_frequencies_equal_those_of_transformers(scaling):
   rope = {"rope_type": "default", "rope_theta": 5e5}
   if scaling is not None:
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    rope |= {"rope_type": "llama3"} | dict(zip(keys, scaling, strict=True))
+    kind = "linear" if len(scaling) == 1 else "llama3"
+    rope |= {"rope_type": kind} | dict(zip(keys, scaling, strict=len(scaling) > 1))
   settings = transformers.LlamaConfig(hidden_size=128, num_attention_heads=2, rope_parameters=rope)
   theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(settings)
-  np.testing.assert_allclose(decoder.rotary_frequencies(64, 5e5, scaling), theirs.inv_freq, rtol=1e-5)
+  np.testing.assert_allclose(rotary_attention.rotary_frequencies(64, 5e5, scaling), theirs.inv_freq, rtol=1e-5)
 
 
 def test_heads_that_are_not_divisible_raise_an_error():

@@ -125,6 +125,7 @@ def test_devices_share_rows_and_heads(name, monkeypatch):
       for changes, message in (
         ({"segmented": False}, "it needs packed rows"),
         ({"dropout": True}, "it has no dropout of attention probabilities"),
+        ({"windowed": True}, "it has no window of tokens .*, which rows of 128 tokens need"),
         ({"row_devices": 3}, "64 rows cannot be shared evenly by 3 devices"),
         ({"head_devices": 4}, "14 heads cannot be shared evenly by 4 devices"),
         ({"head_devices": 7}, "2 heads of keys cannot be shared evenly by 7 devices"),

@@ -19,11 +19,11 @@ from vixml_jax.weights import engine, hf_config
 RANK, ALPHA = 4, 6.0
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+@pytest.fixture(scope="module", params=["qwen2", "gemma3_text"])
+def pair(request, tmp_path_factory):
   """Folder of the base, the model of peft with random adapters, structure and parameters of ours."""
-  folder = tmp_path_factory.mktemp("qwen2")
-  base = tiny_decoders.hf_decoder("qwen2")
+  folder = tmp_path_factory.mktemp(request.param)
+  base = tiny_decoders.hf_decoder(request.param)
   base.save_pretrained(folder)
   theirs = tiny_decoders.peft_decoder(base, RANK, ALPHA)
   adapters = _adapters({name: value.detach().numpy() for name, value in theirs.named_parameters()}, folder)

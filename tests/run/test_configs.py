@@ -86,7 +86,7 @@ def test_the_abstract_state_of_the_full_size_has_the_published_number_of_paramet
   assert config.features.dim == (192 if config.features.checkpoint else 1152)
 
 
-# One run for each architecture and input: BERT with and without token types, Qwen2, Qwen3 and Llama, texts and images.
+# One run for each architecture and input: BERT with and without token types, each family of decoders, texts and images.
 # The others differ from them in sizes, which the abstract state checks. Each reader and encoder of a slow case runs in
 # another case, or in tests of training and of export.
 @pytest.mark.parametrize(
@@ -100,6 +100,7 @@ def test_the_abstract_state_of_the_full_size_has_the_published_number_of_paramet
     pytest.param("lf_amazon_1.3m", "encoder=qwen2.5-3b,images=3", marks=pytest.mark.slow),
     pytest.param("custom", "encoder=qwen3-0.6b", marks=pytest.mark.slow),
     pytest.param("custom", "encoder=llama-3.2-1b,images=3", marks=pytest.mark.slow),
+    pytest.param("custom", "encoder=gemma-3-270m,images=3", marks=pytest.mark.slow),
   ],
 )
 def test_two_steps_run_on_a_miniature(name, variant, tmp_path, monkeypatch):

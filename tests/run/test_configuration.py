@@ -8,6 +8,7 @@ import pytest
 from tests.helpers.miniature_runs import load_config
 from vixml_jax.errors import InputError
 from vixml_jax.run import configuration
+from vixml_jax.run.from_config import encoder_arguments
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,10 @@ def test_a_bad_value_for_images_is_refused(changes, message):
     ),
     ({"num_kv_heads": 3}, "config.encoder.num_kv_heads=3: must divide config.encoder.num_heads=14"),
     ({"head_dim": 63}, "config.encoder.head_dim=63: must be an even number from 2 to 8,192"),
-    ({"rope_scaling": (8.0, 1.0)}, "config.encoder.rope_scaling=(8.0, 1.0): must be empty, or the four numbers factor"),
+    ({"rope_scaling": (8.0, 1.0)}, "config.encoder.rope_scaling=(8.0, 1.0): must be empty, or the number factor, or"),
+    ({"rope_scaling": (0.0,)}, "config.encoder.rope_scaling=(0.0,): must be empty, or the number factor"),
+    ({"activation": "gelu"}, "config.encoder.activation='gelu': must be one of silu, gelu_pytorch_tanh"),
+    ({"global_every": 6}, "config.encoder.window=0: must be positive, since config.encoder.global_every=6"),
     ({"rope_scaling": (8.0, 4.0, 1.0, 64)}, "config.encoder.rope_scaling=(8.0, 4.0, 1.0, 64): must be empty"),
     ({"base_dtype": "int4"}, "config.encoder.base_dtype='int4': must be empty, or one of int8, float8_e4m3fn"),
     (
@@ -180,6 +184,20 @@ def test_a_config_of_the_first_release_gets_the_keys_that_were_added_since(tmp_p
   configuration.check(read)
   assert wanted.items() <= _flat(read).items()
   assert config.train.decay_layer_norms, "new runs of DistilBERT differ"
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b"])
+def test_a_decoder_of_the_first_release_is_the_same_model_with_the_keys_that_were_added_since(name, tmp_path):
+  config = load_config("custom", f"encoder={name}")
+  older = config.copy_and_resolve_references()
+  for key in ("zero_centered_norm", "output_norm", "activation", "scale_embedding", "attention_scalar"):
+    del older.encoder[key]
+  for key in ("global_every", "window", "local_rope_theta"):
+    del older.encoder[key]
+  configuration.write(older, tmp_path / "config.json")
+  read = configuration.read(tmp_path / "config.json")
+  assert encoder_arguments(read) == encoder_arguments(config)
+  configuration.check_same_recipe(config, tmp_path / "config.json")
 
 
 def test_a_config_is_read_as_it_was_written(tmp_path):

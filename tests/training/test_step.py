@@ -29,6 +29,7 @@ MODELS = {
   "bert with late images": ("minilm-l6", {"images": 3, "fusion.method": "late", "fusion.adapter": "mlp"}),
   "decoder": ("qwen2.5-0.5b", {"prototype.num_heads": 8}),
   "decoder with images": ("qwen2.5-0.5b", {"images": 3, "prototype.num_heads": 8}),
+  "decoder with local layers and images": ("gemma-3-270m", {"images": 3, "prototype.num_heads": 8}),
 }
 
 
@@ -36,7 +37,7 @@ MODELS = {
 def parts_of(tmp_path_factory):
   """Returns the parts of a run of a model of `MODELS`, and the loss and gradients on one device."""
   configs, made = {}, {}
-  for encoder in ("minilm-l6", "qwen2.5-0.5b"):
+  for encoder in sorted({encoder for encoder, _ in MODELS.values()}):
     folder = tmp_path_factory.mktemp(encoder)
     config = configs[encoder] = miniature_config(folder, encoder)
     builder = datasets.prepare("custom", config.dataset.raw_dir, config.dataset.data_dir)
@@ -68,6 +69,9 @@ def _one_device():
     pytest.param("bert with late images", dict(data=8), "host", marks=pytest.mark.slow),
     pytest.param("decoder", dict(tensor=8), None, marks=pytest.mark.slow),
     ("decoder with images", dict(data=2, fsdp=2, tensor=2), "device"),
+    pytest.param(
+      "decoder with local layers and images", dict(data=2, fsdp=2, tensor=2), "device", marks=pytest.mark.slow
+    ),
   ],
 )
 def test_eight_devices_give_the_loss_gradients_and_embeddings_of_one(parts_of, model, mesh, where):
@@ -119,6 +123,7 @@ def test_recomputing_chunks_changes_no_gradient(parts_of):
     "bert with early images",
     pytest.param("bert with late images", marks=pytest.mark.slow),
     pytest.param("decoder with images", marks=pytest.mark.slow),
+    "decoder with local layers and images",
   ],
 )
 def test_chunks_in_layers_give_the_loss_gradients_and_embeddings_of_chunks_in_the_encoder(parts_of, model):

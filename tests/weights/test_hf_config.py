@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 
 from tests.helpers import tiny_decoders, tiny_encoders
 from vixml_jax.errors import InputError
@@ -79,7 +80,57 @@ _OLD_LLAMA = {  # As published with Llama-3.2-1B.
     "rope_type": "llama3",
   },
 }
-_OLD = {"qwen2.5-0.5b": _OLD_QWEN2, "qwen3-0.6b": _OLD_QWEN3, "llama-3.2-1b": _OLD_LLAMA}
+_OLD_GEMMA = {  # As published with gemma-3-1b-it.
+  "architectures": ["Gemma3ForCausalLM"],
+  "attention_bias": False,
+  "attention_dropout": 0.0,
+  "attn_logit_softcapping": None,
+  "bos_token_id": 2,
+  "cache_implementation": "hybrid",
+  "eos_token_id": [1, 106],
+  "final_logit_softcapping": None,
+  "head_dim": 256,
+  "hidden_activation": "gelu_pytorch_tanh",
+  "hidden_size": 1152,
+  "initializer_range": 0.02,
+  "intermediate_size": 6912,
+  "max_position_embeddings": 32768,
+  "model_type": "gemma3_text",
+  "num_attention_heads": 4,
+  "num_hidden_layers": 26,
+  "num_key_value_heads": 1,
+  "pad_token_id": 0,
+  "query_pre_attn_scalar": 256,
+  "rms_norm_eps": 1e-06,
+  "rope_local_base_freq": 10000,
+  "rope_scaling": None,
+  "rope_theta": 1000000,
+  "sliding_window": 512,
+  "sliding_window_pattern": 6,
+  "torch_dtype": "bfloat16",
+  "transformers_version": "4.50.0.dev0",
+  "use_cache": True,
+  "vocab_size": 262144,
+}
+_OLD_GEMMA_WITH_IMAGES = {  # The keys of this package in the config that is published with gemma-3-4b-it.
+  "architectures": ["Gemma3ForConditionalGeneration"],
+  "model_type": "gemma3",
+  "text_config": {
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 34,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024,
+  },
+}
+_OLD = {
+  "qwen2.5-0.5b": _OLD_QWEN2,
+  "qwen3-0.6b": _OLD_QWEN3,
+  "llama-3.2-1b": _OLD_LLAMA,
+  "gemma-3-1b": _OLD_GEMMA,
+  "gemma-3-4b": _OLD_GEMMA_WITH_IMAGES,
+}
 _ABSENT = object()
 
 
@@ -121,21 +172,51 @@ def test_published_configs_are_understood(name, tmp_path):
 def test_configs_of_transformers_5_are_understood(kind, tmp_path):
   theirs = tiny_decoders.transformers_config(kind)
   theirs.save_pretrained(tmp_path)
-  assert "rope_theta" in hf_config.read_config(tmp_path)["rope_parameters"]
+  rope = hf_config.read_config(tmp_path)["rope_parameters"]
+  is_gemma = kind == "gemma3_text"
+  assert "rope_theta" in (rope["sliding_attention"] if is_gemma else rope)
   assert hf_config.encoder_arguments(tmp_path) == {
     "vocab_size": 50,
     "num_layers": 3,
     "embed_dim": 32,
     "num_heads": 4,
     "num_kv_heads": 2,
-    "head_dim": 12 if kind == "qwen3" else 8,
+    "head_dim": 12 if kind == "qwen3" or is_gemma else 8,
     "mlp_dim": 48,
-    "rope_theta": 10000.0,
-    "rope_scaling": tiny_decoders.ROPE_SCALING if kind == "llama" else None,
+    "rope_theta": 1e6 if is_gemma else 10000.0,
+    "rope_scaling": tiny_decoders.ROPE_SCALING if kind == "llama" else (4.0,) if is_gemma else None,
     "norm_eps": theirs.rms_norm_eps,
     "qkv_bias": kind == "qwen2",
-    "qk_norm": kind == "qwen3",
+    "qk_norm": kind == "qwen3" or is_gemma,
+    "zero_centered_norm": is_gemma,
+    "output_norm": is_gemma,
+    "activation": "gelu_pytorch_tanh" if is_gemma else "silu",
+    "scale_embedding": is_gemma,
+    "attention_scalar": tiny_decoders.ATTENTION_SCALAR if is_gemma else 0,
+    "global_every": tiny_decoders.GLOBAL_EVERY if is_gemma else 1,
+    "window": tiny_decoders.WINDOW if is_gemma else 0,
+    "local_rope_theta": 10000.0,
   }
+
+
+def test_missing_keys_of_gemma_have_the_values_of_transformers(tmp_path):
+  sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7, "sliding_window": 32}
+  found = _arguments(tmp_path, {"model_type": "gemma3", "text_config": sizes})
+  transformers.Gemma3TextConfig(**sizes).save_pretrained(tmp_path)
+  assert found == hf_config.encoder_arguments(tmp_path)
+  assert (found["global_every"], found["window"], found["num_heads"], found["rope_theta"]) == (6, 32, 8, 1e6)
+
+
+@pytest.mark.parametrize("every,stated", [(3, 6), (6, 6), (1, 6), (9, 6), (6, 3)])
+def test_the_types_of_layers_decide_which_layers_are_global(every, stated, tmp_path):
+  layer_types = ["sliding_attention" if layer % every else "full_attention" for layer in range(1, 8)]
+  config = transformers.Gemma3TextConfig(num_hidden_layers=7, layer_types=layer_types, sliding_window_pattern=stated)
+  config.save_pretrained(tmp_path)
+  found = hf_config.encoder_arguments(tmp_path)
+  assert [layer % found["global_every"] != 0 for layer in range(1, 8)] == ["sliding" in kind for kind in layer_types]
+  assert found["window"] == (0 if every == 1 else 4096)
+  (tmp_path / "config.json").write_text(json.dumps(hf_config.config_of(found)))
+  assert transformers.AutoConfig.from_pretrained(tmp_path).layer_types == layer_types
 
 
 def test_missing_keys_follow_from_the_others(tmp_path):
@@ -183,8 +264,8 @@ def test_unsupported_configs_of_encoders_raise_an_error_that_names_the_key(chang
     (_OLD_QWEN2, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is of type 'yarn'"),
     (
       _OLD_QWEN3,
-      {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-      "rope_parameters is of type 'linear'",
+      {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+      "rope_parameters is of type 'dynamic'; the encoder supports only 'default', 'linear' and 'llama3'",
     ),
     (_OLD_LLAMA, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
     (
@@ -199,7 +280,36 @@ def test_unsupported_configs_of_encoders_raise_an_error_that_names_the_key(chang
     *((_OLD_QWEN2, {"rope_scaling": value}, "rope_scaling is .* must be an object") for value in ("", 0, False, [])),
     (_OLD_QWEN3, {"head_dim": _ABSENT}, "has no key head_dim"),
     (_OLD_LLAMA, {"head_dim": _ABSENT, "num_attention_heads": 31}, "2048 is not divisible by num_attention_heads 31"),
-    (_OLD_LLAMA, {"model_type": "gemma3_text"}, "model_type is 'gemma3_text'; it must be one of bert, .*, llama"),
+    (_OLD_LLAMA, {"model_type": "gemma2"}, "model_type is 'gemma2'; it must be one of bert, .*, llama, gemma3_text"),
+    (_OLD_GEMMA, {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; the encoder supports only"),
+    (_OLD_GEMMA, {"attention_bias": True}, "attention_bias is True"),
+    (_OLD_GEMMA, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; the encoder supports only None"),
+    (_OLD_GEMMA, {"layer_types": ["sliding_attention"] * 25}, "layer_types are not those of num_hidden_layers=26"),
+    (
+      _OLD_GEMMA,
+      {"layer_types": ["sliding_attention", "full_attention", "full_attention", *["sliding_attention"] * 23]},
+      "layer_types are not those of",
+    ),
+    (_OLD_GEMMA, {"layer_types": ["chunked_attention"] * 26}, "layer_types are not those of"),
+    (_OLD_GEMMA, {"layer_types": {}}, "layer_types is .* must be a list"),
+    *((_OLD_GEMMA, {"sliding_window": value}, "sliding_window is ") for value in (None, "", 0, -1, 1.5, 2**25)),
+    (_OLD_GEMMA, {"sliding_window": _ABSENT}, "has no key sliding_window"),
+    *((_OLD_GEMMA, {"sliding_window_pattern": value}, "sliding_window_pattern is ") for value in (None, 0, "6", [])),
+    *((_OLD_GEMMA, {"query_pre_attn_scalar": value}, "query_pre_attn_scalar is ") for value in (None, "", 0, -1, [])),
+    (_OLD_GEMMA, {"rope_local_base_freq": 0}, "rope_local_base_freq is 0; it must be a positive number"),
+    (_OLD_GEMMA, {"num_hidden_layers": 2**30}, "num_hidden_layers is "),
+    (_OLD_GEMMA, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling has no factor"),
+    *(
+      (_OLD_GEMMA, {"rope_parameters": {kind: value}}, "rope_parameters has .*; it must have objects")
+      for kind in ("sliding_attention", "full_attention")
+      for value in (7, 0, "", [])
+    ),
+    (
+      _OLD_GEMMA,
+      {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+      "rope_parameters of sliding_attention is scaled",
+    ),
+    *(({"model_type": "gemma3"}, {"text_config": value}, "text_config is .* object") for value in (None, 0, [], "")),
   ],
 )
 def test_unsupported_configs_of_decoders_raise_an_error_that_names_the_key(settings, changes, message, tmp_path):

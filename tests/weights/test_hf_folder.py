@@ -76,13 +76,34 @@ def test_encoders_with_heads_load_by_their_prefix(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", tiny_decoders.KINDS)
 def test_decoders_with_an_output_head_load_by_their_prefix(kind, tmp_path):
-  names = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+  names = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+  }
   decoder = tiny_decoders.hf_decoder(kind)
   whole = getattr(transformers, names[kind])(decoder.config)
   whole.model.load_state_dict(decoder.state_dict())
   decoder.save_pretrained(tmp_path / "decoder")
   whole.save_pretrained(tmp_path / "whole")
-  assert {"lm_head.weight", "model.norm.weight"} <= set(load_file(tmp_path / "whole/model.safetensors"))
+  names = set(load_file(tmp_path / "whole/model.safetensors"))
+  assert "model.norm.weight" in names and whole.config.tie_word_embeddings == ("lm_head.weight" not in names)
+  weight_files.assert_equal(*(tiny_decoders.our_decoder(tmp_path / name)[1] for name in ("decoder", "whole")))
+
+
+@pytest.mark.parametrize("first", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_model_with_an_image_tower_is_loaded(first, tmp_path):
+  decoder = tiny_decoders.hf_decoder("gemma3_text")
+  decoder.save_pretrained(tmp_path / "decoder")
+  tiny_decoders.with_image_tower(decoder).save_pretrained(tmp_path / "whole")
+  tensors = load_file(tmp_path / "whole/model.safetensors")
+  weight_files.write(
+    tmp_path / "whole", {name.replace("language_model.model.", first): value for name, value in tensors.items()}
+  )
+  assert sum(name.startswith(first) for name in load_file(tmp_path / "whole/model.safetensors")) < len(tensors)
+  assert hf_config.text_part(tmp_path / "whole") == "language_model" and hf_config.text_part(tmp_path / "decoder") == ""
+  assert hf_config.encoder_arguments(tmp_path / "whole") == hf_config.encoder_arguments(tmp_path / "decoder")
   weight_files.assert_equal(*(tiny_decoders.our_decoder(tmp_path / name)[1] for name in ("decoder", "whole")))
 
 

@@ -39,6 +39,9 @@ BASES = {
   "Qwen/Qwen3-4B": License("apache-2.0"),
   "meta-llama/Llama-3.2-1B-Instruct": License("llama3.2"),
   "meta-llama/Llama-3.2-3B-Instruct": License("llama3.2"),
+  "google/gemma-3-270m-it": License("gemma"),
+  "google/gemma-3-1b-it": License("gemma"),
+  "google/gemma-3-4b-it": License("gemma"),
 }
 
 # Package of pretrained weights -> the name on the hub of what it contains.

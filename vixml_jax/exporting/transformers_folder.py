@@ -1,6 +1,7 @@
 """Writes a folder with the encoder, its adapters merged, that `transformers.AutoModel` loads."""
 
 from collections.abc import Mapping
+import json
 import logging
 from pathlib import Path
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 from vixml_jax.errors import InputError
 from vixml_jax.inference.trained_encoder import TrainedEncoder
 from vixml_jax.input.packing import without_images
+from vixml_jax.models.decoder import embedding_scale
 from vixml_jax.models.lora import lora_scale, merge_lora
 from vixml_jax.models.parameters import join_params
 from vixml_jax.run.workdir import TOKENIZER
@@ -27,6 +29,7 @@ _TRANSFORMERS_CLASSES = {
   "qwen2": "Qwen2Model",
   "qwen3": "Qwen3Model",
   "llama": "LlamaModel",
+  "gemma3_text": "Gemma3TextModel",
 }
 
 
@@ -69,7 +72,7 @@ def write_model(encoder: TrainedEncoder, folder: Path, dtype: str, max_shard_byt
   """Writes config.json and weights."""
   config = _model_config(encoder, dtype)
   save_pretrained(
-    _merged(encoder),
+    _merged(encoder, dtype),
     folder,
     config,
     TABLES[config["model_type"]],
@@ -95,10 +98,12 @@ def _model_config(encoder: TrainedEncoder, dtype: str) -> dict[str, Any]:
   config = hf_config.config_of(arguments)
   changed: dict[str, Any] = {"architectures": [_TRANSFORMERS_CLASSES[config["model_type"]]], "dtype": dtype}
   if arguments.get("bidirectional"):
-    changed["is_causal"] = False
+    keys = hf_config.bidirectional_keys(config["model_type"])
+    changed |= keys
     _log.warning(
-      "attention of this model is bidirectional: config.json has is_causal=false, which transformers reads from "
-      "version 5.2 on"
+      "attention of this model is bidirectional: config.json has %s, which older versions of transformers do not read "
+      "(before 5.2)",
+      ", ".join(f"{key}={json.dumps(value)}" for key, value in keys.items()),
     )
   folder = encoder.workdir / TOKENIZER
   try:
@@ -112,14 +117,19 @@ def _model_config(encoder: TrainedEncoder, dtype: str) -> dict[str, Any]:
   return (kept if original["model_type"] == config["model_type"] else config) | changed
 
 
-def _merged(encoder: TrainedEncoder) -> Tree:
-  """Returns the encoder's parameters. Adapters are added to a kernel when it is read.
+def _merged(encoder: TrainedEncoder, dtype: str) -> Tree:
+  """Returns the encoder's parameters for weights of a dtype. Adapters are added to a kernel when it is read.
 
   They are added to the kernels that they were trained with: those of a quantized base are dequantized, and not read
   from the original weights again, from which they differ by rounding.
   """
   params = join_params(encoder.params, encoder.frozen)["encoder"]
   arguments = encoder.definition.arguments["encoder"]
+  if arguments.get("scale_embedding"):
+    table = params["word_embedding"]
+    trained, theirs = (float(embedding_scale(arguments["embed_dim"], kind)) for kind in (table.dtype, dtype))
+    if trained != theirs:
+      params = params | {"word_embedding": _ScaledTable(table, trained / theirs)}
   if not arguments.get("lora_rank"):
     return params
   return _merge(params, lora_scale(arguments["lora_rank"], arguments["lora_alpha"]))
@@ -132,6 +142,20 @@ def _merge(params: Mapping[str, Any], scale: float) -> Tree:
     matrices = {name: merged.pop(name) for name in names if name in merged}
     merged["kernel"] = _MergedKernel(matrices, scale)
   return merged
+
+
+class _ScaledTable:
+  """Word vectors in float32 times the quotient of the scales that training and transformers multiply them by.
+
+  Both are sqrt(D), but rounded to the dtype of the word vectors.
+  """
+
+  def __init__(self, table: Any, factor: float):
+    self._table, self._factor = table, np.float32(factor)
+    self.shape = table.shape
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    return np.asarray(self._table[index]).astype(np.float32) * self._factor
 
 
 class _MergedKernel:

@@ -12,7 +12,7 @@ from PIL import Image
 from vixml_jax.errors import InputError
 from vixml_jax.files import read_json_object
 from vixml_jax.images.preprocess import AUTO, KINDS, PREPROCESSING, PROCESSOR
-from vixml_jax.weights import hf_config, vision
+from vixml_jax.weights import hf_values, vision
 
 # Image processors of transformers that are known here. They have the same defaults and differ in nothing else.
 _TYPES = ("CLIPImageProcessor", "CLIPFeatureExtractor", "BitImageProcessor")
@@ -157,7 +157,7 @@ def _side(value: Any, path: Path, key: str) -> int:
   side = value
   if isinstance(value, dict) and set(value) == {"height", "width"} and value["height"] == value["width"]:
     side = value["height"]
-  if not hf_config.is_size(side) or side > _MOST_PIXELS:
+  if not hf_values.is_size(side) or side > _MOST_PIXELS:
     wanted = "shortest_edge, or " if key == "size" else ""
     raise InputError(
       f"{path}: {key} is {value!r:.80}; it must be {wanted}an equal height and width, of at most {_MOST_PIXELS} pixels"

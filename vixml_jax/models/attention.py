@@ -71,6 +71,7 @@ def segment_attention(
   dropout_rate: float = 0.0,
   dropout_key: Key[Array, ""] | None = None,
   causal: bool = False,
+  reach: Int[Array, ""] | None = None,
   implementation: str = REFERENCE,
   query_segments: Int[Array, "R Q"] | None = None,
 ) -> Float[Array, "R Q H head_dim"]:
@@ -86,6 +87,8 @@ def segment_attention(
     dropout_rate: Dropout rate of the attention probabilities.
     dropout_key: Random key of the dropout; None for no dropout.
     causal: Whether a token attends only to itself and to earlier tokens of its row. Requires Q = T.
+    reach: A token attends only to tokens of its row that are less than this many positions away. None for no bound.
+      Requires Q = T.
     implementation: One of `attention_call.IMPLEMENTATIONS`; see `choose`. They differ by rounding.
     query_segments: Slot of each query, int32 [R, Q], where queries are not the tokens themselves; only the reference
       has them. A query whose slot no token has attends to all tokens of its row.
@@ -97,9 +100,11 @@ def segment_attention(
     ValueError: As in `choose`.
   """
   dropout = dropout_rate > 0 and dropout_key is not None
-  chosen = choose(implementation, AttentionCall.of(query, key, segments is not None, dropout))
+  chosen = choose(implementation, AttentionCall.of(query, key, segments is not None, dropout, reach is not None))
   if chosen == REFERENCE:
-    return attention_reference.attend(query, key, value, segments, dropout_rate, dropout_key, causal, query_segments)
+    return attention_reference.attend(
+      query, key, value, segments, dropout_rate, dropout_key, causal, query_segments, reach
+    )
   if query_segments is not None:
     raise ValueError(f"attention {chosen!r}: only the reference has segments of queries")
   heads, kv_heads = (("row", "position", name, "head_dim") for name in ("heads", "kv_heads"))

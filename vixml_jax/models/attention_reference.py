@@ -1,5 +1,6 @@
 """Attention within the segments of packed rows as plain products and a softmax, for every platform and shape."""
 
+import functools
 import math
 
 import jax
@@ -22,6 +23,7 @@ def attend(
   dropout_key: Key[Array, ""] | None = None,
   causal: bool = False,
   query_segments: Int[Array, "R Q"] | None = None,
+  reach: Int[Array, ""] | None = None,
 ) -> Float[Array, "R Q H head_dim"]:
   """Computes attention; the arguments and the result are those of `attention.segment_attention`."""
   rows, length, num_heads, head_dim = query.shape
@@ -34,14 +36,16 @@ def attend(
   logits = logits.reshape(rows, num_heads, length, -1)
   if sharding.platform() == "gpu":  # Without it, XLA computes the gradient of the logits once for each of its products.
     logits = jax.lax.optimization_barrier(logits)
-  bias = _bias(segments, causal, length, query_segments)
+  bias = _bias(segments, causal, length, query_segments, reach)
   weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
   weights = layers.dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
   weights = weights.reshape(rows, groups, *group, length, -1)
   return jnp.einsum("rg...qk,rkgd->rqg...d", weights, value).reshape(query.shape)
 
 
-def _bias(segments: Array | None, causal: bool, length: int, query_segments: Array | None) -> Array | None:
+def _bias(
+  segments: Array | None, causal: bool, length: int, query_segments: Array | None = None, reach: Array | None = None
+) -> Array | None:
   """Returns what is added to the logits, float32 [R or 1, 1, Q, T]; None if every token attends to its whole row.
 
   It is 0 where a token attends. Elsewhere it is so large that the sum is the same number for every logit, as if the
@@ -54,7 +58,9 @@ def _bias(segments: Array | None, causal: bool, length: int, query_segments: Arr
     masks.append(of_queries[:, None, :, None] == segments[:, None, None, :])
   if causal:
     masks.append(jnp.tri(length, dtype=bool)[None, None])
+  if reach is not None:  # Texts are contiguous in a row, so that distances in both are equal.
+    places = np.arange(length)
+    masks.append((np.abs(places[:, None] - places) < reach)[None, None])
   if not masks:
     return None
-  attended = masks[0] if len(masks) == 1 else masks[0] & masks[1]
-  return jnp.where(attended, np.float32(0), _MASKED)
+  return jnp.where(functools.reduce(jnp.logical_and, masks), np.float32(0), _MASKED)

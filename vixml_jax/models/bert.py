@@ -126,7 +126,7 @@ class BertEncoder(TextEncoder):
     x = self._add_positions(x, positions, embed_key)
     keys = None if layers_key is None else jax.random.split(layers_key, self.num_layers)
 
-    def apply(layer: PostNormLayer, hidden: Array, segments: Array, layer_key: Array | None) -> Array:
+    def apply(layer: PostNormLayer, hidden: Array, segments: Array, layer_key: Array | None, _: None) -> Array:
       return layer(hidden, segments, layer_key)
 
     return x, *scan_layers(

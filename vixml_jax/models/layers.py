@@ -85,18 +85,23 @@ class RMSNorm(nnx.Module):
     size: Size of the last dimension.
     epsilon: Added to the mean square.
     axis: Logical axis of the last dimension.
+    zero_centered: Whether to multiply by 1 + scale, which starts at zero, instead of by a scale that starts at one.
     param_dtype: Dtype of the scale.
   """
 
-  def __init__(self, size: int, epsilon: float, axis: str = "embed", param_dtype: str = "float32"):
+  def __init__(
+    self, size: int, epsilon: float, axis: str = "embed", *, zero_centered: bool = False, param_dtype: str = "float32"
+  ):
     self.epsilon = epsilon
-    self.scale = nnx.Param(jnp.ones((size,), param_dtype), axes=(axis,))
+    self.zero_centered = zero_centered
+    self.scale = nnx.Param((jnp.zeros if zero_centered else jnp.ones)((size,), param_dtype), axes=(axis,))
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Normalizes over D."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-    return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+    scale = self.scale[...].astype(jnp.float32)
+    return (y * (1 + scale if self.zero_centered else scale)).astype(x.dtype)
 
 
 class Linear(nnx.Module):

@@ -132,10 +132,11 @@ def is_unrolled(num_layers: int, remat: bool) -> bool:
 def scan_layers(
   stack: nnx.Module,
   x: Array,
-  apply: Callable[[Any, Array, Any, Array | None], Array],
+  apply: Callable[[Any, Array, Any, Array | None, Any], Array],
   context: Any = None,
   keys: Array | None = None,
   *,
+  by_layer: Any = None,
   remat: bool = False,
   saved: tuple[str, ...] = (),
   return_layers: bool = False,
@@ -152,10 +153,11 @@ def scan_layers(
   Args:
     stack: Module that `stack_layers` returned.
     x: Input of the first layer, [R, T, D], or [chunks, R, T, D] with `filled`.
-    apply: Function `apply(layer, x, context, key) -> x` that applies one layer to rows [R, T, D]. It must not close
-      over traced values.
+    apply: Function `apply(layer, x, context, key, own) -> x` that applies one layer to rows [R, T, D]. It must not
+      close over traced values.
     context: Arrays that all layers get. With `filled`, their first dimension counts the chunks.
     keys: One random key per layer; None for a deterministic run. Each chunk gets a key of its own.
+    by_layer: Arrays whose first dimension counts the layers. `own` is the part of a layer.
     remat: Whether to recompute each layer's activations in the backward pass instead of storing them.
     saved: Names (`SAVED_NAMES`) of activations that `remat` stores nevertheless. Ignored with `filled`.
     return_layers: Whether to also return the output of every layer.
@@ -168,26 +170,27 @@ def scan_layers(
   graphdef, params, axes = split_params(stack)
 
   @sharding.in_current_mesh  # Chunks are recomputed after the caller has left its mesh.
-  def run(layer_params: Tree, inputs: tuple[Array, Any, Array | None]) -> Array:
-    rows, context, key = inputs
-    return _constrain(apply(merge_params(graphdef, layer_params), _constrain(rows), context, key))
+  def run(layer: tuple[Tree, Any], inputs: tuple[Array, Any, Array | None]) -> Array:
+    (layer_params, own), (rows, context, key) = layer, inputs
+    return _constrain(apply(merge_params(graphdef, layer_params), _constrain(rows), context, key, own))
 
-  def step(carry: Array, inputs: tuple[Tree, Array | None]) -> tuple[Array, Array | None]:
-    layer_params, key = inputs
+  def step(carry: Array, inputs: tuple[Tree, Array | None, Any]) -> tuple[Array, Array | None]:
+    layer_params, key, own = inputs
     layer_params = jax.tree.map(lambda param, names: sharding.gather(param, *names[1:]), layer_params, axes)
     if filled is None:
-      y = run(layer_params, (carry, context, key))
+      y = run((layer_params, own), (carry, context, key))
     else:
       chunk_keys = None if key is None else jax.random.split(key, len(filled))
-      y = _constrain(map_chunks_recomputed(run, layer_params, (_constrain(carry), context, chunk_keys), filled))
+      chunks = (_constrain(carry), context, chunk_keys)
+      y = _constrain(map_chunks_recomputed(run, (layer_params, own), chunks, filled))
     return y, (y if return_layers else None)
 
   if remat or filled is not None:
     policy = jax.checkpoint_policies.save_only_these_names(*saved)
     step = jax.checkpoint(step, prevent_cse=False, policy=policy)  # Within scan, CSE cannot undo the recomputation.
-    return lax.scan(step, x, (params, keys))
+    return lax.scan(step, x, (params, keys, by_layer))
   # Activations that a loop stores for the backward pass are copied into an array of all layers and out again.
-  return lax.scan(step, x, (params, keys), unroll=is_unrolled(len(jax.tree.leaves(params)[0]), remat))
+  return lax.scan(step, x, (params, keys, by_layer), unroll=is_unrolled(len(jax.tree.leaves(params)[0]), remat))
 
 
 def _constrain(x: Array) -> Array:

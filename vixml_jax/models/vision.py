@@ -166,7 +166,7 @@ class VisionTransformer(nnx.Module):
     return jnp.concatenate([x[None], outputs])
 
   def _run(self, x: Array, return_layers: bool) -> tuple[Array, Any]:
-    def apply(layer: PreNormLayer, hidden: Array, _: None, __: Array | None) -> Array:
+    def apply(layer: PreNormLayer, hidden: Array, *_: Any) -> Array:
       return layer(hidden)
 
     return scan_layers(self.layers, x, apply, remat=self.remat, return_layers=return_layers)

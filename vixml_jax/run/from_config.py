@@ -12,7 +12,7 @@ from vixml_jax.input.packing import PackedLayout
 from vixml_jax.input.prompt import parse_template
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.models.attention import choose
-from vixml_jax.models.attention_call import AttentionCall
+from vixml_jax.models.attention_call import AttentionCall, reach_of
 from vixml_jax.models.definition import ModelDefinition, define_model
 from vixml_jax.rounding import next_power_of_two
 
@@ -66,6 +66,9 @@ def attention_call(config: ConfigDict, mesh: Mesh) -> AttentionCall:
     dtype=encoder.dtype,
     segmented=True,
     dropout=not is_decoder and encoder.attention_dropout > 0,
+    windowed=is_decoder
+    and encoder.global_every > 1
+    and config.train.row_length > reach_of(encoder.window, causal=not encoder.bidirectional),
     row_devices=sharding.row_devices(mesh),
     head_devices=mesh.shape["tensor"],
   )

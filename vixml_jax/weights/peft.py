@@ -14,7 +14,7 @@ from vixml_jax.files import read_json_object
 from vixml_jax.weights import engine
 from vixml_jax.weights.hf_folder import SafetensorsFolder
 from vixml_jax.weights.placement import place
-from vixml_jax.weights.tables import Rule, Table
+from vixml_jax.weights.tables import TEXT_PREFIXES, Rule, Table
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model"
@@ -32,7 +32,7 @@ _PROJECTIONS: dict[str, tuple[str, str, str]] = {
 }
 _TARGETS = sorted(theirs.partition(".")[2] for theirs, _, _ in _PROJECTIONS.values())
 
-# Adapters of a Qwen2, Qwen3 or Llama, whose projections have the same names.
+# Adapters of the decoders, whose projections have the same names.
 TABLE = Table(
   name="PEFT LoRA",
   rules=tuple(
@@ -41,7 +41,7 @@ TABLE = Table(
     for side, layout in zip("ab", layouts, strict=True)
   ),
   ignored={},
-  prefixes=(_PREFIX, "model."),  # The second one is present if the base was a CausalLM.
+  prefixes=(_PREFIX, *TEXT_PREFIXES),  # Some of these are present if the base was a CausalLM or had an image tower.
 )
 
 # Key -> the values that are supported. A config without the key is accepted.
@@ -118,7 +118,12 @@ def _open(folder: Path, abstract: Mapping[str, Any], alpha: float) -> Safetensor
 
 
 def save_adapter(
-  params: Mapping[str, Any], folder: str | os.PathLike[str], base: str, alpha: float, revision: str | None = None
+  params: Mapping[str, Any],
+  folder: str | os.PathLike[str],
+  base: str,
+  alpha: float,
+  revision: str | None = None,
+  part: str = "",
 ) -> None:
   """Writes a folder that `peft.PeftModel.from_pretrained` adds to the AutoModel of the base.
 
@@ -128,11 +133,13 @@ def save_adapter(
     base: Path of the base model, or its name on the hub.
     alpha: The encoder's `lora_alpha`.
     revision: Revision of the base on the hub; None for the newest.
+    part: Name of the decoder within the base; see `hf_config.text_part`.
 
   Raises:
     InputError: If the parameters are not the adapters of all seven projections.
   """
-  tensors = {f"{_PREFIX}{name}": tensor for name, tensor in engine.invert(TABLE, params).items()}
+  inner = f"{part}." if part else ""
+  tensors = {f"{_PREFIX}{inner}{name}": tensor for name, tensor in engine.invert(TABLE, params).items()}
   config = {
     "peft_type": "LORA",
     "task_type": "FEATURE_EXTRACTION",
@@ -143,7 +150,8 @@ def save_adapter(
     "use_rslora": True,
     "lora_dropout": 0.0,
     "bias": "none",
-    "target_modules": _TARGETS,
+    # The image tower has projections of the same names.
+    "target_modules": rf".*{part}\.layers\..*\.({'|'.join(_TARGETS)})" if part else _TARGETS,
     "inference_mode": True,
   }
   folder = Path(folder)

@@ -44,5 +44,8 @@ PUBLISHED: dict[str, PublishedModel] = {
   "Qwen/Qwen3-4B": PublishedModel(num_files=3),
   "meta-llama/Llama-3.2-1B-Instruct": PublishedModel(gated=True),
   "meta-llama/Llama-3.2-3B-Instruct": PublishedModel(num_files=2, gated=True),
+  "google/gemma-3-270m-it": PublishedModel(gated=True),
+  "google/gemma-3-1b-it": PublishedModel(gated=True),
+  "google/gemma-3-4b-it": PublishedModel(num_files=2, gated=True),
   "google/siglip2-so400m-patch14-384": PublishedModel(),
 }

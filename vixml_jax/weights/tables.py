@@ -116,8 +116,13 @@ DISTILBERT = Table(
 )
 
 
-def _decoder(name: str, qkv_bias: bool = False, qk_norm: bool = False) -> Table:
-  """Returns the table of a family with the structure of Llama."""
+# Prefixes of a decoder within a model with a head, and within a model with an image tower: transformers 4 puts
+# "language_model." first, and transformers 5 "model.".
+TEXT_PREFIXES = ("model.", "language_model.", "model.")
+
+
+def _decoder(name: str, qkv_bias: bool = False, qk_norm: bool = False, output_norm: bool = False) -> Table:
+  """Returns the table of a family with the structure of Llama. With `output_norm`, a layer has four norms."""
   layer = "layers.{layer}"
   biases = (
     Rule("layers/attention/query/bias", f"{layer}.self_attn.q_proj.bias", _HEADS_BIAS),
@@ -128,6 +133,13 @@ def _decoder(name: str, qkv_bias: bool = False, qk_norm: bool = False) -> Table:
     Rule("layers/attention/query_norm/scale", f"{layer}.self_attn.q_norm.weight"),
     Rule("layers/attention/key_norm/scale", f"{layer}.self_attn.k_norm.weight"),
   )
+  norms = {"mlp_norm": "post_attention_layernorm"}
+  if output_norm:
+    norms = {
+      "attention_output_norm": "post_attention_layernorm",
+      "mlp_norm": "pre_feedforward_layernorm",
+      "mlp_output_norm": "post_feedforward_layernorm",
+    }
   return Table(
     name=name,
     rules=(
@@ -139,7 +151,7 @@ def _decoder(name: str, qkv_bias: bool = False, qk_norm: bool = False) -> Table:
       Rule("layers/attention/output/kernel", f"{layer}.self_attn.o_proj.weight", _FROM_HEADS),
       *(biases if qkv_bias else ()),
       *(head_norms if qk_norm else ()),
-      Rule("layers/mlp_norm/scale", f"{layer}.post_attention_layernorm.weight"),
+      *(Rule(f"layers/{ours}/scale", f"{layer}.{theirs}.weight") for ours, theirs in norms.items()),
       Rule("layers/gate/kernel", f"{layer}.mlp.gate_proj.weight", _SWAP),
       Rule("layers/up/kernel", f"{layer}.mlp.up_proj.weight", _SWAP),
       Rule("layers/down/kernel", f"{layer}.mlp.down_proj.weight", _SWAP),
@@ -148,16 +160,18 @@ def _decoder(name: str, qkv_bias: bool = False, qk_norm: bool = False) -> Table:
     ignored={
       r"lm_head\.weight": "predicts tokens; we use the hidden states",
       r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "determined by the config",
+      r"(vision_tower|multi_modal_projector)\..*": "the image tower of the larger models of Gemma 3",
     },
-    prefixes=("model.",),
+    prefixes=TEXT_PREFIXES,
   )
 
 
 QWEN2 = _decoder("qwen2", qkv_bias=True)
 QWEN3 = _decoder("qwen3", qk_norm=True)
 LLAMA = _decoder("llama")
+GEMMA3 = _decoder("gemma3_text", qk_norm=True, output_norm=True)
 
-TABLES = {table.name: table for table in (BERT, DISTILBERT, QWEN2, QWEN3, LLAMA)}
+TABLES = {table.name: table for table in (BERT, DISTILBERT, QWEN2, QWEN3, LLAMA, GEMMA3)}
 
 
 def _fused(ours: str, theirs: str) -> tuple[Rule, ...]:

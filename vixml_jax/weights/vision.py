@@ -9,7 +9,7 @@ import numpy as np
 
 from vixml_jax.errors import InputError
 from vixml_jax.models.vision import define_vision
-from vixml_jax.weights import engine, hf_config, hf_folder, siglip, source, vision_config
+from vixml_jax.weights import engine, hf_folder, hf_values, siglip, source, vision_config
 from vixml_jax.weights.npz import NpzFile
 
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -113,10 +113,10 @@ def _is_file(path: str | os.PathLike[str]) -> bool:
 def _check_sizes(name: str, arguments: Mapping[str, Any]) -> None:
   """Raises InputError for sizes, read from a file, that are impossible."""
   sizes = {key: value for key, value in arguments.items() if key not in _NO_SIZES}
-  wrong = [f"{key} {value!r:.40}" for key, value in sizes.items() if not hf_config.is_size(value)]
+  wrong = [f"{key} {value!r:.40}" for key, value in sizes.items() if not hf_values.is_size(value)]
   if wrong:
     raise InputError(
-      f"{name}: has {', '.join(wrong)}; it must be a positive integer of at most {hf_config.MAX_SIZE:,}: fetch the "
+      f"{name}: has {', '.join(wrong)}; it must be a positive integer of at most {hf_values.MAX_SIZE:,}: fetch the "
       "file again"
     )
   if sizes["embed_dim"] % sizes["num_heads"]:

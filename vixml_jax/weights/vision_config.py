@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vixml_jax.errors import InputError
-from vixml_jax.weights import hf_config, tables
+from vixml_jax.weights import hf_config, hf_values, tables
 from vixml_jax.weights.positions import resize_bicubic, resize_bilinear
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
@@ -44,7 +44,7 @@ def _clip_options(settings: Mapping[str, Any], path: Path, names: Collection[str
   options |= {"patch_bias": False, "class_token": True, "embedding_norm": True}
   if tables.PROJECTION in names:
     options["projection_dim"] = settings.get("projection_dim", 512)
-    hf_config.check_numbers(path, {"projection_dim": options["projection_dim"]}, {})
+    hf_values.check_numbers(path, {"projection_dim": options["projection_dim"]}, {})
   return options
 
 
@@ -165,7 +165,7 @@ def read_tower(folder: Path, names: Collection[str]) -> tuple[Family, dict[str, 
       )
   arguments = {argument: settings.get(key, implied) for argument, (key, implied) in family.keys.items()}
   keys = {argument: key for argument, (key, _) in family.keys.items()}
-  hf_config.check_numbers(path, arguments, keys)
+  hf_values.check_numbers(path, arguments, keys)
   return family, arguments | family.derive(settings, path, names)
 
 

@@ -20,6 +20,7 @@ def check_encoder(values: dict[str, Any]) -> None:
   _check_base_dtype(values)
   if values["encoder.architecture"] == "decoder":
     _check_adapters(values)
+    _check_window(values)
 
 
 def _check_heads(values: dict[str, Any]) -> None:
@@ -77,4 +78,13 @@ def _check_adapters(values: dict[str, Any]) -> None:
     raise InputError(
       f"config.encoder.adapter={values['encoder.adapter']!r}: needs config.encoder.lora_rank, which is 0; set "
       "it to the rank of these adapters"
+    )
+
+
+def _check_window(values: dict[str, Any]) -> None:
+  """Checks that local layers have a window."""
+  if values["encoder.global_every"] > 1 and not values["encoder.window"]:
+    raise InputError(
+      f"config.encoder.window=0: must be positive, since config.encoder.global_every={values['encoder.global_every']}; "
+      "set it to the window of the weights, or global_every to 1"
     )

@@ -41,6 +41,16 @@ _LATER_KEYS: dict[str, Any] = {
   "eval.small_vectors": (),
 }
 _LATER_SECTIONS = ("track", "profile")
+_LATER_KEYS_OF_DECODERS: dict[str, Any] = {
+  "encoder.zero_centered_norm": False,
+  "encoder.output_norm": False,
+  "encoder.activation": "silu",
+  "encoder.scale_embedding": False,
+  "encoder.attention_scalar": 0,
+  "encoder.global_every": 1,
+  "encoder.window": 0,
+  "encoder.local_rope_theta": 1e4,
+}
 
 
 def write(config: ConfigDict, path: Path) -> None:
@@ -77,7 +87,9 @@ def _add_later_keys(config: ConfigDict) -> None:
   for name in _LATER_SECTIONS:
     if name not in config:
       config[name] = ConfigDict()
-  for key, value in _LATER_KEYS.items():
+  encoder = config.get("encoder")
+  is_decoder = isinstance(encoder, ConfigDict) and encoder.get("architecture") == "decoder"
+  for key, value in (_LATER_KEYS | (_LATER_KEYS_OF_DECODERS if is_decoder else {})).items():
     *sections, name = key.split(".")
     section: Any = config
     for part in sections:

@@ -8,6 +8,7 @@ so that it only refuses mistakes. Where less is possible with other values, data
 from vixml_jax.datasets.builders import BUILDERS
 from vixml_jax.images.preprocess import KINDS
 from vixml_jax.models.attention_call import IMPLEMENTATIONS
+from vixml_jax.models.decoder import ACTIVATIONS
 from vixml_jax.models.dual_encoder import METHODS
 from vixml_jax.models.fusion import ADAPTERS
 from vixml_jax.models.fusion import METHODS as FUSION_METHODS
@@ -183,6 +184,14 @@ OF_ARCHITECTURES: dict[str, dict[str, ValueRule]] = {
     "encoder.norm_eps": _EPSILON,
     "encoder.qkv_bias": Flag(),
     "encoder.qk_norm": Flag(),
+    "encoder.zero_centered_norm": Flag(),
+    "encoder.output_norm": Flag(),
+    "encoder.activation": Choice(tuple(ACTIVATIONS)),
+    "encoder.scale_embedding": Flag(),
+    "encoder.attention_scalar": Whole(0, 2**20),
+    "encoder.global_every": Whole(1, 2**20),
+    "encoder.window": Whole(0, _TOKENS),
+    "encoder.local_rope_theta": Number(1, 1e12),
     "encoder.bidirectional": Flag(),
     "encoder.remat_saved": Several(Choice(SAVED_NAMES), once=True),
     "encoder.lora_rank": Whole(0, 2**16),

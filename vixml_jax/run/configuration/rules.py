@@ -238,11 +238,11 @@ class Several:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """No values, or the four of `rope_scaling` in models/decoder.py."""
+  """No values, or the one or four of `rope_scaling` in models/decoder.py."""
 
   number: Number = dataclasses.field(default_factory=lambda: Number(0, 1e9, above_low=True))
   allowed: str = (
-    "empty, or the four numbers factor, low_freq_factor, high_freq_factor (above the second) and "
+    "empty, or the number factor, or the four numbers factor, low_freq_factor, high_freq_factor (above the second) and "
     "original_max_position, each above 0 and at most 1e+09"
   )
 
@@ -252,7 +252,9 @@ class RopeScaling:
       return False
     if len(value) == 0:
       return True
-    return len(value) == 4 and all(map(self.number.accepts, value)) and value[1] < value[2]
+    if len(value) not in (1, 4) or not all(map(self.number.accepts, value)):
+      return False
+    return len(value) == 1 or value[1] < value[2]
 
 
 def _ascend(values: Sequence[Any], strictly: bool = False) -> bool:
