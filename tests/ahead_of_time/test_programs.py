@@ -31,6 +31,8 @@ from vixml_jax.training.step import device_batch
 COPIES = {
   "_zeros": "rows of zeros, which the programs that fill them hold",
   "<lambda>": "an array of zeros; a parameter in another layout or type than that of its file",
+  "new_classifiers": "classifiers of zeros, which the program that trains them holds",
+  "_scaled": "a second copy of classifiers, while they are searched",
   "_slice": "a block of a share, on its way to the host",
   "slice": "a part of a parameter, on its way to the checkpoint",
   "copy": "a second copy of pooled labels, which the prototypes without held-out queries hold",

@@ -20,7 +20,7 @@ def _make_layer(rngs):
 
 
 def _run_layer(segments):
-  return lambda layer, x, _, key: layer(x, segments, key)
+  return lambda layer, x, _, key, own: layer(x, segments, key)
 
 
 def test_the_post_norm_layer_equals_torch():
@@ -93,7 +93,7 @@ def _chunked():
   return graphdef, params, jnp.asarray(_random((3, 2, 5, 16))), segments, (segments > 0).any((1, 2))
 
 
-def _run_on(layer, x, segments, key):
+def _run_on(layer, x, segments, key, own):
   return layer(x, segments, key)
 
 

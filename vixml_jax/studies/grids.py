@@ -35,7 +35,7 @@ class Cell:
 # Decoders have up to 1.7 billion parameters.
 _ENCODERS = {
   "bert": ("minilm-l3", "minilm-l6", "distilbert", "bert"),
-  "decoder": ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-0.6b", "qwen3-1.7b", "llama-3.2-1b"),
+  "decoder": ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-0.6b", "qwen3-1.7b", "llama-3.2-1b", "gemma-3-270m", "gemma-3-1b"),
 }
 # Keys of the section `encoder` that say how it is computed and not what it is.
 _KEPT_BY_ENCODERS = {
