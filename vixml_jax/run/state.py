@@ -169,7 +169,7 @@ def abstract_state(
   return TrainState(opt_state=_structs(opt_shapes, opt_shardings), **part, **rest)
 
 
-def _structs(shapes: Tree, shardings: Tree) -> Tree:
+def _structs(shapes: Any, shardings: Any) -> Any:
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
   )
@@ -202,8 +202,8 @@ def create_state(
   clusters = np.zeros(abstract.label_clusters.shape, np.int32)
   if label_clusters is not None:
     clusters[: len(label_clusters)] = label_clusters
-  label_clusters = sharding.to_global(clusters, abstract.label_clusters.sharding)
-  return TrainState(step, params, opt_state, bank, centroids, label_clusters, classifiers)
+  placed = sharding.to_global(clusters, abstract.label_clusters.sharding)
+  return TrainState(step, params, opt_state, bank, centroids, placed, classifiers)
 
 
 def start_program(abstract: TrainState, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
