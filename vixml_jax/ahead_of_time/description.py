@@ -19,10 +19,10 @@ from vixml_jax.ahead_of_time.sizes import DataSize
 from vixml_jax.input.batches import steps_per_epoch
 from vixml_jax.models.definition import ModelDefinition
 from vixml_jax.run import chosen
-from vixml_jax.run.from_config import model_from_config
+from vixml_jax.run.from_config import model_from_config, state_from_config
 from vixml_jax.run.mesh_choice import choose_mesh
 from vixml_jax.run.provenance import read_starts
-from vixml_jax.run.state import abstract_params, abstract_state
+from vixml_jax.run.state import abstract_params
 from vixml_jax.training.optimizer import optimizer_from_config, path_name
 from vixml_jax.typing import Tree
 
@@ -111,15 +111,7 @@ def describe(
   mesh = abstract_mesh(config, devices or _devices_of(config))
   steps = config.train.epochs * steps_per_epoch(size.train, config.train.batch_size)
   optimizer = optimizer_from_config(config, model, max(steps, 1))
-  state = abstract_state(
-    model,
-    optimizer,
-    size.train,
-    size.labels,
-    config.train.bank_dtype,
-    mesh,
-    has_classifiers=config.train.classifier_weight > 0,
-  )
+  state = state_from_config(config, model, optimizer, size.train, size.labels, mesh)
   parts = {
     "optimizer state": state.opt_state,
     **({} if state.classifiers is None else {"classifiers of labels": state.classifiers}),

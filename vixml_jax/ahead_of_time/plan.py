@@ -16,9 +16,9 @@ from vixml_jax.ahead_of_time.workload import Workload
 from vixml_jax.encoding.inputs import EncoderInputs
 from vixml_jax.images.features import ImageFeatures, fits_devices
 from vixml_jax.run import chosen
-from vixml_jax.run.from_config import check_attention, check_divides
+from vixml_jax.run.from_config import check_attention, check_divides, state_from_config
 from vixml_jax.run.mesh_choice import choose_mesh
-from vixml_jax.run.state import TrainState, abstract_params, abstract_state
+from vixml_jax.run.state import TrainState, abstract_params
 from vixml_jax.training.optimizer import optimizer_from_config
 from vixml_jax.training.step import DeviceBatch, device_batch
 from vixml_jax.typing import Tree
@@ -106,15 +106,7 @@ class Plan:
     check_divides(config, mesh)
     check_attention(config, mesh)
     optimizer = optimizer_from_config(config, model, workload.steps)
-    state = abstract_state(
-      model,
-      optimizer,
-      size.train,
-      size.labels,
-      config.train.bank_dtype,
-      mesh,
-      has_classifiers=config.train.classifier_weight > 0,
-    )
+    state = state_from_config(config, model, optimizer, size.train, size.labels, mesh)
     frozen = model.split(abstract_params(model, mesh))[1]
     features = _abstract_features(config, size, mesh, where.chip.hbm_bytes)
     # The batch itself is put on one device of this machine, which gives the shapes and shardings of its parts.

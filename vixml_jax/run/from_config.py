@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+import optax
 
 from vixml_jax import sharding
 from vixml_jax.errors import InputError
@@ -15,6 +16,7 @@ from vixml_jax.models.attention import choose
 from vixml_jax.models.attention_call import AttentionCall, reach_of
 from vixml_jax.models.definition import ModelDefinition, define_model
 from vixml_jax.rounding import next_power_of_two
+from vixml_jax.run.state import TrainState, abstract_state
 
 
 def encoder_arguments(config: ConfigDict) -> dict[str, Any]:
@@ -50,6 +52,21 @@ def model_from_config(config: ConfigDict) -> ModelDefinition:
     config.encoder.architecture,
     config.encoder.pooling,
     config.method,
+  )
+
+
+def state_from_config(
+  config: ConfigDict,
+  model: ModelDefinition,
+  optimizer: optax.GradientTransformation,
+  num_queries: int,
+  num_labels: int,
+  mesh: Mesh,
+) -> TrainState:
+  """Returns the state of a run that a config describes, as `state.abstract_state`."""
+  has_classifiers = config.train.classifier_weight > 0
+  return abstract_state(
+    model, optimizer, num_queries, num_labels, config.train.bank_dtype, mesh, has_classifiers=has_classifiers
   )
 
 

@@ -24,9 +24,10 @@ from vixml_jax.prefetch import prefetched
 from vixml_jax.ragged import Ragged
 from vixml_jax.run.checkpoint import Checkpoint, Checkpointer
 from vixml_jax.run.data import RunData
+from vixml_jax.run.from_config import state_from_config
 from vixml_jax.run.goodput import current_shares
 from vixml_jax.run.provenance import record_start
-from vixml_jax.run.state import TrainedModel, TrainState, abstract_state, model_part, trained_model
+from vixml_jax.run.state import TrainedModel, TrainState, model_part, trained_model
 from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import stage
 from vixml_jax.training.metric_writer import MetricWriter
@@ -91,15 +92,7 @@ def train(
   queries = training_queries(config, data)
   num_steps = steps_per_epoch(len(queries), config.train.batch_size)
   how = step_config(config, encoder.model, encoder.layout, config.train.epochs * num_steps, data.num_labels)
-  abstract = abstract_state(
-    encoder.model,
-    how.optimizer,
-    len(queries),
-    data.num_labels,
-    config.train.bank_dtype,
-    mesh,
-    has_classifiers=how.classifiers is not None,
-  )
+  abstract = state_from_config(config, encoder.model, how.optimizer, len(queries), data.num_labels, mesh)
 
   has_steps = config.train.epochs > 0
   if step is None:
