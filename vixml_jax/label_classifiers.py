@@ -9,7 +9,7 @@ no device has all of them.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -43,8 +43,8 @@ def new_classifiers(num_labels: int, embed_dim: int) -> ClassifierState:
 
 
 def classifier_shardings(mesh: Mesh) -> ClassifierState:
-  """Returns the shardings of a state."""
-  rows = sharding.named_sharding(mesh, "label", "vector")
+  """Returns the shardings of a state, where its arrays are."""
+  rows: Any = sharding.named_sharding(mesh, "label", "vector")
   return ClassifierState(rows, optax.ScaleByAdamState(sharding.named_sharding(mesh), rows, rows))
 
 

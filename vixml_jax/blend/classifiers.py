@@ -62,8 +62,8 @@ def fit_classifiers(
   size = min(batch_size, next_power_of_two(max(len(rows), 1)))
   steps = epochs * math.ceil(len(rows) / size)
   whole = sharding.named_sharding(mesh)
-  start = functools.partial(new_classifiers, num_labels, embeddings.shape[1])
-  state = jax.jit(start, out_shardings=classifier_shardings(mesh))()
+  zeros = functools.partial(new_classifiers, num_labels, embeddings.shape[1])
+  state = jax.jit(zeros, out_shardings=classifier_shardings(mesh))()
   rng, done = np.random.default_rng(seed), 0
   loss: jax.Array | None = None
   with stage(f"train classifiers of {num_labels:,} labels", total=epochs * len(rows), unit="item") as progress:

@@ -286,7 +286,7 @@ def dinov2(registers: bool, gated: bool) -> Table:
       *_norm("final_norm", "layernorm"),
     ),
     ignored={
-      r"embeddings\.mask_token": "stands for a hidden patch in pretraining",
+      r"embeddings\.mask_token": "stands for a hidden patch in pretraining",  # nosec B105 - a token of an image.
       r"classifier\..*": "heads of other tasks",
     },
     prefixes=("dinov2.", "dinov2_with_registers."),

@@ -41,7 +41,7 @@ class Family:
 
 def _clip_options(settings: Mapping[str, Any], path: Path, names: Collection[str]) -> dict[str, Any]:
   options: dict[str, Any] = {"activation": _activation(settings, path, "quick_gelu")}
-  options |= {"patch_bias": False, "class_token": True, "embedding_norm": True}
+  options |= {"patch_bias": False, "class_token": True, "embedding_norm": True}  # nosec B105 - a token of an image.
   if tables.PROJECTION in names:
     options["projection_dim"] = settings.get("projection_dim", 512)
     hf_values.check_numbers(path, {"projection_dim": options["projection_dim"]}, {})
@@ -62,7 +62,7 @@ def _dinov2_options(settings: Mapping[str, Any], path: Path, names: Collection[s
     "activation": "silu" if gated else _activation(settings, path, "gelu"),
     "gated": gated,
     "layer_scale": True,
-    "class_token": True,
+    "class_token": True,  # nosec B105 - a token of an image.
   }
 
 
