@@ -63,9 +63,9 @@ def count_tokenizers():
   """Yields a list that grows by a path for each tokenizer that is loaded."""
   paths, load = [], Tokenizer.__init__
 
-  def counted(self, path, max_length):
+  def counted(self, path, *arguments):
     paths.append(str(path))
-    load(self, path, max_length)
+    load(self, path, *arguments)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(Tokenizer, "__init__", counted)
