@@ -79,8 +79,9 @@ def base_config() -> ConfigDict:
   config.train = ConfigDict(
     dict(
       epochs=300,
-      # Limit of training in minutes; 0 for none. Fewer epochs are trained where all of them would take longer, by the
-      # time of the first steps. What comes before and after training is not part of it.
+      # Limit of training in minutes; 0 for none, -1 for 10 on CPUs and none on accelerators. Fewer epochs are trained
+      # where all of them would take longer, by the time of the first steps. What comes before and after training is not
+      # part of it.
       minutes=0.0,
       batch_size=2048,  # Queries per step over the whole mesh.
       learning_rate=2e-4,
@@ -91,7 +92,8 @@ def base_config() -> ConfigDict:
       free_vector_learning_rate=5e-4,
       warmup_steps=100,
       # Weight of a further loss: the decoupled softmax of queries against a classifier of each label, which is trained
-      # beside the encoder (DEXML, arXiv 2310.10636); 0 for none. Its vectors are not used after training.
+      # beside the encoder (DEXML, arXiv 2310.10636); 0 for none, -1 for 0.3 where the classifiers fit the memory. Its
+      # vectors are not used after training.
       classifier_weight=0.0,
       classifier_learning_rate=0.02,
       weight_decay=0.01,

@@ -30,7 +30,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
   if config.images:
     config.fusion.modality_dropout = 0.2  # So that the model also answers queries without images. The paper has 0.
   config.encoder.dtype = "auto"
-  config.train.update(dict(epochs=20, batch_size=512, free_vectors=0, row_length=0, chunk_rows=0, warmup_steps=10))
+  config.train.update(dict(epochs=20, minutes=-1.0, batch_size=512, warmup_steps=10))
+  config.train.update(dict(free_vectors=0, row_length=0, chunk_rows=0, classifier_weight=-1.0))
+  config.train.new_init = "fan_in"  # Prototypes have few steps to learn (docs/results.md).
   config.mining.update(dict(start_epoch=2, update_epochs=2, doubling_epochs=(8, 12)))
   config.dataset.validation_fraction = -1.0
   config.eval.update(dict(retrieval_choose=True, blend=True, baselines=("tfidf", "untrained")))

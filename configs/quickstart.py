@@ -68,7 +68,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
   config.train.warmup_steps = 50
   if chosen == "":
     # The paper's rates for parameters without pretraining: prototypes must be learned in 160 steps.
-    config.train.update(dict(epochs=5, new_learning_rate=5e-4, free_vector_learning_rate=5e-4))
+    config.train.update(dict(epochs=5, new_learning_rate=5e-4, free_vector_learning_rate=5e-4, classifier_weight=0.3))
   elif chosen == "full":
     # A free vector for each label, a high rate, and positives drawn almost uniformly: so prototypes learn which labels
     # are frequent for which words. A rare label that shares the vector of a frequent one, or that is trained at a rate

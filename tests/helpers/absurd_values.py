@@ -121,7 +121,15 @@ _PLACES = {
 }
 
 ACCEPTED = {
-  "minus one": {"eval.classifier_epochs", "dataset.validation_fraction", "mesh.data", "mesh.fsdp", "mesh.tensor"},
+  "minus one": {
+    "train.minutes",
+    "train.classifier_weight",
+    "eval.classifier_epochs",
+    "dataset.validation_fraction",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+  },
   "zero": _SHARES
   | {
     "seed",

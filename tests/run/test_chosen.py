@@ -42,6 +42,21 @@ def test_rows_hold_two_items_on_a_cpu_and_fill_tiles_elsewhere(config, longest, 
   assert chosen.with_row_length(config, longest, platform).train.row_length == 40
 
 
+def test_training_on_a_cpu_has_a_time_limit(config):
+  config.train.minutes = -1
+  assert {name: chosen.with_minutes(config, name).train.minutes for name in ("cpu", "gpu")} == {"cpu": 10, "gpu": 0}
+  config.train.minutes = 3
+  assert chosen.with_minutes(config, "cpu").train.minutes == 3
+
+
+@pytest.mark.parametrize("epochs,labels,budget,weight", [(1, 1000, 1e9, 0.3), (1, 1000, 1e6, 0), (0, 1000, 1e9, 0)])
+def test_classifiers_are_trained_where_they_fit_the_memory(config, epochs, labels, budget, weight):
+  config.train.update(dict(classifier_weight=-1, epochs=epochs))
+  assert chosen.with_classifier_weight(config, labels, budget).train.classifier_weight == weight
+  config.train.classifier_weight = 0.7
+  assert chosen.with_classifier_weight(config, labels, budget).train.classifier_weight == 0.7
+
+
 def with_chunk_rows(config, queries, labels, positives, layout, **options):
   options = {"unit": 4, "budget": 1e12} | options
   return chosen.with_chunk_rows(config, queries, positives, labels, layout, **options).train.chunk_rows

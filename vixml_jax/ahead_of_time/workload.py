@@ -51,7 +51,8 @@ class Workload:
       activation_budget: Bytes of activations that all of them can hold.
     """
     config = chosen.with_held_out(chosen.with_dtype(config, _PLATFORM), size.train)
-    config = chosen.with_free_vectors(config, size.labels)
+    config = chosen.with_free_vectors(chosen.with_minutes(config, _PLATFORM), size.labels)
+    config = chosen.with_classifier_weight(config, size.labels, activation_budget)
     config = chosen.with_classifier_epochs(config, size.train, size.labels, _PLATFORM)
     layout = _layout(config)
     config = chosen.with_row_length(config, layout.longest(config.dataset.max_length), _PLATFORM)

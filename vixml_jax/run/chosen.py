@@ -26,6 +26,8 @@ OPEN = {
   "train.row_length": 0,
   "train.chunk_rows": 0,
   "train.free_vectors": 0,
+  "train.minutes": -1.0,
+  "train.classifier_weight": -1.0,
   "eval.classifier_epochs": -1,
 }
 """The value with which a config leaves a key open."""
@@ -34,6 +36,9 @@ _MAX_FREE_VECTORS = 65536  # The papers' number.
 # Rows have a multiple of this number of tokens; 128 is the width of a matrix unit of TPUs, and of a tile of GPUs.
 _CPU_ROW_MULTIPLE, _ACCELERATOR_ROW_MULTIPLE = 16, 128
 _SAMPLED_BATCHES = 8
+_CPU_MINUTES = 10.0
+_CLASSIFIER_WEIGHT = 0.3
+_CLASSIFIER_SHARE = 0.25  # Share of the memory for activations that classifiers and their scores may have.
 _CLASSIFIER_EPOCHS = 4
 _MOST_PAIRS_ON_A_CPU = 2e9  # Two minutes for vectors of 384 dimensions at 100 GFLOP/s.
 _FEWEST_HELD_OUT, _MOST_HELD_OUT, _TOO_FEW_HELD_OUT = 500, 8192, 100
@@ -110,6 +115,16 @@ def with_dtype(config: ConfigDict, platform: str) -> ConfigDict:
   return _updated(config, {"encoder.dtype": "float32" if platform == "cpu" else "bfloat16"})
 
 
+def with_minutes(config: ConfigDict, platform: str) -> ConfigDict:
+  """Returns the config with `train.minutes` chosen where it is -1.
+
+  It is 10 on CPUs, where all epochs of a large data set would take days, and 0 on accelerators, for no limit.
+  """
+  if config.train.minutes != OPEN["train.minutes"]:
+    return config
+  return _updated(config, {"train.minutes": _CPU_MINUTES if platform == "cpu" else 0.0})
+
+
 def with_row_length(config: ConfigDict, longest: int, platform: str) -> ConfigDict:
   """Returns the config with `train.row_length` chosen where it is 0.
 
@@ -141,6 +156,24 @@ def with_free_vectors(config: ConfigDict, num_labels: int, devices: int = 1) -> 
     return config
   number = min(2 ** (max(num_labels // 4, 1).bit_length() - 1), _MAX_FREE_VECTORS)
   return _updated(config, {"train.free_vectors": max(number, next_power_of_two(devices))})
+
+
+def with_classifier_weight(config: ConfigDict, num_labels: int, budget: float) -> ConfigDict:
+  """Returns the config with `train.classifier_weight` chosen where it is -1.
+
+  It is 0.3. Where classifiers and the scores of a step would take more than a quarter of the budget, it is 0: for each
+  label, four float32 vectors of the width of embeddings, and three float32 values for each query of a batch.
+
+  Args:
+    config: The whole config.
+    num_labels: L.
+    budget: Bytes of all devices together that activations may have; see `activation_budget`.
+  """
+  if config.train.classifier_weight != OPEN["train.classifier_weight"]:
+    return config
+  needed = np.dtype(np.float32).itemsize * num_labels * (4.0 * config.encoder.embed_dim + 3 * config.train.batch_size)
+  fits = needed <= _CLASSIFIER_SHARE * budget
+  return _updated(config, {"train.classifier_weight": _CLASSIFIER_WEIGHT if config.train.epochs and fits else 0.0})
 
 
 def with_classifier_epochs(config: ConfigDict, num_queries: int, num_labels: int, platform: str) -> ConfigDict:

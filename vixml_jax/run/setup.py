@@ -78,6 +78,7 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   platform = sharding.platform_of(mesh)
   config = chosen.with_dtype(chosen.with_started_values(config, workdir / CONFIG), platform)
+  config = chosen.with_minutes(config, platform)
   configuration.check_same_recipe(config, workdir / CONFIG, left_open=chosen.left_open(config))
   check_attention(config, mesh)
   pretrained = source.resolve(config.encoder.pretrained, weights=not config.encoder.random_init)
@@ -91,6 +92,8 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
   config = chosen.with_held_out(config, builder.info.splits["train"].num_examples)
   data = load_data(config, builder, tokenizer, mesh, extract=extract)
   config = chosen.with_free_vectors(config, data.num_labels, sharding.row_devices(mesh))
+  budget = chosen.activation_budget(mesh)
+  config = chosen.with_classifier_weight(config, data.num_labels, budget)
   config = chosen.with_classifier_epochs(config, len(data.train_rows), data.num_labels, platform)
   layout = dataclasses.replace(layout, row_length=config.train.row_length)
   if not config.train.chunk_rows:  # With held-out queries, taking the others copies them.
@@ -101,7 +104,7 @@ def set_up_run(config: ConfigDict, workdir: Path, *, extract: bool) -> RunSetup:
       data.items["labels"],
       layout,
       unit=sharding.row_devices(mesh),
-      budget=chosen.activation_budget(mesh),
+      budget=budget,
     )
   layout = dataclasses.replace(layout, chunk_rows=config.train.chunk_rows)
   chosen.log_choices(given, config)
