@@ -13,16 +13,16 @@ from vixml_jax import joined_processes, stopping
 
 _COUNT = 3
 _PROCESS = """
-import sys, time
+import pathlib, sys, time
 from vixml_jax import cli, joined_processes, stopping
 joined_processes.HEARTBEAT_SECONDS, joined_processes._SILENT_SECONDS, joined_processes._BEAT_SECONDS = 12, 7, 1
-work = sys.argv.pop(1)
+work, ready = sys.argv.pop(1), pathlib.Path(sys.argv.pop(1))
 def main():
   import jax, numpy as np
   from jax.experimental import multihost_utils
   from vixml_jax.errors import InputError
   multihost_utils.process_allgather(np.int32(0))
-  print("ready", flush=True)
+  ready.touch()
   if work == "end":
     joined_processes._BEAT_SECONDS = 0  # From its next beat on, the thread is always in C++.
     time.sleep(1.5)
@@ -37,16 +37,16 @@ cli.run(main, saved="nothing is saved")
 
 
 @pytest.fixture
-def start():
+def start(tmp_path):
   """Starts the processes, and kills what is left of them after the test."""
   started = []
-  yield lambda work: _start(work, started)
+  yield lambda work: _start(work, started, tmp_path)
   for process in started:
     process.kill()
     process.communicate()
 
 
-def _start(work, processes):
+def _start(work, processes, folder):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
@@ -57,6 +57,7 @@ def _start(work, processes):
         "-c",
         _PROCESS,
         work,
+        str(folder / f"ready-{number}"),
         f"--coordinator=localhost:{port}",
         f"--num_processes={_COUNT}",
         f"--process={number}",
@@ -67,10 +68,10 @@ def _start(work, processes):
     )
     for number in range(_COUNT)
   ]
-  for process in processes:
-    # Gloo prints lines before, of which the last may not have ended.
-    is_ready = any(line.endswith("ready\n") for line in iter(process.stdout.readline, ""))
-    assert is_ready, process.communicate()[1]
+  for number, process in enumerate(processes):
+    while not (folder / f"ready-{number}").exists():
+      assert process.poll() is None, process.communicate()[1]
+      time.sleep(0.05)
   return processes
 
 

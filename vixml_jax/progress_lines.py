@@ -64,7 +64,7 @@ class ProgressLines(Callback):
     line = f"{stage.name}: {stage.done:,}"
     if stage.total is not None:
       line += f" of {stage.total:,}"
-    line += f" {stage.unit.strip()}s, {rate:,.4g} per second"
+    line += f" {stage.plural}, {rate:,.4g} per second"
     if stage.total is not None:
       line += f", {duration((stage.total - stage.done) / rate)} left"
     return line + (f", loss {self._loss:.4f}" if stage.unit == "step" else "")

@@ -102,6 +102,16 @@ class Stage:
   _started: float = dataclasses.field(default_factory=time.monotonic, repr=False)
   _reported: float = dataclasses.field(default_factory=time.monotonic, repr=False)
 
+  @property
+  def plural(self) -> str:
+    """The unit in the plural.
+
+    >>> Stage("evaluate 300 queries", total=300, unit="query").plural
+    'queries'
+    """
+    unit = self.unit.strip()
+    return f"{unit[:-1]}ies" if unit.endswith("y") else f"{unit}s"
+
   def advance(self, units: int = 1) -> None:
     """Adds units that are done."""
     self.done += units

@@ -77,7 +77,7 @@ def _progress(stage: Stage) -> str:
   """
   if not stage.unit:
     return stage.name
-  return f"{stage.name}: {stage.done:,}{'' if stage.total is None else f' of {stage.total:,}'} {stage.unit.strip()}s"
+  return f"{stage.name}: {stage.done:,}{'' if stage.total is None else f' of {stage.total:,}'} {stage.plural}"
 
 
 @contextlib.contextmanager
