@@ -162,6 +162,10 @@ def base_config() -> ConfigDict:
       # Times that each training query is used to train classifiers of labels on its embedding, whose scores the blend
       # reads; 0 for none, -1 for a number that suits the size of the data and the devices.
       classifier_epochs=-1,
+      # Share of the classifiers in the vectors of labels: the vector of a label is its prototype plus the share times
+      # its classifier. 0 for prototypes alone, -1 for the best on the validation queries. It needs `blend`, with which
+      # classifiers are trained.
+      classifier_share=0.0,
       # Baselines that are computed on the same split and printed below the results: "tfidf", "untrained", and "plt"
       # (needs the extra `baselines`). Their settings are chosen on the validation queries.
       baselines=(),

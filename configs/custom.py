@@ -35,7 +35,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
   config.train.new_init = "fan_in"  # Prototypes have few steps to learn (docs/results.md).
   config.mining.update(dict(start_epoch=2, update_epochs=2, doubling_epochs=(8, 12)))
   config.dataset.validation_fraction = -1.0
-  config.eval.update(dict(retrieval_choose=True, blend=True, baselines=("tfidf", "untrained")))
+  config.eval.update(dict(retrieval_choose=True, blend=True, classifier_share=-1.0, baselines=("tfidf", "untrained")))
   config.dataset.propensity_a, config.dataset.propensity_b = 0.55, 1.5
   config.train.sampling_a, config.train.sampling_b = 0.55, 1.5
   common.use_method(config, chosen["method"])

@@ -64,7 +64,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
   # Prototypes have few steps to learn. With the initial values of torch, plain search is four points worse.
   config.train.new_init = "fan_in"
   config.dataset.validation_fraction = 0.05
-  config.eval.update(dict(retrieval_choose=True, blend=True, baselines=("tfidf", "untrained")))
+  config.eval.update(dict(retrieval_choose=True, blend=True, classifier_share=-1.0, baselines=("tfidf", "untrained")))
   config.train.warmup_steps = 50
   if chosen == "":
     # The paper's rates for parameters without pretraining: prototypes must be learned in 160 steps.

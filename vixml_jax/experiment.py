@@ -20,7 +20,7 @@ from vixml_jax.evaluation.baselines import BaselineTask, check_baselines
 from vixml_jax.evaluation.classifier_search import CLASSIFIER_ROW, evaluate_classifiers
 from vixml_jax.evaluation.evaluate_model import (
   ModelEvaluation,
-  all_prototypes,
+  all_label_vectors,
   evaluate_model,
   evaluate_with_fewer_images,
   evaluation_config,
@@ -183,7 +183,7 @@ def _evaluate_and_write(
   final |= {"train_seconds": seconds, "tokens_per_second": model.meta["tokens"] / max(seconds, 1e-9)}
   split, rows = data.evaluated_queries(config.eval.split)
   shown = shown_queries(evaluation.result, evaluation.index, evaluation.queries, evaluation.config)
-  mapped, prototypes = _mapped_prototypes(data.corpus.train_labels, evaluation)
+  mapped, vectors = _mapped_labels(data.corpus.train_labels, evaluation)
   if jax.process_index() == 0:
     write_evaluation(
       workdir,
@@ -204,7 +204,7 @@ def _evaluate_and_write(
       data.corpus,
       evaluation.result,
       shown,
-      label_map(data.corpus, mapped, prototypes),
+      label_map(data.corpus, mapped, vectors),
       split=config.eval.split,
       rows=rows,
       propensity=(config.dataset.propensity_a, config.dataset.propensity_b),
@@ -221,12 +221,12 @@ def _evaluate_and_write(
   return final
 
 
-def _mapped_prototypes(train_labels: Ragged, evaluation: ModelEvaluation) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the labels of the report's map, int64 [P], and their prototypes [P, D]; all processes call this."""
-  prototypes = evaluation.index.prototypes
+def _mapped_labels(train_labels: Ragged, evaluation: ModelEvaluation) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the labels of the report's map, int64 [P], and their vectors [P, D]; all processes call this."""
+  vectors = evaluation.index.label_vectors
   mapped = mapped_labels(np.bincount(train_labels.values, minlength=len(evaluation.index.inverse_propensity)))
-  assert isinstance(prototypes, ShardedRows)
-  return mapped, np.asarray(prototypes.take(mapped))
+  assert isinstance(vectors, ShardedRows)
+  return mapped, np.asarray(vectors.take(mapped))
 
 
 def _classifiers(evaluation: ModelEvaluation) -> dict[str, dict[str, float]]:
@@ -272,7 +272,7 @@ def _write_embeddings(
   """
   assert isinstance(evaluation.queries.embeddings, ShardedRows)
   embeddings = {
-    "labels": all_prototypes(encoder, model, evaluation),
+    "labels": all_label_vectors(encoder, model, evaluation),
     "train_queries": evaluation.train_embeddings,
     f"{split}_queries": evaluation.queries.embeddings,
     "cluster_means": evaluation.cluster_means,
@@ -314,6 +314,7 @@ def _write_for_inference(setup: RunSetup, workdir: Path, evaluation: ModelEvalua
       query_labels=data.corpus.train_labels if has_queries else None,
       held_out=RowFiles(folder, f"{config.eval.split}_queries"),
       blend=blend,
+      without_classifier=None if evaluation.mix is None else evaluation.mix.without_classifier,
     )
     origin = image_origin(builder, config.dataset.data_dir, config.features.name) if config.images else None
     with stage("write the label index"):

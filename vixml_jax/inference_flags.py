@@ -124,7 +124,7 @@ def define_model_flags(image_batch_size: int) -> ModelFlags:
   )
 
 
-def define_search_flags(default_ranking: str = "plain, by their cosine with the query") -> SearchFlags:
+def define_search_flags(default_ranking: str = "plain, by one search of their vectors") -> SearchFlags:
   """Defines `--search`, `--ranking`, and the settings of rankings.
 
   Args:

@@ -55,9 +55,8 @@ def test_parameters_are_those_of_a_run_on_this_mesh(config, described):
 def test_the_state_has_the_bytes_of_a_run(config, described):
   model, mesh, size = model_from_config(config), sharding.make_mesh(2, 2, 2), described.size
   optimizer = optimizer_from_config(config, model, 10)
-  state = create_state(
-    abstract_state(model, optimizer, size.train, size.labels, "float32", mesh), init_params(model, mesh, 0), optimizer
-  )
+  abstract = abstract_state(model, optimizer, size.train, size.labels, "float32", mesh, has_classifiers=True)
+  state = create_state(abstract, init_params(model, mesh, 0), optimizer)
   assert described.bytes_a_device() == {
     "trained parameters": _bytes(state.params),
     "frozen parameters": 0,
@@ -65,6 +64,7 @@ def test_the_state_has_the_bytes_of_a_run(config, described):
     "embedding bank": _bytes(state.bank),
     "label centroids": _bytes(state.centroids),
     "free vector of each label": _bytes(state.label_clusters),
+    "classifiers of labels": _bytes(state.classifiers),
   }
 
 

@@ -33,6 +33,7 @@ COPIES = {
   "<lambda>": "an array of zeros; a parameter in another layout or type than that of its file",
   "new_classifiers": "classifiers of zeros, which the program that trains them holds",
   "_scaled": "a second copy of classifiers, while they are searched",
+  "_only_trained": "classifiers without those that were never trained, in the memory of all",
   "_slice": "a block of a share, on its way to the host",
   "slice": "a part of a parameter, on its way to the checkpoint",
   "copy": "a second copy of pooled labels, which the prototypes without held-out queries hold",
@@ -126,7 +127,7 @@ def test_a_plan_lists_every_program_that_a_run_compiles(changes, tmp_path):
     config.eval.update(dict(retrieval_search="joint", retrieval_hits=8))
   else:
     config.dataset.validation_fraction = 0.2
-    config.eval.retrieval_choose = True
+    config.eval.update(dict(retrieval_choose=True, blend=True, classifier_share=-1.0))
     config.encoder.random_init = True
   with compiled_programs() as compiled:
     train_and_evaluate(config, tmp_path / "run")

@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
   folder = tmp_path_factory.mktemp("blend")
   config = miniature_config(folder, num_train=160)
   config.train.epochs, config.dataset.validation_fraction = 1, 0.3
-  config.eval.update(dict(blend=True, retrieval_choose=True))
+  config.eval.update(dict(blend=True, retrieval_choose=True, classifier_share=0.05))
   final = train_and_evaluate(config, folder / "run")
   return folder / "run", final
 

@@ -20,13 +20,14 @@ def test_metrics_are_those_of_the_ranking_by_score_without_excluded_labels(devic
   rng = np.random.default_rng(0)
   classifiers = rng.normal(size=(NUM_LABELS, DIM + 1)).astype(np.float32)
   classifiers[:, -1] *= 10  # Without the biases, the ranking would be another one.
+  classifiers[0] = np.nan  # A label without a classifier is ranked last.
   embeddings = rng.normal(size=(NUM_QUERIES, DIM)).astype(np.float32)
   labels = [rng.choice(NUM_LABELS, 15, replace=False) for _ in range(NUM_QUERIES)]
   excluded = [rng.choice(NUM_LABELS, 2, replace=False) for _ in range(NUM_QUERIES)]
   correct, of_ten = [], []
   for query in range(NUM_QUERIES):
     scores = SCALE * classifiers[:, :-1] @ embeddings[query] + classifiers[:, -1]
-    ranked = [label for label in np.argsort(-scores) if label not in excluded[query]]
+    ranked = [label for label in np.argsort(-np.nan_to_num(scores, nan=-1e4)) if label not in excluded[query]]
     wanted = {*labels[query]} - {*excluded[query]}
     correct.append(ranked[0] in wanted)
     of_ten.append(len(wanted & {*ranked[:10]}))

@@ -14,7 +14,7 @@ from vixml_jax.evaluation.small_vectors import BYTES, evaluate_small_vectors
 from vixml_jax.experiment import evaluate_workdir
 from vixml_jax.ragged import Ragged
 from vixml_jax.run import configuration
-from vixml_jax.search.prefixes import unit_prefix
+from vixml_jax.search.prefixes import scaled_prefix
 
 
 def test_precision_recall_and_bytes_equal_those_of_brute_force():
@@ -27,7 +27,7 @@ def test_precision_recall_and_bytes_equal_those_of_brute_force():
   assert list(found) == [f"dims{dims}/{dtype}" for dims in (16, 6) for dtype in ("float32", "int8", "bit")]
   permitted = np.asarray([~np.isin(np.arange(300), row) for row in filtered])
   for dims, sizes in ((16, (64, 24, 10)), (6, (24, 14, 9))):
-    _, ids = brute_force(unit_prefix(labels, dims), unit_prefix(queries, dims), 100, permitted)
+    _, ids = brute_force(scaled_prefix(labels, dims), scaled_prefix(queries, dims), 100, permitted)
     hits = [np.isin(row, wanted) for row, wanted in zip(ids, positives, strict=True)]
     for dtype in ("float32", "int8"):
       values = found[f"dims{dims}/{dtype}"]

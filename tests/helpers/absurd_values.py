@@ -83,6 +83,7 @@ _SHARES = {
   "train.sampling_a",
   "eval.scann_recall",
   "eval.retrieval_lambda",
+  "eval.classifier_share",
   "baselines.other.P@1",
 }
 _DROPOUTS = {"encoder.dropout", "encoder.attention_dropout", "encoder.projection_dropout", "prototype.dropout"}
@@ -125,6 +126,7 @@ ACCEPTED = {
     "train.minutes",
     "train.classifier_weight",
     "eval.classifier_epochs",
+    "eval.classifier_share",
     "dataset.validation_fraction",
     "mesh.data",
     "mesh.fsdp",

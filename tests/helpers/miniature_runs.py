@@ -119,6 +119,8 @@ def shrink(config: ConfigDict, folder: Path, raw_dir: Path | str) -> ConfigDict:
   config.train.update(
     dict(
       batch_size=16,
+      minutes=0.0,
+      classifier_weight=0.0,
       free_vectors=8,
       row_length=32,
       chunk_rows=8,

@@ -10,7 +10,7 @@ from tests.helpers.http_server import LIMITS
 from tests.helpers.miniature_runs import run_commands
 from vixml_jax.errors import InputError
 from vixml_jax.inference.loading import load_predictor
-from vixml_jax.search.prefixes import unit_prefix
+from vixml_jax.search.prefixes import scaled_prefix
 from vixml_jax.serving.engine import Engine
 from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.rankings import Rankings
@@ -37,7 +37,7 @@ def test_every_ranking_gives_its_answers_with_codes(texts_only, ranking, dtype):
 
 def test_scores_of_fewer_dimensions_are_the_cosines_of_prefixes(texts_only):
   predictor = load_predictor(texts_only.workdir, dims=12)
-  queries, labels = (unit_prefix(texts_only.embeddings(name), 12) for name in ("test_queries", "labels"))
+  queries, labels = (scaled_prefix(texts_only.embeddings(name), 12) for name in ("test_queries", "labels"))
   found = predictor.predict([query["title"] for query in texts_only.queries], 4)
   for row, scores in zip(found, queries @ labels.T, strict=True):
     np.testing.assert_allclose([label.score for label in row], np.sort(scores)[::-1][:4], atol=1e-5)

@@ -9,7 +9,7 @@ from tests.helpers.search_cases import brute_force, integers, mesh_of_two, unit
 from vixml_jax.errors import InputError
 from vixml_jax.search import compact_index, vector_codes
 from vixml_jax.search.compact_index import CompactIndex
-from vixml_jax.search.prefixes import UnitPrefixes
+from vixml_jax.search.prefixes import ScaledPrefixes
 
 NUM_LABELS, DIM = 3_000, 36  # A dimension that does not fill its last byte of bits.
 
@@ -118,10 +118,12 @@ def test_fewer_labels_than_asked_for_leave_empty_places(dtype):
 @pytest.mark.parametrize("dtype", ["int8", "bit"])
 def test_only_the_rows_of_candidates_are_read_by_a_search(dtype, monkeypatch):
   labels, queries = clustered(NUM_LABELS, 0), clustered(8, 1)
-  index = _index(UnitPrefixes(labels, 20), dtype)
+  index = _index(ScaledPrefixes(labels, 20), dtype)
   read = []
-  rows_of = UnitPrefixes.__getitem__
-  monkeypatch.setattr(UnitPrefixes, "__getitem__", lambda self, rows: (read.append(len(rows)), rows_of(self, rows))[1])
+  rows_of = ScaledPrefixes.__getitem__
+  monkeypatch.setattr(
+    ScaledPrefixes, "__getitem__", lambda self, rows: (read.append(len(rows)), rows_of(self, rows))[1]
+  )
   index.search(queries[:, :20], 1)
   assert index.num_unproven == 0 and sum(read) <= 8 * compact_index._LEAST * 1.25
 

@@ -17,7 +17,7 @@ from tests.helpers.search_cases import (
 )
 from vixml_jax.errors import InputError
 from vixml_jax.search import filters as filters_module
-from vixml_jax.search.prefixes import UnitPrefixes, unit_prefix
+from vixml_jax.search.prefixes import ScaledPrefixes, scaled_prefix
 from vixml_jax.search.vector_form import VectorForm
 
 LABELS, TRAIN, QUERIES = unit(NUM_LABELS, 0), unit(NUM_TRAIN, 2), unit(5, 3)
@@ -27,7 +27,7 @@ all_forms = pytest.mark.parametrize("form", FORMS, ids=str)
 
 
 def cut(vectors, form):
-  return vectors if form.dims is None else unit_prefix(vectors, form.dims)
+  return vectors if form.dims is None else scaled_prefix(vectors, form.dims)
 
 
 @all_forms
@@ -95,8 +95,8 @@ def test_scann_is_refused(tmp_path, form, message):
 
 def test_prefixes_are_read_at_unit_norm_and_zeros_stay_zeros():
   vectors = np.concatenate([unit(3, 0), np.zeros((1, DIM), np.float32)])
-  prefixes = UnitPrefixes(vectors, 4)
+  prefixes = ScaledPrefixes(vectors, 4)
   assert (len(prefixes), prefixes.shape, prefixes.dtype) == (4, (4, 4), np.float32)
   np.testing.assert_allclose(np.linalg.norm(prefixes[0:3], axis=1), 1, rtol=1e-6)
-  np.testing.assert_array_equal(prefixes[np.asarray([3, 1])], unit_prefix(vectors, 4)[[3, 1]])
+  np.testing.assert_array_equal(prefixes[np.asarray([3, 1])], scaled_prefix(vectors, 4)[[3, 1]])
   np.testing.assert_array_equal(prefixes[np.asarray([3])], 0)

@@ -18,6 +18,7 @@ from vixml_jax.ahead_of_time.plan import Plan, bytes_a_chip
 from vixml_jax.ahead_of_time.program_parts import ProgramParts, RunProgram, Work
 from vixml_jax.ahead_of_time.workload import item_lengths
 from vixml_jax.blend import classifiers
+from vixml_jax.evaluation import label_vectors
 from vixml_jax.evaluation.evaluator import MOST_HELD_OUT
 from vixml_jax.mining.order import cluster_size_at, is_cluster_update, num_query_clusters
 from vixml_jax.rounding import next_power_of_two
@@ -204,9 +205,24 @@ class _Run:
     )
     if config.eval.blend and config.eval.classifier_epochs:
       yield self._classifiers(held)
+      if config.eval.classifier_share:
+        yield self._label_vectors(held)
     searched = number if config.eval.split == "validation" else 0
     searched += min(number, MOST_HELD_OUT) if chooses_retrieval(config) else 0
     yield from self._parts.search(held, searched, queries, masked=True, prefix="held out: ")
+
+  def _label_vectors(self, held: float) -> RunProgram:
+    """Returns the program that adds classifiers to the prototypes of labels."""
+    labels, dim = sharding.padded_rows(self._size.labels), self._model.embed_dim
+    prototypes, rows = (self._plan.array((labels, width), np.float32, "query", "vector") for width in (dim, dim + 1))
+    hidden = self._plan.array((labels,), np.bool_, "label")
+    offset, scales = self._plan.array((dim,), np.float32), self._plan.array((2,), np.float32)
+    return RunProgram(
+      "add classifiers to prototypes",
+      lambda: label_vectors.add_classifiers.lower(prototypes, rows, hidden, offset, scales),
+      held + bytes_a_chip((rows, hidden)),
+      len(label_vectors.SHARES) + 1 if self._config.eval.classifier_share < 0 else 2,
+    )
 
   def _classifiers(self, held: float) -> RunProgram:
     """Returns the program that trains the classifiers of labels."""

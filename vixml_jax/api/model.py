@@ -291,9 +291,9 @@ def load(
       for.
     retrieval_augmented: Short for `ranking="retrieval_augmented"`.
     mesh: Devices to use; None for all devices, in the layout of training if that fits their number.
-    ranking: How labels are ranked: "plain" by their cosine with the query, "retrieval_augmented" with the labels of
-      similar training queries, or "blend" by a probability that a trained model gives them. The blend has the highest
-      precision and takes the most time. None for "plain".
+    ranking: How labels are ranked: "plain" by the inner product of their vectors with the query, "retrieval_augmented"
+      with the labels of similar training queries, or "blend" by a probability that a trained model gives them. The
+      blend has the highest precision and takes the most time. None for "plain".
     tail: 0 to 1, for the blend: how much more rare labels count. 0 is best for precision, 1 for propensity-scored
       precision.
     min_probability: For the blend: labels of a lower probability are left out.

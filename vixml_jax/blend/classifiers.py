@@ -10,6 +10,7 @@ import logging
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
@@ -46,7 +47,7 @@ def fit_classifiers(
 ) -> ShardedRows:
   """Returns the classifiers of all labels, float32 [L, D + 1].
 
-  The classifier of a label without training queries only learns to score low.
+  The row of a label without training queries is NaN: its classifier would only learn to score low.
 
   Args:
     embeddings: float32 [N, D] at unit length, embeddings of training queries.
@@ -91,7 +92,15 @@ def fit_classifiers(
     jax.block_until_ready(state)
   if loss is not None:
     _log.info("classifiers: loss of the last batch %.4f", float(loss))
-  return ShardedRows(state.classifiers, num_labels)
+  trained = np.zeros(len(state.classifiers), bool)
+  trained[labels_of_queries.values] = True
+  placed = sharding.to_global(trained, sharding.named_sharding(mesh, "label"))
+  return ShardedRows(_only_trained(state.classifiers, placed), num_labels)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _only_trained(classifiers: jax.Array, trained: jax.Array) -> jax.Array:
+  return jnp.where(trained[:, None], classifiers, jnp.nan)
 
 
 def candidate_scores(

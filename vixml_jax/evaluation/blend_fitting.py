@@ -112,11 +112,19 @@ class FittedBlend:
     return StoredBlend(self.model.text, self.words.tfidf.idf, vectors, settings.as_json(), classifiers)
 
 
+def hidden_labels(num_labels: int) -> np.ndarray:
+  """Returns the labels whose classifiers are hidden while the blend is fitted, bool [L]: one in twenty, at random.
+
+  So the blend also learns to rank labels without a classifier, which are those that are added later.
+  """
+  return np.random.default_rng(0).random(num_labels) < _SHARE_WITHOUT_CLASSIFIER
+
+
 def fit_blend(index: EvaluationIndex, blend: BlendIndex, held_out: EvaluationQueries) -> BlendModel:
   """Returns a model that is trained on at most 8,192 held-out queries, at equal distances.
 
-  The classifier of one label in twenty, drawn at random, is hidden from the model, so that it also learns to rank
-  labels without one. Those are labels that are added later.
+  Where labels have classifiers, those of `hidden_labels` are hidden from the model. The vectors of these labels in the
+  index must be their prototypes.
 
   Args:
     index: Labels and training queries; held-out queries are among neither the queries nor the centroids.
@@ -128,7 +136,7 @@ def fit_blend(index: EvaluationIndex, blend: BlendIndex, held_out: EvaluationQue
   """
   chosen = at_equal_distances(len(held_out), MOST_FITTED)
   features, hits = [], []
-  hidden = np.random.default_rng(0).random(len(blend.frequencies)) < _SHARE_WITHOUT_CLASSIFIER
+  hidden = hidden_labels(len(blend.frequencies))
   with stage(f"fit the blend on {len(chosen):,} held-out queries"):
     for rows, block in held_out.blocks(QUERIES_PER_BLOCK):
       wanted = chosen[(chosen >= rows[0]) & (chosen <= rows[-1])] - rows[0]

@@ -14,6 +14,7 @@ from vixml_jax.stages import stage
 
 CLASSIFIER_ROW = "classifiers of labels"
 """Name of the row in tables."""
+_LOWEST = -1e4  # Score of a label without a classifier.
 
 
 def evaluate_classifiers(
@@ -24,7 +25,7 @@ def evaluate_classifiers(
   The score is an inner product of D + 1 numbers: the last one of a query is 1, for the bias.
 
   Args:
-    classifiers: [L, D + 1], see `label_classifiers`.
+    classifiers: [L, D + 1], see `label_classifiers`; NaN for a label without one, which is ranked last.
     queries: The queries; all processes must call this together.
     propensity: Inverse propensities [L].
     config: Which metrics to compute.
@@ -42,4 +43,5 @@ def evaluate_classifiers(
 
 @jax.jit
 def _scaled(classifiers: jax.Array) -> jax.Array:
-  return classifiers * jnp.full(classifiers.shape[1], SCALE, jnp.float32).at[-1].set(1)
+  scaled = classifiers * jnp.full(classifiers.shape[1], SCALE, jnp.float32).at[-1].set(1)
+  return jnp.nan_to_num(scaled, nan=0.0).at[:, -1].add(jnp.where(jnp.isnan(scaled[:, -1]), _LOWEST, 0))

@@ -10,7 +10,7 @@ import numpy as np
 
 from vixml_jax.blend.classifiers import fit_classifiers
 from vixml_jax.encoding.item_encoder import ItemEncoder
-from vixml_jax.evaluation.blend_fitting import CorpusWords, FittedBlend, fit_blend
+from vixml_jax.evaluation.blend_fitting import CorpusWords, FittedBlend, fit_blend, hidden_labels
 from vixml_jax.evaluation.evaluator import (
   Evaluation,
   EvaluationConfig,
@@ -19,6 +19,7 @@ from vixml_jax.evaluation.evaluator import (
   choose_retrieval,
   evaluate,
 )
+from vixml_jax.evaluation.label_vectors import ClassifierMix, choose_share, mix_of
 from vixml_jax.evaluation.small_vectors import evaluate_small_vectors
 from vixml_jax.evaluation.tuning import Setting
 from vixml_jax.mining.centroids import cluster_means, label_centroids
@@ -47,6 +48,7 @@ class ModelEvaluation:
       queries; None otherwise.
     cluster_means: [C, D], mean embedding of the labels of each free vector; None for a model without free vectors.
     blend: the trained blend; None if none was fitted.
+    mix: how the vectors of labels contain classifiers; None for prototypes alone.
   """
 
   result: Evaluation
@@ -58,6 +60,7 @@ class ModelEvaluation:
   pooled_labels: ShardedRows | None
   cluster_means: ShardedRows | None
   blend: FittedBlend | None
+  mix: ClassifierMix | None
 
 
 def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, model: TrainedModel) -> ModelEvaluation:
@@ -93,11 +96,10 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
     _log.info("no row for the blend: it is fitted on the held-out queries, which are evaluated")
   words = CorpusWords.read(data.corpus, known) if blend else None
   fitted: FittedBlend | None = None
+  classifiers: ShardedRows | None = None
+  mix: ClassifierMix | None = None
   if chooses_retrieval(config) or words is not None or wanted.split == "validation":
     prototypes = _held_out_prototypes(data, encoder, model, pooled, train_embeddings, known)
-    index = make_index(
-      prototypes, train_labels=data.corpus.train_labels.keep(known), known=None if known.all() else known
-    )
     rows = data.validation_rows
     queries = EvaluationQueries(
       train_embeddings.select(rows),
@@ -105,7 +107,21 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
       data.corpus.train_filter.take(rows),
       None if words is None else words.train[rows],
     )
-    index = dataclasses.replace(index, goal=_goal(wanted, queries))
+    if words is not None and wanted.classifier_epochs:
+      classifiers = fit_classifiers(
+        train_embeddings,
+        data.corpus.train_labels.keep(known),
+        data.num_labels,
+        epochs=wanted.classifier_epochs,
+        seed=config.seed,
+      )
+      mix = _classifier_mix(wanted, prototypes, classifiers, queries, propensity)
+    index = make_index(
+      _label_vectors(prototypes, classifiers, mix, hidden_labels(data.num_labels)),
+      train_labels=data.corpus.train_labels.keep(known),
+      known=None if known.all() else known,
+      goal=_goal(wanted, queries),
+    )
     if chooses_retrieval(config):
       assert evaluation.retrieval is not None
       settings, tried = choose_retrieval(index, queries, evaluation.retrieval)
@@ -118,15 +134,6 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
         len(queries),
       )
     if words is not None:
-      classifiers = None
-      if wanted.classifier_epochs:
-        classifiers = fit_classifiers(
-          train_embeddings,
-          data.corpus.train_labels.keep(known),
-          data.num_labels,
-          epochs=wanted.classifier_epochs,
-          seed=config.seed,
-        )
       described = words.index(data.corpus.train_labels, classifiers, known)
       fitted = FittedBlend(fit_blend(index, described, queries), words, classifiers)
     del prototypes
@@ -134,7 +141,9 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
       del index, queries  # Frees what held-out queries needed.
   means = _cluster_means(config, model, pooled)
   if wanted.split == "test":
-    index = make_index(encoder.prototype_rows(model.params, pooled, model.label_clusters, model.centroids, donate=True))
+    prototypes = encoder.prototype_rows(model.params, pooled, model.label_clusters, model.centroids, donate=True)
+    index = make_index(_label_vectors(prototypes, classifiers, mix))
+    del prototypes
     queries = EvaluationQueries(
       encoder.embed_rows(model.params, data.items["test"], "test queries"),
       data.corpus.test_labels,
@@ -146,7 +155,7 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
       index = dataclasses.replace(index, blend=fitted.ranker(data.corpus.train_labels))
   result = evaluate(index, queries, evaluation)
   left = None if wanted.split == "test" else pooled
-  return ModelEvaluation(result, evaluation, tried, index, queries, train_embeddings, left, means, fitted)
+  return ModelEvaluation(result, evaluation, tried, index, queries, train_embeddings, left, means, fitted, mix)
 
 
 def final_metrics(evaluation: ModelEvaluation, small: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -160,13 +169,46 @@ def final_metrics(evaluation: ModelEvaluation, small: dict[str, dict[str, float]
   settings = evaluation.config.retrieval
   if settings is not None:
     final |= {"RA/lambda": settings.lambda_, "RA/temperature": settings.temperature}
+  if evaluation.mix is not None:
+    final |= {"classifier_share": evaluation.mix.share}
   return final | {f"{form}/{name}": value for form, metrics in small.items() for name, value in metrics.items()}
 
 
 def small_vector_metrics(evaluation: ModelEvaluation, wanted: ConfigDict) -> dict[str, dict[str, float]]:
   """Returns the metrics of plain search with smaller vectors (`eval.small_vectors`), by name of the form."""
   index = evaluation.index
-  return evaluate_small_vectors(wanted.small_vectors, index.prototypes, evaluation.queries, index.inverse_propensity)
+  return evaluate_small_vectors(wanted.small_vectors, index.label_vectors, evaluation.queries, index.inverse_propensity)
+
+
+def _classifier_mix(
+  wanted: ConfigDict,
+  prototypes: ShardedRows,
+  classifiers: ShardedRows,
+  held_out: EvaluationQueries,
+  propensity: np.ndarray,
+) -> ClassifierMix | None:
+  """Returns the mix of `eval.classifier_share`, or the best one where it is -1; None for a share of 0."""
+  if not wanted.classifier_share:
+    return None
+  if wanted.classifier_share > 0:
+    return mix_of(wanted.classifier_share, prototypes, classifiers, held_out)
+  mix, tried = choose_share(prototypes, classifiers, held_out, propensity)
+  _log.info(
+    "plain search: share %g of classifiers in the vectors of labels; P@1 on held-out queries by share: %s",
+    mix.share,
+    ", ".join(f"{setting.share:g}: {setting.metrics['P@1']:.2f}" for setting in tried),
+  )
+  return mix if mix.share else None
+
+
+def _label_vectors(
+  prototypes: ShardedRows, classifiers: ShardedRows | None, mix: ClassifierMix | None, hidden: np.ndarray | None = None
+) -> ShardedRows:
+  """Returns the vectors of labels; without a mix, they are the prototypes."""
+  if mix is None:
+    return prototypes
+  assert classifiers is not None
+  return mix.vectors(prototypes, classifiers, hidden)
 
 
 def _goal(wanted: ConfigDict, queries: EvaluationQueries) -> RecallGoal | None:
@@ -220,14 +262,14 @@ def evaluate_with_fewer_images(
   return results
 
 
-def all_prototypes(encoder: ItemEncoder, model: TrainedModel, evaluation: ModelEvaluation) -> ShardedRows:
-  """Returns the prototypes of all labels with all training queries known, [L, D], whatever was evaluated.
+def all_label_vectors(encoder: ItemEncoder, model: TrainedModel, evaluation: ModelEvaluation) -> ShardedRows:
+  """Returns the vectors of all labels with all training queries known, [L, D], whatever was evaluated.
 
   The memory of `evaluation.pooled_labels` is reused.
   """
   if evaluation.pooled_labels is None:
-    assert isinstance(evaluation.index.prototypes, ShardedRows)
-    return evaluation.index.prototypes
+    assert isinstance(evaluation.index.label_vectors, ShardedRows)
+    return evaluation.index.label_vectors
   return encoder.prototype_rows(
     model.params, evaluation.pooled_labels, model.label_clusters, model.centroids, donate=True
   )

@@ -105,7 +105,7 @@ class EvaluationIndex:
   """Labels and training queries to search; each index is built at its first search and then kept.
 
   Attributes:
-    prototypes: float32 [L, D], label prototypes; on the devices, or on the host.
+    label_vectors: float32 [L, D], vectors of labels by inner product; on the devices, or on the host.
     train_embeddings: float32 [N, D], embeddings of training queries, for retrieval augmentation; as above.
     train_labels: labels of these training queries, N rows.
     inverse_propensity: float64 [L], for PSP.
@@ -116,7 +116,7 @@ class EvaluationIndex:
     blend: the trained blend of these labels and training queries; None for no such row.
   """
 
-  prototypes: ShardedRows | np.ndarray
+  label_vectors: ShardedRows | np.ndarray
   train_embeddings: ShardedRows | np.ndarray
   train_labels: Ragged
   inverse_propensity: np.ndarray
@@ -128,12 +128,12 @@ class EvaluationIndex:
 
   @functools.cached_property
   def label_index(self) -> Index:
-    """Index of the prototypes.
+    """Index of the labels.
 
     Raises:
       InputError: the search cannot run here; so does `query_index`.
     """
-    return make_index(self.search, self.prototypes, self.mesh, goal=self.goal)
+    return make_index(self.search, self.label_vectors, self.mesh, goal=self.goal)
 
   @functools.cached_property
   def query_index(self) -> Index:
@@ -142,13 +142,13 @@ class EvaluationIndex:
 
   @functools.cached_property
   def scann_index(self) -> Index | None:
-    """ScaNN over the prototypes, to compare with exact search.
+    """ScaNN over the labels, to compare with exact search.
 
-    None if ScaNN searches already, cannot run here, or needs more than 2 GiB for the prototypes alone.
+    None if ScaNN searches already, cannot run here, or needs more than 2 GiB for their vectors alone.
     """
     if self.search != "exact" or not scann_available()[0]:
       return None
-    size = math.prod(self.prototypes.shape) * 4
+    size = math.prod(self.label_vectors.shape) * 4
     if size > _SCANN_BYTES:
       _log.info(
         "ScaNN is not compared with exact search, since it needs more than %.1f GiB on the host; to search with it, "
@@ -156,7 +156,7 @@ class EvaluationIndex:
         size / 2**30,
       )
       return None
-    return make_index("scann", self.prototypes, self.mesh, goal=self.goal)
+    return make_index("scann", self.label_vectors, self.mesh, goal=self.goal)
 
   def search_both(self, embeddings: np.ndarray, label_hits: int, query_hits: int) -> Neighbors:
     """Returns the nearest labels and the nearest training queries of queries [Q, D]."""

@@ -22,21 +22,21 @@ BYTES = "bytes per label"
 
 
 def evaluate_small_vectors(
-  dims: Sequence[int], prototypes: ShardedRows | np.ndarray, queries: EvaluationQueries, propensity: np.ndarray
+  dims: Sequence[int], vectors: ShardedRows | np.ndarray, queries: EvaluationQueries, propensity: np.ndarray
 ) -> dict[str, dict[str, float]]:
   """Returns metrics and size of each number of dimensions in each type, by names such as "dims128/int8".
 
-  Every process copies the prototypes to its host, as a file of an index has them, and searches on its own devices.
+  Every process copies the vectors to its host, as a file of an index has them, and searches on its own devices.
 
   Args:
     dims: Numbers of dimensions, each at most D; without any, nothing is done.
-    prototypes: [L, D], label prototypes.
+    vectors: [L, D], vectors of labels.
     queries: The queries; all processes must call this together.
     propensity: Inverse propensities [L].
   """
   if not dims:
     return {}
-  labels = rows_on_host(prototypes) if isinstance(prototypes, ShardedRows) else prototypes
+  labels = rows_on_host(vectors) if isinstance(vectors, ShardedRows) else vectors
   mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
   results = {}
   for count in dims:

@@ -1,8 +1,9 @@
 """Selection of lambda and temperature of retrieval-augmented inference on held-out queries."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,15 @@ from vixml_jax.search.retrieval_augmented import Neighbors, combine
 LAMBDAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 TEMPERATURES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 _DEPTH = 100
+_Measured = TypeVar("_Measured", bound="Measured")
+
+
+class Measured(Protocol):
+  """A setting with the metrics that it reaches."""
+
+  @property
+  def metrics(self) -> Mapping[str, float]:
+    """Metrics in percent, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +90,7 @@ def choose(
   return pick(settings, metric, len(truth)), settings
 
 
-def pick(settings: Sequence[Setting], metric: str, num_queries: int) -> Setting:
+def pick(settings: Sequence[_Measured], metric: str, num_queries: int) -> _Measured:
   """Returns the setting of greatest R@100 among those that are not measurably worse than the best in `metric`.
 
   With a few hundred held-out queries, many settings differ by less than the noise. Among these, the one that finds most

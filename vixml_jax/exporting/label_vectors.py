@@ -1,4 +1,4 @@
-"""Writes the prototypes of the labels as Parquet, for vector databases and other search systems."""
+"""Writes the vectors of the labels as Parquet, for vector databases and other search systems."""
 
 from collections.abc import Iterator
 import json
@@ -19,7 +19,7 @@ LABELS, QUERIES = "labels.parquet", "queries.parquet"
 
 METADATA_KEY = b"vixml_jax"
 METRIC = "inner_product"
-"""By which a vector database must rank. Vectors have unit norm, so that cosine ranks in the same way."""
+"""By which a vector database must rank. Cosine ranks in another way, where vectors contain a share of classifiers."""
 
 _GROUP_BYTES = 1 << 24  # Of the vectors of a row group. Readers and this writer hold one group in memory.
 _MOST_QUERIES = 100
@@ -33,7 +33,7 @@ def write_label_vectors(
 
   `labels.parquet` has the columns `id` (ascending), `uid`, `text`, `vector` (a list of fixed size) and, if any label
   has some, `categories`. `queries.parquet` has up to 100 vectors of queries that were not trained on, and the uids and
-  scores of their ten best labels by exact search over the float32 prototypes; an index without such queries has no such
+  scores of their ten best labels by exact search over the float32 vectors; an index without such queries has no such
   file. The metadata of both files have a JSON object under the key `vixml_jax`.
 
   Args:

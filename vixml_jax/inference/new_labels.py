@@ -171,7 +171,7 @@ def add_labels(
   """
   categories = [label.categories or () for label in labels]
   return index.add(
-    embedded.prototypes,
+    index.vectors_of(embedded.prototypes),
     [label.text for label in labels],
     [label.uid for label in labels],
     embedded.clusters,

@@ -101,7 +101,7 @@ def with_held_out(config: ConfigDict, num_queries: int) -> ConfigDict:
     "retrieval are not chosen",
     num_queries,
   )
-  off = {"eval.retrieval_choose": False, "eval.blend": False, "eval.baselines": ()}
+  off = {"eval.retrieval_choose": False, "eval.blend": False, "eval.classifier_share": 0.0, "eval.baselines": ()}
   return _updated(config, {_HELD_OUT: 0.0} | off)
 
 

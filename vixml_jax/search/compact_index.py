@@ -20,7 +20,7 @@ from vixml_jax.rounding import next_power_of_two
 from vixml_jax.search.exact import block_size, padded_queries, write_rows
 from vixml_jax.search.first_pass import LABELS_MULTIPLE
 from vixml_jax.search.host_search import search_rows, top_k_positions
-from vixml_jax.search.prefixes import UnitPrefixes, release_rows
+from vixml_jax.search.prefixes import ScaledPrefixes, release_rows
 from vixml_jax.search.top_k import block_top_k, empty_top_k, merge_top_k, top_k_of_shares
 from vixml_jax.search.vector_codes import Extremes, LabelCodes, empty_codes, encode, encode_queries, scores
 
@@ -50,7 +50,7 @@ class CompactIndex:
 
   def __init__(
     self,
-    vectors: np.ndarray | UnitPrefixes,
+    vectors: np.ndarray | ScaledPrefixes,
     dtype: str,
     mesh: Mesh | None = None,
     *,

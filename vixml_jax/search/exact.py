@@ -20,7 +20,7 @@ from vixml_jax.search.first_pass import (
   num_candidates,
   rounded_labels,
 )
-from vixml_jax.search.prefixes import UnitPrefixes, release_rows
+from vixml_jax.search.prefixes import ScaledPrefixes, release_rows
 from vixml_jax.search.top_k import block_top_k, empty_top_k, merge_top_k, top_k_of_shares
 from vixml_jax.sharded_rows import ShardedRows
 
@@ -52,7 +52,7 @@ class ExactIndex:
 
   def __init__(
     self,
-    embeddings: np.ndarray | jax.Array | ShardedRows | UnitPrefixes,
+    embeddings: np.ndarray | jax.Array | ShardedRows | ScaledPrefixes,
     mesh: Mesh | None = None,
     *,
     rows: np.ndarray | None = None,
@@ -179,7 +179,7 @@ class ExactIndex:
   def _replicated(self) -> NamedSharding:
     return NamedSharding(self._mesh, PartitionSpec())
 
-  def _place(self, embeddings: np.ndarray | jax.Array | UnitPrefixes) -> jax.Array:
+  def _place(self, embeddings: np.ndarray | jax.Array | ScaledPrefixes) -> jax.Array:
     """[L, D] -> [L rounded up, D], padded with zeros and split by rows over all devices."""
     where = NamedSharding(self._mesh, PartitionSpec(self._axes))
     multiple = LABELS_MULTIPLE if self.num_labels >= _PADDED_FROM * self._mesh.size else 1
@@ -195,7 +195,9 @@ class ExactIndex:
     ]
     return jax.make_array_from_single_device_arrays((num_rows, self._dim), where, shards)
 
-  def _place_share(self, embeddings: np.ndarray | UnitPrefixes, device: jax.Device, first: int, last: int) -> jax.Array:
+  def _place_share(
+    self, embeddings: np.ndarray | ScaledPrefixes, device: jax.Device, first: int, last: int
+  ) -> jax.Array:
     """Copies rows to a device; the host needs memory for a block only, memory-mapped files included."""
     share = jnp.zeros((last - first, self._dim), embeddings.dtype, device=device)
     end = min(last, self.num_labels)

@@ -14,7 +14,7 @@ from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.host_search import search_rows
 from vixml_jax.search.index import Index, search_excluding
 from vixml_jax.search.membership import is_in_row
-from vixml_jax.search.prefixes import UnitPrefixes
+from vixml_jax.search.prefixes import ScaledPrefixes
 
 GATHER_AT_MOST = 16_384
 """Largest number of allowed labels that are scored one by one on the host."""
@@ -150,7 +150,7 @@ def keep_permitted(scores: np.ndarray, ids: np.ndarray, permitted: np.ndarray, k
 
 
 def search_filtered(
-  index: Index, embeddings: np.ndarray | UnitPrefixes, live: np.ndarray, queries: np.ndarray, k: int, filters: Filters
+  index: Index, embeddings: np.ndarray | ScaledPrefixes, live: np.ndarray, queries: np.ndarray, k: int, filters: Filters
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the k best labels among those that each query may have.
 
@@ -215,7 +215,7 @@ class _FilteredSearch:
   def __init__(
     self,
     index: Index,
-    embeddings: np.ndarray | UnitPrefixes,
+    embeddings: np.ndarray | ScaledPrefixes,
     live: np.ndarray,
     queries: np.ndarray,
     k: int,

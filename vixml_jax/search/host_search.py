@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from vixml_jax.search.prefixes import UnitPrefixes
+from vixml_jax.search.prefixes import ScaledPrefixes
 
 LABELS_PER_BLOCK = 65_536
 QUERIES_PER_BLOCK = 512
 
 
 def search_rows(
-  embeddings: np.ndarray | UnitPrefixes, rows: np.ndarray, queries: np.ndarray, k: int
+  embeddings: np.ndarray | ScaledPrefixes, rows: np.ndarray, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the k labels of highest inner product among the given ones.
 

@@ -37,7 +37,7 @@ class LabelIndex:
     current: Content of the file CURRENT when the index was opened. If `snapshots.read_pointer(folder)` returns
       something else, a newer snapshot was written.
     info: Content of index.json.
-    embeddings: float32 [L, D], prototypes of all labels, deleted ones included; memory-mapped.
+    embeddings: float32 [L, D], vectors of all labels, deleted ones included; memory-mapped.
     deleted: bool [L], whether each label is deleted.
     label_clusters: int32 [L], the free vector of each label.
     cluster_means: float32 [C, D], mean embedding of the labels of each free vector.
@@ -234,6 +234,15 @@ class LabelIndex:
     queries = np.asarray(self.form.queries(queries), np.float32)
     return search_filtered(self.label_index, self.form.vectors(self.embeddings), ~self.deleted, queries, k, filters)
 
+  def vectors_of(self, prototypes: np.ndarray) -> np.ndarray:
+    """Returns the vectors that labels without a classifier have in this index, float32 [n, D].
+
+    Args:
+      prototypes: float32 [n, D] at unit norm.
+    """
+    added = self._files.without_classifier
+    return prototypes if added is None else prototypes + added
+
   def add(
     self,
     embeddings: np.ndarray,
@@ -252,7 +261,7 @@ class LabelIndex:
     ScaNN, if it is stored, is updated and its recall is measured again.
 
     Args:
-      embeddings: float32 [n, D], prototypes of the new labels.
+      embeddings: float32 [n, D], vectors of the new labels; see `vectors_of`.
       texts: n texts.
       uids: n names.
       label_clusters: int32 [n], the free vector of each new label.

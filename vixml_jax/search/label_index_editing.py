@@ -18,7 +18,14 @@ from vixml_jax.ragged import Ragged
 from vixml_jax.row_files import load_rows
 from vixml_jax.search import label_index_blend, snapshots
 from vixml_jax.search.label_index_blend import WordVectors
-from vixml_jax.search.label_index_files import IndexContents, IndexFiles, as_table, category_rows, open_current
+from vixml_jax.search.label_index_files import (
+  WITHOUT_CLASSIFIER,
+  IndexContents,
+  IndexFiles,
+  as_table,
+  category_rows,
+  open_current,
+)
 from vixml_jax.search.label_index_scann import build_scann, describe_search, save_scann
 from vixml_jax.search.scann_index import ScannIndex
 from vixml_jax.search.scann_recall import recall_goal, recall_sample
@@ -28,6 +35,7 @@ _ROWS_PER_BLOCK = 65_536
 _KEPT_FILES = (
   label_index_blend.MODEL,
   label_index_blend.IDF,
+  WITHOUT_CLASSIFIER,
   "clusters.npy",
   "held_out.npy",
   "queries.npy",

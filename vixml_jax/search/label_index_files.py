@@ -4,11 +4,13 @@ A workdir's `index/` holds snapshots (see `snapshots`). Each is a folder of thes
 
   index.json            format, checkpoint, search, counts, recall of ScaNN, settings of retrieval augmentation and of
                         the blend, names of the categories, and the sha256 of each file
-  labels.npy            float32 [L, D], the prototypes; a label's row is its id, which is never reused
+  labels.npy            float32 [L, D], the vectors of labels; a label's row is its id, which is never reused
   deleted.npy           bool [L], whether each label was deleted
   texts, uids           ragged uint8, the UTF-8 of each label's text and uid
   label_clusters.npy    int32 [L], the free vector of each label
   clusters.npy          float32 [C, D], mean embedding of the labels of each free vector; zeros if it has no labels
+  without_classifier.npy  float32 [D], what is added to the prototype of a label without a classifier; present where the
+                        other vectors contain a share of classifiers
   categories            ragged int32, the categories of each label as positions in the list of index.json; optional
   queries.npy           float32 [N, D], embeddings of the training queries; optional
   query_labels          ragged int32, labels of each training query; present together with queries.npy
@@ -40,6 +42,7 @@ from vixml_jax.search.scann_recall import RecallGoal, recall_goal, recall_sample
 from vixml_jax.search.text_table import TextTable
 
 FORMAT = 1
+WITHOUT_CLASSIFIER = "without_classifier.npy"
 
 _T = TypeVar("_T")
 
@@ -49,7 +52,7 @@ class IndexContents:
   """Contents of a label index.
 
   Attributes:
-    embeddings: float32 [L, D], prototypes of the labels; in memory or in files.
+    embeddings: float32 [L, D], vectors of the labels; in memory or in files.
     texts: L texts to show to users.
     uids: L distinct names by which users refer to labels.
     label_clusters: int32 [L], the free vector of each label.
@@ -62,6 +65,8 @@ class IndexContents:
     held_out: float32 [H, D], queries that were not trained on; in memory or in files. A sample of them is written, on
       which the recall of ScaNN is measured.
     blend: The trained blend of these labels and training queries; None for an index without one.
+    without_classifier: float32 [D], what is added to the prototype of a label without a classifier; None where vectors
+      are prototypes.
   """
 
   embeddings: np.ndarray | RowFiles
@@ -75,6 +80,7 @@ class IndexContents:
   categories: Sequence[Sequence[str]] | None = None
   held_out: np.ndarray | RowFiles | None = None
   blend: StoredBlend | None = None
+  without_classifier: np.ndarray | None = None
 
   def __post_init__(self) -> None:
     counts = {
@@ -104,7 +110,7 @@ class IndexFiles:
   Attributes:
     folder: Folder of the index, `index/` of a workdir.
     snapshot: Path, index.json and pointer of the snapshot.
-    embeddings: float32 [L, D], prototypes of all labels, deleted ones included.
+    embeddings: float32 [L, D], vectors of all labels, deleted ones included.
     deleted: bool [L], whether each label is deleted; in memory.
     label_clusters: int32 [L], the free vector of each label.
     cluster_means: float32 [C, D], mean embedding of the labels of each free vector.
@@ -115,6 +121,7 @@ class IndexFiles:
     query_labels: Labels of the training queries, deleted ones included, N rows; None if the index has none.
     held_out: float32 [S, D], sample of queries that were not trained on; None if the index has none.
     blend: The trained blend; None if the index has none.
+    without_classifier: float32 [D], as in `IndexContents`; None where vectors are prototypes.
   """
 
   folder: Path
@@ -130,6 +137,7 @@ class IndexFiles:
   query_labels: Ragged | None
   held_out: np.ndarray | None
   blend: StoredBlend | None
+  without_classifier: np.ndarray | None
 
   @property
   def info(self) -> dict[str, Any]:
@@ -217,6 +225,8 @@ def write_index(
       np.save(work / "held_out.npy", held_out)
     if contents.blend is not None:
       contents.blend.save(work)
+    if contents.without_classifier is not None:
+      np.save(work / WITHOUT_CLASSIFIER, np.asarray(contents.without_classifier, np.float32))
     scann, embeddings, queries, sample = None, contents.embeddings, contents.queries, None
     if search == "scann":  # It needs all vectors in memory.
       embeddings, queries = load_rows(embeddings), None if queries is None else load_rows(queries)
@@ -310,6 +320,7 @@ def _map_files(folder: Path, snapshot: snapshots.Snapshot) -> IndexFiles:
     query_labels=Ragged.load(path / "query_labels") if has_queries else None,
     held_out=mapped("held_out.npy") if "held_out.npy" in info["files"] else None,
     blend=StoredBlend.open(path, settings) if (settings := info.get("blend")) else None,  # Older files lack the key.
+    without_classifier=np.asarray(mapped(WITHOUT_CLASSIFIER)) if WITHOUT_CLASSIFIER in info["files"] else None,
   )
 
 

@@ -1,4 +1,4 @@
-"""The first dimensions of vectors, scaled to unit norm again, as a model of `train.matryoshka_dims` is trained."""
+"""The first dimensions of vectors, with the norm of whole vectors, as a model of `train.matryoshka_dims` is trained."""
 
 import jax
 import numpy as np
@@ -6,22 +6,29 @@ import numpy as np
 from vixml_jax.array_file import release_pages
 
 
-def unit_prefix(vectors: np.ndarray | jax.Array, dims: int) -> np.ndarray:
-  """Returns the first dimensions of vectors at unit norm, float32 [n, dims]; a zero vector stays zero.
+def scaled_prefix(vectors: np.ndarray | jax.Array, dims: int) -> np.ndarray:
+  """Returns the first dimensions of vectors, scaled to the norm of the vectors; float32 [n, dims].
 
-  >>> unit_prefix(np.asarray([[3.0, 4.0, 12.0]]), 2).tolist()
-  [[0.6000000238418579, 0.800000011920929]]
+  So prefixes of embeddings of unit norm have unit norm. A prefix of zeros stays zero.
+
+  >>> scaled_prefix(np.asarray([[3.0, 4.0, 12.0]]), 2).round(3).astype(float).round(3).tolist()
+  [[7.8, 10.4]]
 
   Args:
     vectors: [n, D].
     dims: Number of dimensions, at most D.
   """
-  prefix = np.asarray(vectors[:, :dims], np.float32)
-  return prefix / np.sqrt(np.maximum(np.sum(np.square(prefix), axis=1, keepdims=True), 1e-24))
+  whole = np.asarray(vectors, np.float32)
+  prefix = whole[:, :dims]
+  return prefix * (_norms(whole) / np.maximum(_norms(prefix), 1e-12))
 
 
-class UnitPrefixes:
-  """Unit prefixes of the rows of an array, computed when they are read.
+def _norms(vectors: np.ndarray) -> np.ndarray:
+  return np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
+
+
+class ScaledPrefixes:
+  """Scaled prefixes of the rows of an array, computed when they are read.
 
   Attributes:
     shape: [n, dims].
@@ -40,8 +47,7 @@ class UnitPrefixes:
 
   def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
     """Returns some of the rows, float32 [rows, dims]."""
-    dims = self.shape[1]
-    return unit_prefix(self._vectors[:, :dims][rows], dims)
+    return scaled_prefix(self._vectors[rows], self.shape[1])
 
   @property
   def source(self) -> np.ndarray:
@@ -49,6 +55,6 @@ class UnitPrefixes:
     return self._vectors
 
 
-def release_rows(vectors: np.ndarray | UnitPrefixes) -> None:
+def release_rows(vectors: np.ndarray | ScaledPrefixes) -> None:
   """Frees the memory of the pages that have been read of memory-mapped vectors; see `array_file.release_pages`."""
-  release_pages(vectors.source if isinstance(vectors, UnitPrefixes) else vectors)
+  release_pages(vectors.source if isinstance(vectors, ScaledPrefixes) else vectors)

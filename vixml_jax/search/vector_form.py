@@ -10,7 +10,7 @@ from vixml_jax.errors import InputError
 from vixml_jax.search.compact_index import CompactIndex
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.index import Index
-from vixml_jax.search.prefixes import UnitPrefixes, unit_prefix
+from vixml_jax.search.prefixes import ScaledPrefixes, scaled_prefix
 from vixml_jax.search.vector_codes import DTYPES, bytes_per_label
 
 
@@ -19,7 +19,7 @@ class VectorForm(NamedTuple):
 
   Attributes:
     dtype: "float32", or "int8" or "bit" for codes, whose best labels are scored again in float32.
-    dims: Number of dimensions that are searched, at unit norm; None for all.
+    dims: number of dimensions that are searched; None for all.
   """
 
   dtype: str = "float32"
@@ -52,13 +52,13 @@ class VectorForm(NamedTuple):
     """Returns the bytes of a vector in the memory that is searched, of vectors of dimension `dim`."""
     return bytes_per_label(self.dtype, self.dims or dim)
 
-  def vectors(self, embeddings: np.ndarray) -> np.ndarray | UnitPrefixes:
+  def vectors(self, embeddings: np.ndarray) -> np.ndarray | ScaledPrefixes:
     """Returns the vectors of labels or training queries [n, D] that scores are computed with."""
-    return embeddings if self.dims is None else UnitPrefixes(embeddings, self.dims)
+    return embeddings if self.dims is None else ScaledPrefixes(embeddings, self.dims)
 
   def queries(self, embeddings: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     """Returns the vectors of queries [Q, D] that scores are computed with; they may have been cut already."""
-    return embeddings if self.dims is None else unit_prefix(embeddings, self.dims)
+    return embeddings if self.dims is None else scaled_prefix(embeddings, self.dims)
 
   def make_index(self, embeddings: np.ndarray, mesh: Mesh | None = None, rows: np.ndarray | None = None) -> Index:
     """Returns an index of vectors [n, D] in this form; its queries have dimension D.

@@ -60,6 +60,11 @@ def _check_evaluation(values: dict[str, Any]) -> None:
       f"config.eval.retrieval_query_hits={values['eval.retrieval_query_hits']}: must be 0 unless "
       "config.eval.retrieval_search is separate; config.eval.retrieval_hits is the number of both together"
     )
+  if values["eval.classifier_share"] > 0 and not values["eval.blend"]:
+    raise InputError(
+      f"config.eval.classifier_share={values['eval.classifier_share']:g}: needs config.eval.blend=True, with which "
+      "classifiers of labels are trained"
+    )
   held_out = values["dataset.validation_fraction"] != 0
   for key, wants in (
     ("eval.retrieval_choose", values["eval.retrieval_choose"]),

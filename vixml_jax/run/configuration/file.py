@@ -33,6 +33,7 @@ _LATER_KEYS: dict[str, Any] = {
   "eval.retrieval_query_hits": 0,
   "eval.blend": False,
   "eval.classifier_epochs": 0,
+  "eval.classifier_share": 0.0,
   "eval.baselines": (),
   "track.wandb_project": "",
   "track.mlflow_uri": "",
