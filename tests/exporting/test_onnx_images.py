@@ -61,7 +61,7 @@ def test_images_become_features_and_embeddings_as_in_the_run(dtype, least, with_
   )
   compare(dtype, found, predictor.encode(queries), least)
   without = predictor.encode([query | {"images": []} for query in queries])
-  assert (found * without).sum(1).min() < 0.99, "images change the embeddings"
+  assert (found * without).sum(1).min() < 0.98, "images change the embeddings"
   example = [{"title": "arrow up"}, {"title": "cloud", "images": [Image.new("RGB", (64, 64), "navy")]}]
   compare(f"{dtype}, example of the card", names["embeddings"], predictor.encode(example), least)
   clear = Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 8, 4)).astype(np.uint8))  # Partly transparent.

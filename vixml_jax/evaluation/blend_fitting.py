@@ -124,7 +124,7 @@ def fit_blend(index: EvaluationIndex, blend: BlendIndex, held_out: EvaluationQue
   """Returns a model that is trained on at most 8,192 held-out queries, at equal distances.
 
   Where labels have classifiers, those of `hidden_labels` are hidden from the model. The vectors of these labels in the
-  index must be their prototypes.
+  index must be those of labels without a classifier.
 
   Args:
     index: Labels and training queries; held-out queries are among neither the queries nor the centroids.

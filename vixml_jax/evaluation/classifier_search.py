@@ -44,4 +44,5 @@ def evaluate_classifiers(
 @jax.jit
 def _scaled(classifiers: jax.Array) -> jax.Array:
   scaled = classifiers * jnp.full(classifiers.shape[1], SCALE, jnp.float32).at[-1].set(1)
-  return jnp.nan_to_num(scaled, nan=0.0).at[:, -1].add(jnp.where(jnp.isnan(scaled[:, -1]), _LOWEST, 0))
+  missing = jnp.zeros(classifiers.shape[1], jnp.float32).at[-1].set(_LOWEST)
+  return jnp.where(jnp.isnan(scaled), missing, scaled)

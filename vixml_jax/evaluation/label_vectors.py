@@ -19,11 +19,10 @@ import numpy as np
 from vixml_jax import sharding
 from vixml_jax.evaluation import tuning
 from vixml_jax.evaluation.evaluator import EvaluationQueries
-from vixml_jax.evaluation.metrics import evaluate
+from vixml_jax.evaluation.plain_search import search_metrics
 from vixml_jax.label_classifiers import SCALE
 from vixml_jax.rounding import at_equal_distances
 from vixml_jax.search.exact import ExactIndex
-from vixml_jax.search.index import search_excluding
 from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import stage
 
@@ -31,7 +30,6 @@ SHARES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2)
 """Shares of classifiers that are tried."""
 MOST_QUERIES = 8192
 """Number of held-out queries that the share is chosen on, at most."""
-_DEPTH = 100
 _QUERIES_PER_BLOCK = 1024
 _NEAREST = 10  # Number of labels a query that classifiers are compared with prototypes on.
 
@@ -85,9 +83,9 @@ class ClassifierMix:
     if hidden is not None:
       unused[: len(prototypes)] = hidden
     placed = sharding.to_global(unused, sharding.named_sharding(prototypes.mesh, "label"))
-    whole = sharding.to_global(self.without_classifier, sharding.named_sharding(prototypes.mesh))
+    offset = sharding.to_global(self.without_classifier, sharding.named_sharding(prototypes.mesh))
     scales = np.array([1, self.share * SCALE], np.float32) / np.float32(self.divisor)
-    return ShardedRows(add_classifiers(prototypes.values, classifiers.values, placed, whole, scales), len(prototypes))
+    return ShardedRows(add_classifiers(prototypes.values, classifiers.values, placed, offset, scales), len(prototypes))
 
 
 def mix_of(
@@ -141,11 +139,7 @@ def choose_share(
     for share in shares:
       vectors = dataclasses.replace(fitted, share=share).vectors(prototypes, classifiers) if share else prototypes
       index = ExactIndex(vectors, vectors.mesh)
-      found = [
-        search_excluding(index, np.asarray(block.embeddings), _DEPTH, block.filter)[1]
-        for _, block in queries.blocks(_QUERIES_PER_BLOCK)
-      ]
-      metrics = evaluate(np.concatenate(found), queries.labels, propensity)
+      metrics = search_metrics(index, queries, propensity, (1,), (100,)).mean()
       settings.append(ShareSetting(share, {name: metrics[name] for name in ("P@1", "PSP@1", "R@100")}))
       progress.advance(1)
   return dataclasses.replace(fitted, share=tuning.pick(settings, "P@1", len(queries)).share), settings

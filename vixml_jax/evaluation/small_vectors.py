@@ -6,9 +6,9 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from vixml_jax.evaluation.evaluator import QUERIES_PER_BLOCK, EvaluationQueries
-from vixml_jax.evaluation.metrics import QueryMetrics, query_metrics
-from vixml_jax.search.index import Index, rows_on_host, search_excluding
+from vixml_jax.evaluation.evaluator import EvaluationQueries
+from vixml_jax.evaluation.plain_search import search_metrics
+from vixml_jax.search.index import rows_on_host
 from vixml_jax.search.vector_codes import DTYPES
 from vixml_jax.search.vector_form import VectorForm
 from vixml_jax.sharded_rows import ShardedRows
@@ -43,16 +43,8 @@ def evaluate_small_vectors(
     for dtype in DTYPES:
       form = VectorForm(dtype, count)
       with stage(f"evaluate {len(queries):,} queries with {count} dimensions in {dtype}"):
-        means = _metrics(form.make_index(labels, mesh), queries, propensity).mean()
+        index = form.make_index(labels, mesh)
+        means = search_metrics(index, queries, propensity, (PRECISION_K,), (RECALL_K,)).mean()
       size = {BYTES: float(form.bytes_per_label(labels.shape[1]))}
       results[f"dims{count}/{dtype}"] = {name: means[name] for name in METRICS} | size
   return results
-
-
-def _metrics(index: Index, queries: EvaluationQueries, propensity: np.ndarray) -> QueryMetrics:
-  """Returns the metrics of plain search in an index."""
-  blocks = []
-  for _, block in queries.blocks(QUERIES_PER_BLOCK):
-    _, ids = search_excluding(index, np.asarray(block.embeddings), RECALL_K, block.filter)
-    blocks.append(query_metrics(ids, block.labels, propensity, precision_ks=(PRECISION_K,), recall_ks=(RECALL_K,)))
-  return QueryMetrics.concatenate(blocks)

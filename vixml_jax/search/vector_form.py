@@ -19,7 +19,7 @@ class VectorForm(NamedTuple):
 
   Attributes:
     dtype: "float32", or "int8" or "bit" for codes, whose best labels are scored again in float32.
-    dims: number of dimensions that are searched; None for all.
+    dims: Number of dimensions that are searched; None for all.
   """
 
   dtype: str = "float32"
