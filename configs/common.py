@@ -79,8 +79,8 @@ def base_config() -> ConfigDict:
   config.train = ConfigDict(
     dict(
       epochs=300,
-      # Limit of training in minutes; 0 for none, -1 for 10 on CPUs and none on accelerators. Fewer epochs are trained
-      # where all of them would take longer, by the time of the first steps. What comes before and after training is not
+      # Limit of training in minutes; 0 for none, -1 for 10 on CPUs and none on accelerators. Fewer steps are trained
+      # where all epochs would take longer, by the time of the first steps. What comes before and after training is not
       # part of it.
       minutes=0.0,
       batch_size=2048,  # Queries per step over the whole mesh.

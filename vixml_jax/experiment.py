@@ -51,7 +51,7 @@ from vixml_jax.sharded_rows import ShardedRows
 from vixml_jax.stages import report_evaluation, stage
 from vixml_jax.training.loop import train, training_ended
 from vixml_jax.training.optimizer import learning_rates
-from vixml_jax.training.time_limit import num_epochs
+from vixml_jax.training.time_limit import total_steps
 from vixml_jax.training.trackers import Trackers, check_trackers
 
 _log = logging.getLogger(__name__)
@@ -130,9 +130,9 @@ def evaluate_workdir(
   _check_libraries(config)
   setup = set_up_run(config, workdir, extract=False)
   model = newest_model(setup, workdir)
-  total_steps = _total_steps(setup, model.meta)
-  if not training_ended(model.step, total_steps, model.meta):
-    _log.warning("step %d of %d: training of this run has not finished", model.step, total_steps)
+  steps = _total_steps(setup, model.meta)
+  if not training_ended(model.step, steps, model.meta):
+    _log.warning("step %d of %d: training of this run has not finished", model.step, steps)
   write_config(setup, workdir)
   record_start(workdir, model.meta)
   return _evaluate_and_write(setup, workdir, setup.load_encoder(), model, show)
@@ -148,7 +148,7 @@ def _check_libraries(config: ConfigDict) -> None:
 
 def _total_steps(setup: RunSetup, meta: dict[str, Any]) -> int:
   """Returns the steps of a run, given the JSON part of one of its checkpoints."""
-  return num_epochs(setup.config, meta) * steps_per_epoch(len(setup.data.train_rows), setup.config.train.batch_size)
+  return total_steps(setup.config, steps_per_epoch(len(setup.data.train_rows), setup.config.train.batch_size), meta)
 
 
 def _check_same_run(setup: RunSetup, workdir: Path, meta: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The time limit of training: how many epochs fit, and runs that it shortens."""
+"""The time limit of training: how many steps fit, and runs that it shortens."""
 
 import json
 
@@ -21,8 +21,8 @@ class Clock:
     monkeypatch.setattr(time_limit.time, "monotonic", lambda: self.now)
 
 
-def epochs_after(monkeypatch, minutes, steps_per_epoch, seconds, first=0.0, before=0.0, epochs=20):
-  """Number of epochs of a run whose first step takes `first` seconds and whose others take `seconds` each."""
+def steps_after(monkeypatch, minutes, steps_per_epoch, seconds, first=0.0, before=0.0, epochs=20):
+  """Number of steps of a run whose first step takes `first` seconds and whose others take `seconds` each."""
   clock, config = Clock(monkeypatch), load_config("custom")
   config.train.update(dict(minutes=float(minutes), epochs=epochs))
   meta = {"train_seconds": before}
@@ -31,28 +31,29 @@ def epochs_after(monkeypatch, minutes, steps_per_epoch, seconds, first=0.0, befo
   for step in range(1, 30):
     clock.now += first if step == 1 else seconds
     limit.after(step, np.zeros(()))
-  assert limit.total_steps == limit.epochs * steps_per_epoch
-  assert TimeLimit(config, steps_per_epoch, dict(meta)).epochs == limit.epochs  # A run that is continued.
-  return limit.epochs
+  continued = TimeLimit(config, steps_per_epoch, dict(meta))
+  assert continued.total_steps == limit.total_steps
+  assert (limit.epochs - 1) * steps_per_epoch < limit.total_steps <= limit.epochs * steps_per_epoch
+  return limit.total_steps
 
 
 @pytest.mark.parametrize(
   "case,wanted",
   [
-    (dict(minutes=10, steps_per_epoch=100, seconds=1.0), 5),  # 0.22 epochs and 578 s, of which an epoch takes 110.
-    (dict(minutes=10, steps_per_epoch=100, seconds=1.0, first=200.0), 3),  # Compilation is part of training,
-    (dict(minutes=10, steps_per_epoch=100, seconds=1.0, before=300.0), 2),  # and so is what was trained before.
-    (dict(minutes=10, steps_per_epoch=100, seconds=0.01), 20),  # Never more than `train.epochs`.
-    (dict(minutes=1, steps_per_epoch=100, seconds=10.0), 1),  # An epoch that has begun ends.
-    (dict(minutes=1, steps_per_epoch=10, seconds=10.0), 3),  # After 22 steps, the third has begun.
-    (dict(minutes=0, steps_per_epoch=100, seconds=10.0), 20),
+    (dict(minutes=10, steps_per_epoch=100, seconds=1.0), 22 + 551),  # 579 s are left, and a step takes 1.05.
+    (dict(minutes=10, steps_per_epoch=100, seconds=1.0, first=200.0), 22 + 360),  # Compilation is part of training,
+    (dict(minutes=10, steps_per_epoch=100, seconds=1.0, before=300.0), 22 + 265),  # and so is what was trained before.
+    (dict(minutes=10, steps_per_epoch=100, seconds=0.01), 2000),  # Never more than `train.epochs`.
+    (dict(minutes=1, steps_per_epoch=100, seconds=10.0), 22),
+    (dict(minutes=1, steps_per_epoch=10, seconds=10.0), 22),
+    (dict(minutes=0, steps_per_epoch=100, seconds=10.0), 2000),
   ],
 )
-def test_the_epochs_that_fit_are_chosen(case, wanted, monkeypatch, caplog):
+def test_the_steps_that_fit_are_chosen(case, wanted, monkeypatch, caplog):
   with caplog.at_level("INFO"):
-    assert epochs_after(monkeypatch, **case) == wanted
-  assert ("epochs of this run" in caplog.text) == (case["minutes"] > 0)
-  assert ("is trained to its end" in caplog.text) == (case["minutes"] == 1)
+    assert steps_after(monkeypatch, **case) == wanted
+  assert ("steps of this run" in caplog.text) == (case["minutes"] > 0)
+  assert ("training ends with them" in caplog.text) == (case["minutes"] == 1)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def two_steps(monkeypatch):
 def test_a_run_ends_early_and_is_evaluated_and_continued_as_finished(config, two_steps, tmp_path, monkeypatch):
   train_and_evaluate(config, tmp_path)
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-  assert max(line["step"] for line in lines) == 4
+  assert max(line["step"] for line in lines) == 2  # Half of the first epoch.
   stored = configuration.read(tmp_path / "config.json")
   assert stored.train.epochs == 2
   final = json.loads((tmp_path / "final_metrics.json").read_text())
@@ -94,10 +95,10 @@ def test_a_run_within_its_limit_is_that_of_a_run_without(config, two_steps, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_choose_the_same_number_of_epochs(config, tmp_path):
+def test_two_processes_choose_the_same_number_of_steps(config, tmp_path):
   longer = config.copy_and_resolve_references()
   longer.train.epochs = 8
   processes = two_processes(longer, tmp_path)
   outputs = [process.communicate(timeout=600)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-  assert read_step(tmp_path) == 24  # The choice is made after 22 steps, and an epoch that has begun ends.
+  assert read_step(tmp_path) == 22  # The choice is made after 22 steps.

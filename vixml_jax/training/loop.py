@@ -168,7 +168,7 @@ def train(
           stopping.is_saving("steps", True)
           meta["tokens"] += batch.items.num_tokens
           metrics.add(step, values, batch)
-          if metrics.stop_asked:
+          if metrics.stop_asked or step == limit.total_steps:
             break
           if step % num_steps:  # After the last step of an epoch, more is to be done.
             meta["train_seconds"] += time.monotonic() - started

@@ -1,4 +1,4 @@
-"""The number of epochs that fit a time limit, which is chosen when a few steps have been timed."""
+"""The number of steps that fit a time limit, which is chosen when a few steps have been timed."""
 
 from collections.abc import Mapping
 import logging
@@ -10,28 +10,29 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
-_EPOCHS = "epochs"  # Key of a checkpoint's meta: the number of epochs that was chosen.
+_STEPS = "steps_of_time_limit"  # Key of a checkpoint's meta: the number of steps that was chosen.
 _UNTIMED, _TIMED = 2, 20  # The first step compiles, and the second one may wait for its batch.
-_EPOCH_END = 1.1  # Mining and centroids take a share of an epoch that is not known after the first steps.
+_EPOCH_END = 1.05  # Mining and centroids take a share of an epoch that is not known after the first steps.
 
 _log = logging.getLogger(__name__)
 
 
-def num_epochs(config: ConfigDict, meta: Mapping[str, Any]) -> int:
-  """Returns the number of epochs of a run: that which was chosen for its time limit, or that of its config.
+def total_steps(config: ConfigDict, steps_per_epoch: int, meta: Mapping[str, Any]) -> int:
+  """Returns the number of steps of a run: that which was chosen for its time limit, or that of all its epochs.
 
   Args:
     config: the whole config.
+    steps_per_epoch: batches in an epoch.
     meta: JSON part of a checkpoint of the run.
   """
-  return int(meta.get(_EPOCHS, config.train.epochs))
+  return int(meta.get(_STEPS, config.train.epochs * steps_per_epoch))
 
 
 class TimeLimit:
-  """Chooses the number of epochs of a run, so that training takes at most `train.minutes`.
+  """Chooses the number of steps of a run, so that training takes about `train.minutes`.
 
-  The choice is made once, after 22 steps, and is kept in the checkpoints. It is at most `train.epochs`, and an epoch is
-  never cut. Until then, the learning rate follows the schedule of all epochs.
+  The choice is made once, after 22 steps, and is kept in the checkpoints. It is at most the steps of `train.epochs`,
+  and the last epoch may be cut. Until then, the learning rate follows the schedule of all epochs.
 
   Args:
     config: the whole config.
@@ -45,14 +46,14 @@ class TimeLimit:
     self._spent = meta["train_seconds"]
 
   @property
-  def epochs(self) -> int:
-    """Number of epochs; until the choice is made, that of the config."""
-    return num_epochs(self._config, self._meta)
+  def total_steps(self) -> int:
+    """Steps of the whole run; until the choice is made, those of all epochs."""
+    return total_steps(self._config, self._steps_per_epoch, self._meta)
 
   @property
-  def total_steps(self) -> int:
-    """Steps of the whole run."""
-    return self.epochs * self._steps_per_epoch
+  def epochs(self) -> int:
+    """Number of epochs, of which the last may be cut."""
+    return -(-self.total_steps // self._steps_per_epoch)
 
   @property
   def arguments(self) -> tuple[np.ndarray, ...]:
@@ -66,7 +67,7 @@ class TimeLimit:
       step: number of the step.
       values: what it returned, on the devices.
     """
-    if not self._config.train.minutes or _EPOCHS in self._meta:
+    if not self._config.train.minutes or _STEPS in self._meta:
       return
     self._count += 1
     if self._count == _UNTIMED:
@@ -78,22 +79,21 @@ class TimeLimit:
       times = np.array([(now - self._timed_from) / _TIMED, self._spent + now - self._began])
       if jax.process_count() > 1:  # The clocks differ, and all processes must train the same steps.
         times = multihost_utils.broadcast_one_to_all(times)
-      self._meta[_EPOCHS] = self._choose(step, *map(float, times))
+      self._meta[_STEPS] = self._choose(step, *map(float, times))
 
   def _choose(self, step: int, seconds: float, spent: float) -> int:
-    """Returns the number of epochs, given the seconds of a step and those of training so far."""
-    train, per_epoch = self._config.train, _EPOCH_END * seconds * self._steps_per_epoch
-    begun = -(-step // self._steps_per_epoch)
-    fitting = int(step / self._steps_per_epoch + (60 * train.minutes - spent) / per_epoch)
-    epochs = min(max(fitting, begun), train.epochs)
+    """Returns the number of steps, given the number and the seconds of a step and those of training so far."""
+    minutes, most = self._config.train.minutes, self.total_steps
+    steps = min(step + max(int((60 * minutes - spent) / (_EPOCH_END * seconds)), 0), most)
     _log.info(
-      "train.minutes=%g: a step takes %.3g s, and an epoch about %.3g minutes; epochs of this run: %d of %d",
-      train.minutes,
+      "train.minutes=%g: a step takes %.3g s; steps of this run: %d of %d, which are %.3g of %d epochs",
+      minutes,
       seconds,
-      per_epoch / 60,
-      epochs,
-      train.epochs,
+      steps,
+      most,
+      steps / self._steps_per_epoch,
+      self._config.train.epochs,
     )
-    if fitting < begun:
-      _log.warning("train.minutes=%g: the epoch that has begun takes longer, and is trained to its end", train.minutes)
-    return epochs
+    if 60 * minutes < spent:
+      _log.warning("train.minutes=%g: the first %d steps took longer, and training ends with them", minutes, step)
+    return steps
