@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vixml_jax import sharding
-from vixml_jax.label_classifiers import SCALE, decoupled_softmax
+from vixml_jax.label_classifiers import SCALE, decoupled_softmax, prefix_softmax
 from vixml_jax.mining.rows import shard_rows
 from vixml_jax.ragged import Ragged, padded_ids
 
@@ -62,3 +62,29 @@ def test_a_query_whose_positives_are_all_labels_changes_nothing():
   assert float(loss) == 0
   for gradient in gradients:
     np.testing.assert_array_equal(gradient, 0)
+
+
+def test_prefixes_are_trained_as_vectors_of_their_own():
+  rows = [[0], [3, 12], [11]]
+  queries, weights = _unit(len(rows), 2), np.random.default_rng(3).normal(size=(NUM_LABELS, DIM + 1)).astype(np.float32)
+  positives = padded_ids(Ragged.from_rows(rows), len(rows), 2)
+
+  def expected(weights, queries):
+    losses = []
+    for dim in (DIM, 2):
+      part = queries[:, :dim] / jnp.linalg.norm(queries[:, :dim], axis=1, keepdims=True)
+      losses.append(_loss(jnp.concatenate([weights[:, :dim], weights[:, -1:]], axis=1), part, rows))
+    return sum(losses) / len(losses)
+
+  loss, (by_classifiers, by_queries) = jax.jit(jax.value_and_grad(expected, argnums=(0, 1)))(weights, queries)
+  mesh = _mesh(8)
+
+  def prefixes(*inputs):
+    return prefix_softmax(*inputs, positives, NUM_LABELS, mesh, (DIM, 2))
+
+  value, found = jax.jit(jax.value_and_grad(prefixes, argnums=(0, 1)))(shard_rows(weights, mesh), jnp.asarray(queries))
+  assert float(value) == pytest.approx(float(loss), rel=1e-5)
+  np.testing.assert_allclose(np.asarray(found[0])[:NUM_LABELS], by_classifiers, atol=1e-5)
+  # At unit length, the loss of whole vectors does not normalize them again, so its gradient has a part along them.
+  along = np.sum((np.asarray(found[1]) - by_queries) * queries, axis=1, keepdims=True) * queries
+  np.testing.assert_allclose(np.asarray(found[1]) - along, by_queries, atol=1e-5)

@@ -54,6 +54,38 @@ def updated(state: ClassifierState, gradient: jax.Array, learning_rate: jax.Arra
   return ClassifierState(state.classifiers - learning_rate * update, adam)
 
 
+def prefix_softmax(
+  classifiers: jax.Array,
+  queries: jax.Array,
+  positives: jax.Array,
+  num_labels: int,
+  mesh: Mesh,
+  dims: tuple[int, ...] = (),
+) -> jax.Array:
+  """Returns the mean of `decoupled_softmax` over prefixes, so that fewer dimensions can be searched by themselves.
+
+  The prefix of a query is normalized again; that of a classifier is not, and has the same bias at each length
+  (Matryoshka representation learning, arXiv 2205.13147).
+
+  Args:
+    classifiers: [L rounded up, D + 1], sharded by rows.
+    queries: Embeddings at unit length, [B, D], on every device.
+    positives: int32 [B, P], on every device.
+    num_labels: L.
+    mesh: The devices.
+    dims: Lengths of the prefixes, each at most D; empty for whole vectors.
+  """
+  losses = []
+  for dim in dims or (queries.shape[1],):
+    own, part = classifiers, queries
+    if dim < queries.shape[1]:
+      own = jnp.concatenate([classifiers[:, :dim], classifiers[:, -1:]], axis=1)
+      part = queries[:, :dim]
+      part = part * lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(part), axis=1, keepdims=True), 1e-24))
+    losses.append(decoupled_softmax(own, part, positives, num_labels, mesh))
+  return jnp.mean(jnp.stack(losses))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def decoupled_softmax(
   classifiers: jax.Array, queries: jax.Array, positives: jax.Array, num_labels: int, mesh: Mesh

@@ -239,7 +239,9 @@ class _Run:
     )
     return RunProgram(
       "train classifiers",
-      lambda: classifiers.classifier_step.lower(*arguments, num_labels=self._size.labels, mesh=self._mesh),
+      lambda: classifiers.classifier_step.lower(
+        *arguments, num_labels=self._size.labels, mesh=self._mesh, dims=tuple(self._config.train.matryoshka_dims)
+      ),
       held + bytes_a_chip(arguments[0]),
       self._config.eval.classifier_epochs * math.ceil(self._size.train / size),
     )

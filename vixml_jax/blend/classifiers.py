@@ -19,8 +19,8 @@ from vixml_jax.label_classifiers import (
   SCALE,
   ClassifierState,
   classifier_shardings,
-  gradients_and_loss,
   new_classifiers,
+  prefix_softmax,
   updated,
 )
 from vixml_jax.ragged import Ragged, padded_ids
@@ -43,6 +43,7 @@ def fit_classifiers(
   *,
   epochs: int,
   seed: int,
+  dims: tuple[int, ...] = (),
   batch_size: int = BATCH_SIZE,
 ) -> ShardedRows:
   """Returns the classifiers of all labels, float32 [L, D + 1].
@@ -55,6 +56,7 @@ def fit_classifiers(
     num_labels: L.
     epochs: Number of times that each query is used.
     seed: Decides the order of queries.
+    dims: Lengths of the prefixes of embeddings that are trained; empty for whole embeddings.
     batch_size: Number of queries of a step; the scores of a step need `4 * batch_size * L` bytes on all devices
       together, a few times.
   """
@@ -82,6 +84,7 @@ def fit_classifiers(
           np.float32(LEARNING_RATE * (1 - done / steps)),
           num_labels=num_labels,
           mesh=mesh,
+          dims=dims,
         )
         # One step in flight hides the host's work. Many would keep their batches in memory, and the collectives of CPU
         # devices that share the threads of a busy host may then wait for each other forever.
@@ -131,7 +134,7 @@ def _positives(labels_of_queries: Ragged, part: np.ndarray, size: int) -> np.nda
   return padded_ids(found, size, next_power_of_two(max(int(found.lengths.max(initial=0)), 1)))
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames=("num_labels", "mesh"))
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("num_labels", "mesh", "dims"))
 def classifier_step(
   state: ClassifierState,
   embeddings: jax.Array,
@@ -141,6 +144,7 @@ def classifier_step(
   *,
   num_labels: int,
   mesh: Mesh,
+  dims: tuple[int, ...] = (),
 ) -> tuple[ClassifierState, jax.Array]:
   """Returns the state after a step of Adam, and the loss before it.
 
@@ -152,7 +156,8 @@ def classifier_step(
     learning_rate: Learning rate of this step.
     num_labels: L.
     mesh: The devices.
+    dims: Lengths of the prefixes that are trained; empty for whole embeddings.
   """
   taken = take_rows(embeddings, queries, mesh)
-  gradient, _, loss = gradients_and_loss(state.classifiers, taken, positives, num_labels, mesh)
+  loss, gradient = jax.value_and_grad(prefix_softmax)(state.classifiers, taken, positives, num_labels, mesh, dims)
   return updated(state, gradient, learning_rate), loss

@@ -114,6 +114,7 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
         data.num_labels,
         epochs=wanted.classifier_epochs,
         seed=config.seed,
+        dims=tuple(config.train.matryoshka_dims),
       )
       mix = _classifier_mix(wanted, prototypes, classifiers, queries, propensity)
     index = make_index(

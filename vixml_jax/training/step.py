@@ -15,7 +15,7 @@ from vixml_jax.encoding.inputs import EncoderInputs, image_tokens, inputs_on_mes
 from vixml_jax.images.features import ImageFeatures
 from vixml_jax.input.batches import Batch
 from vixml_jax.input.packing import PackedLayout
-from vixml_jax.label_classifiers import decoupled_softmax, updated
+from vixml_jax.label_classifiers import prefix_softmax, updated
 from vixml_jax.losses import LossConfig, matryoshka_loss, mean_cosine, prime_loss, siamese_loss
 from vixml_jax.models.chunks import map_chunks, map_chunks_recomputed
 from vixml_jax.models.definition import ModelDefinition
@@ -231,7 +231,8 @@ def train_step(
     if config.classifiers is None:
       return loss, (parts, queries)
     how = config.classifiers
-    added = decoupled_softmax(classifiers, queries, batch.positive_ids, how.num_labels, mesh)
+    dims = config.matryoshka_dims
+    added = prefix_softmax(classifiers, queries, batch.positive_ids, how.num_labels, mesh, dims)
     loss = loss + how.weight * added
     return loss, (parts | {"loss": loss, "classifier_loss": added}, queries)
 
