@@ -12,7 +12,7 @@ from vixml_jax.evaluation.metrics import evaluate
 from vixml_jax.ragged import Ragged
 from vixml_jax.search.retrieval_augmented import Neighbors, combine
 
-LAMBDAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+LAMBDAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.997, 0.999)
 TEMPERATURES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 _DEPTH = 100
 _Measured = TypeVar("_Measured", bound="Measured")
