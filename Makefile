@@ -66,7 +66,8 @@ help:
 	@echo "BENCH_ARGS=...       further arguments of the benchmark, such as --rows=training,kmeans"
 
 quickstart: $(VENV)/.installed $(VENV)/.installed-quickstart
-	@$(BIN)/python -m vixml_jax.main --config=configs/quickstart.py:images=3 --workdir=runs/quickstart \
+	@GLIBC_TUNABLES=$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} \
+		$(BIN)/python -m vixml_jax.main --config=configs/quickstart.py:images=3 --workdir=runs/quickstart \
 		$(QUICKSTART_ARGS)
 	@elapsed=$$(( $$(date +%s) - $(STARTED) )); \
 		echo "quickstart took $$((elapsed / 60)) min $$((elapsed % 60)) s, installing included"
