@@ -73,6 +73,7 @@ CHANGED = [
   (r"(benchmarks\.load_weights)$", r"\1 --layers=1 --vocab_size=1000 --files=2"),
   (r"(benchmarks\.blend_ranking)$", r"\1 --labels=2000 --train_queries=4000 --queries=64"),
   (r"(benchmarks\.predict_host) --queries=200000 --labels=10000", r"\1 --queries=200 --labels=100"),
+  (r"(benchmarks\.predict_processes .*)--queries=1000000", r"\1--queries=300 --batch_size=16"),
   (r"(benchmarks\.scann_recall) --labels=131072(.*) --groups=1000", r"\1 --labels=4096\2 --groups=100"),
   (r"(benchmarks\.small_vectors .*)--groups=10000", r"\1--groups=100 --labels=5000 --dim=64"),
   (r"(benchmarks\.serve_attack .*)--requests=10000", r"\1--requests=100 --clients=4"),
