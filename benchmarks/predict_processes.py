@@ -4,8 +4,7 @@
 
 Queries are random words of the labels' uids. The file is answered twice: by one process; and by two that get SIGKILL
 when 40 % of the blocks are finished, after which one process continues. The script prints seconds, queries per second
-and the peak memory of each process, and whether both results are the same to the last bit. Arguments after `--` are
-passed to `predict`, such as `--encoder=int8`.
+and the peak memory of each process, and whether both results are the same to the last bit.
 """
 
 from collections.abc import Sequence
@@ -30,6 +29,9 @@ _QUERIES = flags.DEFINE_integer("queries", 1_000_000, "Number of queries.")
 _OUTPUT = flags.DEFINE_string("output", "runs/predict_processes", "Folder of the queries and the results.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4096, "Queries of a block.")
 _KILLED_AT = flags.DEFINE_float("killed_at", 0.4, "Share of finished blocks at which processes are killed.")
+_ARGUMENTS = flags.DEFINE_multi_string(
+  "argument", ["--ranking=plain", "--encoder=int8"], "Argument of vixml_jax.predict; give it once for each."
+)
 
 _POLL_SECONDS = 0.2
 
@@ -101,6 +103,7 @@ def _runs(process: subprocess.Popen[bytes]) -> bool:
 
 def main(argv: Sequence[str]) -> None:
   """Runs both and prints what they took."""
+  del argv
   output = Path(_OUTPUT.value)
   output.mkdir(parents=True, exist_ok=True)
   index = LabelIndex.open(Path(_WORKDIR.value) / "index", checkpoint=None)
@@ -109,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
   queries, count = output / "queries.jsonl", _QUERIES.value
   write_queries(queries, words, count)
   predict = [sys.executable, "-m", "vixml_jax.predict", f"--workdir={_WORKDIR.value}", f"--queries={queries}"]
-  predict += [f"--batch_size={_BATCH_SIZE.value}", *argv[1:]]
+  predict += [f"--batch_size={_BATCH_SIZE.value}", *_ARGUMENTS.value]
 
   results = [output / f"{name}.jsonl" for name in ("one", "killed")]
   commands = [[*predict, f"--output={result}"] for result in results]
