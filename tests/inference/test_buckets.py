@@ -167,12 +167,12 @@ def test_commands_that_write_a_workdir_refuse_a_bucket(tmp_path):
   assert not Path(ROOT, "gs:").exists()
 
 
-# moto's server answers as S3 does. It prints its port, and ends with its input.
+# moto's server answers as S3 does. It prints lines of its own and then its port, and ends with its input.
 _S3 = """
 from moto.server import ThreadedMotoServer
 server = ThreadedMotoServer(port=0)
 server.start()
-print(server._server.port, flush=True)
+print("port", server._server.port, flush=True)
 input()
 """
 
@@ -185,7 +185,8 @@ def test_commands_read_and_write_s3(texts_only, local, tmp_path):
     [sys.executable, "-c", _S3], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
   ) as server:
     try:
-      url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+      port = next(line.split()[1] for line in server.stdout if line.startswith("port "))
+      url = f"http://127.0.0.1:{port}"
       environment = os.environ | {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "none",
