@@ -53,6 +53,7 @@ def check_transcribed(config: ConfigDict) -> None:
     "fusion.residual": 0.0,
     "fusion.modality_dropout": 0.0,
     "prompt.template": "V E",
+    "train.classifier_weight": 0.0,
     "train.clip_norm": 0.0,
     "train.decay_layer_norms": False,
     "eval.split": "test",

@@ -1,8 +1,8 @@
 r"""Compares training with a plain PyTorch transcription of the paper's model and loss on the same batches.
 
   .venv/bin/python -m benchmarks.parity_torch --config=configs/quickstart.py:images=3 --folder=runs/parity \
-      --config.fusion.residual=0 --config.fusion.modality_dropout=0 [--steps=50] [--control] [--draws=32] \
-      [--seeds=0,1,2]
+      --config.fusion.residual=0 --config.fusion.modality_dropout=0 --config.train.classifier_weight=0 \
+      [--steps=50] [--control] [--draws=32] [--seeds=0,1,2]
 
 The transcription is `benchmarks/torch_reference.py`: padded items, the encoder of transformers, the layer of torch,
 AdamW of torch, in float32. It reads the encoder's weights itself; the other parameters start with the values that

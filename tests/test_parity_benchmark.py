@@ -118,7 +118,16 @@ def test_another_drawn_positive_on_one_side_is_found(config, tmp_path, monkeypat
     ({}, r"config\.fusion\.residual=0\.4: the PyTorch transcription needs 0\.0"),
     ({"fusion.residual": 0.0}, r"config\.fusion\.modality_dropout=0\.2: "),
     ({"fusion.residual": 0.0, "fusion.modality_dropout": 0.0, "prompt.template": "E V"}, r"config\.prompt\.template=E"),
-    ({"fusion.residual": 0.0, "fusion.modality_dropout": 0.0, "encoder.num_token_types": 0}, "not DistilBERT"),
+    ({"fusion.residual": 0.0, "fusion.modality_dropout": 0.0}, r"config\.train\.classifier_weight=0\.3: "),
+    (
+      {
+        "fusion.residual": 0.0,
+        "fusion.modality_dropout": 0.0,
+        "train.classifier_weight": 0.0,
+        "encoder.num_token_types": 0,
+      },
+      "not DistilBERT",
+    ),
   ],
 )
 def test_a_config_that_the_transcription_does_not_cover_is_refused(changes, message):
