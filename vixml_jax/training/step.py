@@ -230,8 +230,8 @@ def train_step(
     loss, (parts, queries) = batch_loss(config, mesh, join_params(trainable, frozen), state, batch, key)
     if config.classifiers is None:
       return loss, (parts, queries)
-    how = config.classifiers
-    dims = config.matryoshka_dims
+    how, dims = config.classifiers, config.matryoshka_dims
+    assert batch.positive_ids is not None and classifiers is not None
     added = prefix_softmax(classifiers, queries, batch.positive_ids, how.num_labels, mesh, dims)
     loss = loss + how.weight * added
     return loss, (parts | {"loss": loss, "classifier_loss": added}, queries)
