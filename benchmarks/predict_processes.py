@@ -9,7 +9,7 @@ and the peak memory of each process, and whether both results are the same to th
 
 from collections.abc import Sequence
 import dataclasses
-import hashlib
+import filecmp
 import json
 import os
 from pathlib import Path
@@ -19,9 +19,11 @@ import subprocess
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 import numpy as np
 
+from vixml_jax import cli
+from vixml_jax.errors import InputError
 from vixml_jax.search.label_index import LabelIndex
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Trained workdir.")
@@ -101,14 +103,15 @@ def _runs(process: subprocess.Popen[bytes]) -> bool:
   return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Runs both and prints what they took."""
-  del argv
   output = Path(_OUTPUT.value)
-  output.mkdir(parents=True, exist_ok=True)
+  if output.exists() and any(output.iterdir()):
+    raise InputError(f"--output={output} is not empty, and results there would be continued; remove it")
   index = LabelIndex.open(Path(_WORKDIR.value) / "index", checkpoint=None)
   uids = " ".join(index.uids(np.arange(index.num_labels)))
   words = sorted(set(re.findall(r"[a-z]+", uids.lower())))
+  output.mkdir(parents=True, exist_ok=True)
   queries, count = output / "queries.jsonl", _QUERIES.value
   write_queries(queries, words, count)
   predict = [sys.executable, "-m", "vixml_jax.predict", f"--workdir={_WORKDIR.value}", f"--queries={queries}"]
@@ -122,9 +125,9 @@ def main(argv: Sequence[str]) -> None:
   killed = run(commands[1], results[1], 2, kill_at)
   _show(f"two processes, killed after {killed.blocks} blocks", killed, killed.blocks * _BATCH_SIZE.value)
   _show("continued by one process", run(commands[1], results[1], 1), count - killed.blocks * _BATCH_SIZE.value)
-  hashes = {hashlib.sha256(result.read_bytes()).hexdigest() for result in results}
-  print("both results are the same" if len(hashes) == 1 else "THE RESULTS DIFFER", flush=True)
-  sys.exit(len(hashes) != 1)
+  same = filecmp.cmp(*results, shallow=False)
+  print("both results are the same" if same else "THE RESULTS DIFFER", flush=True)
+  sys.exit(not same)
 
 
 def _show(name: str, measured: Measured, queries: int) -> None:
@@ -134,4 +137,4 @@ def _show(name: str, measured: Measured, queries: int) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

@@ -67,13 +67,8 @@ def prefix_softmax(
   The prefix of a query is normalized again; that of a classifier is not, and has the same bias at each length
   (Matryoshka representation learning, arXiv 2205.13147).
 
-  Args:
-    classifiers: [L rounded up, D + 1], sharded by rows.
-    queries: Embeddings at unit length, [B, D], on every device.
-    positives: int32 [B, P], on every device.
-    num_labels: L.
-    mesh: The devices.
-    dims: Lengths of the prefixes, each at most D; empty for whole vectors.
+  `dims` are the lengths of the prefixes, each at most D; empty for whole vectors. The other arguments are those of
+  `gradients_and_loss`.
   """
   losses = []
   for dim in dims or (queries.shape[1],):
