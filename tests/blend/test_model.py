@@ -1,12 +1,15 @@
 """The blend's model: learning, storage, determinism, the dial, calibration, errors."""
 
+import re
+
+import lightgbm
 import numpy as np
 import pytest
 
 from vixml_jax.blend import libraries
 from vixml_jax.blend.calibration import Reliability
 from vixml_jax.blend.features import FEATURES
-from vixml_jax.blend.model import BlendModel, dial_scores
+from vixml_jax.blend.model import LEAST_FOR_ALL, NUM_MODELS, BlendModel, dial_scores
 from vixml_jax.blend.ranking import ScoredCandidates
 from vixml_jax.errors import InputError
 from vixml_jax.ragged import Ragged
@@ -34,9 +37,27 @@ def test_a_stored_model_gives_the_same_bits(learned):
   assert BlendModel(model.text).probabilities(features[:0]).shape == (0,)
 
 
+def test_likely_candidates_have_the_mean_of_all_models_and_the_others_that_of_the_first(learned):
+  features, _, model = learned
+  parts = re.split(r"(?m)^(?=tree$)", model.text)[1:]
+  assert len(parts) == NUM_MODELS
+  each = np.stack([lightgbm.Booster(model_str=part).predict(features) for part in parts])
+  assert np.ptp(each, axis=0).max() > 0.01
+  likely = each[0].astype(np.float32) >= LEAST_FOR_ALL
+  assert 0 < likely.sum() < len(likely)
+  np.testing.assert_allclose(model.probabilities(features), np.where(likely, each.mean(0), each[0]), rtol=1e-6)
+
+
+def test_a_model_of_an_older_version_is_one_set_of_trees(learned):
+  features, _, model = learned
+  first = re.split(r"(?m)^(?=tree$)", model.text)[1]
+  expected = lightgbm.Booster(model_str=first).predict(features)
+  np.testing.assert_allclose(BlendModel(first).probabilities(features), expected, rtol=1e-6)
+
+
 def test_training_again_with_any_number_of_threads_gives_the_same_trees(learned):
   features, hits, model = learned
-  trees = lambda text: text.partition("\nparameters:")[0]
+  trees = lambda text: re.sub(r"\nparameters:.*?\nend of parameters", "", text, flags=re.DOTALL)
   for threads in (0, 1, 2):
     assert trees(BlendModel.fit(features, hits, threads).text) == trees(model.text)
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers.blend_cases import NUM_LABELS
 from tests.helpers.miniature_runs import miniature_config
+from vixml_jax import experiment
 from vixml_jax.blend.lexical import NUM_COLUMNS
 from vixml_jax.blend.ranking import ScoredCandidates
 from vixml_jax.errors import InputError
@@ -81,6 +82,28 @@ def test_the_fit_sees_no_held_out_query(trained, monkeypatch):
   (features, hits), (others, other_hits) = seen
   np.testing.assert_array_equal(features, others)
   assert not np.array_equal(hits, other_hits)
+
+
+@pytest.mark.parametrize("least,times", [(0.01, 2), (0.9, 1)])
+def test_classifiers_of_the_test_know_the_held_out_queries_where_these_are_many(trained, monkeypatch, least, times):
+  """The first ones, which the blend is fitted with, know none of them."""
+  workdir, _ = trained
+  seen, data = [], []
+  real, real_setup = evaluate_model.fit_classifiers, experiment.set_up_run
+  monkeypatch.setattr(evaluate_model, "LEAST_HELD_OUT_TO_FIT_AGAIN", least)
+  monkeypatch.setattr(
+    experiment, "set_up_run", lambda *args, **kwargs: data.append(real_setup(*args, **kwargs)) or data[-1]
+  )
+  monkeypatch.setattr(
+    evaluate_model,
+    "fit_classifiers",
+    lambda rows, labels, *args, **kwargs: seen.append(labels) or real(rows, labels, *args, **kwargs),
+  )
+  evaluate_workdir(configuration.read(workdir / "config.json"), workdir)
+  held_out, corpus = data[0].data.validation_rows, data[0].data.corpus
+  assert len(seen) == times and not seen[0].lengths[held_out].any()
+  if times == 2:
+    np.testing.assert_array_equal(seen[1].values, corpus.train_labels.values)
 
 
 def test_held_out_queries_have_no_words_in_the_index_or_the_weights(trained, monkeypatch):

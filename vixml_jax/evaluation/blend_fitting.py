@@ -88,7 +88,7 @@ class FittedBlend:
   Attributes:
     model: The trained model.
     words: Words of all labels and training queries.
-    classifiers: Classifiers of the labels [L, D + 1], which know no held-out query; None if labels have none.
+    classifiers: Classifiers of the labels [L, D + 1]; None if labels have none.
   """
 
   model: BlendModel

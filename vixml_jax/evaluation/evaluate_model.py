@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vixml_jax.blend.classifiers import fit_classifiers
+from vixml_jax.blend.model import BlendModel
 from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.evaluation.blend_fitting import CorpusWords, FittedBlend, fit_blend, hidden_labels
 from vixml_jax.evaluation.evaluator import (
@@ -23,12 +24,16 @@ from vixml_jax.evaluation.label_vectors import ClassifierMix, choose_share, mix_
 from vixml_jax.evaluation.small_vectors import evaluate_small_vectors
 from vixml_jax.evaluation.tuning import Setting
 from vixml_jax.mining.centroids import cluster_means, label_centroids
+from vixml_jax.ragged import Ragged
 from vixml_jax.run.data import RunData
 from vixml_jax.run.from_config import chooses_retrieval
 from vixml_jax.run.state import TrainedModel
 from vixml_jax.search.retrieval_augmented import RetrievalSettings
 from vixml_jax.search.scann_recall import QuerySample, RecallGoal, sample_rows
 from vixml_jax.sharded_rows import ShardedRows
+
+LEAST_HELD_OUT_TO_FIT_AGAIN = 0.01
+"""Share of held-out queries from which classifiers are fitted again on all training queries before the test."""
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +100,7 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
   if wanted.blend and not blend:
     _log.info("no row for the blend: it is fitted on the held-out queries, which are evaluated")
   words = CorpusWords.read(data.corpus, known) if blend else None
-  fitted: FittedBlend | None = None
+  blend_model: BlendModel | None = None
   classifiers: ShardedRows | None = None
   mix: ClassifierMix | None = None
   if chooses_retrieval(config) or words is not None or wanted.split == "validation":
@@ -108,14 +113,7 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
       None if words is None else words.train[rows],
     )
     if words is not None and wanted.classifier_epochs:
-      classifiers = fit_classifiers(
-        train_embeddings,
-        data.corpus.train_labels.keep(known),
-        data.num_labels,
-        epochs=wanted.classifier_epochs,
-        seed=config.seed,
-        dims=tuple(config.train.matryoshka_dims),
-      )
+      classifiers = _fit_classifiers(config, train_embeddings, data.corpus.train_labels.keep(known), data.num_labels)
       mix = _classifier_mix(wanted, prototypes, classifiers, queries, propensity)
     index = make_index(
       _label_vectors(prototypes, classifiers, mix, hidden_labels(data.num_labels)),
@@ -135,13 +133,16 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
         len(queries),
       )
     if words is not None:
-      described = words.index(data.corpus.train_labels, classifiers, known)
-      fitted = FittedBlend(fit_blend(index, described, queries), words, classifiers)
+      blend_model = fit_blend(index, words.index(data.corpus.train_labels, classifiers, known), queries)
     del prototypes
     if wanted.split == "test":
       del index, queries  # Frees what held-out queries needed.
   means = _cluster_means(config, model, pooled)
+  fitted: FittedBlend | None = None
   if wanted.split == "test":
+    if classifiers is not None and len(data.validation_rows) >= LEAST_HELD_OUT_TO_FIT_AGAIN * len(data.train_rows):
+      classifiers = None  # Frees its memory.
+      classifiers = _fit_classifiers(config, train_embeddings, data.corpus.train_labels, data.num_labels)
     prototypes = encoder.prototype_rows(model.params, pooled, model.label_clusters, model.centroids, donate=True)
     index = make_index(_label_vectors(prototypes, classifiers, mix))
     del prototypes
@@ -152,7 +153,9 @@ def evaluate_model(config: ConfigDict, data: RunData, encoder: ItemEncoder, mode
       None if words is None else words.test(data.corpus),
     )
     index = dataclasses.replace(index, goal=_goal(wanted, queries))
-    if fitted is not None:
+    if blend_model is not None:
+      assert words is not None
+      fitted = FittedBlend(blend_model, words, classifiers)
       index = dataclasses.replace(index, blend=fitted.ranker(data.corpus.train_labels))
   result = evaluate(index, queries, evaluation)
   left = None if wanted.split == "test" else pooled
@@ -179,6 +182,20 @@ def small_vector_metrics(evaluation: ModelEvaluation, wanted: ConfigDict) -> dic
   """Returns the metrics of plain search with smaller vectors (`eval.small_vectors`), by name of the form."""
   index = evaluation.index
   return evaluate_small_vectors(wanted.small_vectors, index.label_vectors, evaluation.queries, index.inverse_propensity)
+
+
+def _fit_classifiers(
+  config: ConfigDict, train_embeddings: ShardedRows, labels_of_queries: Ragged, num_labels: int
+) -> ShardedRows:
+  """Returns classifiers of all labels, given the labels of the training queries that they may know."""
+  return fit_classifiers(
+    train_embeddings,
+    labels_of_queries,
+    num_labels,
+    epochs=config.eval.classifier_epochs,
+    seed=config.seed,
+    dims=tuple(config.train.matryoshka_dims),
+  )
 
 
 def _classifier_mix(
