@@ -95,15 +95,15 @@ def run(
       traceback.print_exc()
       joined_processes.leave(1)
 
-  with stopping.stoppable(saved, stopped):
-    try:
+  try:  # Around all of `stoppable`: the signal may arrive as soon as its handler is there.
+    with stopping.stoppable(saved, stopped):
       app.run(call, flags_parser=lambda argv: _parse(arguments(argv)))
-    except Preempted as stop:
-      stopping.tell(str(stop))
-      if joined_processes.are_joined():
-        joined_processes.leave(stopped)
-      sys.stdout.flush()
-      os._exit(stopped)  # The end of the interpreter would wait for threads and take apart what libraries hold.
+  except Preempted as stop:
+    stopping.tell(str(stop))
+    if joined_processes.are_joined():
+      joined_processes.leave(stopped)
+    sys.stdout.flush()
+    os._exit(stopped)  # The end of the interpreter would wait for threads and take apart what libraries hold.
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

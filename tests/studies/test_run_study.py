@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.image_features import write_random_features
-from tests.helpers.miniature_runs import miniature_config, run_commands
+from tests.helpers.miniature_runs import miniature_config, run_commands, shrink
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation.per_query import PerQuery
 from vixml_jax.report.compare import paired_bootstrap
@@ -112,6 +112,12 @@ def test_a_shard_out_of_range_is_named(tmp_path):
     assert (status, error.count("\n")) == (1, 1) and f"--shard={shard}" in error
 
 
+def _with_tiny_weights(cell, config, folder):
+  """The cell of another encoder, with random weights of a miniature's size in place of those of the hub."""
+  shrunk = shrink(cell.config(config, 0), folder, folder)
+  return Cell(cell.name, cell.changes | {f"encoder.{key}": value for key, value in shrunk.encoder.items()})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_study_runs_on_a_miniature(study, tmp_path, monkeypatch):
@@ -123,6 +129,8 @@ def test_every_study_runs_on_a_miniature(study, tmp_path, monkeypatch):
     config.features.update(dict(name="tiny", dim=8))
     write_random_features(prepare_data(config), config.dataset.data_dir, "tiny", 8)
   cells = grids.cells_of(study, config)[1:3]
+  if study == "encoders":
+    cells = [_with_tiny_weights(cell, config, tmp_path / f"cell{number}") for number, cell in enumerate(cells)]
   monkeypatch.setitem(STUDIES, study, lambda _: cells)
   runs = plan_study(study, config, 1, "validation", tmp_path / "out")
   run_study.run_study(runs)
