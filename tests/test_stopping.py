@@ -43,6 +43,24 @@ def test_a_command_ends_with_a_line_and_status_143():
   assert (status, lines) == (143, [_LINE])
 
 
+def test_sigterm_as_soon_as_its_handler_is_there_is_the_same_line():
+  """The handler raises before the command's work, and before its line may name what is done."""
+  code = """
+import os, signal, threading
+from vixml_jax import cli, stopping
+start = threading.Thread.start
+def started(thread):
+  if thread.name == "SIGTERM":
+    os.kill(os.getpid(), signal.SIGTERM)
+  start(thread)
+threading.Thread.start = started
+cli.run(lambda: None, saved="the sheep are saved")
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+  line = "stopped by SIGTERM; the sheep are saved; start the same command again to continue\n"
+  assert (done.returncode, done.stderr) == (143, line)
+
+
 @pytest.mark.parametrize(
   "work",
   [_NATIVE, "while True:\n      try:\n        time.sleep(60)\n      except BaseException:\n        pass"],
