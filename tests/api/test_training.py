@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
+import time
 
 import pytest
 
 from tests.api.conftest import Recorder, signal_handlers
 from tests.helpers.miniature import write_raw_folder
 import vixml_jax
+from vixml_jax.progress_lines import progress_lines
 from vixml_jax.run import configuration, named_configs
 
 
@@ -60,6 +63,13 @@ def test_callbacks_receive_every_step_the_evaluations_and_the_stages(trained):
   assert recorder.evaluations[1][1] == trained.model.metrics
   assert ("train", 0, 12, False) in recorder.stages and ("train", 12, 12, True) in recorder.stages
   assert ("evaluate 16 queries", 16, 16, True) in recorder.stages
+
+
+def test_the_log_of_the_workdir_has_lines_of_progress(trained, tmp_path, monkeypatch):
+  slow = At(2, lambda: time.sleep(0.5))
+  monkeypatch.setattr("vixml_jax.api.training.progress_lines", lambda: progress_lines(0.1))
+  train(trained, tmp_path / "run", slow)
+  assert re.search(r"train: \d+ of \d+ steps", (tmp_path / "run" / "log.txt").read_text())
 
 
 def test_overrides_and_the_data_set_are_in_the_config_of_the_run_and_the_given_config_is_not_changed(trained):

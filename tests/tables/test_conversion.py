@@ -370,6 +370,13 @@ def test_near_duplicates_are_on_one_side_and_the_seed_decides(tmp_path):
   assert _texts(tmp_path / "c", "test") != _texts(tmp_path / "a", "test")
 
 
+def test_texts_without_letters_are_divided_as_well(tmp_path):
+  """Icons of fonts and emoji, which are no words."""
+  texts = [chr(0x1F600 + row) for row in range(60)] + ["!!!", "?!", "+", "->"]
+  found = write_raw_folder([{"text": text, "label": "x"} for text in texts], tmp_path / "raw")
+  assert 1 <= found.num_test < 20
+
+
 @pytest.mark.parametrize("fraction", [1e-9, 0.999999])
 def test_each_side_has_a_row(fraction, tmp_path):
   found = write_raw_folder(

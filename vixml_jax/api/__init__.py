@@ -1,1 +1,1 @@
-"""The Python interface on which the commands stand: data sets, training, trained models."""
+"""The Python interface, made of the same functions as the commands: data sets, training, trained models."""

@@ -69,7 +69,8 @@ class Dataset:
 
     Args:
       data: A file or folder of CSV, TSV, JSON lines, Parquet or Arrow, or a table in memory: a list of dicts, a
-        pyarrow.Table or a pandas DataFrame. `vixml_jax.tables.write_raw_folder` describes the columns.
+        pyarrow.Table, a pandas DataFrame or a Hugging Face Dataset. `vixml_jax.tables.write_raw_folder` describes the
+        columns.
       labels: Table of the labels; None if the names in `data` are all that is known about them.
       test: Table of the test queries; None to take a share of `data`.
       columns: Names of the columns, if they are not found by names and contents.

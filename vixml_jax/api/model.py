@@ -89,7 +89,7 @@ class Model:
     Args:
       queries: Each a text, or a dict with `title` and optionally `content`, `images` (a list of paths, bytes, Pillow
         images or feature vectors [F]), `allow` and `deny` (lists of uids of labels) and `categories`.
-      k: Number of labels, 1 to `num_labels`.
+      k: Number of labels, at least 1; at most `num_labels` are returned.
       ranking: "plain", "retrieval_augmented" or "blend", by the settings of the run; None for that of `load`.
 
     Returns:

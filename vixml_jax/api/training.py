@@ -12,6 +12,7 @@ from vixml_jax.api.model import Model, load
 from vixml_jax.errors import InputError, shown
 from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.files import path_problem
+from vixml_jax.progress_lines import progress_lines
 from vixml_jax.run import configuration, named_configs
 from vixml_jax.stages import Callback, reporting
 
@@ -63,7 +64,7 @@ def train(
   configuration.check(config)
   if problem := path_problem(os.fspath(workdir)):
     raise InputError(f"workdir={shown(workdir)}: {problem}")
-  with reporting(*callbacks):
+  with reporting(*callbacks), progress_lines():
     train_and_evaluate(config, Path(workdir))
     return load(workdir)
 

@@ -1,4 +1,7 @@
-"""Times of the blocks of queries of `predict`: the first block, which compiles, apart from the others."""
+"""Times of the blocks of queries of `predict`: the first block, which compiles, apart from the others.
+
+The last block often has fewer queries, for which another program may be compiled. It is left out as well.
+"""
 
 import time
 from typing import Any
@@ -28,18 +31,19 @@ class BlockTimings:
     """Returns the statistics as JSON; None if there are no blocks.
 
     `first_block` has milliseconds and queries per second of the first block. `p50_ms`, `p99_ms` and
-    `queries_per_second` are of the other blocks, and None if there are none.
+    `queries_per_second` are of the other blocks with as many queries, and None if there are none.
     """
     if not self._seconds:
       return None
     milliseconds = 1000 * np.array(self._seconds)
     rates = np.array(self._queries) / milliseconds * 1000
-    others = milliseconds[1:]
+    whole = np.array(self._queries) == self._queries[0]
+    others = milliseconds[1:][whole[1:]]
     return {
       "first_block": {"ms": float(milliseconds[0]), "queries_per_second": float(rates[0])},
       "p50_ms": float(np.percentile(others, 50)) if others.size else None,
       "p99_ms": float(np.percentile(others, 99)) if others.size else None,
-      "queries_per_second": 1000 * sum(self._queries[1:]) / float(others.sum()) if others.size else None,
+      "queries_per_second": 1000 * self._queries[0] * others.size / float(others.sum()) if others.size else None,
     }
 
 

@@ -29,7 +29,7 @@ def near_duplicate_hashes(tokens: Ragged, seed: int) -> np.ndarray:
   """Returns a hash of the rarer two thirds of the distinct tokens of each query, uint64 [N].
 
   Queries that differ only in the order of their words or in a frequent word ("arrow left", "left arrow filled") have
-  the same hash. Hashes are uniform. Memory grows with the size of the vocabulary, not with N.
+  the same hash. Hashes are uniform. All tokens of a query count if each of them is in every query. Memory grows with the size of the vocabulary, not with N.
 
   Args:
     tokens: Token ids of all queries, N rows.
@@ -46,6 +46,7 @@ def near_duplicate_hashes(tokens: Ragged, seed: int) -> np.ndarray:
   for block in blocks:
     rows, values = _distinct(tokens, block, vocabulary)
     informative = frequencies[values] < len(tokens)  # Special tokens are in every row.
+    informative |= (np.bincount(rows[informative], minlength=block.stop - block.start) == 0)[rows]
     rows, values = rows[informative], values[informative]
     order = np.lexsort((values, frequencies[values], rows))
     rows, values = rows[order], values[order]

@@ -117,7 +117,8 @@ class _Kept:
     else:
       self.codes.extend(itertools.repeat(_CODES[split], len(texts)))
     for text in texts if self._keeps_words else ():
-      words = [zlib.crc32(word.encode()) % _WORD_IDS for word in _WORD.findall(text.lower())]
+      found = _WORD.findall(text.lower()) or [text]  # A text of symbols is one word.
+      words = [zlib.crc32(word.encode()) % _WORD_IDS for word in found]
       self._words.extend(words)
       self._lengths.append(len(words))
     return len(texts)
