@@ -28,7 +28,7 @@ def main() -> None:
   rows = table(read_nouns(arguments.source / "src" / "yaml"))
   with arguments.output.open("w", newline="", encoding="utf-8") as file:
     writer = csv.writer(file)
-    writer.writerow(["definition", "hypernyms"])
+    writer.writerow(["text", "labels"])
     writer.writerows((text, SEPARATOR.join(labels)) for text, labels in rows)
   print(f"{arguments.output}: {len(rows):,} texts, {len({label for _, labels in rows for label in labels}):,} labels")
 

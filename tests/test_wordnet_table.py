@@ -31,7 +31,7 @@ def test_the_table_has_definitions_and_names_of_labels(tmp_path, monkeypatch, ca
   with output.open(newline="", encoding="utf-8") as file:
     rows = list(csv.reader(file))
   assert rows == [
-    ["definition", "hypernyms"],
+    ["text", "labels"],
     ["a living thing", "entity"],
     ["an animal that barks, or growls", "being, organism|entity"],
     ["a small dog of a shepherd", "herding|dog|being, organism"],

@@ -29,7 +29,8 @@ def near_duplicate_hashes(tokens: Ragged, seed: int) -> np.ndarray:
   """Returns a hash of the rarer two thirds of the distinct tokens of each query, uint64 [N].
 
   Queries that differ only in the order of their words or in a frequent word ("arrow left", "left arrow filled") have
-  the same hash. Hashes are uniform. All tokens of a query count if each of them is in every query. Memory grows with the size of the vocabulary, not with N.
+  the same hash. Hashes are uniform. All tokens of a query count if each of them is in every query. Memory grows with
+  the size of the vocabulary, not with N.
 
   Args:
     tokens: Token ids of all queries, N rows.
