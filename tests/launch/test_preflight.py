@@ -140,9 +140,10 @@ def test_data_that_will_be_staged_must_be_prepared(machine):
   assert "has no lf_features/siglip; prepare it on this machine" in result.stderr.splitlines()[-1]
 
 
-def test_the_config_reader_prints_what_a_run_needs_and_refuses_what_training_refuses():
+@pytest.mark.parametrize("config", ["quickstart", "configs/quickstart.py"])
+def test_the_config_reader_prints_what_a_run_needs_and_refuses_what_training_refuses(config):
   def read(*flags):
-    command = [sys.executable, LAUNCH / "read_config.py", "--config=configs/quickstart.py:images=3", *flags]
+    command = [sys.executable, LAUNCH / "read_config.py", f"--config={config}:images=3", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
   result = read("--config.features.checkpoint=", "--config.features.name=siglip")
