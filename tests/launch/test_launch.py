@@ -724,11 +724,9 @@ def test_a_job_is_submitted_with_time_to_save_and_leave_to_requeue(machine):
 
 
 def _job(machine, **env):
-  workdir = machine.folder / "run"
-  (workdir / "state").mkdir(parents=True, exist_ok=True)
-  return machine.run(
-    "slurm.sbatch", "/venv/bin/python", str(workdir), "3", "", CONFIG, FIELDS, SLURM_JOB_ID="12", **env
-  )
+  env = {"SLURM_JOB_ID": "12", "python": "/venv/bin/python"} | env
+  workdir, python = machine.folder / "run", env.pop("python")
+  return machine.run("slurm.sbatch", python, str(workdir), "3", "", CONFIG, FIELDS, **env)
 
 
 def test_a_job_prepares_once_and_trains_on_all_gpus(machine):
@@ -754,6 +752,7 @@ def test_a_job_prepares_once_and_trains_on_all_gpus(machine):
     "bash",
     "launch/train_worker.sh",
     f"--workdir={machine.folder}/run",
+    f"--state={machine.folder}/run/state/12-0",
     "--",
     "/venv/bin/python",
     "-m",
@@ -786,8 +785,28 @@ def test_a_job_does_not_requeue_after_its_last_restart(machine):
 
 def test_a_job_does_not_requeue_after_bad_input(machine):
   machine.answer("srun", "", "!1")
-  (machine.folder / "run/state").mkdir(parents=True)
-  (machine.folder / "run/state/worker-1").write_text("failed\n")
+  (machine.folder / "run/state/12-0").mkdir(parents=True)
+  (machine.folder / "run/state/12-0/worker-1").write_text("failed\n")
   result = _job(machine)
   assert result.returncode == 1 and result.stderr.startswith("failed: see ")
   assert [call[0] for call in machine.calls()] == ["srun", "srun"]
+
+
+@pytest.mark.parametrize("word", ["failed", "expired"])
+@pytest.mark.parametrize("later", [{"SLURM_JOB_ID": "13"}, {"SLURM_RESTART_COUNT": "1"}], ids=["job", "restart"])
+def test_how_an_earlier_start_ended_does_not_end_a_job(word, later, machine):
+  # Runs the command on this machine, as the only process of the job.
+  (machine.bin / "srun").write_text('#!/usr/bin/env bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n')
+  python = machine.bin / "trainer"
+  python.write_text('#!/usr/bin/env bash\n[[ $2 == vixml_jax.main ]] || exit 0\ncat "$FAKE/says"\nexit 1\n')
+  python.chmod(0o755)
+  machine.answer("says", "error: config.train.epochs: no")
+  # The later start has no process of this number, which would write its word again.
+  first = _job(machine, python=str(python), SLURM_PROCID="1")
+  assert first.returncode == 1 and first.stderr.splitlines()[-1].startswith("failed: see ")
+  (path,) = (machine.folder / "run/state").rglob("worker-1")
+  path.write_text(f"{word}\n")
+  machine.answer("says", "Traceback: a device was lost")
+  result = _job(machine, python=str(python), SLURM_PROCID="0", **later)
+  assert result.returncode == 0 and "requeueing" in result.stdout, result.stderr
+  assert machine.calls() == [["scontrol", "requeue", later.get("SLURM_JOB_ID", "12")]]

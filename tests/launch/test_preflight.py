@@ -220,8 +220,8 @@ def test_a_job_that_expired_is_not_requeued(machine):
   command = commands_of(machine.run("slurm.sh", *flags, "--dry-run", *TRAINING))[1]
   deadline = command[command.index(str(workdir)) + 2]
   assert 5400 - 60 < int(deadline) - time.time() <= 5400
-  (workdir / "state").mkdir(parents=True)
-  (workdir / "state/worker-0").write_text("expired\n")
+  (workdir / "state/12-0").mkdir(parents=True)
+  (workdir / "state/12-0/worker-0").write_text("expired\n")
   machine.answer("srun", "", "!3")
   result = machine.run("slurm.sbatch", "python", str(workdir), "3", deadline, CONFIG, SLURM_JOB_ID="12")
   assert result.returncode == 1 and result.stderr.startswith("stopped after --max_hours")
