@@ -618,7 +618,8 @@ def test_a_workload_runs_the_worker_with_the_bucket_mounted(machine):
 
 
 def test_cluster_storage_and_image(machine):
-  (cluster,) = commands_of(machine.run("gke_xpk.sh", "cluster", "--dry-run", *GKE, "--spot"))
+  *checks, cluster = commands_of(machine.run("gke_xpk.sh", "cluster", "--dry-run", *GKE, "--spot"))
+  assert [check[:3] for check in checks] == [["gcloud", "auth", "list"], ["gcloud", "projects", "describe"]]
   assert cluster == [
     "xpk",
     "cluster",

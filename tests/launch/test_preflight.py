@@ -237,7 +237,7 @@ def test_a_workload_of_several_slices_with_a_limit_and_a_compile_cache(machine):
   assert "cost: 64 chips, at most 192 chip-hours, 128.00 an hour, at most 384.00 in total" in result.stderr
   worker = shlex.split(option(command, "command"))
   assert worker[-1] == "--distributed" and any(word.startswith("--deadline=") for word in worker)
-  cluster = commands_of(machine.run("gke_xpk.sh", "cluster", *SUBMIT[2:], "--num_slices=4", "--dry-run"))[0]
+  cluster = commands_of(machine.run("gke_xpk.sh", "cluster", *SUBMIT[2:], "--num_slices=4", "--dry-run"))[-1]
   assert "--num-slices=4" in cluster
   (deleted,) = commands_of(machine.run("gke_xpk.sh", "delete_cluster", *SUBMIT[2:], "--dry-run"))
   assert deleted == ["xpk", "cluster", "delete", "--cluster=c", *WHERE, "--force"]
@@ -249,6 +249,34 @@ def test_workers_of_several_slices_have_names_of_their_own(machine):
     env = {"MEGASCALE_SLICE_ID": number, "JOB_COMPLETION_INDEX": "2"}
     assert machine.run("train_worker.sh", f"--workdir={workdir}", "--", "true", **env).returncode == 0
   assert sorted(path.name for path in (workdir / "state").iterdir()) == ["worker-0-2", "worker-1-2"]
+
+
+CLUSTER = ["gke_xpk.sh", "cluster", *WHERE, "--cluster=c", "--type=v5p-32", "--num_slices=2"]
+
+
+@pytest.mark.parametrize("case", ["not logged in", "gcloud fails", "project"])
+def test_a_failing_check_is_one_line_and_no_cluster_is_created(case, machine):
+  what, answer, message = FAILING[case]
+  machine.answer(what, answer)
+  result = machine.run(*CLUSTER)
+  assert result.returncode == 1
+  (line,) = (line for line in result.stderr.splitlines() if " check: " not in line)
+  assert line.startswith("error: ") and message in line
+  assert all(READING & set(call) for call in machine.calls())
+
+
+def test_the_cost_of_a_cluster_is_printed_before_it_is_created(machine):
+  machine.answer("xpk", "!0 xpk: creating")
+  result = machine.run(*CLUSTER, "--price_per_chip_hour=2", "--max_hours=3")
+  assert result.returncode == 0, result.stderr
+  told = [line.partition(" ")[2] for line in result.stderr.splitlines()]
+  assert told == [
+    "check: account: me@example.com",
+    "check: project: p, number 123",
+    "cost: 32 chips, 64.00 an hour; charged until delete_cluster, with or without a workload",
+    "creating",
+  ]
+  assert [call[0] for call in machine.calls()] == ["gcloud", "gcloud", "xpk"]
 
 
 def test_gpu_nodes_of_a_cluster_join_by_the_address_of_the_first(machine):
