@@ -110,6 +110,14 @@ def test_the_quota_is_that_of_the_type_and_one_that_cannot_be_read_is_a_warning(
   assert ("cannot be read; gcloud services enable cloudquotas" in result.stderr) == (quota is not None)
 
 
+@pytest.mark.parametrize("quota", ["us-a1-z,-1;,8", ",-1;us-b1-z,8"])
+def test_a_quota_of_minus_one_is_no_limit(quota, machine):
+  machine.answer("quota", quota)
+  result = machine.run("tpu_pod.sh", "check", *RUN[2:], *TRAINING)
+  assert result.returncode == 0, result.stderr
+  assert "check: quota: no limit in us-a1-z, 16 needed" in result.stderr
+
+
 @pytest.mark.parametrize(("type_", "chips"), [("v4-32", 16), ("v5p-8", 4), ("v5litepod-16", 16), ("v6e-8", 8)])
 def test_the_cost_counts_chips_and_not_cores(type_, chips, machine):
   result = machine.run("tpu_pod.sh", "check", *POD, f"--type={type_}", *TRAINING)
