@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from tests.helpers.documents import Document
 from tests.helpers.images import assert_hashes_are_required
 from tests.launch.machine import CONFIG, FAKE, FIELDS, LAUNCH, POD, ROOT, TRAINING, WHERE, commands_of, option
 
@@ -419,6 +420,25 @@ def test_setup_refuses_a_bucket_that_cannot_rename_folders(vm):
   result = vm.run("tpu_worker.sh", "setup", "b")
   assert result.returncode == 1
   assert result.stderr == "error: gs://b cannot rename folders; create it with --enable-hierarchical-namespace\n"
+
+
+def test_the_page_s_command_for_predict_uses_what_setup_installs_and_mounts(vm):
+  python = vm.folder / "vixml/venv/bin/python"
+  for folder in (python.parent, vm.folder / "vixml/code"):
+    folder.mkdir(parents=True)
+  python.write_text(FAKE)
+  python.chmod(0o755)
+  vm.answer("mountpoint", "!1", "")
+  assert vm.run("tpu_worker.sh", "setup", "b").returncode == 0
+  bucket = next(call for call in vm.calls() if call[0] == "systemd-run")[-1]
+  assert not re.search(r"^gcsfs\b", (ROOT / "requirements/train-tpu.txt").read_text(), re.MULTILINE)
+  codes = [block.code for block in Document.read(ROOT / "docs/inference.md").blocks if "tpu-vm ssh POD" in block.code]
+  ssh = codes[0][codes[0].index("gcloud compute tpus tpu-vm ssh") :].replace("\\\n", "")
+  # ssh starts the command in the home folder of the worker.
+  program, command, *flags = shlex.split(option(shlex.split(ssh), "command"))
+  assert (program, command) == ("vixml/venv/bin/vixml", "predict") and "--distributed" in flags
+  for name in ("workdir", "queries", "output"):
+    assert (vm.folder / option(flags, name)).is_relative_to(bucket)
 
 
 def test_start_makes_a_service_that_systemd_stops_before_the_mount(vm):
