@@ -161,10 +161,10 @@ later() {
   [[ -z $1 ]] || awk -v now="$(date +%s)" -v hours="$1" 'BEGIN { printf "%d\n", now + hours * 3600 }'
 }
 
-# announce_cost CHIPS HOURS PRICE: prints what the chips cost at most. HOURS and PRICE may be empty. There is no table of
-# prices here: they differ by region, by contract and by day.
+# announce_cost CHIPS HOURS PRICE [END]: prints what the chips cost at most. HOURS and PRICE may be empty. Without
+# HOURS, END says when the cost ends. There is no table of prices here: they differ by region, by contract and by day.
 announce_cost() {
-  local chips=$1 hours=$2 price=$3 told
+  local chips=$1 hours=$2 price=$3 end="${4:-without --max_hours there is no limit}" told
   told="$chips chips"
   [[ -z $hours ]] || told+=$(awk -v c="$chips" -v h="$hours" 'BEGIN { printf ", at most %.6g chip-hours", c * h }')
   if [[ -n $price ]]; then
@@ -173,7 +173,7 @@ announce_cost() {
   else
     told+="; --price_per_chip_hour prints the cost, see https://cloud.google.com/tpu/pricing"
   fi
-  [[ -n $hours ]] || told+="; without --max_hours there is no limit"
+  [[ -n $hours ]] || told+="; $end"
   note "cost: $told"
 }
 

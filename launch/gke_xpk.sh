@@ -5,7 +5,7 @@
 #     [flags] -- --config=configs/lf_amazon_1.3m.py [--config.train.epochs=30 ...]
 #
 # Commands, in the order of a first run:
-#   cluster  create a cluster with slices of the type        image   build and push the container image
+#   cluster  check, then create a cluster of the type        image   build and push the container image
 #   storage  let the workloads of the cluster mount BUCKET   stage   copy data and weights to the bucket
 #   check    check login, project, bucket, config, data      submit  check, then start training
 #   list     show the workloads and their states             logs    follow the logs of all workers
@@ -25,7 +25,7 @@
 #                   everything without a config. submit needs --weights and --raw_dir if they were staged
 #   --python        local Python with vixml_jax, which checks the config; by default .venv/bin/python
 #   --max_hours     stop training for good after so many hours from now, time in the queue included; by default never
-#   --price_per_chip_hour   price of a chip for an hour, from which submit prints the cost
+#   --price_per_chip_hour   price of a chip for an hour, from which cluster and submit print the cost
 #   --compile_cache folder in the bucket that keeps compiled programs, gs://BUCKET/...; by default none
 #   --max_restarts  maximum number of restarts of a workload; by default 20
 #   --reservation   cluster: use a slice of this reservation
@@ -66,9 +66,14 @@ hardware_flags() {
   fi
 }
 
+# --max_hours limits a workload, not the cluster.
 make_cluster() {
   need cluster type
-  local capacity=--on-demand hardware
+  local capacity=--on-demand hardware count
+  count=$(chips)
+  check_login
+  check_project
+  announce_cost "$count" "" "$price_per_chip_hour" "charged until delete_cluster, with or without a workload"
   [[ $spot == false ]] || capacity=--spot
   [[ -z $reservation ]] || capacity=--reservation=$reservation
   hardware_flags

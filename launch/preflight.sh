@@ -81,9 +81,9 @@ gcloud compute tpus accelerator-types list --zone=$zone"
   found "type: $type is offered in $zone"
 }
 
-# check_quota CHIPS: the project may have that many chips of the type in the zone. Quotas that cannot be read are a
-# warning: a request beyond a quota is refused later, and costs nothing. Those of v4 and v5p may count cores, two for
-# each chip, so that a quota below CHIPS is too small in any case.
+# check_quota CHIPS: the project may have that many chips of the type in the zone; a quota of -1 is no limit. Quotas
+# that cannot be read are a warning: a request beyond a quota is refused later, and costs nothing. Those of v4 and v5p
+# may count cores, two for each chip, so that a quota below CHIPS is too small in any case.
 check_quota() {
   local chips=$1 quota limit="" spot_word=""
   [[ $spot == false ]] || spot_word=Preemptible
@@ -113,6 +113,8 @@ check_quota() {
   fi
   if [[ -z $limit ]]; then
     note "warning: the quota $quota cannot be read; gcloud services enable cloudquotas.googleapis.com lets it be read"
+  elif ((limit == -1)); then
+    found "quota: no limit in $zone, $chips needed"
   elif ((limit < chips)); then
     fail "--type=$type: needs $chips chips, and the quota $quota of $project in $zone is $limit; request more at \
 https://console.cloud.google.com/iam-admin/quotas"

@@ -1,6 +1,6 @@
 """Prints what a run needs, one `NAME=VALUE` a line, and checks its config, for launchers before anything is bought.
 
-  python launch/read_config.py --config=configs/lf_amazon_1.3m.py:encoder=qwen2.5-3b,images=3
+  python launch/read_config.py --config=lf_amazon_1.3m:encoder=qwen2.5-3b,images=3
 
 The lines are `dataset`, `embedded` (whether the package contains the data set), `features` (empty if the run reads
 none, or makes them itself) and `pretrained`. The flags are those of training. A config that training would refuse is
@@ -10,14 +10,12 @@ refused here, with the same one-line error.
 from pathlib import Path
 import sys
 
-from ml_collections import config_flags
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # The checkout, whether it is installed or not.
 
-from vixml_jax import cli, datasets
+from vixml_jax import cli, config_flag, datasets
 from vixml_jax.run import configuration
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; a variant follows after a colon.")
+_CONFIG = config_flag.define()
 
 
 def main() -> None:

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Runs one process of a training run: forwards SIGTERM, copies its files to a shared folder, and records how it ended.
 #
-#   launch/train_worker.sh --workdir=DIR [--store=DIR] [--name=NAME] [--copy=FROM:TO ...] -- COMMAND...
+#   launch/train_worker.sh --workdir=DIR [--store=DIR] [--state=DIR] [--name=NAME] [--copy=FROM:TO ...] -- COMMAND...
 #
 #   --workdir  folder that the run writes to; passed to COMMAND as its last flag
 #   --store    folder of the run that all workers see, such as a mounted bucket. All workers write their parts
 #              of checkpoints and embeddings there. The other files are written to --workdir, which is local, and copied
 #              to the store every minute and at the end. An empty local workdir is filled from the store first. Omit the
 #              flag if --workdir is shared.
+#   --state    folder of the word that says how the run ended; by default `state` in the store or the workdir
 #   --name     name of this worker, for logs/NAME.log and state/NAME; by default worker-NUMBER on GKE and SLURM,
 #              and worker-SLICE-NUMBER with several slices
 #   --copy     copies missing and changed files of folder FROM to folder TO before the run
@@ -23,7 +24,7 @@
 set -euo pipefail
 
 publish_seconds=${VIXML_PUBLISH_SECONDS:-60}
-workdir="" store="" copies=() deadline=""
+workdir="" store="" state="" copies=() deadline=""
 # Workers of several slices have the same numbers; a slice is told by its own.
 name=worker-${MEGASCALE_SLICE_ID:+$MEGASCALE_SLICE_ID-}${JOB_COMPLETION_INDEX:-${SLURM_PROCID:-$HOSTNAME}}
 
@@ -36,6 +37,7 @@ while (($#)); do
   case $1 in
     --workdir=*) workdir=${1#*=} ;;
     --store=*) store=${1#*=} ;;
+    --state=*) state=${1#*=} ;;
     --name=*) name=${1#*=} ;;
     --deadline=*) deadline=${1#*=} ;;
     --copy=*:*) copies+=("${1#*=}") ;;
@@ -74,7 +76,7 @@ publish_for_ever() {
 }
 
 say() {
-  echo "$1" > "${store:-$workdir}/state/$name"
+  echo "$1" > "$state/$name"
 }
 
 # Prints how the run ended, from its exit status $1 and the lines of its log from line $2 on. An entry point exits with
@@ -96,7 +98,7 @@ mkdir -p "$workdir"
 workdir=$(cd "$workdir" && pwd)
 published=$workdir/.published
 if [[ -n $store ]]; then
-  mkdir -p "$store/checkpoints" "$store/embeddings" "$store/state"
+  mkdir -p "$store/checkpoints" "$store/embeddings"
   store=$(cd "$store" && pwd)
   if [[ ! -e $workdir/config.json ]]; then
     (restore)
@@ -108,7 +110,8 @@ if [[ -n $store ]]; then
   ln -sfn "$store/embeddings" "$workdir/embeddings"
   touch "$published"
 fi
-mkdir -p "$workdir/logs" "$workdir/state"
+state=${state:-${store:-$workdir}/state}
+mkdir -p "$workdir/logs" "$state"
 log=$workdir/logs/$name.log
 touch "$log"
 say running

@@ -159,12 +159,14 @@ def test_programs_that_run_at_several_times_differ_in_what_is_in_memory(workload
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'")
-def test_a_small_encoder_fits_a_tpu_that_does_not_exist(tmp_path, capsys):
+@pytest.mark.parametrize(("topology", "fsdp"), [("v5e:2x2", 2), ("v5e:2x2*2", 4)])
+def test_a_small_encoder_fits_tpus_that_do_not_exist(topology, fsdp, tmp_path, capsys):
   config = miniature_config(tmp_path, num_train=40)
   config.encoder.dtype = "bfloat16"
-  config.mesh.update(dict(data=2, fsdp=2, tensor=1))
-  assert report.check_fit(config, machine_of("v5e:2x2"), DataSize(10_000, 1_000, 5_000, 6.0, 0.0))
+  config.mesh.update(dict(data=2, fsdp=fsdp, tensor=1))  # Two slices are divided along data.
+  assert report.check_fit(config, machine_of(topology), DataSize(10_000, 1_000, 5_000, 6.0, 0.0))
   printed = capsys.readouterr().out
+  assert f" on {topology}, {2 * fsdp} chips: mesh 2 x {fsdp} x 1" in printed
   assert "15.75" in printed and "all-gather" in printed
 
 

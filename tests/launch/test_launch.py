@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from tests.helpers.documents import Document
 from tests.helpers.images import assert_hashes_are_required
 from tests.launch.machine import CONFIG, FAKE, FIELDS, LAUNCH, POD, ROOT, TRAINING, WHERE, commands_of, option
 
@@ -421,6 +422,25 @@ def test_setup_refuses_a_bucket_that_cannot_rename_folders(vm):
   assert result.stderr == "error: gs://b cannot rename folders; create it with --enable-hierarchical-namespace\n"
 
 
+def test_the_page_s_command_for_predict_uses_what_setup_installs_and_mounts(vm):
+  python = vm.folder / "vixml/venv/bin/python"
+  for folder in (python.parent, vm.folder / "vixml/code"):
+    folder.mkdir(parents=True)
+  python.write_text(FAKE)
+  python.chmod(0o755)
+  vm.answer("mountpoint", "!1", "")
+  assert vm.run("tpu_worker.sh", "setup", "b").returncode == 0
+  bucket = next(call for call in vm.calls() if call[0] == "systemd-run")[-1]
+  assert not re.search(r"^gcsfs\b", (ROOT / "requirements/train-tpu.txt").read_text(), re.MULTILINE)
+  codes = [block.code for block in Document.read(ROOT / "docs/inference.md").blocks if "tpu-vm ssh POD" in block.code]
+  ssh = codes[0][codes[0].index("gcloud compute tpus tpu-vm ssh") :].replace("\\\n", "")
+  # ssh starts the command in the home folder of the worker.
+  program, command, *flags = shlex.split(option(shlex.split(ssh), "command"))
+  assert (program, command) == ("vixml/venv/bin/vixml", "predict") and "--distributed" in flags
+  for name in ("workdir", "queries", "output"):
+    assert (vm.folder / option(flags, name)).is_relative_to(bucket)
+
+
 def test_start_makes_a_service_that_systemd_stops_before_the_mount(vm):
   home = vm.folder / "vixml"
   (home / "raw").mkdir(parents=True)
@@ -618,7 +638,8 @@ def test_a_workload_runs_the_worker_with_the_bucket_mounted(machine):
 
 
 def test_cluster_storage_and_image(machine):
-  (cluster,) = commands_of(machine.run("gke_xpk.sh", "cluster", "--dry-run", *GKE, "--spot"))
+  *checks, cluster = commands_of(machine.run("gke_xpk.sh", "cluster", "--dry-run", *GKE, "--spot"))
+  assert [check[:3] for check in checks] == [["gcloud", "auth", "list"], ["gcloud", "projects", "describe"]]
   assert cluster == [
     "xpk",
     "cluster",
@@ -724,11 +745,9 @@ def test_a_job_is_submitted_with_time_to_save_and_leave_to_requeue(machine):
 
 
 def _job(machine, **env):
-  workdir = machine.folder / "run"
-  (workdir / "state").mkdir(parents=True, exist_ok=True)
-  return machine.run(
-    "slurm.sbatch", "/venv/bin/python", str(workdir), "3", "", CONFIG, FIELDS, SLURM_JOB_ID="12", **env
-  )
+  env = {"SLURM_JOB_ID": "12", "python": "/venv/bin/python"} | env
+  workdir, python = machine.folder / "run", env.pop("python")
+  return machine.run("slurm.sbatch", python, str(workdir), "3", "", CONFIG, FIELDS, **env)
 
 
 def test_a_job_prepares_once_and_trains_on_all_gpus(machine):
@@ -754,6 +773,7 @@ def test_a_job_prepares_once_and_trains_on_all_gpus(machine):
     "bash",
     "launch/train_worker.sh",
     f"--workdir={machine.folder}/run",
+    f"--state={machine.folder}/run/state/12-0",
     "--",
     "/venv/bin/python",
     "-m",
@@ -786,8 +806,28 @@ def test_a_job_does_not_requeue_after_its_last_restart(machine):
 
 def test_a_job_does_not_requeue_after_bad_input(machine):
   machine.answer("srun", "", "!1")
-  (machine.folder / "run/state").mkdir(parents=True)
-  (machine.folder / "run/state/worker-1").write_text("failed\n")
+  (machine.folder / "run/state/12-0").mkdir(parents=True)
+  (machine.folder / "run/state/12-0/worker-1").write_text("failed\n")
   result = _job(machine)
   assert result.returncode == 1 and result.stderr.startswith("failed: see ")
   assert [call[0] for call in machine.calls()] == ["srun", "srun"]
+
+
+@pytest.mark.parametrize("word", ["failed", "expired"])
+@pytest.mark.parametrize("later", [{"SLURM_JOB_ID": "13"}, {"SLURM_RESTART_COUNT": "1"}], ids=["job", "restart"])
+def test_how_an_earlier_start_ended_does_not_end_a_job(word, later, machine):
+  # Runs the command on this machine, as the only process of the job.
+  (machine.bin / "srun").write_text('#!/usr/bin/env bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n')
+  python = machine.bin / "trainer"
+  python.write_text('#!/usr/bin/env bash\n[[ $2 == vixml_jax.main ]] || exit 0\ncat "$FAKE/says"\nexit 1\n')
+  python.chmod(0o755)
+  machine.answer("says", "error: config.train.epochs: no")
+  # The later start has no process of this number, which would write its word again.
+  first = _job(machine, python=str(python), SLURM_PROCID="1")
+  assert first.returncode == 1 and first.stderr.splitlines()[-1].startswith("failed: see ")
+  (path,) = (machine.folder / "run/state").rglob("worker-1")
+  path.write_text(f"{word}\n")
+  machine.answer("says", "Traceback: a device was lost")
+  result = _job(machine, python=str(python), SLURM_PROCID="0", **later)
+  assert result.returncode == 0 and "requeueing" in result.stdout, result.stderr
+  assert machine.calls() == [["scontrol", "requeue", later.get("SLURM_JOB_ID", "12")]]

@@ -73,7 +73,7 @@ def test_a_job_gets_names_as_they_were_typed(name, machine):
   assert call[script + 1 : script + 3] == [f"/{name}/python", str(workdir)]
   assert call[-1] == f"--config.dataset.data_dir=/data/{name}"
   machine.answer("srun", "")
-  assert machine.run("slurm.sbatch", *call[script + 1 :]).returncode == 0
+  assert machine.run("slurm.sbatch", *call[script + 1 :], SLURM_JOB_ID="12").returncode == 0
   prepare, train = machine.calls()[1:]
   assert prepare[4:] == [f"/{name}/python", "-m", "vixml_jax.prepare_data", CONFIG, call[-1]]
   assert f"--workdir={workdir}" in train and call[-1] in train

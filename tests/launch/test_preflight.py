@@ -110,6 +110,14 @@ def test_the_quota_is_that_of_the_type_and_one_that_cannot_be_read_is_a_warning(
   assert ("cannot be read; gcloud services enable cloudquotas" in result.stderr) == (quota is not None)
 
 
+@pytest.mark.parametrize("quota", ["us-a1-z,-1;,8", ",-1;us-b1-z,8"])
+def test_a_quota_of_minus_one_is_no_limit(quota, machine):
+  machine.answer("quota", quota)
+  result = machine.run("tpu_pod.sh", "check", *RUN[2:], *TRAINING)
+  assert result.returncode == 0, result.stderr
+  assert "check: quota: no limit in us-a1-z, 16 needed" in result.stderr
+
+
 @pytest.mark.parametrize(("type_", "chips"), [("v4-32", 16), ("v5p-8", 4), ("v5litepod-16", 16), ("v6e-8", 8)])
 def test_the_cost_counts_chips_and_not_cores(type_, chips, machine):
   result = machine.run("tpu_pod.sh", "check", *POD, f"--type={type_}", *TRAINING)
@@ -140,9 +148,10 @@ def test_data_that_will_be_staged_must_be_prepared(machine):
   assert "has no lf_features/siglip; prepare it on this machine" in result.stderr.splitlines()[-1]
 
 
-def test_the_config_reader_prints_what_a_run_needs_and_refuses_what_training_refuses():
+@pytest.mark.parametrize("config", ["quickstart", "configs/quickstart.py"])
+def test_the_config_reader_prints_what_a_run_needs_and_refuses_what_training_refuses(config):
   def read(*flags):
-    command = [sys.executable, LAUNCH / "read_config.py", "--config=configs/quickstart.py:images=3", *flags]
+    command = [sys.executable, LAUNCH / "read_config.py", f"--config={config}:images=3", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
   result = read("--config.features.checkpoint=", "--config.features.name=siglip")
@@ -219,8 +228,8 @@ def test_a_job_that_expired_is_not_requeued(machine):
   command = commands_of(machine.run("slurm.sh", *flags, "--dry-run", *TRAINING))[1]
   deadline = command[command.index(str(workdir)) + 2]
   assert 5400 - 60 < int(deadline) - time.time() <= 5400
-  (workdir / "state").mkdir(parents=True)
-  (workdir / "state/worker-0").write_text("expired\n")
+  (workdir / "state/12-0").mkdir(parents=True)
+  (workdir / "state/12-0/worker-0").write_text("expired\n")
   machine.answer("srun", "", "!3")
   result = machine.run("slurm.sbatch", "python", str(workdir), "3", deadline, CONFIG, SLURM_JOB_ID="12")
   assert result.returncode == 1 and result.stderr.startswith("stopped after --max_hours")
@@ -236,7 +245,7 @@ def test_a_workload_of_several_slices_with_a_limit_and_a_compile_cache(machine):
   assert "cost: 64 chips, at most 192 chip-hours, 128.00 an hour, at most 384.00 in total" in result.stderr
   worker = shlex.split(option(command, "command"))
   assert worker[-1] == "--distributed" and any(word.startswith("--deadline=") for word in worker)
-  cluster = commands_of(machine.run("gke_xpk.sh", "cluster", *SUBMIT[2:], "--num_slices=4", "--dry-run"))[0]
+  cluster = commands_of(machine.run("gke_xpk.sh", "cluster", *SUBMIT[2:], "--num_slices=4", "--dry-run"))[-1]
   assert "--num-slices=4" in cluster
   (deleted,) = commands_of(machine.run("gke_xpk.sh", "delete_cluster", *SUBMIT[2:], "--dry-run"))
   assert deleted == ["xpk", "cluster", "delete", "--cluster=c", *WHERE, "--force"]
@@ -248,6 +257,34 @@ def test_workers_of_several_slices_have_names_of_their_own(machine):
     env = {"MEGASCALE_SLICE_ID": number, "JOB_COMPLETION_INDEX": "2"}
     assert machine.run("train_worker.sh", f"--workdir={workdir}", "--", "true", **env).returncode == 0
   assert sorted(path.name for path in (workdir / "state").iterdir()) == ["worker-0-2", "worker-1-2"]
+
+
+CLUSTER = ["gke_xpk.sh", "cluster", *WHERE, "--cluster=c", "--type=v5p-32", "--num_slices=2"]
+
+
+@pytest.mark.parametrize("case", ["not logged in", "gcloud fails", "project"])
+def test_a_failing_check_is_one_line_and_no_cluster_is_created(case, machine):
+  what, answer, message = FAILING[case]
+  machine.answer(what, answer)
+  result = machine.run(*CLUSTER)
+  assert result.returncode == 1
+  (line,) = (line for line in result.stderr.splitlines() if " check: " not in line)
+  assert line.startswith("error: ") and message in line
+  assert all(READING & set(call) for call in machine.calls())
+
+
+def test_the_cost_of_a_cluster_is_printed_before_it_is_created(machine):
+  machine.answer("xpk", "!0 xpk: creating")
+  result = machine.run(*CLUSTER, "--price_per_chip_hour=2", "--max_hours=3")
+  assert result.returncode == 0, result.stderr
+  told = [line.partition(" ")[2] for line in result.stderr.splitlines()]
+  assert told == [
+    "check: account: me@example.com",
+    "check: project: p, number 123",
+    "cost: 32 chips, 64.00 an hour; charged until delete_cluster, with or without a workload",
+    "creating",
+  ]
+  assert [call[0] for call in machine.calls()] == ["gcloud", "gcloud", "xpk"]
 
 
 def test_gpu_nodes_of_a_cluster_join_by_the_address_of_the_first(machine):
