@@ -242,7 +242,7 @@ def local_path(place: str, flag: str) -> Path:
     InputError: It is a URL, or cannot be a path; the message names the flag.
   """
   if "://" in place:
-    raise InputError(f"--{flag}={place}: must be a local path; only predict, encode and serve read buckets")
+    raise InputError(f"--{flag}={place}: must be a local path; predict, encode, serve and export read buckets")
   if problem := path_problem(place):
     raise InputError(f"--{flag}={shown(place)}: {problem}")
   return Path(place)

@@ -49,6 +49,7 @@ class DataFlags:
       InputError: The table cannot be used, flags do not fit, or the run in the workdir was started with other data.
     """
     from vixml_jax.datasets.raw import is_raw
+    from vixml_jax.remote import local_table
 
     given = {flag.name: flag.value for flag in self._others() if flag.value is not None}
     if self.data.value is None:
@@ -57,10 +58,11 @@ class DataFlags:
       return
     if config.dataset.raw_dir:
       raise InputError("--data and --config.dataset.raw_dir: both name the data; give one of them")
-    if is_raw(Path(self.data.value)):
+    folder = local_table(self.data.value)
+    if is_raw(folder):
       if given:
         raise InputError(f"--{next(iter(given))}: {self.data.value} is in the raw format, not a table; leave it out")
-      config.dataset.raw_dir = self.data.value
+      config.dataset.raw_dir = str(folder)
       return
     self._convert(config)
     if workdir is not None:
@@ -105,7 +107,7 @@ def define_data_flags() -> DataFlags:
       "data",
       None,
       "Table to train from: a CSV, TSV, JSON lines, Parquet or Arrow file, a folder of these, or a saved Hugging Face "
-      "data set; or a folder in the raw format (docs/data.md).",
+      "data set; or a folder in the raw format; or the URL of one in a bucket (docs/data.md).",
     ),
     test_data=flags.DEFINE_string("test_data", None, "Table of the test rows, with the same columns."),
     labels_table=flags.DEFINE_string(

@@ -18,7 +18,7 @@ from vixml_jax import cli
 from vixml_jax.errors import InputError
 from vixml_jax.exporting.formats import DTYPES, FORMATS
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that vixml_jax.main wrote.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that vixml_jax.main wrote, or its URL in a bucket.")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format to write.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to create.")
 _DTYPE = flags.DEFINE_enum(
@@ -41,10 +41,12 @@ _IMAGE_CHECKPOINT = flags.DEFINE_string(
 def main() -> None:
   """Exports the workdir that the flags name."""
   from vixml_jax.exporting.export import export
+  from vixml_jax.inference.remote_workdir import local_workdir
+  from vixml_jax.remote import is_remote
 
   workdir, kind, output = (cli.required(flag) for flag in (_WORKDIR, _FORMAT, _OUTPUT))
   export(
-    cli.local_path(workdir, "workdir"),
+    local_workdir(workdir) if is_remote(workdir) else cli.local_path(workdir, "workdir"),
     kind,
     cli.local_path(output, "output"),
     _DTYPE.value,

@@ -49,6 +49,29 @@ def local_copy(place: str) -> Path:
   return folder / name
 
 
+def local_table(place: str) -> Path:
+  """Returns the path of a file or a folder. A remote one is copied to the cache, once for each of its versions.
+
+  Raises:
+    InputError: There is nothing at the place, or the bucket cannot be reached.
+  """
+  if not is_remote(place):
+    return Path(place)
+  bucket = Bucket(place)
+  names = sorted(bucket.sizes())
+  if not names or names == ["."]:  # A file, or nothing.
+    return local_copy(place)
+  key = fingerprint_of([place, {name: bucket.version(name) for name in names}])
+  folder, own = cache_root() / "files" / key[:32], bucket.url.rpartition("/")[2]
+
+  def copy(work: Path) -> None:
+    for name in names:
+      bucket.get(name, work / own / name)
+
+  cached_folder(folder, copy)
+  return folder / own
+
+
 class Bucket:
   """A folder in a bucket.
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers.miniature_runs import ROOT, run_commands
 from vixml_jax.errors import InputError
+from vixml_jax.exporting.export import export
 from vixml_jax.inference.batch_encoding import encode_file
 from vixml_jax.inference.batch_prediction import predict_file
 from vixml_jax.inference.block_runner import BatchFile
@@ -22,6 +23,7 @@ from vixml_jax.inference.query_files import open_queries
 from vixml_jax.inference.remote_workdir import local_workdir
 from vixml_jax.process_share import ProcessShare
 from vixml_jax.remote import Bucket, local_copy
+from vixml_jax.tables.conversion import write_raw_folder_in
 
 LINES = "".join(json.dumps({"title": f"{word} {i}"}) + "\n" for i, word in enumerate(["arrow", "cloud", "sun"] * 4))
 
@@ -110,7 +112,8 @@ def test_a_workdir_is_copied_once_and_answers_as_the_local_one(texts_only, predi
   folder = local_workdir("memory://bucket/run")
   assert load_predictor(folder).predict(["arrow up"], 3) == predictor.predict(["arrow up"], 3)
   copied = {path.relative_to(folder).parts[0] for path in folder.rglob("*")}
-  assert copied == {"config.json", "inference.json", "tokenizer", "index", "checkpoints", "sha256.json"}
+  results = {"evaluation.json", "final_metrics.json"}
+  assert copied == results | {"config.json", "inference.json", "tokenizer", "index", "checkpoints", "sha256.json"}
   assert not list(folder.glob("checkpoints/*/training"))
   monkeypatch.setattr(Bucket, "get", None)
   assert local_workdir("memory://bucket/run") == folder
@@ -156,7 +159,7 @@ def test_commands_that_write_a_workdir_refuse_a_bucket(tmp_path):
       "main": ["main", "--config=configs/custom.py", place],
       "data": ["main", "--config=configs/custom.py", "--config.dataset.data_dir=gs://bucket/data"],
       "evaluate": ["evaluate", place],
-      "export": ["export", place, "--format=hf", f"--output={tmp_path}"],
+      "export": ["export", f"--workdir={tmp_path}", "--format=hf", "--output=gs://bucket/out"],
       "add_labels": ["add_labels", place, "--labels=new.jsonl"],
     },
     tmp_path,
@@ -208,3 +211,31 @@ def test_commands_read_and_write_s3(texts_only, local, tmp_path):
     finally:
       server.stdin.close()
       server.wait()
+
+
+def test_a_table_or_a_folder_of_tables_in_a_bucket_is_read_like_a_local_one(memory, tmp_path):
+  rows = [f"{word} {i},{word}" for i in range(20) for word in ("arrow", "cloud")]
+  memory.pipe("/bucket/t/train.csv", ("\n".join(["text,labels", *rows[:30]]) + "\n").encode())
+  memory.pipe("/bucket/t/test.csv", ("\n".join(["text,labels", *rows[30:]]) + "\n").encode())
+  (tmp_path / "t").mkdir()
+  for name in ("train.csv", "test.csv"):
+    (tmp_path / "t" / name).write_bytes(memory.cat(f"/bucket/t/{name}"))
+  for place in ("t", "t/train.csv"):
+    near, far = (
+      write_raw_folder_in(tmp_path / name, root + place)
+      for name, root in (("a", f"{tmp_path}/"), ("b", "memory://bucket/"))
+    )
+    assert (near.num_train, near.num_test, near.num_labels) == (far.num_train, far.num_test, far.num_labels)
+    assert near.folder.parent.name == far.folder.parent.name
+  with pytest.raises(InputError, match="memory://bucket/none.csv: no such file"):
+    write_raw_folder_in(tmp_path, "memory://bucket/none.csv")
+
+
+def test_a_workdir_in_a_bucket_is_exported_with_its_results(memory, texts_only, tmp_path):
+  upload(memory, texts_only.workdir, "/bucket/run")
+  export(local_workdir("memory://bucket/run"), "hf", tmp_path / "far")
+  export(texts_only.workdir, "hf", tmp_path / "near")
+  assert (tmp_path / "far/model.safetensors").read_bytes() == (tmp_path / "near/model.safetensors").read_bytes()
+  near, far = ((tmp_path / name / "README.md").read_text() for name in ("near", "far"))
+  results = [line for line in near.splitlines() if line.startswith("| ") and "training queries" not in line]
+  assert len(results) > 2 and [line for line in far.splitlines() if line.startswith("| ")] == results

@@ -1,7 +1,7 @@
-"""A trained workdir in a bucket: the files that inference needs are copied to the cache and compared with their hashes.
+"""A trained workdir in a bucket: the files that inference and exports need are copied to the cache and checked.
 
 What is copied is named by the files that hold the hashes of all others: the manifest of the checkpoint, the description
-of the label index and `inference.json`. So each state of a workdir is copied once to a machine, and never changes.
+of the label index, and small files. So each state of a workdir is copied once to a machine, and never changes.
 """
 
 import hashlib
@@ -12,12 +12,13 @@ from vixml_jax.errors import InputError
 from vixml_jax.files import fingerprint_of
 from vixml_jax.manifest import MANIFEST, cached_folder, find_damage, read_manifest
 from vixml_jax.remote import Bucket, cache_root, is_remote
-from vixml_jax.run.workdir import CHECKPOINTS, CONFIG, INDEX, INFERENCE_INFO, TOKENIZER
+from vixml_jax.run.workdir import CHECKPOINTS, CONFIG, EVALUATION, FINAL_METRICS, INDEX, INFERENCE_INFO, TOKENIZER
 from vixml_jax.search import snapshots
 from vixml_jax.stages import stage
 
 _NOT_NEEDED = ("training", "mining")
 """Items of a checkpoint that only training reads."""
+_SMALL_FILES = (CONFIG, INFERENCE_INFO, EVALUATION, FINAL_METRICS)  # The last two are for the card of an export.
 
 
 def local_workdir(place: str) -> Path:
@@ -55,7 +56,7 @@ def local_workdir(place: str) -> Path:
 
 
 def _needed(bucket: Bucket, names: set[str]) -> list[str]:
-  """Returns the files of a workdir that inference reads, with its newest checkpoint."""
+  """Returns the files of a workdir that inference and exports read, with its newest checkpoint."""
   places = [Path(name).parts for name in names]
   steps = [place[1] for place in places if len(place) == 3 and (place[0], place[2]) == (CHECKPOINTS, MANIFEST)]
   numbers = [int(step) for step in steps if step.isdigit()]
@@ -68,14 +69,14 @@ def _needed(bucket: Bucket, names: set[str]) -> list[str]:
   return sorted(
     name
     for name in names
-    if name in (CONFIG, INFERENCE_INFO, index)
+    if name in (*_SMALL_FILES, index)
     or name.startswith(tuple(folders))
     or (name.startswith(step) and name.removeprefix(step).split("/")[0] not in _NOT_NEEDED)
   )
 
 
 def _holds_hashes(name: str) -> bool:
-  return name in (CONFIG, INFERENCE_INFO) or name.rsplit("/", 1)[-1] in (MANIFEST, snapshots.CURRENT, snapshots.INDEX)
+  return name in _SMALL_FILES or name.rsplit("/", 1)[-1] in (MANIFEST, snapshots.CURRENT, snapshots.INDEX)
 
 
 def _damage(work: Path) -> str | None:

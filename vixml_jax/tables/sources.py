@@ -11,6 +11,7 @@ import pyarrow as pa
 from vixml_jax.errors import InputError
 from vixml_jax.files import read_json_object
 from vixml_jax.record_files import bounded_lines, open_packed
+from vixml_jax.remote import local_table
 from vixml_jax.tables.parts import ArrowPart, CsvPart, JsonLinesPart, Part, RecordsPart
 
 SPLITS = {
@@ -48,8 +49,8 @@ def open_source(data: Any, name: str) -> list[SourcePart]:
   """Opens a table.
 
   Args:
-    data: Path of a file or a folder; or a pyarrow.Table, a pandas DataFrame, a Hugging Face Dataset,
-      another object with Arrow's `__arrow_c_stream__`, or a list of dicts.
+    data: Path of a file or a folder, or its URL in a bucket; or a pyarrow.Table, a pandas DataFrame, a Hugging Face
+      Dataset, another object with Arrow's `__arrow_c_stream__`, or a list of dicts.
     name: Name of data in memory, in messages.
 
   Returns:
@@ -59,7 +60,7 @@ def open_source(data: Any, name: str) -> list[SourcePart]:
     InputError: There are no such files, or they cannot be read.
   """
   if isinstance(data, str | os.PathLike):
-    path = Path(data)
+    path = local_table(os.fspath(data))
     if path.is_dir():
       return sorted(_folder(path), key=lambda source: _ORDER.index(source.split))
     if not path.is_file():
