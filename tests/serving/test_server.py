@@ -221,3 +221,17 @@ def test_the_command_keeps_its_programs_and_takes_keys_names_origins_and_a_forma
     _, stderr = process.communicate(timeout=60)
   lines = [json.loads(line) for line in stderr.splitlines()]
   assert {line["status"] for line in lines if line["message"] == "request"} == {200, 401}
+
+
+@pytest.mark.slow
+def test_the_command_with_fewer_dimensions_takes_the_best_ranking_that_can_search_them(texts_only, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(texts_only.workdir, workdir)
+  (workdir / "final_metrics.json").write_text(json.dumps({"P@1": 40.0, "RA/P@1": 41.0, "blend/P@1": 42.0}))
+  process, url = start_command(workdir, "--dims=16", "--max_batch=4")
+  try:
+    health = call(_Address(url), "/healthz").json
+    assert (health["ranking"], health["rankings"]) == ("retrieval_augmented", ["plain", "retrieval_augmented"])
+  finally:
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
