@@ -219,6 +219,28 @@ def test_the_page_asks_for_the_key_of_a_server_that_has_one(predictor, open_page
     page.get_by_role("button", name="Use").click()
     page.locator("#chips button").first.click()
     page.locator("#labels .answer").first.wait_for()
+    linked = open_page(f"{server.url}/?q=sun")  # Another tab, which has no key.
+    for key in ("wrong", "secret"):
+      linked.get_by_label("API key").fill(key)
+      linked.get_by_role("button", name="Use").click()
+    linked.locator("#labels .answer").first.wait_for()
+    assert linked.get_by_label("Query").input_value() == "sun" and linked.url == f"{server.url}/?q=sun"
+
+
+@pytest.mark.slow
+def test_an_answer_of_a_proxy_shows_its_status(blend, open_page):
+  page = open_page(blend.url)
+  page.get_by_text("24 labels").wait_for()
+  refused = dict(status=413, content_type="text/html", body="<html><h1>413 Request Entity Too Large</h1></html>")
+  login = dict(status=200, content_type="text/html", body="<html>Log in</html>")
+  other = dict(status=403, json={"error": "denied"})
+  for answer, shown in ((refused, "413 Payload Too Large"), (login, "200 OK"), (other, "403 Forbidden")):
+    page.unroute_all()
+    page.route("**/v1/predict", lambda route, _, answer=answer: route.fulfill(**answer))
+    page.get_by_label("Query").fill("sun")
+    page.get_by_label("Query").press("Enter")
+    page.get_by_text(f"The server answered with status {shown}.", exact=True).wait_for()
+    assert page.locator("#status.bad").count() == 1
 
 
 def test_the_browser_is_that_of_the_variable_or_one_of_the_path(tmp_path, monkeypatch):
