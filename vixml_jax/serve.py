@@ -184,7 +184,7 @@ def _asked_ranking() -> str | None:
 def _load_rankings(workdir: Path) -> "Rankings":
   from vixml_jax.serving.rankings import Rankings, best_ranking
 
-  best = None if _asked_ranking() else best_ranking(workdir, _RANKINGS.value)
+  best = None if _asked_ranking() else best_ranking(workdir, _RANKINGS.value, _SEARCH.dims.value)
   return Rankings.of(
     _MODEL.load(_SEARCH, best.name if best else None),
     _RANKINGS.value,

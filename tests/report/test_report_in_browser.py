@@ -1,23 +1,19 @@
 """The report in Chromium: charts are drawn, the map is searched, and axe finds no serious problem."""
 
-import os
 from pathlib import Path
-import shutil
 
 import pytest
+
+from tests.helpers.browser import open_browser, screenshot
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def browser():
-  """Chromium, from CHROMIUM or the path."""
-  sync_api = pytest.importorskip("playwright.sync_api", reason="a browser opens the report: pip install playwright")
-  chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-  if chromium is None:
-    pytest.skip("needs Chromium: install it, or set CHROMIUM to its path")
-  with sync_api.sync_playwright() as playwright:
-    yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+  """Chromium, or a skip without it."""
+  with open_browser() as browser:
+    yield browser
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -26,6 +22,8 @@ def test_all_charts_are_drawn_without_errors_and_the_page_is_as_wide_as_the_wind
   page, errors = open_report(with_images.workdir, browser, width, scheme)
   assert page.evaluate("document.querySelectorAll('[data-chart] svg').length") == page.locator("[data-chart]").count()
   assert page.evaluate("document.documentElement.scrollWidth") == width
+  page.evaluate("scrollTo(0, 0)")
+  screenshot(page, f"report_{width}_{scheme}.png")
   assert not errors
 
 

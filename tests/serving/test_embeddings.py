@@ -2,13 +2,15 @@
 
 import base64
 import json
+import shutil
 
 import numpy as np
 import openai
 import pytest
 
 from tests.helpers.documents import ROOT, Document
-from tests.helpers.http_server import call
+from tests.helpers.http_server import call, running
+from vixml_jax.inference.loading import load_predictor
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,40 @@ def test_the_client_of_openai_gets_the_embeddings_of_the_model(client, model, pr
   assert (found.usage.prompt_tokens, found.usage.total_tokens) == (tokens, tokens)
   alone = client.embeddings.create(model=model, input="cloud", dimensions=wanted.shape[1], user="someone")
   np.testing.assert_allclose(alone.data[0].embedding, wanted[1], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def with_prefixes(texts_only, tmp_path_factory):
+  """Workdir of a model whose config says that it was trained with prefixes; its embeddings have 32 values."""
+  workdir = tmp_path_factory.mktemp("prefixes") / "run"
+  shutil.copytree(texts_only.workdir, workdir)
+  config = json.loads((workdir / "config.json").read_text())
+  config["train"]["matryoshka_dims"] = [32, 16, 4]
+  (workdir / "config.json").write_text(json.dumps(config))
+  return workdir
+
+
+def test_dimensions_that_the_model_was_trained_for_give_first_values_of_unit_norm(with_prefixes):
+  predictor = load_predictor(with_prefixes)
+  texts = ["sun rain", "cloud"]
+  whole = predictor.encode(texts)
+  with (
+    running(lambda: predictor) as server,
+    openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client,
+  ):
+    (model,) = client.models.list().data
+    for dims in (4, 16, 32):
+      cut = whole[:, :dims] / np.linalg.norm(whole[:, :dims], axis=1, keepdims=True)
+      for encoding in ("float", "base64"):
+        found = client.embeddings.create(model=model.id, input=texts, dimensions=dims, encoding_format=encoding)
+        values = [each.embedding for each in found.data]
+        if encoding == "base64":
+          values = [np.frombuffer(base64.b64decode(value), "<f4") for value in values]
+        np.testing.assert_allclose(values, cut, atol=1e-6)
+    for dims in (0, 8, 33):
+      with pytest.raises(openai.BadRequestError, match="must be 32, the dimension .* trained for: 16, 4") as refused:
+        client.embeddings.create(model=model.id, input=texts, dimensions=dims)
+      assert refused.value.param == "dimensions"
 
 
 def test_the_example_of_the_page_runs(server, predictor):

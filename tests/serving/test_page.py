@@ -3,11 +3,11 @@
 import base64
 import json
 import re
-import shutil
 from urllib.parse import quote
 
 import pytest
 
+from tests.helpers.browser import find_browser, open_browser, screenshot
 from tests.helpers.http_server import call, labels_of, running
 from vixml_jax.inference.loading import load_predictor
 from vixml_jax.serving.access import Access
@@ -28,14 +28,8 @@ def test_the_page_loads_nothing_from_elsewhere(server):
 @pytest.fixture(scope="module")
 def browser():
   """Chromium, or a skip without it."""
-  sync_api = pytest.importorskip("playwright.sync_api", reason="a browser tests the page: pip install playwright")
-  chromium = shutil.which("chromium") or shutil.which("google-chrome")
-  if not chromium:
-    pytest.skip("a browser tests the page: install chromium")
-  with sync_api.sync_playwright() as playwright:
-    browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+  with open_browser() as browser:
     yield browser
-    browser.close()
 
 
 @pytest.fixture
@@ -187,6 +181,9 @@ def test_the_page_fits_a_phone_and_is_accessible_in_every_state(blend, open_page
   page.locator("#labels .answer").first.click()
   check_accessibility(page)
   assert page.evaluate("document.documentElement.scrollWidth") <= 400
+  for width in (400, 1280):
+    page.set_viewport_size({"width": width, "height": 800})
+    screenshot(page, f"serve_{width}_{scheme}.png", full_page=True)
   page.unroute("**/v1/predict")
   page.route("**/v1/predict", lambda route: route.fulfill(json={"answers": [{"uid": None, "predictions": []}]}))
   page.get_by_label("Query").press("Enter")
@@ -222,6 +219,52 @@ def test_the_page_asks_for_the_key_of_a_server_that_has_one(predictor, open_page
     page.get_by_role("button", name="Use").click()
     page.locator("#chips button").first.click()
     page.locator("#labels .answer").first.wait_for()
+    linked = open_page(f"{server.url}/?q=sun")  # Another tab, which has no key.
+    for key in ("wrong", "secret"):
+      linked.get_by_label("API key").fill(key)
+      linked.get_by_role("button", name="Use").click()
+    linked.locator("#labels .answer").first.wait_for()
+    assert linked.get_by_label("Query").input_value() == "sun" and linked.url == f"{server.url}/?q=sun"
+
+
+@pytest.mark.slow
+def test_an_answer_of_a_proxy_shows_its_status(blend, open_page):
+  page = open_page(blend.url)
+  page.get_by_text("24 labels").wait_for()
+  refused = dict(status=413, content_type="text/html", body="<html><h1>413 Request Entity Too Large</h1></html>")
+  login = dict(status=200, content_type="text/html", body="<html>Log in</html>")
+  other = dict(status=403, json={"error": "denied"})
+  for answer, shown in ((refused, "413 Payload Too Large"), (login, "200 OK"), (other, "403 Forbidden")):
+    page.unroute_all()
+    page.route("**/v1/predict", lambda route, _, answer=answer: route.fulfill(**answer))
+    page.get_by_label("Query").fill("sun")
+    page.get_by_label("Query").press("Enter")
+    page.get_by_text(f"The server answered with status {shown}.", exact=True).wait_for()
+    assert page.locator("#status.bad").count() == 1
+
+
+def test_the_browser_is_that_of_the_variable_or_one_of_the_path(tmp_path, monkeypatch):
+  monkeypatch.setenv("PATH", str(tmp_path))
+  monkeypatch.delenv("CHROMIUM", raising=False)
+  assert find_browser() is None
+  for name in ("google-chrome", "chromium"):  # The second is preferred.
+    (tmp_path / name).write_text("")
+    (tmp_path / name).chmod(0o700)
+    assert find_browser() == str(tmp_path / name)
+  monkeypatch.setenv("CHROMIUM", "/opt/chromium")
+  assert find_browser() == "/opt/chromium"
+
+
+@pytest.mark.slow
+def test_screenshots_are_written_where_the_variable_names_a_folder(browser, tmp_path, monkeypatch):
+  page = browser.new_page()
+  monkeypatch.delenv("SCREENSHOTS", raising=False)
+  screenshot(page, "serve_400_dark.png")
+  monkeypatch.setenv("SCREENSHOTS", str(tmp_path / "new"))
+  screenshot(page, "report_400_dark.png")
+  assert [path.name for path in tmp_path.rglob("*.png")] == ["report_400_dark.png"]
+  with pytest.raises(AssertionError, match="docs/screenshots has no other.png"):
+    screenshot(page, "other.png")
 
 
 def _drop(page, path):

@@ -92,6 +92,20 @@ def test_the_default_is_the_ranking_of_highest_precision_in_the_evaluation(texts
     best(all_three, among=["blend"])
 
 
+def test_the_default_is_no_blend_where_fewer_dimensions_are_searched(texts_only, tmp_path, monkeypatch):
+  run = tmp_path / "run"
+  shutil.copytree(texts_only.workdir, run)
+  (run / "final_metrics.json").write_text(json.dumps({"P@1": 41.5, "RA/P@1": 40.0, "blend/P@1": 42.0}))
+  assert best_ranking(run).name == "blend"
+  monkeypatch.setattr("vixml_jax.serving.rankings.check_blend_libraries", _no_libraries)  # They are not needed.
+  chosen = best_ranking(run, dims=16)
+  assert chosen.name == "plain" and "(plain 41.50, retrieval_augmented 40.00)" in chosen.reason
+  predictor = load_predictor(run, ranking=chosen.name, dims=16)
+  assert list(Rankings.of(predictor).predictors) == ["plain", "retrieval_augmented"]
+  with pytest.raises(InputError, match=r"index: has no ranking blend for dims=16; choose others with --rankings"):
+    best_ranking(run, among=["blend"], dims=16)
+
+
 def test_an_index_without_blend_and_training_queries_offers_plain_only(texts_only, predictors, monkeypatch):
   monkeypatch.setattr(LabelIndex, "blend", None)
   monkeypatch.setattr(LabelIndex, "retrieval", None)

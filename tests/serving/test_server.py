@@ -157,9 +157,15 @@ def test_a_bug_gives_status_500_without_details(predictor, monkeypatch, caplog):
     assert predict(server, {"title": "sun"}).status == 200
 
 
-def start_command(workdir, *flags):
-  """Starts `python -m vixml_jax.serve` and returns the process and its URL when it is ready."""
-  environment = os.environ | {"XLA_FLAGS": ""}
+def start_command(workdir, *flags, without=()):
+  """Starts `python -m vixml_jax.serve` and returns the process and its URL when it is ready.
+
+  Args:
+    workdir: Folder of the run.
+    *flags: Flags of the command.
+    without: Names of environment variables that the command does not get.
+  """
+  environment = {name: value for name, value in os.environ.items() if name not in without} | {"XLA_FLAGS": ""}
   process = subprocess.Popen(
     [sys.executable, "-m", "vixml_jax.serve", f"--workdir={workdir}", "--port=0", *flags],
     cwd=ROOT,
@@ -206,10 +212,22 @@ def test_the_command_keeps_its_programs_and_takes_keys_names_origins_and_a_forma
   keys, cache = tmp_path / "keys", tmp_path / "cache"
   keys.write_text("secret\n")
   flags = (f"--api_key_file={keys}", "--allowed_hosts=shop.example", "--cors_origins=https://shop.example")
-  process, url = start_command(
-    texts_only.workdir, *flags, "--log_format=json", "--rankings=plain,blend", f"--compile_cache={cache}"
+  # The cache of the tests would take precedence over that of the flag.
+  start = functools.partial(
+    start_command,
+    texts_only.workdir,
+    *flags,
+    "--log_format=json",
+    "--rankings=plain,blend",
+    "--max_batch=4",
+    f"--compile_cache={cache}",
+    without=("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"),
   )
+  programs = lambda: {path.name for path in cache.rglob("*-cache")}
+  process, url = start()
   try:
+    first = programs()
+    assert first
     server = _Address(url)
     assert call(server, "/metrics", Host="shop.example").status == 401
     body = json.dumps({"queries": [{"title": "sun"}], "ranking": "blend"})
@@ -221,3 +239,21 @@ def test_the_command_keeps_its_programs_and_takes_keys_names_origins_and_a_forma
     _, stderr = process.communicate(timeout=60)
   lines = [json.loads(line) for line in stderr.splitlines()]
   assert {line["status"] for line in lines if line["message"] == "request"} == {200, 401}
+  process, _ = start()
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=60)
+  assert programs() == first
+
+
+@pytest.mark.slow
+def test_the_command_with_fewer_dimensions_takes_the_best_ranking_that_can_search_them(texts_only, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(texts_only.workdir, workdir)
+  (workdir / "final_metrics.json").write_text(json.dumps({"P@1": 40.0, "RA/P@1": 41.0, "blend/P@1": 42.0}))
+  process, url = start_command(workdir, "--dims=16", "--max_batch=4")
+  try:
+    health = call(_Address(url), "/healthz").json
+    assert (health["ranking"], health["rankings"]) == ("retrieval_augmented", ["plain", "retrieval_augmented"])
+  finally:
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from pydantic_core import from_json, to_json
 
 from vixml_jax.inference.queries import Query
+from vixml_jax.search.prefixes import scaled_prefix
 from vixml_jax.serving.engine import QueryRequest, ServedModel
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.request_error import RequestError, shortened
@@ -22,7 +23,9 @@ class EmbeddingsRequest(BaseModel):
   input: str | list[str] = Field(description="A text, or several. Lists of token ids are refused.")
   model: str = Field(description="Name of the model, as GET /v1/models gives it.")
   encoding_format: Literal["float", "base64"] = "float"
-  dimensions: int | None = Field(default=None, description="If given, the dimension of the model.")
+  dimensions: int | None = Field(
+    default=None, description="Number of first values to return, one that the model was trained for; by default all."
+  )
   user: str | None = Field(default=None, description="Ignored.")
 
 
@@ -74,14 +77,18 @@ class TextsToEmbed:
     queries: The texts, for the queue.
     model: Name of the model.
     in_base64: Whether embeddings are sent in base64.
+    dims: Number of first values of each embedding that are sent, at unit norm; None for all.
   """
 
   queries: list[QueryRequest]
   model: str
   in_base64: bool
+  dims: int | None = None
 
   def response(self, embeddings: Sequence[np.ndarray]) -> bytes:
     """Returns the JSON of an `EmbeddingList`, given the embedding float32 [D] of each text."""
+    if self.dims is not None:
+      embeddings = [*scaled_prefix(np.stack(embeddings), self.dims)]
     tokens = sum(len(query.tokens) for query in self.queries)
     return to_json(
       {
@@ -118,15 +125,14 @@ def parse_texts(body: bytes, model: ServedModel, limits: Limits) -> TextsToEmbed
     if key not in EmbeddingsRequest.model_fields:
       raise RequestError(400, f"is not known; known are {', '.join(EmbeddingsRequest.model_fields)}", shortened(key))
   check_model(given.get("model"), model)
-  encoding, dimensions = given.get("encoding_format"), given.get("dimensions")
+  encoding = given.get("encoding_format")
   if encoding not in (None, "float", "base64"):
     raise RequestError(400, "must be float or base64", "encoding_format")
-  if dimensions not in (None, model.labels.dim):
-    raise RequestError(400, f"must be {model.labels.dim}, the dimension of the model", "dimensions")
+  dims = _dims(given, model)
   texts = _texts(given, limits)
   tokens = model.predictor.encoder.tokenizer(texts)
   queries = [QueryRequest(Query(text), tokens[i], embed=True) for i, text in enumerate(texts)]
-  return TextsToEmbed(queries, model.name, encoding == "base64")
+  return TextsToEmbed(queries, model.name, encoding == "base64", dims)
 
 
 def check_model(name: Any, model: ServedModel) -> None:
@@ -139,6 +145,22 @@ def check_model(name: Any, model: ServedModel) -> None:
     raise RequestError(400, f"must be the name of a model, {model.name!r}", "model")
   if name != model.name:
     raise RequestError(404, f"there is no model {shortened(name)!r}; this server has {model.name!r}", "model")
+
+
+def _dims(given: Mapping[str, Any], model: ServedModel) -> int | None:
+  """Returns the number of first values to send; None for whole embeddings."""
+  whole, dims = model.labels.dim, given.get("dimensions")
+  if dims in (None, whole):
+    return None
+  trained = [each for each in model.predictor.encoder.config.train.matryoshka_dims if each != whole]
+  if dims in trained:
+    return int(dims)  # JSON may have 96.0.
+  if not trained:
+    raise RequestError(400, f"must be {whole}, the dimension of the model", "dimensions")
+  others = ", ".join(map(str, trained))
+  raise RequestError(
+    400, f"must be {whole}, the dimension of the model, or one that it was trained for: {others}", "dimensions"
+  )
 
 
 def _texts(given: Mapping[str, Any], limits: Limits) -> list[str]:

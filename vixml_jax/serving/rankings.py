@@ -34,20 +34,22 @@ class DefaultRanking:
   reason: str
 
 
-def best_ranking(workdir: Path, among: Collection[str] = RANKINGS) -> DefaultRanking:
+def best_ranking(workdir: Path, among: Collection[str] = RANKINGS, dims: int | None = None) -> DefaultRanking:
   """Returns the ranking of highest P@1 in the evaluation of a run, among those that its index has.
 
   Args:
     workdir: Folder of the run.
     among: The rankings to choose from.
+    dims: Number of dimensions that are searched; None for all. The blend needs all.
 
   Raises:
     InputError: The index is missing or damaged, or has none of the rankings.
   """
   info = snapshots.read_current(workdir / INDEX).info
-  offered = [name for name in _available(info["retrieval"], info.get("blend")) if name in among]
+  offered = [name for name in _available(info["retrieval"], info.get("blend"), dims) if name in among]
   if not offered:
-    raise InputError(f"{workdir / INDEX}: has no ranking {' or '.join(among)}; choose others with --rankings")
+    cut = "" if dims is None else f" for dims={dims}"
+    raise InputError(f"{workdir / INDEX}: has no ranking {' or '.join(among)}{cut}; choose others with --rankings")
   if len(offered) == 1:
     return DefaultRanking(offered[0], "no other ranking is offered")
   final, evaluation = (_read(workdir / name) for name in (FINAL_METRICS, EVALUATION))
@@ -89,9 +91,7 @@ class Rankings:
       **settings: Settings of `with_ranking` for the other rankings.
     """
     index = predictor.index
-    names = {*_available(index.retrieval, index.blend)} & {*among} | {predictor.ranking}
-    if index.form.dims is not None:
-      names.discard(BLEND)  # It was fitted on all dimensions.
+    names = {*_available(index.retrieval, index.blend, index.form.dims)} & {*among} | {predictor.ranking}
     predictors = {
       name: predictor if name == predictor.ranking else with_ranking(predictor, name, **settings)
       for name in RANKINGS
@@ -123,10 +123,10 @@ class Rankings:
     return dataclasses.replace(self, predictors={name: change(each) for name, each in self.predictors.items()})
 
 
-def _available(retrieval: object, blend: object) -> list[str]:
+def _available(retrieval: object, blend: object, dims: int | None) -> list[str]:
   """Returns the rankings that an index has, given what it stores for both others than plain search."""
   names = [PLAIN] + [AUGMENTED] * (retrieval is not None)
-  if blend is not None:
+  if blend is not None and dims is None:  # It was fitted on all dimensions.
     try:
       check_blend_libraries()
       names.append(BLEND)

@@ -30,9 +30,13 @@ async function request(path, options = {}) {
     $("key").focus();
     throw new Error(key ? "The API key is not valid." : "Enter an API key.");
   }
-  const answer = await response.json();
-  if (!response.ok) throw new Error(explained(answer.error));
-  return answer;
+  const answer = await response.json().catch((error) => {
+    if (error instanceof SyntaxError) return null;  // Such as the page of a proxy.
+    throw error;
+  });
+  if (response.ok && answer) return answer;
+  const status = `The server answered with status ${response.status} ${response.statusText}`.trim();
+  throw new Error(answer?.error?.message ? explained(answer.error) : `${status}.`);
 }
 
 function explained(error) {
@@ -52,9 +56,13 @@ async function connect() {
   health = found;
   showModel();
   await suggest();
-  const asked = new URLSearchParams(location.search).get("q");
-  if (asked) find(asked);
+  const asked = queryOfAddress();
+  if (!asked) return;
+  if ($("key-form").hidden) find(asked);
+  else $("title").value = asked;  // It is searched when the key is there.
 }
+
+const queryOfAddress = () => new URLSearchParams(location.search).get("q") ?? "";
 
 function showModel() {
   const search = health.search === "scann" ? "approximate search" : "exact search";
@@ -225,14 +233,14 @@ function explain(why) {
 $("form").onsubmit = (event) => {
   event.preventDefault();
   const asked = $("title").value;
-  if (asked !== (new URLSearchParams(location.search).get("q") ?? "")) {
+  if (asked !== queryOfAddress()) {
     history.pushState(null, "", asked ? `?q=${encodeURIComponent(asked)}` : location.pathname);
   }
   search();
 };
 
 window.onpopstate = () => {
-  $("title").value = new URLSearchParams(location.search).get("q") ?? "";
+  $("title").value = queryOfAddress();
   if ($("title").value) search();
   else {
     running?.abort();
@@ -250,7 +258,9 @@ $("key-form").onsubmit = async (event) => {
   $("key-form").hidden = true;
   say("");
   await suggest();
-  if ($("key-form").hidden) $("title").focus();
+  if (!$("key-form").hidden) return;
+  $("title").focus();
+  if (queryOfAddress()) $("form").requestSubmit();
 };
 
 $("ranking").onchange = $("tail").oninput = showTail;
