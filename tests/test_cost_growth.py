@@ -63,7 +63,7 @@ def test_without_libtpu_its_parts_are_one_line_and_the_others_run(tmp_path, caps
   assert cost_growth.main(["--parts=batch,search", "--size=tiny", f"--output={tmp_path}"]) == 1
   said = capsys.readouterr()
   assert said.err.startswith("batch: libtpu is not installed") and said.err.count("\n") == 1
-  assert "pip install -c constraints.txt -e '.[tpu]'" in said.err
+  assert "pip install 'vixml-jax[tpu]'" in said.err
   assert "\n| 2,000 |" in said.out
 
 

@@ -5,7 +5,7 @@
       [--json=FILE] [--search=12]
 
 Topologies: slices of TPUs (v5e:4x4, v5p:2x2x4, v6e:16x16) and GPUs of a host (h100:1, h100:8, h200:1, a100:1). Needs a
-compiler for these (pip install -c constraints.txt -e '.[tpu]' or '.[aot-gpu]'), but no TPU or GPU, no data and no
+compiler for these (pip install 'vixml-jax[tpu]' or 'vixml-jax[aot-gpu]'), but no TPU or GPU, no data and no
 weights. If the config does not fit, prints the nearest mesh and chunk size that do, and exits with status 1. With
 `--search=N`, compiles the training step only, with other meshes, chunk sizes and choices of what is recomputed, and
 prints the fastest that fits. docs/scaling.md explains the tables.

@@ -31,6 +31,15 @@ class StopTraining(Exception):
   """
 
 
+def install_command(extra: str) -> str:
+  """Returns the command that installs the packages of an extra, in a clone and where the package is installed.
+
+  >>> install_command("scann")
+  "pip install 'vixml-jax[scann]'"
+  """
+  return f"pip install 'vixml-jax[{extra}]'"
+
+
 def listed(names: Sequence[str], mark: str = ", ") -> str:
   """Returns names from a file for a message, in quotes: the first twenty, of each the first characters.
 

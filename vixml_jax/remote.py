@@ -12,7 +12,7 @@ import tempfile
 
 import fsspec
 
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, install_command
 from vixml_jax.files import fingerprint_of
 from vixml_jax.manifest import cached_folder
 
@@ -168,7 +168,7 @@ class Bucket:
       raise InputError(f"{place}: no such file") from error
     except ImportError as error:
       extra = _PACKAGES.get(protocol)
-      advice = f"pip install 'vixml-jax[{extra}]'" if extra else "install the package that fsspec names"
+      advice = install_command(extra) if extra else "install the package that fsspec names"
       raise InputError(f"{place}: cannot be opened ({error}); {advice}") from error
     except Exception as error:
       lines = str(error).strip().splitlines() or [type(error).__name__]

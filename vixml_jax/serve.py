@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from vixml_jax import cli, inference_flags
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, install_command
 from vixml_jax.inference.rankings import AUGMENTED, RANKINGS
 
 if TYPE_CHECKING:
@@ -111,9 +111,7 @@ def main() -> None:
     from vixml_jax.serving.limits import Limits
     from vixml_jax.serving.server import Server
   except ImportError as error:
-    raise InputError(
-      f"serving needs the package {error.name}; install the serve extra: pip install -e '.[serve]' in a clone"
-    ) from error
+    raise InputError(f"serving needs the package {error.name}; run: {install_command('serve')}") from error
   _check_rankings()
   if _MAX_QUERIES.value > _MAX_QUEUE.value:
     raise InputError(f"--max_queries={_MAX_QUERIES.value}: must be at most --max_queue={_MAX_QUEUE.value}")

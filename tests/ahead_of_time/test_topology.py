@@ -22,13 +22,13 @@ def test_an_unknown_topology_raises_an_error_with_examples(topology):
 
 def test_without_libtpu_the_error_says_how_to_install_it(monkeypatch):
   monkeypatch.setattr(tpu.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(InputError, match=r"pip install -c constraints.txt -e '\.\[tpu\]'"):
+  with pytest.raises(InputError, match=r"pip install 'vixml-jax\[tpu\]'"):
     machine_of("v5e:2x2")
 
 
 def test_without_the_cuda_compiler_the_error_says_how_to_install_it(monkeypatch):
   monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(InputError, match=r"pip install -c constraints.txt -e '\.\[aot-gpu\]'"):
+  with pytest.raises(InputError, match=r"pip install 'vixml-jax\[aot-gpu\]'"):
     machine_of("h100:1")
 
 

@@ -148,9 +148,7 @@ def test_other_devices_other_types_and_absent_packages_are_refused(copy, monkeyp
   with pytest.raises(InputError, match="encoder=int4: must be int8"):
     load_predictor(copy, encoder="int4")
   monkeypatch.setitem(sys.modules, "onnxruntime", None)
-  with pytest.raises(
-    InputError, match=r"need the package onnxruntime, .*pip install -c constraints.txt -e '.\[onnx\]'"
-  ):
+  with pytest.raises(InputError, match=r"need the package onnxruntime, .*pip install 'vixml-jax\[onnx\]'"):
     int8(copy)
   monkeypatch.setattr(sharding, "platform_of", lambda mesh: "gpu")
   with pytest.raises(InputError, match=r"encoder=int8: runs on CPUs, but the devices are gpus; set JAX_PLATFORMS=cpu"):

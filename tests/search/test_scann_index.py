@@ -26,7 +26,7 @@ def _only(num_labels, live):
 def test_scann_without_the_package_says_what_to_install(monkeypatch):
   monkeypatch.setattr(scann_index.importlib.util, "find_spec", lambda name: None)
   assert scann_available()[0] is False
-  with pytest.raises(InputError, match=r"pip install -c constraints.txt -e '\.\[scann\]'") as error:
+  with pytest.raises(InputError, match=r"pip install 'vixml-jax\[scann\]'") as error:
     make_index("scann", integers(4, 0))
   assert "\n" not in str(error.value)
 

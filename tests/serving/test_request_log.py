@@ -95,7 +95,7 @@ def test_without_an_endpoint_nothing_is_traced_and_without_the_packages_an_endpo
   assert provider.resource.attributes["service.name"] == "vixml_jax"
   provider.shutdown()
   monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-  with pytest.raises(InputError, match="install the otel extra"):
+  with pytest.raises(InputError, match=r"run: pip install 'vixml-jax\[otel\]'"):
     tracing.provider_from_environment()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from vixml_jax.ahead_of_time.machine import Chip, Machine, Switch
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, install_command
 
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _DEFAULT_FRACTION = 0.75
@@ -175,8 +175,7 @@ def gpu_host(kind: str, shape: str) -> Machine:
   missing = [name for name in _PACKAGES if not _is_installed(name)]
   if missing:
     raise InputError(
-      f"{missing[0]} is not installed, which compiles for GPUs on any machine; run: "
-      "pip install -c constraints.txt -e '.[aot-gpu]'"
+      f"{missing[0]} is not installed, which compiles for GPUs on any machine; run: " + install_command("aot-gpu")
     )
   gpu, count, fraction = GPUS[kind], int(shape), memory_fraction()
   described = topologies.get_topology_desc(platform="cuda", target_config=gpu.target_config, topology=f"1x1x{count}")

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from vixml_jax.ahead_of_time.machine import GIB, Chip, Machine, Torus
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, install_command
 
 # The matrix unit multiplies bfloat16. A float32 product takes several passes, by precision.
 _FLOAT32_COST = {"default": 1.0, "high": 3.0, "highest": 6.0}
@@ -100,9 +100,7 @@ def tpu_slices(kind: str, shape: str, slices: int = 1) -> Machine:
   """
   name = f"{kind}:{shape}"
   if importlib.util.find_spec("libtpu") is None:
-    raise InputError(
-      "libtpu is not installed, which compiles for TPUs on any machine; run: pip install -c constraints.txt -e '.[tpu]'"
-    )
+    raise InputError(f"libtpu is not installed, which compiles for TPUs on any machine; run: {install_command('tpu')}")
   for name_of_setting, value in _SETTINGS.items():
     os.environ.setdefault(name_of_setting, value)
   tpu, axes = TPUS[kind], tuple(int(length) for length in shape.split("x"))

@@ -20,7 +20,7 @@ import scipy.sparse
 
 from vixml_jax.blend.lexical import LexicalIndex, keep_rows
 from vixml_jax.encoding.item_encoder import ItemEncoder
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, install_command
 from vixml_jax.evaluation import tuning
 from vixml_jax.evaluation.blend_fitting import CorpusWords
 from vixml_jax.evaluation.evaluator import MOST_HELD_OUT, QUERIES_PER_BLOCK, EvaluationConfig
@@ -198,5 +198,5 @@ def _napkinxc() -> Any:
   except ImportError as error:
     raise InputError(
       f"the baseline plt needs the package napkinxc, which cannot be imported ({error}): "
-      "pip install -c constraints.txt -e '.[baselines]', or leave plt out of config.eval.baselines"
+      f"{install_command('baselines')}, or leave plt out of config.eval.baselines"
     ) from error

@@ -3,9 +3,9 @@
 import importlib
 from typing import Any
 
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, install_command
 
-INSTALL = "pip install -c constraints.txt -e '.[onnx]'"
+INSTALL = install_command("onnx")
 """Command that installs both libraries."""
 
 

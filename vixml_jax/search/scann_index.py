@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, install_command
 
 _BRUTE_FORCE_BELOW = 20_000
 _TREE_FROM = 100_000
@@ -29,7 +29,7 @@ def scann_available() -> tuple[bool, str]:
   are checked first.
   """
   if importlib.util.find_spec("scann") is None:
-    return False, "the package scann is not installed: pip install -c constraints.txt -e '.[scann]'"
+    return False, f"the package scann is not installed: {install_command('scann')}"
   missing = [flag.upper() for flag in _CPU_FLAGS if flag not in _cpu_flags()]
   if missing:
     return False, f"this CPU lacks {' and '.join(missing)}, which ScaNN needs: use search=exact"
@@ -270,7 +270,7 @@ def _import_scann() -> Any:
   except ImportError as error:
     raise InputError(
       f"search=scann cannot be used: the package scann does not load ({error}); "
-      "install it again with pip install -c constraints.txt -e '.[scann]'"
+      f"install it again: {install_command('scann')}"
     ) from error
   return scann
 

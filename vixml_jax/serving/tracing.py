@@ -6,7 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, install_command
 from vixml_jax.serving.request_record import RequestRecord
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def provider_from_environment() -> "TracerProvider | None":
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
   except ImportError as error:
     raise InputError(
-      f"{ENDPOINT_VARIABLE} is set, but the package {error.name} is missing; install the otel extra: "
-      "pip install -e '.[otel]' in a clone, or unset the variable"
+      f"{ENDPOINT_VARIABLE} is set, but the package {error.name} is missing; run: {install_command('otel')}, or unset "
+      "the variable"
     ) from error
   name = os.environ.get("OTEL_SERVICE_NAME", "vixml_jax")
   provider = TracerProvider(resource=Resource.create({"service.name": name}))

@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 
 from ml_collections import ConfigDict
 
-from vixml_jax.errors import InputError
+from vixml_jax.errors import InputError, install_command
 from vixml_jax.files import write_json
 from vixml_jax.run.configuration import flatten_config
 from vixml_jax.run.workdir import TRACKED_RUNS
@@ -114,7 +114,7 @@ def check_trackers(config: ConfigDict) -> None:
       try:
         __import__(package)
       except ImportError as error:
-        advice = f"run: pip install -c constraints.txt -e '.[{extra}]'"
+        advice = f"run: {install_command(extra)}"
         raise InputError(f"config.track.{key}={config.track[key]}: needs a package; {advice}") from error
 
 
