@@ -121,6 +121,6 @@ def test_without_napkinxc_the_label_trees_are_refused_before_any_work(case, tmp_
   monkeypatch.setitem(__import__("sys").modules, "napkinxc.models", None)
   config = case.config.copy_and_resolve_references()
   config.eval.baselines = ("plt",)
-  with pytest.raises(InputError, match=r"the baseline plt needs the package napkinxc.*'\.\[baselines\]'"):
+  with pytest.raises(InputError, match=r"the baseline plt needs the package napkinxc.*'vixml-jax\[baselines\]'"):
     train_and_evaluate(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()

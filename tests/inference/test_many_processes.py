@@ -182,7 +182,7 @@ def test_embeddings_of_items_are_those_of_the_encoder(predictor, queries, tmp_pa
   for dtype, atol in (("float32", 1e-6), ("float16", 5e-4)):
     for index in (1, 0):
       done = encode_file(encoder, None, batch_of(queries, encoder, (index, 2), 8), str(tmp_path / dtype), dtype=dtype)
-    assert len(done["files"]) == 3 and done["encode"]["queries_per_second"] > 0
+    assert len(done["files"]) == 3 and done["encode"]["first_block"]["queries_per_second"] > 0
     table = pq.read_table(tmp_path / dtype)
     assert table.schema.field("embedding").type == pa.list_(getattr(pa, dtype)(), wanted.shape[1])
     assert table["row"].to_pylist() == list(range(QUERIES))
