@@ -3,9 +3,9 @@
   python -m benchmarks.blend_ranking [--labels=1305265] [--train_queries=2248619] [--queries=512] [--dim=384]
 
 The words of labels and training queries are drawn from a Zipf distribution. The results of the search of embeddings are
-random, and so are classifiers and trees. A candidate passes all models of trees with the probability that one of
-MM-Icons has, about 43 of a query. `--dim=0` leaves the classifiers out. Times are seconds of a clock and processor
-seconds of this process, which other programs matter less for, and the memory is that of the process at most.
+random, and so are classifiers and trees. About as many candidates of a query pass all models of trees as on MM-Icons,
+where they are 43. `--dim=0` leaves the classifiers out. Times are seconds of a clock and processor seconds of this
+process, which depend less on other programs. The memory is that of the process at most.
 """
 
 import resource
@@ -77,11 +77,8 @@ def main(argv: list[str]) -> None:
   asked = tfidf.vectors(_counts(rng, _QUERIES.value))
   found = _neighbors(rng, _QUERIES.value, labels, queries, index)
   model = _model(rng, index, embeddings, found, asked)
-  seconds, total, likely = (
-    {"words, candidates and features": np.zeros(2), "trees": np.zeros(2), "ranking": np.zeros(2)},
-    0,
-    0,
-  )
+  seconds = {part: np.zeros(2) for part in ("words, candidates and features", "trees", "ranking")}
+  total = likely = 0
   for start in range(0, _QUERIES.value, _BLOCK.value):
     block = np.arange(start, min(start + _BLOCK.value, _QUERIES.value))
     times = [_now()]

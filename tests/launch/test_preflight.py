@@ -43,6 +43,12 @@ FAILING = {
 }
 
 
+def _told(result):
+  """The lines of a script that succeeded, without their first word, which is its name."""
+  assert result.returncode == 0, result.stderr
+  return [line.partition(" ")[2] for line in result.stderr.splitlines()]
+
+
 @pytest.mark.parametrize("case", FAILING)
 def test_a_failing_check_is_one_line_and_nothing_is_created(case, machine):
   what, answer, message = FAILING[case]
@@ -71,9 +77,7 @@ def test_a_machine_without_the_config_reader_or_gcloud_is_told_what_is_missing(m
 
 def test_check_prints_what_it_found_and_the_cost_and_buys_nothing(machine):
   result = machine.run("tpu_pod.sh", "check", *RUN[2:], "--max_hours=24", "--price_per_chip_hour=1.2", *TRAINING)
-  assert result.returncode == 0, result.stderr
-  told = [line.partition(" ")[2] for line in result.stderr.splitlines()]
-  assert told == [
+  assert _told(result) == [
     "check: config: data set lf, image features siglip, encoder Qwen/Qwen2.5-3B",
     "check: account: me@example.com",
     "check: project: p, number 123",
@@ -276,9 +280,7 @@ def test_a_failing_check_is_one_line_and_no_cluster_is_created(case, machine):
 def test_the_cost_of_a_cluster_is_printed_before_it_is_created(machine):
   machine.answer("xpk", "!0 xpk: creating")
   result = machine.run(*CLUSTER, "--price_per_chip_hour=2", "--max_hours=3")
-  assert result.returncode == 0, result.stderr
-  told = [line.partition(" ")[2] for line in result.stderr.splitlines()]
-  assert told == [
+  assert _told(result) == [
     "check: account: me@example.com",
     "check: project: p, number 123",
     "cost: 32 chips, 64.00 an hour; charged until delete_cluster, with or without a workload",
