@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tests.helpers.image_features import write_random_features
 from tests.helpers.miniature_runs import miniature_config, run_commands, shrink
 from vixml_jax.errors import InputError
 from vixml_jax.evaluation.per_query import PerQuery
+from vixml_jax.files import write_json
 from vixml_jax.report.compare import paired_bootstrap
 from vixml_jax.run.data import prepare_data
 from vixml_jax.studies import comparison, grids, run_study
@@ -59,6 +61,24 @@ def test_differences_are_those_of_the_paired_bootstrap_on_the_stored_results(stu
   assert found.differences == paired_bootstrap(base, other)
   assert found.means["P@1"] == pytest.approx(other.mean()["P@1"])
   assert found.halves == {}
+
+
+def test_seeds_that_hold_out_other_queries_are_compared_on_the_queries_of_each(study, tmp_path, monkeypatch):
+  _, config, runs, *_ = study
+  monkeypatch.setitem(STUDIES, "rates", lambda _: [HIGHER])
+  both = plan_study("rates", config, 2, "validation", tmp_path)
+  for run, done in zip(both, [*runs, *runs], strict=True):
+    shutil.copytree(done.workdir, run.workdir)
+    write_json(run.workdir / "study_run.json", run_study._recipe(run.config))
+    if run.seed != runs[0].seed:  # As if this seed had held out fewer queries, and others.
+      results = PerQuery.load(done.results)
+      rows = {name: row.take(np.arange(3, len(row))) for name, row in results.rows.items()}
+      PerQuery({**results.description, "queries": "others"}, rows).save(run.results)
+  (found,) = [result for result in compare_cells(both) if (result.cell, result.row) == ("rate=0.01", "plain")]
+  base, other = (PerQuery.load(run.results).rows["plain"] for run in runs)
+  twice = [row.take(np.r_[np.arange(len(row)), np.arange(3, len(row))]) for row in (base, other)]
+  assert found.seeds == (runs[0].seed, runs[0].seed + 1)
+  assert found.differences == paired_bootstrap(*twice)
 
 
 def test_what_is_finished_is_not_trained_again(study, monkeypatch):

@@ -52,8 +52,9 @@ class CellResult:
 def compare_cells(runs: Sequence[StudyRun]) -> list[CellResult]:
   """Returns the results of all cells that have a finished run, in the order of the study.
 
-  Runs that are not finished are left out with a warning. A difference is computed over the seeds that both cells have:
-  the metrics of a query are averaged over them first.
+  Runs that are not finished are left out with a warning. A difference is computed over the seeds that both cells have.
+  If all seeds are evaluated on the same queries, the metrics of a query are averaged over them first. Held-out queries
+  depend on the seed; then a query counts once for each seed that holds it out.
   """
   finished = [run for run in runs if run.finished]
   if len(finished) < len(runs):
@@ -61,7 +62,10 @@ def compare_cells(runs: Sequence[StudyRun]) -> list[CellResult]:
   by_cell: dict[str, dict[int, StudyRun]] = {}
   for run in finished:
     by_cell.setdefault(run.cell.name, {})[run.seed] = run
-  per_query = {run.workdir: PerQuery.load(run.results).rows for run in finished}
+  loaded = {run.workdir: PerQuery.load(run.results) for run in finished}
+  per_query = {workdir: results.rows for workdir, results in loaded.items()}
+  same_queries = all(results.description == loaded[finished[0].workdir].description for results in loaded.values())
+  over_seeds = _mean_over_seeds if same_queries else QueryMetrics.concatenate
   base = by_cell.get(runs[0].cell.name, {})
   found = []
   for name, of_seed in by_cell.items():
@@ -73,9 +77,7 @@ def compare_cells(runs: Sequence[StudyRun]) -> list[CellResult]:
       shared = [seed for seed in results if seed in base and row in per_query[base[seed].workdir]]
       differences = {}
       if shared and of_seed is not base:
-        ours, theirs = (
-          _mean_over_seeds([per_query[of[seed].workdir][row] for seed in shared]) for of in (of_seed, base)
-        )
+        ours, theirs = (over_seeds([per_query[of[seed].workdir][row] for seed in shared]) for of in (of_seed, base))
         differences = paired_bootstrap(theirs, ours)
       found.append(
         CellResult(
