@@ -5,6 +5,7 @@
 {
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   dry_run=false
+  command=${VIXML_COMMAND:-train}
   arguments=()
 }
 
@@ -45,7 +46,8 @@ usage() {
 
 # parse_flags "VALUES" "SWITCHES" ARGUMENT...: sets the variable of each flag, and `arguments` to the words after --.
 # Dashes and underscores in flag names are equivalent. Local names start with _, so that they hide no flag's variable.
-# A flag of the launcher after -- is refused: --dry-run there would start a real run.
+# A flag of the launcher after -- is refused: --dry-run there would start a real run. Only --name of features is not that
+# of a launcher.
 parse_flags() {
   local _values=" $1 " _switches=" $2 " _flag _name
   shift 2
@@ -68,7 +70,7 @@ parse_flags() {
       --*)
         [[ $_values != *" $_name "* ]] || fail "$_flag: needs a value: $_flag=..."
         [[ $_switches == *" $_name "* ]] \
-          || fail "$_flag: no such flag; --help lists them; training flags go after --"
+          || fail "$_flag: no such flag; --help lists them; flags of the command go after --"
         printf -v "$_name" true
         ;;
       *) fail "'$1': not a flag; flags start with --" ;;
@@ -77,16 +79,26 @@ parse_flags() {
   done
 }
 
+# spoken: prints what errors call the command.
+spoken() {
+  if [[ $command == train ]]; then
+    echo training
+  else
+    echo "$command"
+  fi
+}
+
 # refuse_own_flags " NAME NAME ... ": exits with an error if a word after -- is one of these flags.
 refuse_own_flags() {
-  local _word _flag _name
+  local _word _flag _name _allowed=""
+  [[ $command != features ]] || _allowed=name  # The name of the features.
   for _word in ${arguments[@]+"${arguments[@]}"}; do
     [[ $_word == -* ]] || continue
     _flag=${_word%%=*}
     _name=${_flag#-}
     _name=${_name#-}
-    [[ $1 != *" ${_name//-/_} "* ]] \
-      || fail "$_flag: is a flag of $(basename "$0"), not of training; put it before --"
+    [[ $1 != *" ${_name//-/_} "* || $_name == "$_allowed" ]] \
+      || fail "$_flag: is a flag of $(basename "$0"), not of $(spoken); put it before --"
   done
 }
 

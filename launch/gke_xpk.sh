@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# Trains on TPU slices or GPU nodes of a GKE cluster through xpk (https://github.com/AI-Hypercomputer/xpk).
+# Trains, predicts, encodes, evaluates or makes image features on TPU slices or GPU nodes of a GKE cluster through xpk
+# (https://github.com/AI-Hypercomputer/xpk).
 #
 #   launch/gke_xpk.sh submit --cluster=C --name=WORKLOAD --type=v5litepod-16 --image=IMAGE --project=P --zone=Z \
 #     [flags] -- --config=configs/lf_amazon_1.3m.py [--config.train.epochs=30 ...]
+#   launch/gke_xpk.sh submit --command=predict ... -- --workdir=gs://BUCKET/runs/RUN --queries=gs://BUCKET/q.parquet \
+#     --output=gs://BUCKET/top.parquet
 #
 # Commands, in the order of a first run:
 #   cluster  check, then create a cluster of the type        image   build and push the container image
 #   storage  let the workloads of the cluster mount BUCKET   stage   copy data and weights to the bucket
-#   check    check login, project, bucket, config, data      submit  check, then start training
+#   check    check login, project, bucket, config, data      submit  check, then start --command
 #   list     show the workloads and their states             logs    follow the logs of all workers
-#   delete   stop the workload; it saves a checkpoint        delete_cluster   delete the cluster and all that it costs
+#   delete   stop the workload; training saves a checkpoint  delete_cluster   delete the cluster and all that it costs
 #
 # Flags (--name=value; except for switches, the default is the environment variable VIXML_NAME):
+#   --command       what the workers do: train (the default), evaluate (the run --run), predict, encode or features
 #   --project, --zone, --cluster   Google Cloud project, zone and cluster
 #   --name          name of the workload
 #   --type          v5litepod-16, v5p-32, v6e-16, tpu7x-16, ...; or nodes with GPUs: h100-80gb-8, h200-141gb-8, ...
@@ -20,11 +24,12 @@
 #   --image         full name of the image, REGION-docker.pkg.dev/PROJECT/REPOSITORY/vixml:TAG
 #   --bucket        bucket; for storage, stage, check and submit
 #   --storage       xpk's name of the attached bucket; by default vixml-bucket
-#   --run           name of the run, which is stored in gs://BUCKET/runs/RUN; by default the name of the workload
+#   --run           name of the run, which is stored in gs://BUCKET/runs/RUN; by default the name of the workload.
+#                   predict, encode and features have their logs in gs://BUCKET/jobs/RUN
 #   --data_dir, --raw_dir, --weights   local folders to stage; of --data_dir, what the config after -- needs, and
 #                   everything without a config. submit needs --weights and --raw_dir if they were staged
 #   --python        local Python with vixml_jax, which checks the config; by default .venv/bin/python
-#   --max_hours     stop training for good after so many hours from now, time in the queue included; by default never
+#   --max_hours     stop the command for good after so many hours from now, time in the queue included; by default never
 #   --price_per_chip_hour   price of a chip for an hour, from which cluster and submit print the cost
 #   --compile_cache folder in the bucket that keeps compiled programs, gs://BUCKET/...; by default none
 #   --max_restarts  maximum number of restarts of a workload; by default 20
@@ -36,8 +41,11 @@
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=launch/commands.sh
+source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 # shellcheck source=launch/preflight.sh
 source "$(dirname "${BASH_SOURCE[0]}")/preflight.sh"
+stages=false
 
 project=${VIXML_PROJECT:-} zone=${VIXML_ZONE:-} cluster=${VIXML_CLUSTER:-} name=${VIXML_NAME:-} type=${VIXML_TYPE:-}
 image=${VIXML_IMAGE:-} bucket=${VIXML_BUCKET:-} storage=${VIXML_STORAGE:-vixml-bucket} run=${VIXML_RUN:-}
@@ -46,7 +54,7 @@ max_restarts=${VIXML_MAX_RESTARTS:-20} reservation=${VIXML_RESERVATION:-} num_sl
 python=${VIXML_PYTHON:-$root/.venv/bin/python} max_hours=${VIXML_MAX_HOURS:-}
 price_per_chip_hour=${VIXML_PRICE_PER_CHIP_HOUR:-} compile_cache=${VIXML_COMPILE_CACHE:-}
 spot=false root_image=false
-value_flags="project zone cluster name type num_slices image bucket storage run data_dir raw_dir weights python max_hours
+value_flags="command project zone cluster name type num_slices image bucket storage run data_dir raw_dir weights python max_hours
   price_per_chip_hour compile_cache max_restarts reservation"
 
 mount=/bucket
@@ -111,8 +119,8 @@ stage() {
   need bucket
   need_folder data_dir raw_dir weights
   [[ -n $data_dir$raw_dir$weights ]] || fail "--data_dir, --raw_dir, --weights: nothing to stage; give one of them"
-  if ((${#arguments[@]})); then
-    need_config
+  if ((${#arguments[@]})) && ! answers_queries && [[ $command != evaluate ]]; then
+    need_flags
     read_config
     [[ -z $data_dir ]] || mapfile -t folders < <(data_folders)
   fi
@@ -132,42 +140,46 @@ chips() {
 
 # Data and weights must be in the bucket before the workload starts; submit stages nothing.
 check() {
-  local count data_dir="" weights_name=""
+  local count data_dir=""
   need bucket type
-  need_config
+  need_flags
+  need_places
   count=$(chips)
   read_config
   check_login
   check_project
   check_bucket
-  check_data
-  if [[ -n $weights ]]; then
-    weights_name=$(basename -- "$weights")
-    ask "--weights=$weights: gs://$bucket/weights has no $weights_name; stage it first" \
-      gcloud storage ls "gs://$bucket/weights/$weights_name/"
-    found "weights: gs://$bucket/weights/$weights_name"
-  else
-    check_weights
-  fi
+  check_inputs
   announce_cost "$count" "$max_hours" "$price_per_chip_hour"
 }
 
 submit() {
   need cluster name type image bucket
-  need_config
+  need_flags
   need_plain_name weights
   check
-  local flags=("--config.dataset.data_dir=$home/data") copies=("--copy=$mount/data:$home/data") folder
+  local flags=() copies=() folder place value started=("${arguments[@]}")
   local settings=() limits=() join=--distributed hardware deadline
+  # The others write their result elsewhere: in jobs/ are their logs.
+  place=("--job=$home/jobs/$run" "--store=$mount/jobs/$run")
+  ! writes_run || place=("--workdir=$home/runs/$run" "--store=$mount/runs/$run")
+  case $command in
+    train) flags=("--config.dataset.data_dir=$home/data"); copies=("--copy=$mount/data:$home/data") ;;
+    evaluate) flags=("--data_dir=$home/data"); copies=("--copy=$mount/data:$home/data") ;;
+    # All workers see each other's parts in the bucket.
+    features) flags=("--config.dataset.data_dir=$mount/data") ;;
+    *) value_of output; folder=$(output_folder "$value"); [[ -z $folder ]] || copies=("--make=$mount/$folder") ;;
+  esac
   if [[ -n $weights ]]; then
     folder=weights/$(basename -- "$weights")
     copies+=("--copy=$mount/$folder:$home/$folder")
-    flags+=("--config.encoder.pretrained=$home/$folder")
+    [[ $command != train ]] || flags+=("--config.encoder.pretrained=$home/$folder")
   fi
-  if [[ -n $raw_dir ]]; then
+  if [[ -n $raw_dir ]] && ! answers_queries; then
     copies+=("--copy=$mount/raw:$home/raw")
-    flags+=("--config.dataset.raw_dir=$home/raw")
+    [[ $command == evaluate ]] || flags+=("--config.dataset.raw_dir=$home/raw")
   fi
+  mount_arguments started "$mount"
   deadline=$(later "$max_hours")
   [[ -z $deadline ]] || limits+=("--deadline=$deadline")
   [[ -z $compile_cache ]] \
@@ -180,8 +192,8 @@ submit() {
   fi
   hardware_flags
   local worker=(
-    bash launch/train_worker.sh --workdir="$home/runs/$run" --store="$mount/runs/$run" "${copies[@]}"
-    ${limits[@]+"${limits[@]}"} -- python -m vixml_jax.main "${arguments[@]}" "${flags[@]}")
+    bash launch/train_worker.sh "${place[@]}" ${copies[@]+"${copies[@]}"} ${limits[@]+"${limits[@]}"}
+    -- python -m "vixml_jax.$module" ${started[@]+"${started[@]}"} ${flags[@]+"${flags[@]}"})
   # exec: xpk sends SIGTERM to the shell of the command, so the worker must replace that shell. The grace period applies
   # when a node is drained; a preempted spot machine gives less time.
   execute xpk workload create --cluster="$cluster" --workload="$name" "${hardware[@]}" \
@@ -224,6 +236,7 @@ see --help" ;;
   esac
   shift
   parse_flags "${value_flags//$'\n'/ }" "spot root_image dry_run" "$@"
+  need_command
   need project zone
   need_number max_restarts num_slices
   need_decimal max_hours price_per_chip_hour

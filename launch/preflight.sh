@@ -1,7 +1,9 @@
 # shellcheck shell=bash disable=SC2154
 # Checks of a launch before anything is bought, to be sourced after common.sh. Each prints what it found, or exits with
 # one line that says what to do. They only read. The variables are those of the launcher's flags. --dry-run prints their
-# commands, except that of read_config.
+# commands, except that of read_config. `stages` says whether the launcher stages what is given before it starts.
+# shellcheck disable=SC2034
+dataset="" stages=true
 
 # ask PROBLEM COMMAND...: sets `answer` to the output of a command. If it fails, exits with PROBLEM and what it said.
 ask() {
@@ -26,21 +28,25 @@ found() {
   [[ $dry_run == true ]] || note "check: $*"
 }
 
-# read_config: sets `dataset`, `embedded`, `features` and `pretrained` from the training flags, which are checked as
-# training checks them. It runs on this machine and sends nothing.
+# read_config [STORED]: checks the flags after -- as the command checks them, and sets `dataset`, `embedded`, `features`,
+# `pretrained` and `frozen` from the config of these flags, or from STORED, the config.json of the run. Without a config,
+# they stay empty. It runs on this machine and sends nothing.
 read_config() {
   local lines name value
   [[ -x $(command -v "$python") ]] || fail "--python=$python: cannot be run; it must be a Python with vixml_jax, which \
 reads the config before anything is bought"
-  lines=$(JAX_PLATFORMS=cpu "$python" "$root/launch/read_config.py" "${arguments[@]}") || exit 1
-  dataset="" embedded="" features="" pretrained=""
+  lines=$(JAX_PLATFORMS=cpu "$python" "$root/launch/read_config.py" "$command" "${arguments[@]}" <<< "${1:-}") || exit 1
+  dataset="" embedded="" features="" pretrained="" frozen=""
   while IFS='=' read -r name value; do
     case $name in
-      dataset | embedded | features | pretrained) printf -v "$name" '%s' "$value" ;;
+      dataset | embedded | features | pretrained | frozen) printf -v "$name" '%s' "$value" ;;
     esac
   done <<< "$lines"
-  [[ -n $dataset ]] || fail "--python=$python: did not print the data set of the config"
-  found "config: data set $dataset${features:+, image features $features}, encoder $pretrained"
+  if [[ -n $dataset ]]; then
+    found "config: data set $dataset${features:+, image features $features}, encoder $pretrained"
+  elif [[ $command == train || $command == features || -n ${1:-} ]]; then
+    fail "--python=$python: did not print the data set of the config"
+  fi
 }
 
 check_login() {
@@ -98,14 +104,14 @@ check_quota() {
   esac
   quota+=PerProjectPerZoneForTPUAPI
   # One line for each zone with a value of its own, and one without a zone for all others.
-  local command=(gcloud quotas info describe "$quota" --service=tpu.googleapis.com "--project=$project" \
+  local look=(gcloud quotas info describe "$quota" --service=tpu.googleapis.com "--project=$project" \
     '--flatten=dimensionsInfos[]' \
     '--format=csv[no-heading](dimensionsInfos.dimensions.zone,dimensionsInfos.details.value)')
   if [[ $dry_run == true ]]; then
-    quoted "${command[@]}"
+    quoted "${look[@]}"
     return
   fi
-  if answer=$("${command[@]}" 2> /dev/null); then
+  if answer=$("${look[@]}" 2> /dev/null); then
     limit=$(awk -F, -v zone="$zone" '
       $1 == zone { own = 1; value = $2 + 0 }
       $1 == "" && !own && $2 != "" { value = $2 }
@@ -123,9 +129,13 @@ https://console.cloud.google.com/iam-admin/quotas"
   fi
 }
 
-# check_data: the data set and the image features will be staged from --data_dir, or are in the bucket.
+# check_data: the data set and the image features will be staged from --data_dir, or are in the bucket. Workers that make
+# features write them beside the data set, which they read in the bucket, so it must be prepared.
 check_data() {
-  local folder
+  local folder raw_dir=$raw_dir
+  if [[ $command == features ]]; then
+    embedded=false features="" raw_dir=""
+  fi
   if [[ $embedded == true ]]; then
     found "data: $dataset is part of the package"
     return
@@ -147,13 +157,14 @@ check_data() {
 
 # check_weights: the weights will be staged, are in the bucket, or are not a folder of this machine.
 check_weights() {
-  local name
-  if [[ -n $weights && -d $weights ]]; then
+  local name problem
+  if [[ -n $weights && -d $weights && $stages == true ]]; then
     found "weights: $weights will be staged"
   elif [[ -n $weights ]]; then
     name=$(basename -- "$weights")
-    ask "--weights=$weights: is no folder of this machine, and gs://$bucket/weights has no $name" \
-      gcloud storage ls "gs://$bucket/weights/$name/"
+    problem="--weights=$weights: is no folder of this machine, and gs://$bucket/weights has no $name"
+    [[ $stages == true ]] || problem="--weights=$weights: gs://$bucket/weights has no $name; stage it first"
+    ask "$problem" gcloud storage ls "gs://$bucket/weights/$name/"
     found "weights: gs://$bucket/weights/$name"
   elif [[ -e $pretrained || $pretrained == /* || $pretrained == .* ]]; then
     fail "--config.encoder.pretrained=$pretrained: is a path of this machine; give it as --weights=$pretrained before --"
@@ -161,6 +172,81 @@ check_weights() {
     found "weights: $pretrained, which must be installed on every worker"
   else
     found "weights: every worker downloads $pretrained; --weights=FOLDER would stage them"
+  fi
+}
+
+# check_inputs: the bucket has what the command reads, or will have it after staging.
+check_inputs() {
+  local name value
+  case $command in
+    train) check_data; check_weights ;;
+    evaluate)
+      check_run "gs://$bucket/runs/$run" checkpoints/
+      [[ -z $dataset ]] || check_data
+      ;;
+    predict) value_of workdir; check_run "$value" checkpoints/ inference.json index/CURRENT ;;
+    encode) value_of workdir; check_run "$value" checkpoints/ inference.json ;;
+    features) check_data ;;
+  esac
+  [[ $command != train ]] || return 0
+  for name in queries checkpoint image_checkpoint; do
+    value_of "$name"
+    if [[ $value == gs://* ]]; then
+      ask "--$name=$value: no such file or folder" gcloud storage ls "$value"
+      found "$name: $value"
+    elif [[ -n $value ]]; then
+      found "$name: every worker downloads $value"
+    fi
+  done
+  ! answers_queries || check_output
+}
+
+# check_run PLACE NAME...: the run at this address has its config and these files; its frozen encoder is staged.
+check_run() {
+  local place=${1%/} name
+  shift
+  ask "$place: has no config.json; it must be the workdir of a run" gcloud storage cat "$place/config.json"
+  for name in "$@"; do
+    local stored=$answer
+    ask "$place: has no $name; vixml evaluate writes it again, if there is a checkpoint" \
+      gcloud storage ls "$place/$name"
+    answer=$stored
+  done
+  [[ $dry_run == false ]] || return 0
+  read_config "$answer"
+  found "run: $place"
+  check_frozen
+}
+
+# check_frozen: a run that trained adapters reads its encoder again, from the path of training; evaluation always does.
+check_frozen() {
+  local name=${pretrained##*/}
+  if [[ ($frozen != true && $command != evaluate) || ($pretrained != /* && $pretrained != .*) ]]; then
+    return 0
+  elif [[ $pretrained != */vixml/weights/"$name" ]]; then
+    note "warning: the run reads its frozen encoder from $pretrained, which every worker must have"
+  elif [[ $stages == true && -d $weights && $(basename -- "$weights") == "$name" ]]; then
+    found "weights: $weights will be staged"
+  elif [[ $stages == false && ($weights == "" || $(basename -- "$weights") != "$name") ]]; then
+    fail "--weights: must be --weights=$name, because every worker reads the encoder of the run, which is not trained"
+  else
+    ask "--weights: must be given, because the run reads its encoder $name, and gs://$bucket/weights does not have it" \
+      gcloud storage ls "gs://$bucket/weights/$name/"
+    found "weights: gs://$bucket/weights/$name"
+  fi
+}
+
+# check_output: says what happens to a result that exists. Workers try to write to the bucket when they are set up.
+check_output() {
+  local look
+  value_of output
+  look=(gcloud storage ls "$value")
+  if [[ $dry_run == true ]]; then
+    quoted "${look[@]}"
+  elif "${look[@]}" > /dev/null 2>&1; then
+    note "warning: $value exists; if it is the result of another command, predict replaces it and encode refuses it"
+  else
+    found "output: $value"
   fi
 }
 

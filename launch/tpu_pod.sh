@@ -1,35 +1,40 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU pod of TPU VMs, obtained as a queued resource.
+# Trains, predicts, encodes, evaluates or makes image features on a Cloud TPU pod of TPU VMs, obtained as a queued
+# resource.
 #
 #   launch/tpu_pod.sh run --name=POD --type=v5litepod-16 --bucket=BUCKET --project=P --zone=Z [flags] \
 #     -- --config=configs/lf_amazon_1.3m.py [--config.train.epochs=30 ...]
+#   launch/tpu_pod.sh run --command=predict --name=POD ... -- --workdir=gs://BUCKET/runs/RUN \
+#     --queries=gs://BUCKET/q.parquet --output=gs://BUCKET/top.parquet
 #
 # Commands:
 #   run      check, stage, create, wait, setup, train and watch; a preempted pod is requested again, and training
-#            continues from its newest checkpoint
+#            continues from its newest checkpoint, the other commands with the blocks that are not finished
 #   check    check login, project, bucket, type, config, data and weights, and print the cost; buys nothing
 #   create   request the pod                                wait     wait until the pod is active
 #   stage    copy code, data and weights to the bucket      setup    copy them to every worker, and install
-#   train    start training on all workers, and return      watch    wait until training ends; status 0 if it finished
+#   train    start --command on all workers, and return     watch    wait until it ends; status 0 if it finished
 #   status   show the states of the pod and the workers     logs     follow the log of one worker
-#   stop     save a checkpoint and stop training            delete   delete the pod
+#   stop     stop it; training saves a checkpoint           delete   delete the pod
 #
 # Flags (--name=value; except for switches, the default is the environment variable VIXML_NAME):
+#   --command          what the workers do: train (the default), evaluate (the run --run), predict, encode or features
 #   --project, --zone, --bucket, --name   Google Cloud project, zone, bucket, and name of the pod
 #   --type             accelerator type: v4-32, v5litepod-16, v5p-32, v6e-16, ...
 #   --runtime_version  image of the VMs; by default the image for the type
-#   --run              name of the run, which is stored in gs://BUCKET/runs/RUN; by default the name of the pod
+#   --run              name of the run, which is stored in gs://BUCKET/runs/RUN; by default the name of the pod.
+#                      predict, encode and features have their logs in gs://BUCKET/jobs/RUN
 #   --data_dir, --raw_dir, --weights   local folders to stage: prepared data sets (config.dataset.data_dir), raw files,
 #                      a model. Of --data_dir, what the config after -- needs is staged, and everything without a
-#                      config. For train, --weights names the model that was staged
+#                      config; predict and encode need none. For train, --weights names the model that was staged
 #   --python           local Python with vixml_jax, which checks the config; by default .venv/bin/python
 #   --ref              commit to stage; by default HEAD
 #   --service_account, --network, --subnetwork   settings of the VMs; by default those of the project
 #   --valid_for        how long the request can wait, such as 24h; by default without limit
-#   --max_hours        stop training, and let `run` delete the pod, after so many hours of an active pod
+#   --max_hours        stop the command, and let `run` delete the pod, after so many hours of an active pod
 #   --price_per_chip_hour   price of a chip for an hour, from which the cost is printed before anything is bought
 #   --compile_cache    folder in the bucket that keeps compiled programs, gs://BUCKET/...; by default none
-#   --max_restarts     maximum number of times that `run` starts training again; by default 20
+#   --max_restarts     maximum number of times that `run` starts the command again; by default 20
 #   --poll_seconds     seconds between checks of the pod; by default 60
 #   --worker           worker whose log to follow; by default 0
 #   --spot             use a pod that can be preempted
@@ -41,6 +46,8 @@
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=launch/commands.sh
+source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 # shellcheck source=launch/preflight.sh
 source "$(dirname "${BASH_SOURCE[0]}")/preflight.sh"
 
@@ -53,7 +60,7 @@ poll_seconds=${VIXML_POLL_SECONDS:-60} worker=${VIXML_WORKER:-0} python=${VIXML_
 max_hours=${VIXML_MAX_HOURS:-} price_per_chip_hour=${VIXML_PRICE_PER_CHIP_HOUR:-}
 compile_cache=${VIXML_COMPILE_CACHE:-}
 spot=false reserved=false internal_ips=false delete=false
-value_flags="project zone bucket name type runtime_version run ref data_dir raw_dir weights python service_account
+value_flags="command project zone bucket name type runtime_version run ref data_dir raw_dir weights python service_account
   network subnetwork valid_for max_hours price_per_chip_hour compile_cache max_restarts poll_seconds worker"
 
 # Return values of an attempt at training that did not finish.
@@ -78,17 +85,17 @@ create() {
   need type
   local version=${runtime_version:-$(runtime_of "$type")}
   [[ -n $version ]] || exit 1
-  local command=(
+  local request=(
     gcloud compute tpus queued-resources create "$name" "${where[@]}" --node-id="$name" --accelerator-type="$type"
     --runtime-version="$version" --scopes=https://www.googleapis.com/auth/cloud-platform)
-  [[ $spot == false ]] || command+=(--spot)
-  [[ $reserved == false ]] || command+=(--reserved)
-  [[ -z $valid_for ]] || command+=(--valid-until-duration="$valid_for")
-  [[ -z $service_account ]] || command+=(--service-account="$service_account")
-  [[ -z $network ]] || command+=(--network="$network")
-  [[ -z $subnetwork ]] || command+=(--subnetwork="$subnetwork")
-  [[ $internal_ips == false ]] || command+=(--internal-ips)
-  execute "${command[@]}"
+  [[ $spot == false ]] || request+=(--spot)
+  [[ $reserved == false ]] || request+=(--reserved)
+  [[ -z $valid_for ]] || request+=(--valid-until-duration="$valid_for")
+  [[ -z $service_account ]] || request+=(--service-account="$service_account")
+  [[ -z $network ]] || request+=(--network="$network")
+  [[ -z $subnetwork ]] || request+=(--subnetwork="$subnetwork")
+  [[ $internal_ips == false ]] || request+=(--internal-ips)
+  execute "${request[@]}"
 }
 
 queued_state() {
@@ -128,9 +135,9 @@ wait_for_pod() {
 
 # on WORKER COMMAND: runs a shell command on a worker, or on all.
 on() {
-  local command=(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --quiet --worker="$1" --command="$2")
-  [[ $internal_ips == false ]] || command+=(--internal-ip)
-  execute "${command[@]}"
+  local ssh=(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --quiet --worker="$1" --command="$2")
+  [[ $internal_ips == false ]] || ssh+=(--internal-ip)
+  execute "${ssh[@]}"
 }
 
 # Prints the number of chips of an accelerator type: v4 and v5p count cores, two for each chip.
@@ -146,7 +153,8 @@ chips_of() {
 check() {
   local chips
   need bucket type
-  need_config
+  need_flags
+  need_places
   chips=$(chips_of "$type")
   [[ -n $runtime_version ]] || runtime_of "$type" > /dev/null
   read_config
@@ -155,8 +163,7 @@ check() {
   check_bucket
   check_type
   check_quota "$chips"
-  check_data
-  check_weights
+  check_inputs
   announce_cost "$chips" "$max_hours" "$price_per_chip_hour"
 }
 
@@ -178,38 +185,55 @@ stage() {
   local folders=()
   need bucket
   need_folder data_dir raw_dir weights
-  if ((${#arguments[@]})); then
-    need_config
+  if answers_queries; then
+    data_dir="" raw_dir=""
+  elif ((${#arguments[@]})) && [[ $command != evaluate ]]; then
+    need_flags
     read_config
-    [[ -z $data_dir ]] || mapfile -t folders < <(data_folders)
   fi
+  [[ -z $data_dir || -z ${dataset:-} ]] || mapfile -t folders < <(data_folders)
   stage_code
   stage_folders "$bucket" "$data_dir" "$raw_dir" "$weights" ${folders[@]+"${folders[@]}"}
 }
 
+# The others need fewer folders of the bucket on the disk of every worker than training.
 setup() {
   need bucket
+  local copied=()
+  case $command in
+    predict | encode) copied=(weights) ;;
+    features) copied=(raw) ;;
+  esac
   local fetch="set -o pipefail; rm -rf vixml/code && mkdir -p vixml/code"
   fetch+=" && gcloud storage cat $(quoted "gs://$bucket/code/$name.tar.gz") | tar -xzf - -C vixml/code"
-  on all "$fetch && bash vixml/code/launch/tpu_worker.sh setup $(quoted "$bucket")"
+  on all "$fetch && bash vixml/code/launch/tpu_worker.sh setup $(quoted "$bucket" ${copied[@]+"${copied[@]}"})"
 }
 
 train() {
   need bucket
-  need_config
+  need_flags
+  need_places
   need_plain_name weights
-  local command=(bash vixml/code/launch/tpu_worker.sh start "$run")
-  [[ -z $weights ]] || command+=(--weights="$(basename -- "$weights")")
+  local value start=(bash vixml/code/launch/tpu_worker.sh start "$run") started=(${arguments[@]+"${arguments[@]}"})
+  [[ $command == train ]] || start+=(--module="$module")
+  [[ $command != train || -z $weights ]] || start+=(--weights="$(basename -- "$weights")")
   [[ -n $deadline ]] || deadline=$(later "$max_hours")
-  [[ -z $deadline ]] || command+=(--deadline="$deadline")
-  [[ -z $compile_cache ]] || command+=(--compile_cache="${compile_cache#"gs://$bucket/"}")
+  [[ -z $deadline ]] || start+=(--deadline="$deadline")
+  [[ -z $compile_cache ]] || start+=(--compile_cache="${compile_cache#"gs://$bucket/"}")
+  if answers_queries; then
+    value_of output
+    value=$(output_folder "$value")
+    [[ -z $value ]] || start+=(--make="$value")
+  fi
+  # shellcheck disable=SC2088  # vixml_jax puts the home folder of the worker in the place of ~.
+  mount_arguments started "~/vixml/bucket"
   # The outcome of an earlier start must not be taken for the outcome of this one. Before the first start there is none.
-  execute gcloud storage rm --quiet "gs://$bucket/runs/$run/state/*" 2> /dev/null || true
-  on all "$(quoted "${command[@]}" -- "${arguments[@]}")"
+  execute gcloud storage rm --quiet "gs://$bucket/$run_folder/state/*" 2> /dev/null || true
+  on all "$(quoted "${start[@]}" -- ${started[@]+"${started[@]}"})"
 }
 
 worker_states() {
-  execute gcloud storage cat "gs://$bucket/runs/$run/state/*"
+  execute gcloud storage cat "gs://$bucket/$run_folder/state/*"
 }
 
 # Follows a run until it ends. Returns 0 when all workers have finished, `failed` when one has refused its input,
@@ -251,7 +275,7 @@ watch_until_end() {
     "$lost") fail "$name: preempted; '$0 run' requests it again and continues" ;;
     "$failed") fail "$run: a worker refused its input; see '$0 logs'" ;;
     "$expired") fail "$run: stopped after --max_hours; '$0 delete' deletes the pod" ;;
-    *) fail "$run: stopped before its end; '$0 train' continues from the newest checkpoint" ;;
+    *) fail "$run: stopped before its end; '$0 train' continues it" ;;
   esac
 }
 
@@ -289,8 +313,7 @@ stop_for_good() {
   trap - EXIT
   stop || true
   delete_pod
-  fail "$run: stopped after --max_hours=$max_hours, and $name is deleted; the same command continues from the newest \
-checkpoint"
+  fail "$run: stopped after --max_hours=$max_hours, and $name is deleted; the same command continues"
 }
 
 run_to_end() {
@@ -323,11 +346,22 @@ run_to_end() {
       fi
     done
     trap - EXIT
-    note "$run: finished; its results are in gs://$bucket/runs/$run"
+    note "$run: finished; its results are in $(results)"
   fi
   if [[ $delete == true ]]; then
     delete_pod
   fi
+}
+
+# results: prints where the results of the command are.
+results() {
+  local value
+  value_of output
+  case $command in
+    train | evaluate) echo "gs://$bucket/runs/$run" ;;
+    features) echo "gs://$bucket/data" ;;
+    *) echo "$value" ;;
+  esac
 }
 
 status() {
@@ -337,7 +371,7 @@ status() {
 }
 
 logs() {
-  on "$worker" "tail -n 100 -F $(quoted "vixml/runs/$run/logs/worker-$worker.log")"
+  on "$worker" "tail -n 100 -F $(quoted "vixml/$run_folder/logs/worker-$worker.log")"
 }
 
 stop() {
@@ -361,6 +395,7 @@ main() {
   esac
   shift
   parse_flags "${value_flags//$'\n'/ }" "spot reserved internal_ips delete dry_run" "$@"
+  need_command
   need project zone name
   need_number max_restarts poll_seconds worker
   need_decimal max_hours price_per_chip_hour
@@ -370,6 +405,8 @@ main() {
   [[ -z $compile_cache || $compile_cache == "gs://$bucket/"?* ]] \
     || fail "--compile_cache=$compile_cache: must be a folder of the bucket, as gs://$bucket/compile_cache"
   where=(--project="$project" --zone="$zone")
+  run_folder=jobs/$run
+  ! writes_run || run_folder=runs/$run
   "$action"
 }
 

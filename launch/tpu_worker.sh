@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Script that tpu_pod.sh runs on each worker of a pod, from the code that it copied to ~/vixml/code.
 #
-#   tpu_worker.sh setup BUCKET       mounts the bucket at ~/vixml/bucket, copies data, installs Python packages
-#   tpu_worker.sh start RUN [--weights=NAME] [--deadline=SECONDS] [--compile_cache=FOLDER] -- FLAGS...
-#                                    trains as a service; stops a run that is in progress. FOLDER is in the bucket
-#   tpu_worker.sh stop               sends SIGTERM, on which the run saves a checkpoint
+#   tpu_worker.sh setup BUCKET [NAME...]   mounts the bucket at ~/vixml/bucket, copies these of its folders data, raw and
+#                                          weights, by default all, and installs Python packages
+#   tpu_worker.sh start RUN [--module=MODULE] [--weights=NAME] [--deadline=SECONDS] [--compile_cache=FOLDER]
+#       [--make=FOLDER] -- FLAGS...        starts vixml_jax.MODULE, by default main, which trains, as a service; stops
+#                                          one that is in progress. FOLDER is in the bucket
+#   tpu_worker.sh stop                     sends SIGTERM, on which training saves a checkpoint
 
 set -euo pipefail
 
@@ -78,9 +80,11 @@ mount_bucket() {
 
 setup() {
   local bucket=$1 name
+  shift
   install_gcsfuse
   mount_bucket "$bucket"
-  for name in data raw weights; do
+  (($#)) || set -- data raw weights
+  for name in "$@"; do
     if [[ -d $home/bucket/$name ]]; then
       mkdir -p "$home/$name"
       gcloud storage rsync --recursive "gs://$bucket/$name" "$home/$name"
@@ -109,29 +113,41 @@ worker_number() {
 }
 
 start() {
-  local run=$1 flags=() settings=() limits=()
+  local run=$1 module=main flags=() settings=() limits=() place
   shift
   while [[ $1 != -- ]]; do
     case $1 in
+      --module=*) module=${1#*=} ;;
+      --make=*) limits+=("--make=$home/bucket/${1#*=}") ;;
       --weights=*) flags+=("--config.encoder.pretrained=$home/weights/${1#*=}") ;;
       --deadline=*) limits+=("$1") ;;
       --compile_cache=*) settings+=("--setenv=JAX_COMPILATION_CACHE_DIR=$home/bucket/${1#*=}") ;;
-      *) echo "error: '$1': must be --weights, --deadline or --compile_cache" >&2; exit 1 ;;
+      *) echo "error: '$1': must be --module, --weights, --deadline, --compile_cache or --make" >&2; exit 1 ;;
     esac
     shift
   done
   shift
-  if [[ -d $home/raw ]]; then
+  # The others write their result elsewhere: in jobs/ are their logs. Features are made for the data set in the bucket,
+  # where all workers see each other's parts.
+  place=("--job=$home/jobs/$run" "--store=$home/bucket/jobs/$run")
+  case $module in
+    main) flags=("--config.dataset.data_dir=$home/data" ${flags[@]+"${flags[@]}"}) ;;
+    evaluate) flags=("--data_dir=$home/data") ;;
+    extract_features) flags=("--config.dataset.data_dir=$home/bucket/data") ;;
+  esac
+  if [[ $module == main || $module == evaluate ]]; then
+    place=("--workdir=$home/runs/$run" "--store=$home/bucket/runs/$run")
+  fi
+  if [[ ($module == main || $module == extract_features) && -d $home/raw ]]; then
     flags+=("--config.dataset.raw_dir=$home/raw")
   fi
   stop
   sudo systemd-run --unit=vixml --collect --uid="$(id -un)" --gid="$(id -gn)" --working-directory="$code" \
     --setenv=HOME="$HOME" --setenv=PYTHONUNBUFFERED=1 ${settings[@]+"${settings[@]}"} \
     --property=After=vixml-bucket.service --property=KillMode=mixed --property=TimeoutStopSec=600 -- \
-    bash "$code/launch/train_worker.sh" --workdir="$home/runs/$run" --store="$home/bucket/runs/$run" \
-    --name="worker-$(worker_number)" ${limits[@]+"${limits[@]}"} -- \
-    "$home/venv/bin/python" -m vixml_jax.main "$@" "--config.dataset.data_dir=$home/data" \
-    ${flags[@]+"${flags[@]}"} --distributed
+    bash "$code/launch/train_worker.sh" "${place[@]}" --name="worker-$(worker_number)" \
+    ${limits[@]+"${limits[@]}"} -- "$home/venv/bin/python" -m "vixml_jax.$module" "$@" ${flags[@]+"${flags[@]}"} \
+    --distributed
 }
 
 # Returns when the run has saved a checkpoint. Does nothing if there is no run.

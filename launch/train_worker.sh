@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Runs one process of a training run: forwards SIGTERM, copies its files to a shared folder, and records how it ended.
+# Runs one process of a training run, or of another command: forwards SIGTERM, copies its files to a shared folder, and
+# records how it ended.
 #
-#   launch/train_worker.sh --workdir=DIR [--store=DIR] [--state=DIR] [--name=NAME] [--copy=FROM:TO ...] -- COMMAND...
+#   launch/train_worker.sh --workdir=DIR|--job=DIR [--store=DIR] [--state=DIR] [--name=NAME] [--copy=FROM:TO ...] \
+#     [--make=DIR ...] -- COMMAND...
 #
 #   --workdir  folder that the run writes to; passed to COMMAND as its last flag
+#   --job      instead of --workdir, for a COMMAND that writes its result elsewhere: a folder for its log and its state
 #   --store    folder of the run that all workers see, such as a mounted bucket. All workers write their parts
 #              of checkpoints and embeddings there. The other files are written to --workdir, which is local, and copied
 #              to the store every minute and at the end. An empty local workdir is filled from the store first. Omit the
@@ -12,11 +15,12 @@
 #   --name     name of this worker, for logs/NAME.log and state/NAME; by default worker-NUMBER on GKE and SLURM,
 #              and worker-SLICE-NUMBER with several slices
 #   --copy     copies missing and changed files of folder FROM to folder TO before the run
+#   --make     makes a folder before the run
 #   --deadline time in seconds since 1970 at which the run gets SIGTERM, saves a checkpoint and is not started again
 #
 # Word in state/NAME, with the exit status:
 #   running        the run is in progress
-#   finished, 0    training has finished
+#   finished, 0    the command has finished
 #   failed, 1      bad input; another start cannot help
 #   expired, 3     saved at the deadline, or started after it; another start needs another deadline
 #   again, 42      saved after SIGTERM, or crashed, perhaps because another worker did; start it again
@@ -24,7 +28,7 @@
 set -euo pipefail
 
 publish_seconds=${VIXML_PUBLISH_SECONDS:-60}
-workdir="" store="" state="" copies=() deadline=""
+workdir="" job="" store="" state="" copies=() folders=() deadline=""
 # Workers of several slices have the same numbers; a slice is told by its own.
 name=worker-${MEGASCALE_SLICE_ID:+$MEGASCALE_SLICE_ID-}${JOB_COMPLETION_INDEX:-${SLURM_PROCID:-$HOSTNAME}}
 
@@ -36,17 +40,20 @@ fail() {
 while (($#)); do
   case $1 in
     --workdir=*) workdir=${1#*=} ;;
+    --job=*) job=${1#*=} ;;
     --store=*) store=${1#*=} ;;
     --state=*) state=${1#*=} ;;
     --name=*) name=${1#*=} ;;
     --deadline=*) deadline=${1#*=} ;;
     --copy=*:*) copies+=("${1#*=}") ;;
+    --make=*) folders+=("${1#*=}") ;;
     --) shift; break ;;
     *) fail "'$1': no such flag; see the head of $0" ;;
   esac
   shift
 done
-[[ -n $workdir ]] || fail "--workdir: must be given"
+[[ -z $workdir || -z $job ]] || fail "--job: must not be given with --workdir"
+[[ -n $workdir$job ]] || fail "--workdir: must be given, or --job for a command that writes its result elsewhere"
 (($#)) || fail "COMMAND: must be given after --"
 [[ $deadline =~ ^[0-9]*$ ]] || fail "--deadline=$deadline: must be a whole number"
 
@@ -94,12 +101,22 @@ outcome() {
   fi
 }
 
-mkdir -p "$workdir"
-workdir=$(cd "$workdir" && pwd)
+for folder in "${workdir:-$job}" ${store:+"$store"} ${folders[@]+"${folders[@]}"}; do
+  mkdir -p -- "$folder"
+done
+passed=()
+if [[ -n $job ]]; then
+  workdir=$(cd "$job" && pwd)
+else
+  workdir=$(cd "$workdir" && pwd)
+  passed=("--workdir=$workdir")
+fi
 published=$workdir/.published
 if [[ -n $store ]]; then
-  mkdir -p "$store/checkpoints" "$store/embeddings"
   store=$(cd "$store" && pwd)
+fi
+if [[ -n $store && -z $job ]]; then
+  mkdir -p "$store/checkpoints" "$store/embeddings"
   if [[ ! -e $workdir/config.json ]]; then
     (restore)
   fi
@@ -108,8 +125,8 @@ if [[ -n $store ]]; then
   [[ -L $workdir/embeddings ]] || rm -rf -- "$workdir/embeddings"
   ln -sfn "$store/checkpoints" "$workdir/checkpoints"
   ln -sfn "$store/embeddings" "$workdir/embeddings"
-  touch "$published"
 fi
+[[ -z $store ]] || touch "$published"  # After `restore`, whose files need not be copied back.
 state=${state:-${store:-$workdir}/state}
 mkdir -p "$workdir/logs" "$state"
 log=$workdir/logs/$name.log
@@ -132,7 +149,7 @@ exec {output}> >(trap '' TERM; exec tee -a "$log")
 logger=$!
 asked=false
 trap 'asked=true; kill -TERM "$child" 2> /dev/null || true' TERM
-"$@" --workdir="$workdir" >&"$output" 2>&1 {output}>&- &
+"$@" ${passed[@]+"${passed[@]}"} >&"$output" 2>&1 {output}>&- &
 child=$!
 exec {output}>&-
 alarm="" expired=false

@@ -60,8 +60,8 @@ CHANGED = [
   (r" --idle_seconds=5", r"\g<0> --ranking=plain"),
   # Launchers print their commands; tests/launch runs them with replaced programs.
   (r"^(launch/\w+\.sh)(?!.* --dry-run )((?: [a-z]+)?)", r"\1\2 --dry-run"),
-  # A bucket is a folder; tests/inference/test_buckets.py reads and writes object stores.
-  (r"gs://BUCKET/", ""),
+  # A bucket is a folder; tests/inference/test_buckets.py reads and writes object stores. Launchers only print.
+  (r"^(?!launch/).*gs://BUCKET/.*$", lambda found: found[0].replace("gs://BUCKET/", "")),
   # Make shows what it would run, where that takes minutes or installs packages.
   (r"^make (test|coverage|lint|types|clean|sbom|lock|audit|bench(?! BENCH_ARGS))", r"make --dry-run \1"),
   (r'^make bench BENCH_ARGS="(.*)"', r'make bench BENCH_ARGS="\1 --list"'),

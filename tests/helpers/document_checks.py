@@ -67,7 +67,8 @@ def _problems_of_flags(words: list[str]) -> list[str]:
   problems = []
   if program.startswith("launch/") and "--" in rest:
     place = rest.index("--")
-    problems = _problems_of_flags(["python", "-m", "vixml_jax.main", *rest[place + 1 :]])
+    command = next((word.partition("=")[2] for word in rest[:place] if word.startswith("--command=")), "train")
+    problems = _problems_of_flags(["vixml", command, *rest[place + 1 :]])
     rest = rest[:place]
   keys = repository.config_keys()
   for word in rest:

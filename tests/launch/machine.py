@@ -44,6 +44,11 @@ if [[ $answer == '!'* ]]; then
 fi
 printf '%s\n' "${answer//;/$'\n'}"
 """
+READER = r"""#!/usr/bin/env bash
+printf "%s\n" "$@" > "$FAKE/reader"
+read -r stored
+[[ -z $stored && $* != *--config=* ]] || cat "$FAKE/config"
+"""
 
 
 class Machine:
@@ -61,8 +66,8 @@ class Machine:
       "TMPDIR": str(folder),
       "VIXML_PYTHON": str(self.bin / "reader"),
     }
-    # Reads the config of a run.
-    (self.bin / "reader").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$FAKE/reader"\ncat "$FAKE/config"\n')
+    # Reads the config of the flags, or that of a run, which it is given.
+    (self.bin / "reader").write_text(READER)
     (self.bin / "reader").chmod(0o755)
 
   def answer_all_checks(self) -> None:

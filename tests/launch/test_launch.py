@@ -12,7 +12,6 @@ import time
 
 import pytest
 
-from tests.helpers.documents import Document
 from tests.helpers.images import assert_hashes_are_required
 from tests.launch.machine import CONFIG, FAKE, FIELDS, LAUNCH, POD, ROOT, TRAINING, WHERE, commands_of, option
 
@@ -422,23 +421,22 @@ def test_setup_refuses_a_bucket_that_cannot_rename_folders(vm):
   assert result.stderr == "error: gs://b cannot rename folders; create it with --enable-hierarchical-namespace\n"
 
 
-def test_the_page_s_command_for_predict_uses_what_setup_installs_and_mounts(vm):
+def test_predict_finds_its_files_where_setup_mounts_the_bucket_and_needs_no_package_for_buckets(vm):
   python = vm.folder / "vixml/venv/bin/python"
   for folder in (python.parent, vm.folder / "vixml/code"):
     folder.mkdir(parents=True)
   python.write_text(FAKE)
   python.chmod(0o755)
   vm.answer("mountpoint", "!1", "")
-  assert vm.run("tpu_worker.sh", "setup", "b").returncode == 0
+  assert vm.run("tpu_worker.sh", "setup", "b", "weights").returncode == 0
   bucket = next(call for call in vm.calls() if call[0] == "systemd-run")[-1]
   assert not re.search(r"^gcsfs\b", (ROOT / "requirements/train-tpu.txt").read_text(), re.MULTILINE)
-  codes = [block.code for block in Document.read(ROOT / "docs/inference.md").blocks if "tpu-vm ssh POD" in block.code]
-  ssh = codes[0][codes[0].index("gcloud compute tpus tpu-vm ssh") :].replace("\\\n", "")
-  # ssh starts the command in the home folder of the worker.
-  program, command, *flags = shlex.split(option(shlex.split(ssh), "command"))
-  assert (program, command) == ("vixml/venv/bin/vixml", "predict") and "--distributed" in flags
+  places = [f"--{name}=gs://b/{name}.csv" for name in ("workdir", "queries", "output")]
+  printed = commands_of(vm.run("tpu_pod.sh", "train", *POD, "--command=predict", "--dry-run", "--", *places))
+  flags = shlex.split(option(printed[-1], "command"))
   for name in ("workdir", "queries", "output"):
-    assert (vm.folder / option(flags, name)).is_relative_to(bucket)
+    # vixml_jax expands the home folder.
+    assert option(flags, name).replace("~", str(vm.folder)) == f"{bucket}/{name}.csv"
 
 
 def test_start_makes_a_service_that_systemd_stops_before_the_mount(vm):
@@ -734,12 +732,13 @@ def test_a_job_is_submitted_with_time_to_save_and_leave_to_requeue(machine):
       str(workdir),
       "3",
       "",
+      "main",
       CONFIG,
       FIELDS,
       "--config.dataset.data_dir=/d ata",
     ],
   ]
-  assert "# srun --nodes=1" in result.stdout
+  assert "#   srun --nodes=1" in result.stdout
   assert machine.run("slurm.sh", *flags, *TRAINING).returncode == 0
   assert machine.calls() == printed[1:] and workdir.is_dir()
 
@@ -747,7 +746,7 @@ def test_a_job_is_submitted_with_time_to_save_and_leave_to_requeue(machine):
 def _job(machine, **env):
   env = {"SLURM_JOB_ID": "12", "python": "/venv/bin/python"} | env
   workdir, python = machine.folder / "run", env.pop("python")
-  return machine.run("slurm.sbatch", python, str(workdir), "3", "", CONFIG, FIELDS, **env)
+  return machine.run("slurm.sbatch", python, str(workdir), "3", "", "main", CONFIG, FIELDS, **env)
 
 
 def test_a_job_prepares_once_and_trains_on_all_gpus(machine):

