@@ -51,6 +51,7 @@ value_flags="command nodes gpus_per_node cpus_per_gpu time workdir data_dir log_
 check_files() {
   local name value
   [[ $dry_run == false ]] || return 0
+  cd "$root"  # As the job does.
   [[ $command == features || -f $workdir/config.json ]] \
     || fail "--workdir=$workdir: has no config.json; it must be the workdir of a run"
   [[ $command != predict || -f $workdir/index/CURRENT ]] \
