@@ -27,6 +27,6 @@ def write_random_features(
     builder,
     data_dir,
     name,
-    {"dim": dim, "variant": "random", "checkpoint_sha256": {}, "preprocessing": "big_vision"},
+    {"dim": dim, "variant": "random", "checkpoint_sha256": {}, "preprocessing": "big_vision", "images": "random"},
     rows,
   )

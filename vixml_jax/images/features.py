@@ -137,7 +137,9 @@ def load_image_features(features: FeatureSet, images: int, cache_dir: str | os.P
     InputError: no item has an image, the set of features is damaged, or the disk is full.
   """
   fingerprint = fingerprint_of({"format": _FORMAT, "images": images} | features.metadata)
-  folder = Path(cache_dir) / f"{features.metadata['dataset']}-{fingerprint[:16]}"
+  # The metadata of extracted features replace `images` by where the images came from, so I is added here.
+  key = fingerprint_of([fingerprint, images])
+  folder = Path(cache_dir) / f"{features.metadata['dataset']}-{key[:16]}"
 
   def write(work: Path) -> None:
     check_contents(features.builder)
