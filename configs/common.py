@@ -159,6 +159,9 @@ def base_config() -> ConfigDict:
       retrieval_choose=False,  # Whether lambda and temperature are chosen on the validation queries.
       # Whether the blend is fitted on the validation queries, evaluated and written to the label index.
       blend=False,
+      # Whether the label index keeps the first 200 characters of each training query, which explanations of the server
+      # show. Without them, explanations have the numbers of the rows.
+      query_texts=True,
       # Times that each training query is used to train classifiers of labels on its embedding, whose scores the blend
       # reads; 0 for none, -1 for a number that suits the size of the data and the devices.
       classifier_epochs=-1,

@@ -34,6 +34,11 @@ _TEMPERATURE = flags.DEFINE_float(
   "retrieval_temperature", None, "Temperature of retrieval augmentation; a given value is used as it is."
 )
 _BLEND = flags.DEFINE_bool("blend", None, "Whether to fit the blend, evaluate it and write it to the label index.")
+_QUERY_TEXTS = flags.DEFINE_bool(
+  "query_texts",
+  None,
+  "Whether the label index keeps texts of the training queries, which explanations show; default: that of the config.",
+)
 _BASELINES = flags.DEFINE_list(
   "baselines",
   None,
@@ -91,7 +96,17 @@ def main() -> None:
 
 def _check_alone(mode: str, reason: str, *others: flags.FlagHolder[Any]) -> None:
   """Checks that no flag of the evaluation is given with --compare or --verify, and none of `others`."""
-  searches = (_SEARCH, _AUGMENTED, _LAMBDA, _TEMPERATURE, _BLEND, _BASELINES, _TEST_IMAGES, _SMALL_VECTORS)
+  searches = (
+    _SEARCH,
+    _AUGMENTED,
+    _LAMBDA,
+    _TEMPERATURE,
+    _BLEND,
+    _QUERY_TEXTS,
+    _BASELINES,
+    _TEST_IMAGES,
+    _SMALL_VECTORS,
+  )
   for flag in (*searches, *others):
     if flag.present:
       raise InputError(f"--{flag.name}: cannot be used with --{mode}, which {reason}")
@@ -126,6 +141,7 @@ def _override(config: ConfigDict) -> None:
     "retrieval_lambda": _LAMBDA.value,
     "retrieval_temperature": _TEMPERATURE.value,
     "blend": _BLEND.value,
+    "query_texts": _QUERY_TEXTS.value,
   }
   config.eval.update({key: value for key, value in given.items() if value is not None})
   if _LAMBDA.value is not None or _TEMPERATURE.value is not None:

@@ -37,7 +37,7 @@ from vixml_jax.report.run_report import describe_confusions, results_table, writ
 from vixml_jax.row_files import RowFiles, remove_shares, write_shares
 from vixml_jax.run.checkpoint import Checkpointer
 from vixml_jax.run.from_config import adapter_folder, model_from_config
-from vixml_jax.run.inference_files import image_origin, label_names, write_inference_files
+from vixml_jax.run.inference_files import image_origin, label_names, query_texts, write_inference_files
 from vixml_jax.run.limits import check_limits, not_enough_memory
 from vixml_jax.run.pretrained import check_adapter, check_base, trainable_params
 from vixml_jax.run.provenance import record_start
@@ -312,6 +312,7 @@ def _write_for_inference(setup: RunSetup, workdir: Path, evaluation: ModelEvalua
       else np.zeros((1, setup.model.embed_dim), np.float32),
       queries=RowFiles(folder, "train_queries") if has_queries else None,
       query_labels=data.corpus.train_labels if has_queries else None,
+      query_texts=query_texts(builder, data.corpus.text_fields) if has_queries and config.eval.query_texts else None,
       held_out=RowFiles(folder, f"{config.eval.split}_queries"),
       blend=blend,
       without_classifier=None if evaluation.mix is None else evaluation.mix.without_classifier,

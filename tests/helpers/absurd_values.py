@@ -61,6 +61,7 @@ _FLAGS = {
   "eval.retrieval_augmented",
   "eval.retrieval_choose",
   "eval.blend",
+  "eval.query_texts",
 }
 _SHARES = {
   "dataset.validation_fraction",

@@ -60,8 +60,11 @@ def index_contents(num_labels=NUM_LABELS, **changes):
     cluster_means=unit(4, 1),
     queries=unit(NUM_TRAIN, 2),
     query_labels=Ragged.from_rows([[i % num_labels, (7 * i + 1) % num_labels] for i in range(NUM_TRAIN)]),
+    query_texts=[f"query {i} ß" for i in range(NUM_TRAIN)],
     categories=[["even" if i % 2 == 0 else "odd", *(["third"] if i % 3 == 0 else [])] for i in ids],
   )
+  if changes.get("queries", True) is None:
+    changes["query_texts"] = None
   return IndexContents(**contents | changes)
 
 

@@ -62,6 +62,7 @@ def with_index(predictor, folder, search="exact"):
     index.cluster_means,
     queries=RowFiles(predictor.encoder.workdir / "embeddings", "train_queries"),
     query_labels=index.query_labels,
+    query_texts=index.query_texts,
   )
   checkpoint = predictor.encoder.checkpoint
   write_index(folder, contents, checkpoint=checkpoint, search=search, retrieval=index.retrieval, mesh=predictor.mesh)
@@ -187,6 +188,8 @@ def test_retrieval_augmentation_gives_new_labels_their_own_share_and_that_of_the
   query = predictor.encode([NEW[0]["title"]])[0].astype(np.float64)
   labels = np.exp(larger.index.embeddings @ query / augmented.retrieval.temperature)
   positives = predictor.encode(["horse chip", "code"])
+  index = augmented.index
+  assert index.query_texts.take([len(index.query_labels) - 2, len(index.query_labels) - 1]) == ["horse chip", "code"]
   memory = np.exp(
     np.concatenate([texts_only.embeddings("train_queries"), positives]) @ query / augmented.retrieval.temperature
   )

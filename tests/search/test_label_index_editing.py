@@ -79,6 +79,7 @@ def test_labels_are_replaced_and_their_queries_join_the_training_queries_in_one_
     [1, 2],
     queries=queries,
     query_labels=Ragged.from_rows([[0], [0, 1], [1]]),
+    query_texts=["first", "second", "third ü"],
     delete=[7],
   )
   first, second = NUM_LABELS, NUM_LABELS + 1
@@ -86,6 +87,7 @@ def test_labels_are_replaced_and_their_queries_join_the_training_queries_in_one_
   found = edited.query_index.search(queries, 1)[1][:, 0]
   assert found.tolist() == [NUM_TRAIN, NUM_TRAIN + 1, NUM_TRAIN + 2]
   assert [edited.query_labels[row].tolist() for row in found] == [[first], [first, second], [second]]
+  assert edited.query_texts.take([0, *found]) == ["query 0 ß", "first", "second", "third ü"]
   assert not np.isin(7, edited.search(queries, NUM_LABELS)[1])
   opened(tmp_path / "index", verify=True)
 
@@ -94,6 +96,24 @@ def test_an_index_without_training_queries_ignores_those_of_new_labels(tmp_path)
   index = opened(written(tmp_path / "index", queries=None, query_labels=None))
   edited = index.add(unit(1, 11), ["new"], ["new"], [1], queries=unit(1, 12), query_labels=Ragged.from_rows([[0]]))
   assert "queries.npy" not in edited.info["files"] and edited.num_live == NUM_LABELS + 1
+
+
+def test_texts_of_training_queries_are_kept_by_every_edit_and_stay_absent_in_an_older_index(tmp_path):
+  edits = [
+    lambda index: index.add(unit(1, 11), ["new"], ["new"], [1]),
+    lambda index: index.delete([3]),
+    lambda index: index.categorize([4], [["new"]]),
+  ]
+  index, older = opened(written(tmp_path / "index")), opened(written(tmp_path / "older", query_texts=None))
+  for edit in edits:
+    index, older = edit(index), edit(older)
+    assert index.query_texts.take([0, NUM_TRAIN - 1]) == ["query 0 ß", f"query {NUM_TRAIN - 1} ß"]
+    assert older.query_texts is None
+  new = dict(queries=unit(1, 12), query_labels=Ragged.from_rows([[0]]))
+  with pytest.raises(ValueError, match="needs those of new ones"):
+    index.add(unit(1, 13), ["other"], ["other"], [1], **new)
+  older = older.add(unit(1, 13), ["other"], ["other"], [1], **new, query_texts=["other query"])
+  assert older.query_texts is None and len(older.query_labels) == NUM_TRAIN + 1
 
 
 @both_kinds

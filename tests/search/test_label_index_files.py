@@ -47,6 +47,7 @@ def test_an_unknown_kind_of_search_is_refused(tmp_path):
   [
     (dict(texts=["a"]), "different numbers of labels: .*'texts': 1"),
     (dict(query_labels=None), "must be given together"),
+    (dict(query_texts=["a"]), "1 texts of training queries: there must be 40"),
   ],
 )
 def test_contents_of_different_lengths_are_refused(changes, message):

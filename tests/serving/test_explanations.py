@@ -9,6 +9,8 @@ from tests.helpers.http_server import call, labels_of, predict, running
 from tests.helpers.miniature import read_lines
 from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.inference.loading import load_predictor
+from vixml_jax.search.label_index import LabelIndex
+from vixml_jax.serving.explanations import Detail, explain
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,7 @@ def test_neighbors_are_the_nearest_training_queries_that_have_the_label(server, 
     assert [each["row"] for each in near] == wanted
     np.testing.assert_allclose([each["score"] for each in near], cosines[wanted], atol=1e-5)
     for each in near:
+      assert each["text"] == rows[each["row"]]["title"]
       assert set(each["words"]) == {*_words(title)} & {*_words(rows[each["row"]]["title"])}
       assert [found["id"] for found in each["labels"]] == labels_of_queries[each["row"]][:5].tolist()
       seen += 1
@@ -54,6 +57,32 @@ def test_only_the_queries_of_a_batch_that_ask_are_explained(server, texts_only):
   reply = predict(server, *queries, k=2, explain=True, ranking="plain")
   assert all(len(found["why"]["neighbors"]) <= 3 for answer in reply.json["answers"] for found in answer["predictions"])
   assert call(server, "/healthz").json["explain"] is True
+
+
+@pytest.mark.parametrize("detail", ["rows", "none"])
+def test_a_server_can_leave_out_the_texts_of_training_queries_and_all_explanations(blend, texts_only, detail):
+  with running(lambda: blend, detail=Detail(detail)) as server:
+    reply = predict(server, {"title": texts_only.queries[0]["title"]}, k=8, explain=True)
+    assert call(server, "/healthz").json["explain"] is (detail == "rows")
+  if detail == "none":
+    assert reply.status == 422 and reply.json["error"]["field"] == "explain"
+    assert "does not explain answers" in reply.json["error"]["message"]
+    return
+  found = [near for label in reply.json["answers"][0]["predictions"] for near in label["why"]["neighbors"]]
+  assert found and {near["text"] for near in found} == {None}
+
+
+def test_an_index_without_texts_explains_by_rows_and_one_without_a_blend_finds_words_in_texts(
+  blend, texts_only, monkeypatch
+):
+  (title,), index = [texts_only.queries[0]["title"]], blend.index
+  embeddings, found = blend.encode([title]), blend.predict([title], 8)
+  explained = lambda: [near for why in explain(index, 50, [title], embeddings, found)[0] for near in why["neighbors"]]
+  by_blend = explained()
+  monkeypatch.setattr(LabelIndex, "blend", None)
+  assert explained() == by_blend and any(near["words"] for near in by_blend)
+  monkeypatch.setattr(LabelIndex, "query_texts", None)
+  assert explained() == [near | {"text": None, "words": []} for near in by_blend]
 
 
 def test_without_training_queries_an_explanation_is_refused(blend, texts_only):

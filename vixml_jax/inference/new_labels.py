@@ -18,6 +18,7 @@ from vixml_jax.ragged import Ragged
 from vixml_jax.search.exact import ExactIndex
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.label_index_blend import WordVectors
+from vixml_jax.search.text_table import shown_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,7 @@ def add_labels(
     categories if any(categories) else None,
     queries=embedded.queries if len(embedded.queries) else None,
     query_labels=embedded.query_labels if len(embedded.queries) else None,
+    query_texts=[shown_text(query.text) for label in labels for query in label.positives] or None,
     words=embedded.words,
     delete=delete,
   )

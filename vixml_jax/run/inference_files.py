@@ -18,7 +18,7 @@ from vixml_jax.images.feature_set import open_features
 from vixml_jax.run.checkpoint import checkpoint_id
 from vixml_jax.run.workdir import CHECKPOINTS, INDEX, INFERENCE_INFO, TOKENIZER
 from vixml_jax.search.label_index_files import IndexContents, is_edited, write_index
-from vixml_jax.search.text_table import TextTable
+from vixml_jax.search.text_table import TextTable, shown_text
 
 _log = logging.getLogger(__name__)
 
@@ -134,6 +134,12 @@ def image_origin(builder: tfds.core.DatasetBuilder, data_dir: str | os.PathLike[
   if checkpoint and Path(checkpoint).exists():  # A relative path is only valid in the folder of this process.
     origin["checkpoint"] = str(Path(checkpoint).absolute())
   return origin
+
+
+def query_texts(builder: tfds.core.DatasetBuilder, text_fields: tuple[str, ...]) -> TextTable:
+  """Returns the texts of all training queries of a data set, as far as an index keeps them."""
+  batches = Records(builder, "train").batches()
+  return TextTable.from_blocks([shown_text(record.text(text_fields)) for record in batch] for batch in batches)
 
 
 def label_names(builder: tfds.core.DatasetBuilder, text_fields: tuple[str, ...]) -> tuple[TextTable, TextTable]:

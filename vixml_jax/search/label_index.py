@@ -21,6 +21,7 @@ from vixml_jax.search.index import Index, make_index
 from vixml_jax.search.label_index_blend import StoredBlend, WordVectors
 from vixml_jax.search.label_index_files import IndexContents, IndexFiles, open_current
 from vixml_jax.search.scann_index import ScannIndex
+from vixml_jax.search.text_table import TextTable
 from vixml_jax.search.vector_form import WHOLE, VectorForm
 
 _MAX_NAMES_SHOWN = 10
@@ -158,6 +159,11 @@ class LabelIndex:
       return rows
     return Ragged.of_lengths(rows.values[kept], np.bincount(rows.row_ids()[kept], minlength=len(rows)))
 
+  @property
+  def query_texts(self) -> TextTable | None:
+    """Texts of the training queries, N rows; None if the index has none."""
+    return self._files.query_texts
+
   def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
     """Returns the texts of labels, deleted or not."""
     return self._files.texts.take(ids)
@@ -253,6 +259,7 @@ class LabelIndex:
     *,
     queries: np.ndarray | None = None,
     query_labels: Ragged | None = None,
+    query_texts: Sequence[str] | None = None,
     words: WordVectors | None = None,
     delete: Sequence[int] | np.ndarray = (),
   ) -> "LabelIndex":
@@ -269,6 +276,7 @@ class LabelIndex:
       queries: float32 [m, D], embeddings of training queries that have the new labels. An index without training
         queries ignores them.
       query_labels: New labels of each of these queries, 0 to n - 1, m rows.
+      query_texts: Texts of these queries. An index with texts of training queries needs them; others ignore them.
       words: TF-IDF vectors of the new labels [n, F] and of these queries [m, F]. An index with a blend needs them;
         others ignore them.
       delete: Ids of labels to delete in the same step, such as labels that are replaced.
@@ -285,6 +293,7 @@ class LabelIndex:
       categories=categories,
       queries=queries,
       query_labels=query_labels,
+      query_texts=query_texts,
     )
     label_index_editing.add_labels(self._files, new, words, np.asarray(delete, np.int64), self._mesh)
     return self._reopened()

@@ -19,6 +19,7 @@ from vixml_jax.row_files import load_rows
 from vixml_jax.search import label_index_blend, snapshots
 from vixml_jax.search.label_index_blend import WordVectors
 from vixml_jax.search.label_index_files import (
+  QUERY_TEXTS,
   WITHOUT_CLASSIFIER,
   IndexContents,
   IndexFiles,
@@ -41,6 +42,8 @@ _KEPT_FILES = (
   "queries.npy",
   "query_labels.values.npy",
   "query_labels.offsets.npy",
+  f"{QUERY_TEXTS}.values.npy",
+  f"{QUERY_TEXTS}.offsets.npy",
   "query_words.values.npy",
   "query_words.offsets.npy",
   "query_words.weights.npy",
@@ -70,6 +73,8 @@ def add_labels(
     raise ValueError(f"embeddings have shape {new.embeddings.shape} instead of [n, {dim}]")
   if files.blend is not None and words is None:
     raise ValueError("an index with a blend needs the words of new labels")
+  if files.query_texts is not None and new.queries is not None and new.query_texts is None:
+    raise ValueError("an index with texts of training queries needs those of new ones")
   _write_next(files, lambda latest, work: _write_added(latest, work, new, words, delete, mesh))
 
 
@@ -139,7 +144,7 @@ def _write_added(
   deleted = np.concatenate([deleted, np.zeros(len(new.uids), bool)])
   _check_any_left(files.folder, deleted)
   if new.queries is not None and new.query_labels is not None:
-    _write_added_queries(files, work, load_rows(new.queries), new.query_labels, mesh)
+    _write_added_queries(files, work, new, mesh)
   if files.blend is not None and words is not None:
     _write_added_words(files.blend.words, work, words)
     if files.blend.classifiers is not None:
@@ -155,11 +160,15 @@ def _write_added(
   return info | {"categories": names if names or files.categories is not None else None}
 
 
-def _write_added_queries(files: IndexFiles, work: Path, queries: np.ndarray, labels: Ragged, mesh: Mesh | None) -> None:
+def _write_added_queries(files: IndexFiles, work: Path, new: IndexContents, mesh: Mesh | None) -> None:
   """Appends training queries, whose labels are counted from the first new one, if the index has training queries."""
+  assert new.queries is not None and new.query_labels is not None
   if files.queries is None or files.query_labels is None:
     return
+  queries, labels = load_rows(new.queries), new.query_labels
   _save_concatenated(work / "queries.npy", files.queries, queries)
+  if files.query_texts is not None and new.query_texts is not None:
+    files.query_texts.rows.followed_by(as_table(new.query_texts).rows).save(work / QUERY_TEXTS)
   labels = Ragged((labels.values + files.num_labels).astype(np.int32), labels.offsets)
   files.query_labels.followed_by(labels).save(work / "query_labels")
   stored = files.snapshot.path / "scann_queries"

@@ -14,6 +14,7 @@ A workdir's `index/` holds snapshots (see `snapshots`). Each is a folder of thes
   categories            ragged int32, the categories of each label as positions in the list of index.json; optional
   queries.npy           float32 [N, D], embeddings of the training queries; optional
   query_labels          ragged int32, labels of each training query; present together with queries.npy
+  query_texts           ragged uint8, the UTF-8 of each training query's text, cut to 200 characters; optional
   held_out.npy          float32 [S, D], queries that were not trained on, to measure the recall of ScaNN; optional
   blend_model.txt, ...  the trained blend, see `label_index_blend`; optional
   scann, scann_queries  ScaNN over the labels and over the training queries; only if the index was written for ScaNN
@@ -43,6 +44,8 @@ from vixml_jax.search.text_table import TextTable
 
 FORMAT = 1
 WITHOUT_CLASSIFIER = "without_classifier.npy"
+QUERY_TEXTS = "query_texts"
+_QUERY_TEXT_FILES = (f"{QUERY_TEXTS}.values.npy", f"{QUERY_TEXTS}.offsets.npy")
 
 _T = TypeVar("_T")
 
@@ -58,12 +61,11 @@ class IndexContents:
     label_clusters: int32 [L], the free vector of each label.
     cluster_means: float32 [C, D], mean embedding of the labels of each free vector; in memory or in files.
     deleted: bool [L], whether each label is deleted; None if no label is.
-    queries: float32 [N, D], embeddings of the training queries, for retrieval augmentation and the blend; in memory or
-      in files.
+    queries: float32 [N, D], embeddings of the training queries, for retrieval and the blend; in memory or in files.
     query_labels: Labels of the training queries, N rows.
+    query_texts: N texts of the training queries, which explanations show; None for an index without them.
     categories: Names of the categories of each label, L rows.
-    held_out: float32 [H, D], queries that were not trained on; in memory or in files. A sample of them is written, on
-      which the recall of ScaNN is measured.
+    held_out: float32 [H, D], queries that were not trained on; a sample of them is written to measure ScaNN's recall.
     blend: The trained blend of these labels and training queries; None for an index without one.
     without_classifier: float32 [D], what is added to the prototype of a label without a classifier; None where vectors
       are prototypes.
@@ -77,6 +79,7 @@ class IndexContents:
   deleted: np.ndarray | None = None
   queries: np.ndarray | RowFiles | None = None
   query_labels: Ragged | None = None
+  query_texts: Sequence[str] | TextTable | None = None
   categories: Sequence[Sequence[str]] | None = None
   held_out: np.ndarray | RowFiles | None = None
   blend: StoredBlend | None = None
@@ -93,6 +96,8 @@ class IndexContents:
     numbers = [-1 if part is None else len(part) for part in (self.queries, self.query_labels)]
     if numbers[0] != numbers[1]:
       raise ValueError("training queries and their labels must be given together, in equal numbers")
+    if self.query_texts is not None and len(self.query_texts) != numbers[0]:
+      raise ValueError(f"{len(self.query_texts)} texts of training queries: there must be {max(numbers[0], 0)}")
     if self.blend is not None:
       words = tuple(part.shape[0] for part in self.blend.words)
       if words != (len(self.embeddings), numbers[0]):
@@ -119,6 +124,7 @@ class IndexFiles:
     categories: Categories of each label, as positions in `category_names`; None if no label has any.
     queries: float32 [N, D], embeddings of the training queries; None if the index has none.
     query_labels: Labels of the training queries, deleted ones included, N rows; None if the index has none.
+    query_texts: Texts of the training queries; None if the index has none.
     held_out: float32 [S, D], sample of queries that were not trained on; None if the index has none.
     blend: The trained blend; None if the index has none.
     without_classifier: float32 [D], as in `IndexContents`; None where vectors are prototypes.
@@ -135,6 +141,7 @@ class IndexFiles:
   categories: Ragged | None
   queries: np.ndarray | None
   query_labels: Ragged | None
+  query_texts: TextTable | None
   held_out: np.ndarray | None
   blend: StoredBlend | None
   without_classifier: np.ndarray | None
@@ -219,6 +226,8 @@ def write_index(
     if contents.queries is not None and contents.query_labels is not None:
       save_rows(work / "queries.npy", contents.queries)
       contents.query_labels.save(work / "query_labels")
+    if contents.query_texts is not None:
+      as_table(contents.query_texts).rows.save(work / QUERY_TEXTS)
     held_out = None if contents.held_out is None else load_rows(contents.held_out)
     if held_out is not None:
       held_out = held_out[sample_rows(len(held_out))]
@@ -318,6 +327,9 @@ def _map_files(folder: Path, snapshot: snapshots.Snapshot) -> IndexFiles:
     categories=None if info["categories"] is None else Ragged.load(path / "categories"),
     queries=mapped("queries.npy") if has_queries else None,
     query_labels=Ragged.load(path / "query_labels") if has_queries else None,
+    query_texts=TextTable(Ragged(*(mapped(name) for name in _QUERY_TEXT_FILES)))
+    if _QUERY_TEXT_FILES[0] in info["files"]  # Older indexes lack them.
+    else None,
     held_out=mapped("held_out.npy") if "held_out.npy" in info["files"] else None,
     blend=StoredBlend.open(path, settings) if (settings := info.get("blend")) else None,  # Older files lack the key.
     without_classifier=np.asarray(mapped(WITHOUT_CLASSIFIER)) if WITHOUT_CLASSIFIER in info["files"] else None,

@@ -9,6 +9,7 @@ import numpy as np
 from vixml_jax.ragged import Ragged, ranges
 
 _ROWS_HASHED = 65_536  # Rows whose bytes are hashed at a time, with several arrays of 8 bytes for each.
+_QUERY_CHARS = 200  # Characters of a training query that an index keeps.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: odd, and its bits look random.
 
 
@@ -89,6 +90,15 @@ class TextTable:
     hashes = np.concatenate([np.zeros(0, np.uint64), *(_hashes(self.rows.take(block)) for block in blocks)])
     order = np.argsort(hashes, kind="stable")
     return hashes[order], order
+
+
+def shown_text(text: str) -> str:
+  """Returns what an index keeps of the text of a training query: its first 200 characters.
+
+  >>> shown_text("red"), len(shown_text("red " * 100)), shown_text("red " * 100)[-3:]
+  ('red', 200, 'ed…')
+  """
+  return text if len(text) <= _QUERY_CHARS else f"{text[: _QUERY_CHARS - 1].rstrip()}…"
 
 
 def _hashes(rows: Ragged) -> np.ndarray:

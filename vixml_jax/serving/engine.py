@@ -24,7 +24,7 @@ from vixml_jax.run.workdir import CHECKPOINTS
 from vixml_jax.search import snapshots
 from vixml_jax.search.filters import Filters
 from vixml_jax.search.label_index import LabelIndex
-from vixml_jax.serving.explanations import Why, explain
+from vixml_jax.serving.explanations import Detail, Why, explain
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.rankings import Rankings
@@ -102,6 +102,7 @@ class ServedModel:
     examples: Queries to try.
     name: Name of the workdir.
     created: When its checkpoint was written, in seconds since 1970.
+    detail: What explanations say of training queries.
   """
 
   rankings: Rankings
@@ -112,11 +113,12 @@ class ServedModel:
   examples: list[str]
   name: str
   created: int
+  detail: Detail
 
   @property
   def explains(self) -> bool:
-    """Whether training queries are at hand, which explain answers."""
-    return bool(self.rankings.hits[1])
+    """Whether answers can be explained: the server may, and training queries are at hand."""
+    return self.detail != Detail.NONE and bool(self.rankings.hits[1])
 
   @property
   def predictor(self) -> Predictor:
@@ -136,16 +138,17 @@ class Engine:
     model: The model; None until all programs are compiled.
   """
 
-  def __init__(self, load: Callable[[], Rankings], limits: Limits, metrics: Metrics):
+  def __init__(self, load: Callable[[], Rankings], limits: Limits, metrics: Metrics, detail: Detail = Detail.TEXTS):
     """Does not load yet.
 
     Args:
       load: Function that loads a model with the rankings to offer.
       limits: Limits of batches and of the number of labels.
       metrics: Metrics to record times and sizes in.
+      detail: What explanations say of training queries.
     """
     self.model: ServedModel | None = None
-    self._load, self._limits, self._metrics = load, limits, metrics
+    self._load, self._limits, self._metrics, self._detail = load, limits, metrics, detail
     # Two threads that start programs of several devices can block each other forever.
     self._devices: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
@@ -256,6 +259,7 @@ class Engine:
       example_queries(labels),
       encoder.workdir.resolve().name,
       int((encoder.workdir / CHECKPOINTS).stat().st_mtime),
+      self._detail,
     )
 
   def _compile(self, programs: Iterable[Callable[[], object]], threads: int = 1) -> None:
@@ -306,9 +310,9 @@ def _explained(
   rows = [row for row, request in enumerate(requests) if request.explain]
   texts = [requests[row].query.text for row in rows]
   hits = max(model.rankings.hits[1])  # A number that is compiled.
-  return dict(
-    zip(rows, explain(model.labels, hits, texts, embeddings[rows], [found[row] for row in rows]), strict=True)
-  )
+  labels = [found[row] for row in rows]
+  whys = explain(model.labels, hits, texts, embeddings[rows], labels, model.detail == Detail.TEXTS)
+  return dict(zip(rows, whys, strict=True))
 
 
 def _dials(blend: BlendRanking | None, requests: Sequence[QueryRequest]) -> Dials | None:

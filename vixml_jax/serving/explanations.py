@@ -1,6 +1,7 @@
 """Why a label was found: similar training queries that have it, and words that it shares with the query."""
 
 from collections.abc import Mapping, Sequence
+import enum
 import re
 from typing import Any
 
@@ -9,16 +10,31 @@ import numpy as np
 from vixml_jax.blend.lexical import count_ngrams
 from vixml_jax.inference.predictions import Prediction
 from vixml_jax.search.label_index import LabelIndex
+from vixml_jax.search.text_table import TextTable
 
 _WORD = re.compile(r"\b\w\w+\b")  # As scikit-learn splits texts by default; the blend counts these.
 _MOST_NEIGHBORS, _MOST_LABELS = 3, 5
+
+
+class Detail(enum.StrEnum):
+  """What a server says of the training queries that explain a label."""
+
+  TEXTS = "texts"
+  ROWS = "rows"
+  NONE = "none"
+
 
 Why = dict[str, Any]
 """JSON of a `schema.Why`."""
 
 
 def explain(
-  index: LabelIndex, hits: int, texts: Sequence[str], embeddings: np.ndarray, found: Sequence[Sequence[Prediction]]
+  index: LabelIndex,
+  hits: int,
+  texts: Sequence[str],
+  embeddings: np.ndarray,
+  found: Sequence[Sequence[Prediction]],
+  show_texts: bool = True,
 ) -> list[list[Why]]:
   """Returns an explanation of each label of each query.
 
@@ -28,16 +44,23 @@ def explain(
     texts: Texts of the Q queries.
     embeddings: Their embeddings, float32 [Q, D].
     found: Their labels.
+    show_texts: Whether to return the texts of training queries, if the index has them.
   """
+  table = index.query_texts if show_texts else None
   scores, ids = index.query_index.search(embeddings, hits)
   return [
-    _explain_query(index, text, own_scores, own_ids, labels)
+    _explain_query(index, table, text, own_scores, own_ids, labels)
     for text, own_scores, own_ids, labels in zip(texts, scores, ids, found, strict=True)
   ]
 
 
 def _explain_query(
-  index: LabelIndex, text: str, scores: np.ndarray, ids: np.ndarray, labels: Sequence[Prediction]
+  index: LabelIndex,
+  table: TextTable | None,
+  text: str,
+  scores: np.ndarray,
+  ids: np.ndarray,
+  labels: Sequence[Prediction],
 ) -> list[Why]:
   scores, ids = scores[ids >= 0], ids[ids >= 0]
   labels_of = index.query_labels.take(ids)
@@ -50,16 +73,16 @@ def _explain_query(
     places = queries_with[labels_of.values == label.id][:_MOST_NEIGHBORS].tolist()
     for place in places:
       if place not in described:
+        row = int(ids[place])
+        shown = None if table is None else table.take([row])[0]
         described[place] = {
-          "row": int(ids[place]),
+          "row": row,
+          "text": shown,
           "score": float(scores[place]),
-          "words": _shared_with_query(index, int(ids[place]), columns),
+          "words": _shared_with_query(index, row, columns) if columns else _shared(words, shown or ""),
           "labels": _describe_labels(index, labels_of[place][:_MOST_LABELS]),
         }
-    own = set(_words(label.text))
-    explanations.append(
-      {"words": [word for word in words if word in own], "neighbors": [described[place] for place in places]}
-    )
+    explanations.append({"words": _shared(words, label.text), "neighbors": [described[place] for place in places]})
   return explanations
 
 
@@ -80,12 +103,17 @@ def _columns(index: LabelIndex, words: Sequence[str]) -> dict[int, str]:
 
 
 def _shared_with_query(index: LabelIndex, row: int, columns: Mapping[int, str]) -> list[str]:
-  """Returns which words a training query has. The index has its words as columns of the blend, not its text."""
-  if index.blend is None or not columns:
-    return []
+  """Returns which words a training query has: the blend has those of its whole text, as columns."""
+  assert index.blend is not None
   vectors = index.blend.words.queries
   own = set(vectors.indices[vectors.indptr[row] : vectors.indptr[row + 1]].tolist())
   return [word for column, word in columns.items() if column in own]
+
+
+def _shared(words: Sequence[str], text: str) -> list[str]:
+  """Returns which words a text has."""
+  own = set(_words(text))
+  return [word for word in words if word in own]
 
 
 def _words(text: str) -> list[str]:

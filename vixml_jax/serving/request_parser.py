@@ -14,6 +14,7 @@ from vixml_jax.inference.rankings import BLEND
 from vixml_jax.serving import request_filters
 from vixml_jax.serving.budgets import Share
 from vixml_jax.serving.engine import QueryRequest, ServedModel
+from vixml_jax.serving.explanations import Detail
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.request_error import RequestError, shortened
 from vixml_jax.serving.request_images import read_image
@@ -126,7 +127,8 @@ def _settings(given: dict[str, Any], model: ServedModel) -> dict[str, Any]:
   """Returns the ranking of a request, whether to explain it, and the dial if it has one."""
   rankings = model.rankings
   if given["explain"] and not model.explains:
-    raise RequestError(422, "this server has no training queries at hand, which explain answers", "explain")
+    reason = "does not explain answers" if model.detail == Detail.NONE else "has no training queries at hand"
+    raise RequestError(422, f"this server {reason}; send the request without explain", "explain")
   offered, ranking = ", ".join(rankings.predictors), given.get("ranking", rankings.default.name)
   if ranking not in rankings.predictors:
     raise RequestError(422, f"this server does not offer {ranking}; it offers {offered}", "ranking")

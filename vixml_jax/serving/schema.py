@@ -21,8 +21,11 @@ class Neighbor(BaseModel):
   """A training query that is similar to the query."""
 
   row: int = Field(description="Its row in the training data.")
+  text: str | None = Field(
+    description="The first 200 characters of its text; null if the index or the server leaves texts out."
+  )
   score: float = Field(description="Cosine of both queries.")
-  words: list[str] = Field(description="Words that both have; empty if the index has no blend.")
+  words: list[str] = Field(description="Words that both have; empty if the answer has no texts and the index no blend.")
   labels: list[Label] = Field(description="Its first labels.")
 
 

@@ -17,6 +17,7 @@ from vixml_jax.serving.app import make_app
 from vixml_jax.serving.batching import Batcher
 from vixml_jax.serving.connections import Connections, protocol_class
 from vixml_jax.serving.engine import Engine, Outcome, QueryRequest
+from vixml_jax.serving.explanations import Detail
 from vixml_jax.serving.limits import Limits
 from vixml_jax.serving.metrics import Metrics
 from vixml_jax.serving.rankings import Rankings
@@ -46,6 +47,8 @@ class Server:
     access: Access | None = None,
     proxies: Sequence[str] = (),
     observers: Sequence[Callable[[RequestRecord], None]] = (),
+    detail: Detail = Detail.TEXTS,
+    compiled: Callable[[], None] = lambda: None,
   ):
     """Starts to listen.
 
@@ -59,6 +62,8 @@ class Server:
       access: Who may use the server; None for any client that names it by `host` or as localhost.
       proxies: Addresses and networks of proxies, whose header X-Forwarded-For names the client.
       observers: Functions that get the record of each request after its response was sent.
+      detail: What explanations say of training queries.
+      compiled: Called when all programs of a model or of a new snapshot are compiled, while queries are answered.
 
     Raises:
       InputError: The address cannot be used.
@@ -67,7 +72,7 @@ class Server:
     if access.any_address and not access.key_digests:
       _log.warning("every machine that reaches this one may send requests: there is no API key (--api_key_file)")
     _allow_files(limits.connections + _OWN_FILES)
-    self._engine = Engine(load, limits, metrics)
+    self._engine = Engine(load, limits, metrics, detail)
     self._batcher: Batcher[QueryRequest, Outcome] = Batcher(
       self._engine.answer,
       lambda request: request.size,
@@ -93,7 +98,7 @@ class Server:
         timeout_graceful_shutdown=_STOP_SECONDS,
       )
     )
-    self._reload_seconds = reload_seconds
+    self._reload_seconds, self._compiled = reload_seconds, compiled
     self._wake, self._stopping = threading.Event(), False
     self._failure: Exception | None = None
     self._socket = _listen(host, port)
@@ -129,11 +134,12 @@ class Server:
   def _work(self) -> None:
     try:
       self._engine.start()
+      self._compiled()
       while not self._stopping:
         self._wake.wait(self._reload_seconds)
         self._wake.clear()
-        if not self._stopping:
-          self._engine.reload_index()
+        if not self._stopping and self._engine.reload_index():
+          self._compiled()
     except Exception as error:
       self._failure = error
       self.stop()

@@ -32,6 +32,7 @@ _LATER_KEYS: dict[str, Any] = {
   "eval.retrieval_search": "separate",
   "eval.retrieval_query_hits": 0,
   "eval.blend": False,
+  "eval.query_texts": False,
   "eval.classifier_epochs": 0,
   "eval.classifier_share": 0.0,
   "eval.baselines": (),

@@ -151,6 +151,7 @@ RANGES: dict[str, ValueRule] = {
   "eval.retrieval_temperature": _TEMPERATURE,
   "eval.retrieval_choose": Flag(),
   "eval.blend": Flag(),
+  "eval.query_texts": Flag(),
   "eval.classifier_share": Number(0, 1, also=(-1,)),
   "eval.classifier_epochs": Whole(0, 10**6, also=((-1, "for a number that suits the data and devices"),)),
   "eval.baselines": Several(Choice(("tfidf", "untrained", "plt")), most=3, once=True),

@@ -221,11 +221,24 @@ function explain(why) {
   }
   made.append(element("p", "", "Similar training queries that have this label:"));
   made.append(element("ul", "", ...why.neighbors.map((near) => element(
-    "li", "", `number ${near.row}, cosine ${near.score.toFixed(3)}`,
-    ...(near.words.length ? [", with ", ...marked(near.words)] : []),
+    "li", "", ...(near.text ? markedIn(near.text, near.words) : [`number ${near.row}`]),
+    element("span", "uid", `similarity ${near.score.toFixed(3)}`, ...wordsBeside(near, marked)),
     element("span", "uid", `its labels: ${near.labels.map((label) => label.text || label.label).join(" · ")}`),
   ))));
   return made;
+}
+
+// Returns a text in parts, in which the given words are marked.
+function markedIn(text, words) {
+  const parts = text.split(/([\p{L}\p{N}_]+)/u);  // Words are at odd places.
+  return parts.map((part, place) => (place % 2 && words.includes(part.toLowerCase()) ? element("mark", "", part) : part));
+}
+
+// Returns the words in common that the shown text does not have, because it is cut or absent.
+function wordsBeside(near, marked) {
+  const own = new Set((near.text || "").toLowerCase().match(/[\p{L}\p{N}_]+/gu));
+  const others = near.words.filter((word) => !own.has(word));
+  return others.length ? [", words in common: ", ...marked(others)] : [];
 }
 
 // Events.
