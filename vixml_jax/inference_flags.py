@@ -16,6 +16,7 @@ from vixml_jax.inference.rankings import RANKINGS
 if TYPE_CHECKING:
   from vixml_jax.inference.predictor import Predictor
   from vixml_jax.inference.query_images import QueryImageEncoder
+  from vixml_jax.inference.shared_programs import SharedPrograms
   from vixml_jax.inference.trained_encoder import TrainedEncoder
 
 flags.disclaim_key_flags()
@@ -57,6 +58,12 @@ class ModelFlags:
 
     return local_workdir(cli.required(self.workdir))
 
+  def use_compile_cache(self) -> "SharedPrograms | None":
+    """Keeps compiled programs as the flag says, from now on; returns what stores new ones where other servers read."""
+    from vixml_jax.inference.compile_cache import use_compile_cache
+
+    return use_compile_cache(self.compile_cache.value)
+
   def load(self, search: SearchFlags | None = None, default_ranking: str | None = None) -> "Predictor":
     """Loads the workdir as the flags say.
 
@@ -67,10 +74,9 @@ class ModelFlags:
     Raises:
       InputError: `--workdir` is missing, another flag is wrong, or the workdir cannot be loaded.
     """
-    from vixml_jax.inference.compile_cache import use_compile_cache
     from vixml_jax.inference.loading import load_predictor
 
-    use_compile_cache(self.compile_cache.value)
+    self.use_compile_cache()
     searching = {} if search is None else {name: flag.value for name, flag in vars(search).items()}
     if searching and searching["ranking"] is None and not searching["retrieval_augmented"]:
       searching["ranking"] = default_ranking
@@ -85,10 +91,9 @@ class ModelFlags:
 
   def load_encoder(self) -> "tuple[TrainedEncoder, QueryImageEncoder | None]":
     """Loads the encoders of texts and of images alone, as the flags say; see `load`."""
-    from vixml_jax.inference.compile_cache import use_compile_cache
     from vixml_jax.inference.loading import load_encoder
 
-    use_compile_cache(self.compile_cache.value)
+    self.use_compile_cache()
     return load_encoder(
       self.folder(), cli.mesh(self.mesh), self.image_checkpoint.value, self.image_batch_size.value, self.encoder.value
     )
@@ -119,7 +124,8 @@ def define_model_flags(image_batch_size: int) -> ModelFlags:
     compile_cache=flags.DEFINE_string(
       "compile_cache",
       None,
-      "Folder for compiled programs, for the next start; by default ~/.cache/vixml_jax/compiled; empty for none.",
+      "Folder for compiled programs, for the next start; by default ~/.cache/vixml_jax/compiled; empty for none. A URL "
+      "(gs://, s3://, file://) is a place that machines share: programs are copied from it, and serve adds new ones.",
     ),
   )
 

@@ -87,8 +87,9 @@ class Bucket:
 
   def __init__(self, url: str):
     self.url = url.rstrip("/")
+    folders = {"auto_mkdir": True} if self.url.startswith("file://") else {}  # Buckets have no folders to make.
     with self._reaching(""):
-      self._files, self._root = fsspec.core.url_to_fs(self.url)
+      self._files, self._root = fsspec.core.url_to_fs(self.url, **folders)
 
   def sizes(self, folder: str = "") -> dict[str, int]:
     """Returns the bytes of each file in a folder and the folders in it, by path within the folder."""

@@ -2,7 +2,7 @@
 
   python -m vixml_jax.serve --workdir=runs/NAME --port=8080 [--host=127.0.0.1]
       [--search=exact|scann] [--ranking=plain|retrieval_augmented|blend] [--rankings=plain,blend] [--reload_index=10]
-      [--index_dtype=int8|bit] [--dims=96]
+      [--index_dtype=int8|bit] [--dims=96] [--explain=texts|rows|none]
 
 No training data are needed. The serve extra must be installed. POST /v1/predict takes queries and returns their
 labels, and POST /v1/embeddings answers clients of OpenAI's API; /openapi.json describes the API; /readyz says whether
@@ -25,6 +25,7 @@ from vixml_jax.inference.rankings import AUGMENTED, RANKINGS
 if TYPE_CHECKING:
   from collections.abc import Callable
 
+  from vixml_jax.inference.shared_programs import SharedPrograms
   from vixml_jax.serving.rankings import Rankings
   from vixml_jax.serving.request_record import RequestRecord
 
@@ -84,6 +85,12 @@ _ALLOWED_HOSTS = flags.DEFINE_list(
 _ORIGINS = flags.DEFINE_list(
   "cors_origins", [], "Origins of other web pages that may call the API, such as https://shop.example; * for all."
 )
+_EXPLAIN = flags.DEFINE_enum(
+  "explain",
+  "texts",
+  ["texts", "rows", "none"],
+  "What answers with explain show of training queries: texts and rows, rows without texts, or none: no explanations.",
+)
 _LOG_FORMAT = flags.DEFINE_enum(
   "log_format", "text", ["text", "json"], "json: log lines are JSON objects, and every request has one."
 )
@@ -108,6 +115,7 @@ def main() -> None:
   sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)
   try:
     from vixml_jax.serving import access, request_log, tracing
+    from vixml_jax.serving.explanations import Detail
     from vixml_jax.serving.limits import Limits
     from vixml_jax.serving.server import Server
   except ImportError as error:
@@ -133,11 +141,19 @@ def main() -> None:
     idle_seconds=_IDLE_SECONDS.value,
   )
 
+  programs: SharedPrograms | None = None
+
   def load() -> "Rankings":
+    nonlocal programs
+    programs = _MODEL.use_compile_cache()
     rankings = _load_rankings(_MODEL.folder())
     # A collection that visits the million objects of the libraries would stop every request for a second.
     gc.freeze()
     return rankings
+
+  def store_programs() -> None:
+    if programs is not None:
+      programs.store()
 
   observers: list[Callable[[RequestRecord], None]] = []
   if _LOG_FORMAT.value == "json":
@@ -158,6 +174,8 @@ def main() -> None:
       access=allowed,
       proxies=_PROXIES.value,
       observers=observers,
+      detail=Detail(_EXPLAIN.value),
+      compiled=store_programs,
     )
     server.run()
   finally:

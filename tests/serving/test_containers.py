@@ -87,6 +87,19 @@ def test_the_container_has_no_rights_that_it_does_not_need():
   assert pod["terminationGracePeriodSeconds"] > 30 + int(container["lifecycle"]["preStop"]["exec"]["command"][1])
 
 
+def test_pods_share_compiled_programs_on_a_volume_and_have_a_folder_of_their_own():
+  pod, container = OBJECTS["Deployment"]["spec"]["template"]["spec"], _container()
+  (place,) = [word.partition("=")[2] for word in container["args"] if word.startswith("--compile_cache=")]
+  mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+  volumes = {volume["name"]: volume for volume in pod["volumes"]}
+  shared = mounts[place.removeprefix("file://")]
+  assert place.startswith("file:///") and not shared.get("readOnly")
+  assert volumes[shared["name"]]["persistentVolumeClaim"] == {"claimName": "vixml-programs"}
+  variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+  assert "emptyDir" in volumes[mounts[variables["XDG_CACHE_HOME"]]["name"]]
+  assert "install --directory --owner=1000 --group=1000 /programs" in DOCKERFILE
+
+
 def test_the_image_gets_what_its_dockerfile_copies():
   copied = {
     word
