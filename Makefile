@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-faults coverage lint types docs bench bench-gpu lock sbom audit clean
+.PHONY: help quickstart test test-slow browser test-faults coverage lint types docs bench bench-gpu lock sbom audit clean
 
 # The first interpreter that is new enough; `make PYTHON=/path/to/python3.12 ...` overrides it.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -44,7 +44,8 @@ endef
 help:
 	@echo "make quickstart   trains on the embedded names and images of icons and prints the scores (runs/quickstart)"
 	@echo "make test         runs all tests except the slow ones"
-	@echo "make test-slow    runs the slow tests"
+	@echo "make test-slow    runs the slow tests, with all packages that they use; the reason of a skip says what else is needed"
+	@echo "make browser      downloads Chromium for the tests of pages, unless this machine has one"
 	@echo "make test-faults  damages, fails and kills every file operation of what is stored; see docs/reliability.md"
 	@echo "make coverage     runs the tests and prints which share of the lines of each room they run"
 	@echo "make lint         checks style, the direction of imports and patterns of unsafe code"
@@ -75,8 +76,16 @@ quickstart: $(VENV)/.installed $(VENV)/.installed-quickstart
 test: $(VENV)/.installed-test $(VENV)/.installed-quickstart
 	@$(PYTEST) $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.installed-test $(VENV)/.installed-docs $(VENV)/.installed-quickstart
-	@$(PYTEST) -m slow $(PYTEST_ARGS)
+# -rs prints the reasons of skips: programs and servers that this machine lacks.
+test-slow: $(VENV)/.installed-slow $(VENV)/.installed-docs $(VENV)/.installed-quickstart browser
+	@$(PYTEST) -m slow -rs $(PYTEST_ARGS)
+
+# Without network, the tests of pages are skipped. Debian and Ubuntu have the libraries of a downloaded browser as
+# packages, which `playwright install-deps chromium` installs as root.
+browser: $(VENV)/.installed-slow
+	@if [ -z "$${CHROMIUM:-}" ] && ! command -v chromium google-chrome > /dev/null; then \
+		$(BIN)/playwright install chromium > $(VENV)/browser.log 2>&1 \
+			|| echo "Chromium cannot be downloaded ($(VENV)/browser.log); tests of pages are skipped"; fi
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-quickstart
 	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist load -m faults $(PYTEST_ARGS) tests/faults
@@ -169,6 +178,11 @@ $(VENV)/.installed-test: $(INSTALL_INPUTS) $(VENV)/.installed-torch | $(BIN)/pyt
 	@echo "installing vixml_jax and the packages of its tests into $(VENV) (a few minutes)"
 	@$(call pip,-c constraints.txt -e '.[test]')
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-slow: $(INSTALL_INPUTS) $(VENV)/.installed-torch | $(BIN)/python
+	@echo "installing vixml_jax and the packages of its slow tests into $(VENV) (a few minutes)"
+	@$(call pip,-c constraints.txt -e '.[slow]')
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 $(VENV)/.installed-coverage: $(INSTALL_INPUTS) $(VENV)/.installed-torch | $(BIN)/python
 	@echo "installing vixml_jax, the packages of its tests and pytest-cov into $(VENV) (a few minutes)"

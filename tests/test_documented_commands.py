@@ -39,6 +39,7 @@ NOT_HERE = {
   r"python -m vixml_jax\.main .*--config\.track\.": "servers of trackers; tests/training/test_trackers.py",
   r"python examples/(pgvector|qdrant)/load\.py ": "a database; tests/exporting/test_vector_databases.py",
   r"\.ci/run": "minutes; CI runs it",
+  r"\.ci/images": "docker; .github/workflows/images.yml",
   r"git clone https|python -m benchmarks\.wordnet_table |vixml train --data=wordnet": (
     "network; tests/test_wordnet_table.py and the tables of docs/tutorial.md"
   ),

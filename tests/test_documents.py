@@ -33,7 +33,7 @@ def test_all_pages_are_covered_and_listed_in_the_readme():
 
 
 def test_the_page_of_the_launchers_is_on_the_site_with_links_of_the_site(monkeypatch):
-  pytest.importorskip("mkdocs")
+  pytest.importorskip("mkdocs", reason="needs mkdocs: pip install -c constraints.txt -e '.[docs]'")
   from mkdocs.config import load_config
   from mkdocs.structure.files import Files
 

@@ -28,7 +28,10 @@ def test_notebook_is_stored_as_it_ran(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
-  nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+  nbformat, nbclient = (
+    pytest.importorskip(package, reason=f"needs {package}: pip install -c constraints.txt -e '.[docs]'")
+    for package in ("nbformat", "nbclient")
+  )
   fast = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
   for name, value in (fast | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}).items():
     monkeypatch.setitem(os.environ, name, value)

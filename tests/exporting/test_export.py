@@ -72,7 +72,7 @@ def sentence_embeddings(folder, texts):
 
 def onnx_embeddings(folder, texts):
   """Returns what onnxruntime computes, with the tokenizer of the folder."""
-  runtime = pytest.importorskip("onnxruntime")
+  runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -c constraints.txt -e '.[onnx]'")
   info = json.loads((folder / "onnx.json").read_text())
   assert sha256_of_file(folder / info["model"]) == info["sha256"]
   tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -101,7 +101,7 @@ def test_sentence_transformers_give_the_embeddings_of_packed_texts(kind, encoder
 
 @pytest.mark.parametrize("kind", ["minilm-l6", "distilbert", "minilm-l6,images=3"])
 def test_onnx_models_give_the_embeddings_of_packed_texts(kind, encoders, tmp_path):
-  pytest.importorskip("onnx")
+  pytest.importorskip("onnx", reason="needs onnx: pip install -c constraints.txt -e '.[onnx]'")
   encoder = encoders(kind)
   wanted = encoder.embed(TEXTS)
   exact = exported(encoder.workdir, "onnx", tmp_path / "float32")
@@ -188,7 +188,7 @@ def transformers_embeddings(folder, texts):
 )
 def test_every_format_ranks_labels_as_the_trained_encoder(kind, dtype, encode, cosine, shared, texts_only, tmp_path):
   if kind == "onnx":
-    pytest.importorskip("onnx")
+    pytest.importorskip("onnx", reason="needs onnx: pip install -c constraints.txt -e '.[onnx]'")
   texts, labels = [query["title"] for query in texts_only.queries], texts_only.embeddings("labels")
   found = encode(exported(texts_only.workdir, kind, tmp_path / "out", dtype=dtype), texts)
   check_ranks(f"{kind} {dtype}", found, load_predictor(texts_only.workdir).encode(texts), labels, cosine, shared)

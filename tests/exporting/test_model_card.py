@@ -80,7 +80,7 @@ def test_a_damaged_evaluation_is_named(texts_only, tmp_path):
 
 @pytest.mark.parametrize("kind", ["hf", "sentence-transformers", "onnx", "onnx int8"])
 def test_the_code_of_the_card_gives_the_embeddings_of_the_trained_encoder(kind, texts_only, tmp_path, monkeypatch):
-  pytest.importorskip("onnxruntime")
+  pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -c constraints.txt -e '.[onnx]'")
   kind, _, dtype = kind.partition(" ")
   card = card_of(texts_only.workdir, kind, tmp_path, dtype=dtype or "float32")
   names = run_code(card, tmp_path / "out", monkeypatch)

@@ -26,7 +26,7 @@ TABLE = "vixml_jax_labels"
 
 def script(name, *packages):
   for package in packages:
-    pytest.importorskip(package, reason=f"needs the extra vector-databases ({package})")
+    pytest.importorskip(package, reason=f"needs {package}: pip install -c constraints.txt -e '.[vector-databases]'")
   spec = importlib.util.spec_from_file_location(f"{name}_load", ROOT / "examples" / name / "load.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -38,7 +38,10 @@ def pgvector():
   """The script and a connection."""
   module = script("pgvector", "psycopg", "pgvector")
   if "VIXML_JAX_POSTGRES" not in os.environ:
-    pytest.skip("set VIXML_JAX_POSTGRES to the URL of a PostgreSQL database with pgvector")
+    pytest.skip(
+      "needs PostgreSQL with pgvector: apt-get install postgresql postgresql-17-pgvector, make a database as in "
+      "CONTRIBUTING.md, and set VIXML_JAX_POSTGRES to its URL"
+    )
   with module.psycopg.connect(os.environ["VIXML_JAX_POSTGRES"]) as connection:
     yield module, connection
     connection.execute(f"DROP TABLE IF EXISTS {TABLE}")

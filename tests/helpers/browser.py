@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from pathlib import Path
 import shutil
 
 import pytest
@@ -17,11 +18,13 @@ def find_browser():
 @contextlib.contextmanager
 def open_browser():
   """Runs the browser; skips the test without one."""
-  sync_api = pytest.importorskip("playwright.sync_api", reason="a browser tests the pages: pip install playwright")
-  path = find_browser()
-  if path is None:
-    pytest.skip("a browser tests the pages: install chromium, or set CHROMIUM to its path")
+  sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="needs playwright: pip install -c constraints.txt -e '.[browser]'"
+  )
   with sync_api.sync_playwright() as playwright:
+    path = find_browser() or playwright.chromium.executable_path  # Where `playwright install` puts it.
+    if not Path(path).exists():
+      pytest.skip("needs Chromium: `make browser` or `apt-get install chromium`, or set CHROMIUM to its path")
     browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
     yield browser
     browser.close()

@@ -182,8 +182,8 @@ input()
 
 @pytest.mark.slow
 def test_commands_read_and_write_s3(texts_only, local, tmp_path):
-  pytest.importorskip("s3fs")
-  pytest.importorskip("moto")
+  for package in ("s3fs", "moto"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install -c constraints.txt -e '.[slow]'")
   with subprocess.Popen(
     [sys.executable, "-c", _S3], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
   ) as server:

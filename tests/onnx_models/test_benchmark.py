@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import int8_encoding
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx", reason="needs onnx: pip install -c constraints.txt -e '.[onnx]'")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -c constraints.txt -e '.[onnx]'")
 
 
 def test_the_benchmark_prints_speed_and_accuracy(with_images, tmp_path, monkeypatch, capsys):

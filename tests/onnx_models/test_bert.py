@@ -23,8 +23,8 @@ from vixml_jax.onnx_models.session import OnnxEncoder, batches, inputs_of, new_s
 from vixml_jax.ragged import Ragged
 from vixml_jax.weights import hf_config
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx", reason="needs onnx: pip install -c constraints.txt -e '.[onnx]'")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -c constraints.txt -e '.[onnx]'")
 
 FEATURES = 6
 SIZES = dict(

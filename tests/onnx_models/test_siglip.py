@@ -11,8 +11,8 @@ from vixml_jax.onnx_models.session import new_session
 from vixml_jax.onnx_models.siglip import siglip_model
 from vixml_jax.weights.vision import load_tower
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx", reason="needs onnx: pip install -c constraints.txt -e '.[onnx]'")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -c constraints.txt -e '.[onnx]'")
 
 
 def test_features_are_those_of_transformers_and_of_our_tower(tmp_path):

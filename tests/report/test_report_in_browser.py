@@ -36,7 +36,9 @@ def test_the_map_shows_the_names_of_the_labels_that_are_searched(with_images, br
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_serious_problem(with_images, browser, scheme):
-  axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
+  axe = pytest.importorskip(
+    "axe_playwright_python.sync_playwright", reason="needs axe: pip install -c constraints.txt -e '.[browser]'"
+  )
   # axe is a script, which the policy of the page does not permit.
   page, _ = open_report(with_images.workdir, browser, 400, scheme, bypass_csp=True)
   found = axe.Axe().run(page).response["violations"]

@@ -120,7 +120,9 @@ def _as_records(folder):
 
 
 def _as_data_frame(folder):
-  return pytest.importorskip("pandas").DataFrame(ROWS)
+  return pytest.importorskip("pandas", reason="needs pandas: pip install -c constraints.txt -e '.[test]'").DataFrame(
+    ROWS
+  )
 
 
 def _save_hf(folder, rows, batch=2):
@@ -156,7 +158,7 @@ def _as_saved_data_sets(folder):
 
 def _saved_by_the_library(folder):
   """The same by the library itself."""
-  hf = pytest.importorskip("datasets")
+  hf = pytest.importorskip("datasets", reason="needs datasets: pip install -c constraints.txt -e '.[test]'")
   tags = hf.Sequence(hf.ClassLabel(names=LABELS))
   features = hf.Features({"id": hf.Value("string"), "name": hf.Value("string"), "tags": tags})
   splits = {"train": ROWS[:3], "test": ROWS[3:]}
@@ -166,7 +168,7 @@ def _saved_by_the_library(folder):
 
 
 def _as_data_set_in_memory(folder):
-  hf = pytest.importorskip("datasets")
+  hf = pytest.importorskip("datasets", reason="needs datasets: pip install -c constraints.txt -e '.[test]'")
   tags = hf.Sequence(hf.ClassLabel(names=LABELS))
   features = hf.Features({key: hf.Value("string") for key in ROWS[0]} | {"tags": tags})
   return hf.Dataset.from_list(ROWS[::-1], features).select([3, 2, 1, 0])  # A selection has indices.

@@ -94,7 +94,7 @@ def test_a_tracker_that_does_not_answer_delays_neither_the_run_nor_its_end(monke
 
 
 def test_a_server_that_is_away_is_one_line_in_the_log(tmp_path, monkeypatch, caplog):
-  pytest.importorskip("mlflow")
+  pytest.importorskip("mlflow", reason="needs mlflow: pip install -c constraints.txt -e '.[mlflow]'")
   monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -107,7 +107,7 @@ def test_a_server_that_is_away_is_one_line_in_the_log(tmp_path, monkeypatch, cap
 
 
 def test_metrics_reach_weights_and_biases_without_its_server_and_a_continued_run_is_the_same(tmp_path, monkeypatch):
-  wandb = pytest.importorskip("wandb")
+  wandb = pytest.importorskip("wandb", reason="needs wandb: pip install -c constraints.txt -e '.[wandb]'")
   for name, value in {"MODE": "offline", "ERROR_REPORTING": "false", "SILENT": "true"}.items():
     monkeypatch.setenv(f"WANDB_{name}", value)
   config = tracking(wandb_project="icons")
@@ -145,7 +145,9 @@ assert is_telemetry_disabled() and os.environ["WANDB_ERROR_REPORTING"] == "false
 @pytest.mark.slow
 def test_an_mlflow_server_has_the_metrics_of_a_continued_run(tmp_path, monkeypatch):
   """`MLFLOW_SERVER` names the program `mlflow` of an environment with the whole package, which has the server."""
-  program = os.environ.get("MLFLOW_SERVER") or pytest.skip("MLFLOW_SERVER is not set")
+  program = os.environ.get("MLFLOW_SERVER") or pytest.skip(
+    "needs the server of MLflow: pip install mlflow in an environment of its own, and set MLFLOW_SERVER to its program"
+  )
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
