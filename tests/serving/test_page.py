@@ -66,7 +66,9 @@ def uids(page):
 
 def check_accessibility(page):
   """Checks the page as it is with axe-core."""
-  axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
+  axe = pytest.importorskip(
+    "axe_playwright_python.sync_playwright", reason="needs axe: pip install -c constraints.txt -e '.[browser]'"
+  )
   found = axe.Axe().run(page)
   assert not found.response["violations"], found.generate_report()
 
@@ -150,6 +152,12 @@ def test_keys_addresses_and_examples_of_the_page(blend, open_page):
   answer = page.locator("#labels .answer").first
   assert answer.get_attribute("aria-expanded") == "true" and answer.evaluate("it => it === document.activeElement")
   page.locator("#why-0").get_by_text(re.compile("training queries")).wait_for()
+  reply = call(blend, "/v1/predict", json.dumps({"queries": [{"title": text}], "explain": True}))
+  near = reply.json["answers"][0]["predictions"][0]["why"]["neighbors"]
+  shown = page.locator("#why-0 li").all_inner_texts()
+  assert near and len(shown) == len(near)
+  for line, each in zip(shown, near, strict=True):
+    assert each["text"] in line and f"similarity {each['score']:.3f}" in line
   check_accessibility(page)
   page.keyboard.press("/")
   page.keyboard.type("rain")  # The former query was selected.
@@ -196,14 +204,16 @@ def test_texts_of_the_data_are_never_markup(blend, open_page):
   page.get_by_text("24 labels").wait_for()
   markup = "<img src=x onerror=alert(1)>"
   label = {"label": "<b>x</b>", "id": 0, "text": markup}
-  near = {"row": 1, "score": 0.5, "words": ["<i>w</i>"], "labels": [label]}
+  near = {"row": 1, "text": "<s>rain</s> rain", "score": 0.5, "words": ["<i>w</i>", "rain"], "labels": [label]}
   hostile = label | {"score": 0.5, "why": {"words": ["<u>w</u>"], "neighbors": [near]}}
   answers = {"answers": [{"uid": None, "predictions": [hostile]}]}
   page.route("**/v1/predict", lambda route: route.fulfill(json=answers))
   page.goto(f"{blend.url}/?q={quote(markup)}")
   page.locator("#labels .answer").click()
   page.get_by_text("its labels").wait_for()
-  assert page.locator("#labels img, #labels b, #labels i, #labels u").count() == 0
+  assert page.locator("#labels img, #labels b, #labels i, #labels u, #labels s").count() == 0
+  assert page.locator(".why li").inner_text().startswith("<s>rain</s> rain, with <i>w</i>")
+  assert page.locator(".why li mark").all_inner_texts() == ["rain", "rain", "<i>w</i>"]
   assert page.get_by_label("Query").input_value() == markup
 
 

@@ -128,19 +128,37 @@
       };
     },
 
-    map(chart, colors, wanted) {
+    map(chart, colors, wanted, width, height) {
       const found = (point) => wanted && point[3].toLowerCase().includes(wanted);
       const most = Math.max(1, ...chart.points.map((point) => point[2]));
       const size = (point) => 4 + 14 * Math.sqrt(point[2] / most);
       const parts = ["axisLabel", "axisLine", "axisTick", "splitLine"];
       const hidden = Object.fromEntries(parts.map((part) => [part, { show: false }]));
-      const plain = { type: "value", scale: true, ...hidden };
+      // Room for the dots at the edge, and for the names to their right.
+      const range = (values, after) => {
+        const [least, greatest] = [Math.min(...values), Math.max(...values)];
+        return { min: least - 0.03 * (greatest - least), max: greatest + after * (greatest - least) };
+      };
+      const x = range(chart.points.map((point) => point[0]), 0.1);
+      const y = range(chart.points.map((point) => point[1]), 0.03);
       const label = { show: true, formatter: (at) => at.value[3], position: "right", color: colors.text, fontSize: 11 };
-      // Points are sorted by frequency. So many names fit without covering each other too much.
+      // Points are sorted by frequency. Of names that would cover each other, the first is shown; sizes are estimates.
+      const shown = (points, most) => {
+        const boxes = [];
+        return new Set(points.filter((point) => {
+          const left = (width * (point[0] - x.min)) / (x.max - x.min);
+          const middle = (height * (point[1] - y.min)) / (y.max - y.min);
+          const box = [left, left + 16 + 6.5 * point[3].length, middle - 7, middle + 7];
+          const covers = (other) => box[0] < other[1] && other[0] < box[1] && box[2] < other[3] && other[2] < box[3];
+          const free = boxes.length < most && !boxes.some(covers);
+          if (free) boxes.push(box);
+          return free;
+        }));
+      };
       const series = (name, points, style, names) => ({
         type: "scatter",
         name,
-        data: points.map((value, place) => (place < names ? { value, label } : { value })),
+        data: points.map((value) => (names.has(value) ? { value, label } : { value })),
         symbolSize: size,
         itemStyle: style,
       });
@@ -153,12 +171,12 @@
           ...frame(colors).tooltip,
           formatter: (at) => `${escaped(at.value[3])}<br>${short(at.value[2])} training queries`,
         },
-        xAxis: plain,
-        yAxis: plain,
+        xAxis: { type: "value", ...x, ...hidden },
+        yAxis: { type: "value", ...y, ...hidden },
         dataZoom: [{ type: "inside", xAxisIndex: 0 }, { type: "inside", yAxisIndex: 0 }],
         series: [
-          series("labels", others, { color: colors.first, opacity: wanted ? 0.25 : 0.65 }, wanted ? 0 : 40),
-          series("found", named, { color: colors.second }, 25),
+          series("labels", others, { color: colors.first, opacity: wanted ? 0.25 : 0.65 }, shown(others, wanted ? 0 : 60)),
+          series("found", named, { color: colors.second }, shown(named, 40)),
         ],
       };
     },
@@ -170,7 +188,8 @@
     const search = document.querySelector(`input[data-searches="${element.id}"]`);
     const show = () => {
       const colors = Object.fromEntries(colorNames.map((name) => [name, css(name)]));
-      chart.setOption(drawings[content.kind](content, colors, search?.value.trim().toLowerCase()), true);
+      const wanted = search?.value.trim().toLowerCase();
+      chart.setOption(drawings[content.kind](content, colors, wanted, element.clientWidth, element.clientHeight), true);
       element.dataset.drawn = "yes";
     };
     show();

@@ -222,8 +222,8 @@ function explain(why) {
   made.append(element("p", "", "Similar training queries that have this label:"));
   made.append(element("ul", "", ...why.neighbors.map((near) => element(
     "li", "", ...(near.text ? markedIn(near.text, near.words) : [`number ${near.row}`]),
-    element("span", "uid", `similarity ${near.score.toFixed(3)}`, ...wordsBeside(near, marked)),
-    element("span", "uid", `its labels: ${near.labels.map((label) => label.text || label.label).join(" · ")}`),
+    ...wordsBeside(near, marked),
+    element("span", "uid", `similarity ${near.score.toFixed(3)}, its labels: ${near.labels.map((label) => label.text || label.label).join(" · ")}`),
   ))));
   return made;
 }
@@ -238,7 +238,7 @@ function markedIn(text, words) {
 function wordsBeside(near, marked) {
   const own = new Set((near.text || "").toLowerCase().match(/[\p{L}\p{N}_]+/gu));
   const others = near.words.filter((word) => !own.has(word));
-  return others.length ? [", words in common: ", ...marked(others)] : [];
+  return others.length ? [", with ", ...marked(others)] : [];
 }
 
 // Events.
