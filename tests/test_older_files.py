@@ -19,6 +19,7 @@ from vixml_jax import sharding
 from vixml_jax.experiment import evaluate_workdir, train_and_evaluate
 from vixml_jax.inference.loading import load_predictor
 from vixml_jax.run import configuration
+from vixml_jax.search.label_index import LabelIndex
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "df9262a.tar.xz"
 
@@ -65,6 +66,21 @@ def test_an_older_checkpoint_is_evaluated_on_its_prepared_set_with_the_same_numb
   assert again.keys() == before.keys()
   for name in before.keys() - {"train_seconds", "tokens_per_second"}:
     assert again[name] == pytest.approx(before[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["as the run was", "with texts"])
+def test_an_index_gets_the_texts_of_training_queries_only_if_that_is_asked_for(folder, kept):
+  config = configuration.read(folder / "run" / "config.json")
+  assert config.eval.query_texts is False and config.eval.retrieval_augmented
+  config.eval.query_texts = kept
+  evaluate_workdir(config, folder / "run")
+  index = LabelIndex.open(folder / "run" / "index", checkpoint=None)
+  if not kept:
+    assert index.query_texts is None
+    return
+  rows = read_lines(folder / "raw/trn.json.gz")
+  wanted = [" ".join(row[field] for field in config.dataset.text_fields) for row in rows]
+  assert index.query_texts.take(np.arange(len(rows))) == [text[:200] for text in wanted]
 
 
 def test_an_older_run_is_continued(folder):
