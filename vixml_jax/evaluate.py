@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from vixml_jax import cli
+from vixml_jax import cli, compile_cache_flag
 from vixml_jax.errors import InputError
 from vixml_jax.run.workdir import CONFIG, FINAL_METRICS
 
@@ -70,6 +70,7 @@ _VERIFY = flags.DEFINE_bool(
 _TOLERANCE = flags.DEFINE_float(
   "tolerance", 0.01, "Greatest difference that --verify accepts, in percentage points.", lower_bound=0
 )
+_COMPILE_CACHE = compile_cache_flag.define()
 
 
 def main() -> None:
@@ -88,6 +89,7 @@ def main() -> None:
     _check_alone("verify", "evaluates as the workdir was evaluated; evaluate it with this flag first", _SPLIT)
   _override(config)
   configuration.check(config)
+  compile_cache_flag.use(_COMPILE_CACHE)
   if _VERIFY.value:
     _verify(config, workdir)
   else:

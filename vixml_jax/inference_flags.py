@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from vixml_jax import cli
+from vixml_jax import cli, compile_cache_flag
 from vixml_jax.inference.rankings import RANKINGS
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ class ModelFlags:
 
   def use_compile_cache(self) -> "SharedPrograms | None":
     """Keeps compiled programs as the flag says, from now on; returns what stores new ones where other servers read."""
-    from vixml_jax.inference.compile_cache import use_compile_cache
-
-    return use_compile_cache(self.compile_cache.value)
+    return compile_cache_flag.use(self.compile_cache)
 
   def load(self, search: SearchFlags | None = None, default_ranking: str | None = None) -> "Predictor":
     """Loads the workdir as the flags say.
@@ -121,12 +119,7 @@ def define_model_flags(image_batch_size: int) -> ModelFlags:
     encoder=flags.DEFINE_enum(
       "encoder", None, ["int8"], "int8: the encoder in int8, on CPUs; it needs the extra onnx. By default as trained."
     ),
-    compile_cache=flags.DEFINE_string(
-      "compile_cache",
-      None,
-      "Folder for compiled programs, for the next start; by default ~/.cache/vixml_jax/compiled; empty for none. A URL "
-      "(gs://, s3://, file://) is a place that machines share: programs are copied from it, and serve adds new ones.",
-    ),
+    compile_cache=compile_cache_flag.define(),
   )
 
 

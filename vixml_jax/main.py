@@ -12,7 +12,7 @@ predict and serve need.
 
 from absl import flags
 
-from vixml_jax import cli, config_flag, data_flags
+from vixml_jax import cli, compile_cache_flag, config_flag, data_flags
 from vixml_jax.errors import InputError
 
 _CONFIG = config_flag.define()
@@ -26,6 +26,7 @@ _PROFILE = flags.DEFINE_string(
   "FIRST:LAST, the training steps of which a trace is written to the folder profile of the workdir, for XProf and "
   "TensorBoard; the same as --config.profile.steps.",
 )
+_COMPILE_CACHE = compile_cache_flag.define()
 
 
 def main() -> None:
@@ -43,6 +44,7 @@ def main() -> None:
   for key in ("raw_dir", "data_dir"):
     cli.local_path(config.dataset[key], f"config.dataset.{key}")
   _DATA.set_raw_dir(config, workdir)
+  compile_cache_flag.use(_COMPILE_CACHE)
   train_and_evaluate(config, workdir, cli.show)
 
 

@@ -15,7 +15,7 @@ import re
 
 from absl import flags
 
-from vixml_jax import cli, config_flag
+from vixml_jax import cli, compile_cache_flag, config_flag
 from vixml_jax.errors import InputError
 from vixml_jax.studies.grids import STUDIES
 
@@ -25,6 +25,7 @@ _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds of each run, from con
 _SHARD = flags.DEFINE_string("shard", "0/1", "Which part of the runs this process trains: i/n, with i from 0 to n - 1.")
 _SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "test"], "Queries to evaluate.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the study; default: runs/studies/NAME of study and config.")
+_COMPILE_CACHE = compile_cache_flag.define()
 
 
 def main() -> None:
@@ -35,6 +36,7 @@ def main() -> None:
   study, config, shard = cli.required(_STUDY), cli.required(_CONFIG), _shard(_SHARD.value)
   folder = Path(_OUTPUT.value or f"runs/studies/{study}-{config.name}")
   runs = plan_study(study, config, _SEEDS.value, _SPLIT.value, folder)
+  compile_cache_flag.use(_COMPILE_CACHE)
   run_study(runs, shard, cli.show)
   results = compare_cells(runs)
   write_comparison(folder, study, _SPLIT.value, results)

@@ -1,4 +1,4 @@
-"""Keeps the compiled programs of inference between processes, so that a start does not wait for the compiler."""
+"""Keeps compiled programs between processes, so that a start does not wait for the compiler."""
 
 import hashlib
 import logging
