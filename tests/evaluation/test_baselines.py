@@ -15,8 +15,10 @@ from vixml_jax.evaluation import baselines, tuning
 from vixml_jax.evaluation.baselines import BaselineTask
 from vixml_jax.evaluation.blend_fitting import CorpusWords
 from vixml_jax.evaluation.evaluate_model import evaluation_config, retrieval_settings
+from vixml_jax.evaluation.label_trees import rank_by_label_trees
 from vixml_jax.evaluation.metrics import evaluate
 from vixml_jax.experiment import train_and_evaluate
+from vixml_jax.ragged import Ragged
 from vixml_jax.run.pretrained import trainable_params
 from vixml_jax.run.setup import set_up_run
 
@@ -95,6 +97,54 @@ def test_label_trees_have_the_precision_that_napkinxc_measures(case, tmp_path):
   kept = [[label for label in row if label not in out] for row, out in zip(predicted, excluded, strict=True)]
   truth = [corpus.test_labels[row].tolist() for row in range(len(predicted))]
   assert found["P@1"] == pytest.approx(100 * napkinxc.metrics.precision_at_k(truth, kept, k=1)[0], abs=1e-4)
+
+
+def test_label_trees_take_labels_in_any_order(case):
+  labels = case.setup.data.corpus.train_labels
+  reversed_rows = Ragged.from_rows([labels[row][::-1].tolist() for row in range(len(labels))])
+  assert (labels.lengths > 1).any()
+  labeled = np.flatnonzero(labels.lengths)
+  train, test = case.words.train[labeled], case.words.test(case.setup.data.corpus)
+  first, second = (rank_by_label_trees(train, rows.take(labeled), test, 24) for rows in (labels, reversed_rows))
+  # Threads of napkinXC share one random generator, so that two runs agree only where scores differ clearly.
+  assert np.mean(first[:, :3] == second[:, :3]) > 0.9
+  assert all(sorted(row) == list(range(24)) for row in second.tolist())
+
+
+@pytest.mark.parametrize(
+  "fault, reason",
+  [
+    ("os.kill(os.getpid(), signal.SIGKILL)", "it was ended by SIGKILL"),
+    ("os._exit(3)", "it ended with status 3"),
+    ("raise MemoryError('no more')", "it failed with 'MemoryError: no more'"),
+  ],
+)
+def test_label_trees_that_fail_have_no_row(case, tmp_path, monkeypatch, caplog, fault, reason):
+  _replace_napkinxc(tmp_path, monkeypatch, fault)
+  with caplog.at_level("WARNING"):
+    assert baselines.plt(case.task, case.words) == {}
+  assert [record.getMessage() for record in caplog.records] == [
+    f"no row for napkinXC's label trees (eval.baselines=plt): they run in their own process; {reason}"
+  ]
+
+
+def test_an_evaluation_outlives_label_trees_that_crash(case, tmp_path, monkeypatch, caplog):
+  _replace_napkinxc(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGSEGV)")
+  config = case.config.copy_and_resolve_references()
+  config.dataset.data_dir, config.eval.baselines = str(tmp_path / "data"), ("plt", "tfidf")
+  with caplog.at_level("WARNING"):
+    train_and_evaluate(config, tmp_path / "run")
+  assert "it was ended by SIGSEGV" in caplog.text
+  assert [*json.loads((tmp_path / "run" / "evaluation.json").read_text())["baselines"]] == ["TF-IDF labels + neighbors"]
+  assert [path.name.split("-")[0] for path in (tmp_path / "data" / "baselines").iterdir()] == ["tfidf"]
+
+
+def _replace_napkinxc(folder, monkeypatch, fault):
+  """Lets other processes find a napkinXC that does this when trees are trained; this one has imported the real one."""
+  (folder / "napkinxc").mkdir()
+  (folder / "napkinxc" / "__init__.py").touch()
+  (folder / "napkinxc" / "models.py").write_text(f"import os, signal\ndef PLT(*_, **__):\n  {fault}\n")
+  monkeypatch.syspath_prepend(folder)
 
 
 def test_rows_are_printed_stored_and_not_computed_again(case, tmp_path, capsys, monkeypatch):

@@ -29,7 +29,7 @@ def baseline_rows(
   """Returns the metrics of baselines in percent, by the name of the row.
 
   Metrics are stored in `baselines/` of `dataset.data_dir`, and computed if they are not there. All processes must call
-  this together.
+  this together. A baseline that failed has no row and is not stored, so that the next evaluation tries it again.
 
   Args:
     names: some of "tfidf", "untrained", "plt".
@@ -56,7 +56,7 @@ def baseline_rows(
       words = words or CorpusWords.read(task.data.corpus, task.data.known)
       found = (tfidf if name == "tfidf" else plt)(task, words)
     rows |= found
-    if jax.process_index() == 0:
+    if found and jax.process_index() == 0:
       path.parent.mkdir(exist_ok=True)
       write_json(path, {"settings": settings, "rows": found})
   return rows

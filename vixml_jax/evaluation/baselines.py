@@ -10,20 +10,17 @@ Lambda and temperature of retrieval augmentation are chosen on held-out queries,
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
-import importlib
-from pathlib import Path
-import tempfile
-from typing import Any
+import logging
 
 import numpy as np
 import scipy.sparse
 
 from vixml_jax.blend.lexical import LexicalIndex, keep_rows
 from vixml_jax.encoding.item_encoder import ItemEncoder
-from vixml_jax.errors import InputError, install_command
 from vixml_jax.evaluation import tuning
 from vixml_jax.evaluation.blend_fitting import CorpusWords
 from vixml_jax.evaluation.evaluator import MOST_HELD_OUT, QUERIES_PER_BLOCK, EvaluationConfig
+from vixml_jax.evaluation.label_trees import TreesFailedError, napkinxc_models, rank_by_label_trees
 from vixml_jax.evaluation.metrics import QueryMetrics, query_metrics
 from vixml_jax.rounding import at_equal_distances
 from vixml_jax.run.data import RunData
@@ -33,6 +30,7 @@ from vixml_jax.search.retrieval_augmented import Neighbors, RetrievalSettings, c
 from vixml_jax.stages import stage
 from vixml_jax.typing import Tree
 
+_log = logging.getLogger(__name__)
 _Search = Callable[[np.ndarray], Neighbors]
 
 
@@ -43,7 +41,7 @@ def check_baselines(names: Sequence[str]) -> None:
     InputError: napkinXC cannot be imported; the message has the command that installs it.
   """
   if "plt" in names:
-    _napkinxc()
+    napkinxc_models()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,18 +157,19 @@ def untrained(task: BaselineTask, encoder: ItemEncoder, params: Tree, search: st
 
 
 def plt(task: BaselineTask, words: CorpusWords) -> dict[str, dict[str, float]]:
-  """Returns the row of napkinXC's probabilistic label trees, with its default settings."""
+  """Returns the row of napkinXC's probabilistic label trees, with its default settings.
+
+  If the process that trains them dies, a warning is logged and there is no row.
+  """
   corpus = task.data.corpus
   labeled = np.flatnonzero(corpus.train_labels.lengths)
-  width = search_width(task.config.depth, corpus.test_filter, task.data.num_labels)
-  with stage("train and evaluate napkinXC's label trees"), tempfile.TemporaryDirectory() as folder:
-    model = _napkinxc().PLT(str(Path(folder) / "plt"), seed=0)
-    model.fit(_matrix(words.train[labeled]), [corpus.train_labels[row].tolist() for row in labeled.tolist()])
-    test = _matrix(words.test(corpus))
-    found = model.predict(test, top_k=width)
-  ids = np.full((len(found), max(width, task.config.depth)), -1, np.int32)
-  for row, labels in enumerate(found):
-    ids[row, : len(labels)] = labels
+  width = max(search_width(task.config.depth, corpus.test_filter, task.data.num_labels), task.config.depth)
+  with stage("train and evaluate napkinXC's label trees"):
+    try:
+      ids = rank_by_label_trees(words.train[labeled], corpus.train_labels.take(labeled), words.test(corpus), width)
+    except TreesFailedError as error:
+      _log.warning("no row for napkinXC's label trees (eval.baselines=plt): they run in their own process; %s", error)
+      return {}
 
   def rank(rows: np.ndarray) -> np.ndarray:
     part = ids[rows]
@@ -183,20 +182,3 @@ def plt(task: BaselineTask, words: CorpusWords) -> dict[str, dict[str, float]]:
 def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
   for start in range(0, len(rows), QUERIES_PER_BLOCK):
     yield rows[start : start + QUERIES_PER_BLOCK]
-
-
-def _matrix(vectors: scipy.sparse.csr_array) -> scipy.sparse.csr_matrix:
-  """Returns vectors in the form that napkinXC takes, with columns in ascending order."""
-  matrix = scipy.sparse.csr_matrix((vectors.data, vectors.indices, vectors.indptr), shape=vectors.shape)
-  matrix.sort_indices()
-  return matrix
-
-
-def _napkinxc() -> Any:
-  try:
-    return importlib.import_module("napkinxc.models")
-  except ImportError as error:
-    raise InputError(
-      f"the baseline plt needs the package napkinxc, which cannot be imported ({error}): "
-      f"{install_command('baselines')}, or leave plt out of config.eval.baselines"
-    ) from error
