@@ -1,7 +1,13 @@
 """The command `vixml`: its commands are the entry points, it starts quickly, and shells complete it."""
 
+import os
+import pty
+import re
+import select
+import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -130,6 +136,101 @@ def test_bash_completes(words, offered, bash_completion):
 
 def test_bash_offers_all_values_and_files_after_the_equals_sign(bash_completion):
   assert {"exact", "scann", "my queries.jsonl"} <= {*bash_completion("vixml", "predict", "--search", "=")}
+
+
+class Zsh:
+  """An interactive zsh in a terminal, which loads the completion as a user does.
+
+  Its file of settings binds two keys: Control-G writes the command line to a file, and Tab completes, as always.
+  """
+
+  def __init__(self, folder, load):
+    self.folder, self.line = folder, folder / "line"
+    (folder / "work").mkdir()
+    (folder / "work" / "my queries.jsonl").touch()
+    (folder / ".zshrc").write_text(
+      f"{load}\n"
+      f"tell() {{ print -r -- $BUFFER > {self.line}.new; command mv {self.line}.new {self.line}; BUFFER=''; }}\n"
+      "zle -N tell; bindkey '^G' tell\n"
+    )
+    self.terminal, end = pty.openpty()
+    self.shell = subprocess.Popen(
+      ["zsh", "-o", "NO_GLOBAL_RCS", "-i"],
+      stdin=end,
+      stdout=end,
+      stderr=end,
+      cwd=folder / "work",
+      start_new_session=True,
+      env={"PATH": os.environ["PATH"], "HOME": str(folder), "ZDOTDIR": str(folder), "TERM": "vt100", "COLUMNS": "300"},
+    )
+    os.close(end)
+
+  def complete(self, typed):
+    """Returns the command line after Tab."""
+    self.line.unlink(missing_ok=True)
+    os.write(self.terminal, f"{typed}\t\a".encode())
+    self.read_until(lambda shown: self.line.exists())
+    return self.line.read_text().removesuffix("\n")
+
+  def offers(self, typed, last):
+    """Returns the words that Tab lists, of which `last` is the last one."""
+    os.write(self.terminal, f"{typed}\t".encode())
+    listed = self.read_until(lambda shown: last in shown.partition("\n")[2])
+    os.write(self.terminal, b"\a")  # zsh lists nothing if there is more to read.
+    return {*re.split(r"\s{2,}", re.sub(r"\x1b\[\d*[A-Za-z]", "  ", listed))}
+
+  def read_until(self, is_done):
+    """Returns what the terminal has shown when `is_done` is true of it."""
+    shown, until = "", time.monotonic() + 60
+    while not is_done(shown):
+      assert time.monotonic() < until, shown
+      if select.select([self.terminal], [], [], 0.05)[0]:
+        shown += os.read(self.terminal, 65536).replace(b"\0", b"").decode(errors="replace")
+    return shown
+
+  def close(self):
+    """Ends it."""
+    self.shell.kill()
+    self.shell.wait()
+    os.close(self.terminal)
+
+
+@pytest.fixture(scope="module", params=["sourced", "from fpath"])
+def zsh(request, tmp_path_factory):
+  if shutil.which("zsh") is None:
+    pytest.skip("zsh is not installed")
+  folder = tmp_path_factory.mktemp("zsh")
+  (folder / "functions").mkdir()
+  (folder / "functions" / "_vixml").write_text(_vixml("completion", "zsh").stdout)
+  load = f"autoload -Uz compinit; compinit -D -u; . {folder}/functions/_vixml"
+  if request.param == "from fpath":
+    load = f"fpath=({folder}/functions $fpath); autoload -Uz compinit; compinit -D -u"
+  shell = Zsh(folder, load)
+  yield shell
+  shell.close()
+
+
+@pytest.mark.parametrize(
+  ("typed", "completed"),
+  [
+    ("vixml pred", "vixml predict "),
+    ("vixml predict --qu", "vixml predict --queries="),
+    ("vixml predict --k=5 --retrieval_a", "vixml predict --k=5 --retrieval_augmented "),
+    ("vixml add-labels --num_p", "vixml add-labels --num_processes="),
+    ("vixml predict --queries=my", r"vixml predict --queries=my\ queries.jsonl "),
+    ("vixml predict --search=s", "vixml predict --search=scann "),
+    ("vixml train --config=qui", "vixml train --config=quickstart "),
+    ("vixml completion b", "vixml completion bash "),
+    ("vixml predict --nonsense", "vixml predict --nonsense"),
+  ],
+)
+def test_zsh_completes(typed, completed, zsh):
+  assert zsh.complete(typed) == completed
+
+
+def test_zsh_offers_all_values_and_files_after_the_equals_sign(zsh):
+  file = r"my\ queries.jsonl"
+  assert {"exact", "scann", file} <= zsh.offers("vixml predict --search=", last=file)
 
 
 def test_zsh_script_knows_the_same_commands_flags_and_values():

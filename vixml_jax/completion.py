@@ -35,8 +35,9 @@ VALUES
   case ${COMP_WORDS[1]} in
 FLAGS
   esac
-  [[ ${COMP_WORDS[1]} == completion ]] || compopt -o nospace 2> /dev/null
   mapfile -t COMPREPLY < <(compgen -W "$values" -- "$current")
+  [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace 2> /dev/null
+  return 0
 }
 complete -F _vixml vixml
 """
@@ -44,6 +45,7 @@ complete -F _vixml vixml
 _ZSH = """\
 #compdef vixml
 # Completion of vixml for zsh. To load it, after compinit: . <(vixml completion zsh)
+# Or write it to a file _vixml in a folder of $fpath, before compinit.
 _vixml() {
   local flag="" values=""
   if (( CURRENT == 2 )); then
@@ -63,9 +65,14 @@ VALUES
   case $words[2] in
 FLAGS
   esac
-  compadd -S '' -- ${=values}
+  compadd -S '' -- ${(M)${=values}:#*=}
+  compadd -- ${${=values}:#*=}
 }
-compdef _vixml vixml
+if [[ ${funcstack[1]} == _vixml ]]; then
+  _vixml "$@"  # Loaded from $fpath by the first completion.
+else
+  compdef _vixml vixml
+fi
 """
 
 
