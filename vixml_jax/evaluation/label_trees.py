@@ -96,6 +96,9 @@ def _write(
 def _train_and_rank(folder: Path) -> None:
   """Trains label trees with their default settings, and writes the ranking of the test queries."""
   train, test = _read_matrix(folder / "train.npz"), _read_matrix(folder / "test.npz")
+  # Each classifier is trained in an array of all columns, and most columns of hashed words are empty.
+  used = np.unique(train.indices)
+  train, test = train[:, used], test[:, used]
   with np.load(folder / "labels.npz", allow_pickle=False) as arrays:
     labels, width = Ragged(arrays["values"], arrays["offsets"]), int(arrays["width"])
   model = napkinxc_models().PLT(str(folder / "plt"), seed=0)
