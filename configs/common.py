@@ -173,8 +173,9 @@ def base_config() -> ConfigDict:
       # (needs the extra `baselines`). Their settings are chosen on the validation queries.
       baselines=(),
       test_images=(),  # Also evaluates with at most each of these numbers of images per test query.
-      # Also evaluates plain search with each of these numbers of dimensions, in float32, int8 and bits.
-      small_vectors=(),
+      # Also evaluates plain search with each of these numbers of dimensions, in float32, int8 and bits. -1 stands for
+      # those of train.matryoshka_dims, if there are any; empty for none.
+      small_vectors=(-1,),
     )
   )
   config.checkpoint = ConfigDict(

@@ -1,7 +1,7 @@
 """Writes the embeddings of a file of items with the encoder of a trained workdir.
 
   python -m vixml_jax.encode --workdir=runs/NAME --queries=items.jsonl --output=embeddings
-      [--dtype=float32|float16] [--batch_size=16384] [--num_processes=8 --process=0]
+      [--dtype=float32|float16] [--dims=96] [--batch_size=16384] [--num_processes=8 --process=0]
 
 Items have the form of queries for predict: JSON lines, CSV or Parquet with title, and optionally uid, content and
 images. No label index and no training data are needed. A run that was killed resumes when it is started again, and
@@ -20,6 +20,9 @@ _MODEL = inference_flags.define_model_flags(image_batch_size=64)
 _QUERIES = flags.DEFINE_string("queries", None, "File of items: .jsonl, .csv or .parquet.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of embeddings to write.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Type of the embeddings in the files.")
+_DIMS = flags.DEFINE_integer(
+  "dims", None, "Number of first dimensions of the embeddings to write, at unit norm; by default all.", lower_bound=1
+)
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 16384, "Number of items that are encoded and saved at a time, as one file.", lower_bound=1
 )
@@ -34,13 +37,16 @@ def main() -> None:
   from vixml_jax.inference.query_files import open_queries
   from vixml_jax.remote import local_copy
   from vixml_jax.run import configuration
+  from vixml_jax.search.vector_form import VectorForm
 
   output = cli.required(_OUTPUT).rstrip("/")
   check_writable(output)
   workdir, path = _MODEL.folder(), local_copy(cli.required(_QUERIES))
-  queries = open_queries(path, query_format(configuration.read(workdir / CONFIG)))
+  config = configuration.read(workdir / CONFIG)
+  VectorForm(dims=_DIMS.value).check(config.encoder.embed_dim, "exact")
+  queries = open_queries(path, query_format(config))
   batch = BatchFile(queries, path, _BATCH_SIZE.value, cli.process_share())
-  _print(encode_file(*_MODEL.load_encoder(), batch, output, dtype=_DTYPE.value), output)
+  _print(encode_file(*_MODEL.load_encoder(), batch, output, dtype=_DTYPE.value, dims=_DIMS.value), output)
 
 
 def _print(statistics: dict[str, Any], output: str) -> None:

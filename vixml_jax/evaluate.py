@@ -52,7 +52,8 @@ _TEST_IMAGES = flags.DEFINE_string(
 _SMALL_VECTORS = flags.DEFINE_string(
   "small_vectors",
   None,
-  "Numbers of dimensions; also evaluates plain search with each of them, in float32, int8 and bits, such as 384,96.",
+  "Numbers of dimensions; also evaluates plain search with each of them, in float32, int8 and bits, such as 384,96. -1 "
+  "stands for those of train.matryoshka_dims; empty for none; default: those of the config.",
 )
 _SPLIT = flags.DEFINE_enum(
   "split", None, ["test", "validation"], "Queries to evaluate on; default: those of the config."
@@ -153,7 +154,7 @@ def _override(config: ConfigDict) -> None:
   if _TEST_IMAGES.value is not None:
     config.eval.test_images = tuple(cli.numbers(_TEST_IMAGES))
   if _SMALL_VECTORS.value is not None:
-    config.eval.small_vectors = tuple(cli.numbers(_SMALL_VECTORS))
+    config.eval.small_vectors = tuple(cli.numbers(_SMALL_VECTORS)) if _SMALL_VECTORS.value else ()
   if _DATA_DIR.value is not None:
     config.dataset.data_dir = _DATA_DIR.value
   if _MESH.value is not None:

@@ -177,7 +177,7 @@ def _evaluate_and_write(
   evaluation = _evaluate(setup, workdir, encoder, model)
   fewer_images = evaluate_with_fewer_images(config, data, encoder, model, evaluation)
   compared = _classifiers(evaluation) | _baselines(setup, encoder, model, evaluation)
-  small = small_vector_metrics(evaluation, config.eval)
+  small = small_vector_metrics(evaluation, config)
   seconds = model.meta["train_seconds"]
   final = final_metrics(evaluation, small)
   final |= {"train_seconds": seconds, "tokens_per_second": model.meta["tokens"] / max(seconds, 1e-9)}

@@ -1,7 +1,7 @@
 """Exports a trained workdir for other libraries.
 
   python -m vixml_jax.export --workdir=runs/NAME --format=hf|peft|sentence-transformers|onnx|label-vectors --output=DIR
-      [--dtype=float32|bfloat16|float16|int8] [--max_shard_size=5GB] [--image_checkpoint=TOWER]
+      [--dtype=float32|bfloat16|float16|int8] [--max_shard_size=5GB] [--image_checkpoint=TOWER] [--dims=96]
 
 hf: the encoder with merged adapters, for transformers. peft: the adapters alone. sentence-transformers: a model that
 gives texts the same embeddings as evaluation. onnx: the same as a file for ONNX Runtime, in float32 or int8; it
@@ -36,6 +36,12 @@ _IMAGE_CHECKPOINT = flags.DEFINE_string(
   None,
   "Image tower that made the training features, for --format=onnx; by default the one that the run recorded.",
 )
+_DIMS = flags.DEFINE_integer(
+  "dims",
+  None,
+  "Number of first dimensions of the vectors, at the norm of whole ones, for --format=label-vectors; by default all.",
+  lower_bound=1,
+)
 
 
 def main() -> None:
@@ -52,6 +58,7 @@ def main() -> None:
     _DTYPE.value,
     _bytes(_MAX_SHARD_SIZE.value),
     _IMAGE_CHECKPOINT.value,
+    _DIMS.value,
   )
   print(f"{kind} in {output}")
 

@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.helpers.miniature_runs import run_commands
+from tests.helpers.miniature_runs import load_config, run_commands
 from tests.helpers.search_cases import brute_force, unit
 from vixml_jax.evaluation.evaluator import EvaluationQueries
-from vixml_jax.evaluation.small_vectors import BYTES, evaluate_small_vectors
+from vixml_jax.evaluation.small_vectors import BYTES, chosen_dims, evaluate_small_vectors
 from vixml_jax.experiment import evaluate_workdir
 from vixml_jax.ragged import Ragged
 from vixml_jax.run import configuration
@@ -50,6 +50,22 @@ def test_evaluation_prints_writes_and_reports_smaller_vectors(texts_only, tmp_pa
   assert shown and float(shown[1]) == pytest.approx(final["dims8/int8/P@1"], abs=0.006)
   assert json.loads((copy / "final_metrics.json").read_text()) == final
   assert "Smaller vectors</h2>" in (copy / "report.html").read_text()
+
+
+def test_the_prefixes_of_training_are_evaluated_by_default(texts_only, tmp_path, capsys):
+  copy = shutil.copytree(texts_only.workdir, tmp_path / "run")
+  config = configuration.read(copy / "config.json")
+  config.dataset.update(dict(raw_dir=str(texts_only.raw), data_dir=str(texts_only.data)))
+  config.encoder.pretrained = str(texts_only.encoder)
+  default = tuple(load_config("custom").eval.small_vectors)
+  config.eval.update(dict(retrieval_augmented=False, blend=False, baselines=(), small_vectors=default))
+  config.train.matryoshka_dims = (32, 8)
+  configuration.check(config)
+  configuration.write(config, copy / "config.json")  # As if it had been trained so.
+  final = evaluate_workdir(config, copy, print)
+  assert {name.split("/")[0] for name in final if name.startswith("dims")} == {"dims32", "dims8"}
+  assert len(re.findall(r"^dims", capsys.readouterr().out, re.MULTILINE)) == 6
+  assert chosen_dims(default, ()) == chosen_dims((), (32, 8)) == ()
 
 
 def test_the_command_refuses_more_dimensions_than_the_model_has(texts_only, tmp_path):

@@ -14,6 +14,7 @@ from vixml_jax.inference.loading import load_predictor
 from vixml_jax.run.checkpoint import checkpoint_id
 from vixml_jax.search.label_index import LabelIndex
 from vixml_jax.search.label_index_files import IndexContents, write_index
+from vixml_jax.search.vector_form import VectorForm
 
 
 def vectors_of(table):
@@ -76,6 +77,41 @@ def test_the_best_labels_of_the_queries_are_those_of_the_index(texts_only, tmp_p
   assert best["best"].to_pylist() == [index.uids(row) for row in ids]
   np.testing.assert_allclose(np.stack(best["scores"].to_numpy(zero_copy_only=False)), scores, rtol=1e-5)
   assert "categories" not in pq.read_table(folder / "labels.parquet").column_names
+
+
+def test_fewer_dimensions_have_the_scores_of_predict(texts_only, tmp_path):
+  folder = exported(texts_only.workdir, "label-vectors", tmp_path / "out", dims=12)
+  labels, best = (pq.read_table(folder / f"{name}.parquet") for name in ("labels", "queries"))
+  assert labels.schema.field("vector").type.list_size == best.schema.field("vector").type.list_size == 12
+  for table in (labels, best):
+    metadata = json.loads(table.schema.metadata[b"vixml_jax"])
+    assert (metadata["dim"], metadata["first_of"]) == (12, 32)
+  whole = pq.read_table(exported(texts_only.workdir, "label-vectors", tmp_path / "whole") / "labels.parquet")
+  norms = [np.linalg.norm(vectors_of(table), axis=1) for table in (labels, whole)]
+  np.testing.assert_allclose(*norms, rtol=1e-5)
+  index = LabelIndex.open(texts_only.workdir / "index", checkpoint=None, form=VectorForm(dims=12))
+  scores, ids = index.search(vectors_of(pq.read_table(tmp_path / "whole" / "queries.parquet")), 10)
+  assert best["best"].to_pylist() == [index.uids(row) for row in ids]
+  np.testing.assert_allclose(np.stack(best["scores"].to_numpy(zero_copy_only=False)), scores, rtol=1e-5)
+  assert "first 12 of 32 dimensions" in (folder / "README.md").read_text()
+  assert (
+    "dimensions" not in (tmp_path / "whole" / "README.md").read_text().split("Rank vectors")[1].split("The metadata")[0]
+  )
+
+
+@pytest.mark.parametrize(
+  ("kind", "dims", "message"),
+  [
+    ("label-vectors", 33, "dims=33: must be 1 to 32, the dimension of the vectors"),
+    ("onnx", 12, "--dims=12: only --format=label-vectors has it; leave it out"),
+  ],
+)
+def test_dimensions_that_cannot_be_exported_are_refused_and_nothing_is_written(
+  texts_only, tmp_path, kind, dims, message
+):
+  with pytest.raises(InputError, match=message):
+    exported(texts_only.workdir, kind, tmp_path / "out", dims=dims)
+  assert not (tmp_path / "out").exists()
 
 
 def test_vectors_and_encoded_queries_rank_as_predict_does(texts_only, tmp_path):

@@ -22,6 +22,7 @@ from vixml_jax.inference.loading import load_predictor
 from vixml_jax.inference.queries import QueryFormat, query_format
 from vixml_jax.inference.query_files import open_queries
 from vixml_jax.process_share import ProcessShare
+from vixml_jax.search.prefixes import scaled_prefix
 
 BATCH, QUERIES, BLOCKS = 3, 20, 7
 FORM = QueryFormat(("title",), images=0, feature_dim=1)
@@ -189,6 +190,16 @@ def test_embeddings_of_items_are_those_of_the_encoder(predictor, queries, tmp_pa
     assert table["uid"].to_pylist() == [item["uid"] for item in items]
     found = np.concatenate([chunk.flatten().to_numpy() for chunk in table["embedding"].chunks])
     np.testing.assert_allclose(found.reshape(wanted.shape), wanted, atol=atol)
+
+
+def test_embeddings_of_fewer_dimensions_have_unit_norm_and_are_no_continuation_of_others(predictor, queries, tmp_path):
+  encoder, items = predictor.encoder, [json.loads(line) for line in queries.read_text().split("\n\n")]
+  encode_file(encoder, None, batch_of(queries, encoder, (0, 1), 8), str(tmp_path / "out"), dtype="float32", dims=12)
+  found = np.stack(pq.read_table(tmp_path / "out")["embedding"].to_pylist())
+  np.testing.assert_allclose(found, scaled_prefix(encoder.embed([item["title"] for item in items]), 12), atol=1e-6)
+  np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+  with pytest.raises(InputError, match="out: exists, and is not the result of this command"):
+    encode_file(encoder, None, batch_of(queries, encoder, (0, 1), 8), str(tmp_path / "out"), dtype="float32")
 
 
 def test_items_with_images_are_encoded_with_them_and_bad_images_listed(with_images, tmp_path):

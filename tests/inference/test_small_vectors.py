@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers.http_server import LIMITS
@@ -69,10 +70,15 @@ def test_the_command_predicts_with_codes_of_fewer_dimensions(texts_only, tmp_pat
   commands = {
     "good": ["predict", *flags, "--k=5", "--index_dtype=int8", "--dims=12"],
     "bad": ["predict", *flags, "--dims=0"],
+    "encoded": ["encode", *flags[:2], f"--output={tmp_path}/vectors", "--dims=12"],
+    "wide": ["encode", *flags[:2], f"--output={tmp_path}/wide", "--dims=33"],
   }
   done = run_commands(commands, tmp_path)
   assert done["good"][0] == 0, done["good"][2]
   assert done["bad"][0] and done["bad"][2].startswith("error: ") and "dims" in done["bad"][2]
+  assert done["encoded"][0] == 0, done["encoded"][2]
+  assert pq.read_table(tmp_path / "vectors").schema.field("embedding").type.list_size == 12
+  assert done["wide"][0] and done["wide"][2] == "error: dims=33: must be 1 to 32, the dimension of the vectors\n"
   lines = [json.loads(line)["predictions"] for line in (tmp_path / "top.jsonl").read_text().splitlines()]
   wanted = load_predictor(texts_only.workdir, dims=12).predict(["arrow up", "cloud"], 5)
   assert [[label["id"] for label in line] for line in lines] == ids_of(wanted)

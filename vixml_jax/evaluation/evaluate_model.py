@@ -21,7 +21,7 @@ from vixml_jax.evaluation.evaluator import (
   evaluate,
 )
 from vixml_jax.evaluation.label_vectors import ClassifierMix, choose_share, mix_of
-from vixml_jax.evaluation.small_vectors import evaluate_small_vectors
+from vixml_jax.evaluation.small_vectors import chosen_dims, evaluate_small_vectors
 from vixml_jax.evaluation.tuning import Setting
 from vixml_jax.mining.centroids import cluster_means, label_centroids
 from vixml_jax.ragged import Ragged
@@ -178,10 +178,11 @@ def final_metrics(evaluation: ModelEvaluation, small: dict[str, dict[str, float]
   return final | {f"{form}/{name}": value for form, metrics in small.items() for name, value in metrics.items()}
 
 
-def small_vector_metrics(evaluation: ModelEvaluation, wanted: ConfigDict) -> dict[str, dict[str, float]]:
+def small_vector_metrics(evaluation: ModelEvaluation, config: ConfigDict) -> dict[str, dict[str, float]]:
   """Returns the metrics of plain search with smaller vectors (`eval.small_vectors`), by name of the form."""
+  dims = chosen_dims(config.eval.small_vectors, config.train.matryoshka_dims)
   index = evaluation.index
-  return evaluate_small_vectors(wanted.small_vectors, index.label_vectors, evaluation.queries, index.inverse_propensity)
+  return evaluate_small_vectors(dims, index.label_vectors, evaluation.queries, index.inverse_propensity)
 
 
 def _fit_classifiers(

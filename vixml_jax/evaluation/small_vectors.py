@@ -17,8 +17,23 @@ from vixml_jax.stages import stage
 PRECISION_K, RECALL_K = 1, 100
 METRICS = (f"P@{PRECISION_K}", f"R@{RECALL_K}")
 """Metrics of smaller vectors, in percent."""
+TRAINED = -1
+"""Stands for the numbers of dimensions that a model was trained for."""
 BYTES = "bytes per label"
 """Size of a label's vector in the memory that is searched."""
+
+
+def chosen_dims(wanted: Sequence[int], trained: Sequence[int]) -> tuple[int, ...]:
+  """Returns the numbers of dimensions to evaluate, each once.
+
+  >>> chosen_dims((-1, 24), (96, 48)), chosen_dims((-1,), ())
+  ((96, 48, 24), ())
+
+  Args:
+    wanted: Numbers of dimensions (`eval.small_vectors`); -1 stands for those that the model was trained for.
+    trained: The latter (`train.matryoshka_dims`).
+  """
+  return tuple(dict.fromkeys(dims for each in wanted for dims in (trained if each == TRAINED else (each,))))
 
 
 def evaluate_small_vectors(

@@ -21,6 +21,7 @@ from vixml_jax.inference.onnx_conversion import check_convertible
 from vixml_jax.inference.trained_encoder import load_trained_encoder
 from vixml_jax.run import configuration
 from vixml_jax.run.workdir import CONFIG
+from vixml_jax.search.vector_form import VectorForm
 
 
 def export(
@@ -30,6 +31,7 @@ def export(
   dtype: str = "float32",
   max_shard_bytes: int = 5 * 10**9,
   image_checkpoint: str | None = None,
+  dims: int | None = None,
 ) -> None:
   """Writes a new folder with a model card, README.md, whole or not at all. No training data are needed.
 
@@ -44,6 +46,7 @@ def export(
       float32 and float16, the others all but int8.
     max_shard_bytes: Maximum size of one file of weights of "hf" and "sentence-transformers".
     image_checkpoint: The tower that made the run's image features, for "onnx"; None for the recorded one.
+    dims: Number of first dimensions of the vectors, for "label-vectors"; None for all.
 
   Raises:
     InputError: The format is unknown or lacks the type, the folder exists and is not empty, a file of the workdir is
@@ -52,13 +55,16 @@ def export(
   _check_format(kind, dtype)
   if image_checkpoint is not None and kind != "onnx":
     raise InputError(f"--image_checkpoint: --format={kind} has no image tower; leave it out, or use --format=onnx")
+  if dims is not None and kind != "label-vectors":
+    raise InputError(f"--dims={dims}: only --format=label-vectors has it; leave it out")
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise InputError(f"{output}: exists already; use a new folder as --output, or delete it")
   config = configuration.read(workdir / CONFIG)
+  VectorForm(dims=dims).check(config.encoder.embed_dim, "exact")
   _check_model(workdir, kind, config)
   try:
     with new_folder(output) as folder:
-      usage = _write(workdir, kind, folder, dtype, max_shard_bytes, image_checkpoint)
+      usage = _write(workdir, kind, folder, dtype, max_shard_bytes, image_checkpoint, dims)
       card = write_model_card(workdir, config, kind, folder, usage)
       _share_permissions(folder, card)
   except OSError as error:
@@ -87,11 +93,17 @@ def _check_model(workdir: Path, kind: str, config: ConfigDict) -> None:
 
 
 def _write(
-  workdir: Path, kind: str, folder: Path, dtype: str, max_shard_bytes: int, image_checkpoint: str | None
+  workdir: Path,
+  kind: str,
+  folder: Path,
+  dtype: str,
+  max_shard_bytes: int,
+  image_checkpoint: str | None,
+  dims: int | None,
 ) -> dict[str, Any]:
   """Writes all files but the model card, and returns what that needs to know."""
   if kind == "label-vectors":
-    return write_label_vectors(workdir, folder, dtype)
+    return write_label_vectors(workdir, folder, dtype, dims)
   # This host must hold the encoder to write it.
   encoder = load_trained_encoder(workdir, sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1]))
   if kind == "peft":

@@ -156,7 +156,7 @@ RANGES: dict[str, ValueRule] = {
   "eval.classifier_epochs": Whole(0, 10**6, also=((-1, "for a number that suits the data and devices"),)),
   "eval.baselines": Several(Choice(("tfidf", "untrained", "plt")), most=3, once=True),
   "eval.test_images": Several(Whole(0, 5), most=6, once=True),
-  "eval.small_vectors": Several(_SIZE, once=True),
+  "eval.small_vectors": Several(Whole(1, _SIZE.high, also=((-1, "for those of train.matryoshka_dims"),)), once=True),
   "checkpoint.every_steps": _ANY_COUNT,
   "checkpoint.keep": _ANY_COUNT,
   "track.wandb_project": Text(0, 500),
