@@ -82,6 +82,8 @@ CHANGED = [
   (r"(benchmarks\.predict_processes .*)--queries=1000000", r"\1--queries=300 --batch_size=16"),
   (r"(benchmarks\.scann_recall) --labels=131072(.*) --groups=1000", r"\1 --labels=4096\2 --groups=100"),
   (r"(benchmarks\.small_vectors .*)--groups=10000", r"\1--groups=100 --labels=5000 --dim=64"),
+  (r"(benchmarks\.split_table)$", r"\1 --rows=2000"),
+  (r"(benchmarks\.export_vectors --folder=\S+)$", r"\1 --labels=500 --dims=8"),
   (r"(benchmarks\.serve_attack .*)--requests=10000", r"\1--requests=100 --clients=4"),
   (r"(benchmarks\.serve_load .*)--seconds=4 --rounds=5", r"\1--seconds=0.3 --rounds=2"),
   (r"--seeds=1,2,3", "--seeds=1"),

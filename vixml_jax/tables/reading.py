@@ -13,7 +13,7 @@ import numpy as np
 
 from vixml_jax.datasets.uids import hash_of_uid
 from vixml_jax.errors import InputError
-from vixml_jax.input.hold_out import near_duplicate_hashes
+from vixml_jax.input.near_duplicates import split_hashes
 from vixml_jax.ragged import Ragged
 from vixml_jax.stages import stage
 from vixml_jax.tables.cells import CellError, LabelCells, text_of, uid_of
@@ -182,8 +182,8 @@ def _split_code(value: Any) -> int:
 
 
 def _split(name: str, tokens: Ragged, fraction: float, seed: int) -> np.ndarray:
-  """Chooses rows for testing by the hashes of their rarer words, at least one on each side."""
-  hashes = near_duplicate_hashes(tokens, seed)
+  """Chooses rows for testing by hashes that near-duplicates share, at least one on each side."""
+  hashes = split_hashes(tokens, seed)
   if (hashes == hashes[0]).all():
     raise InputError(f"{name}: all texts are nearly the same, so no test rows can be set apart; give --test_data")
   is_test = hashes < np.uint64(fraction * 2**64)
