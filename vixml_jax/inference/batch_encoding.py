@@ -47,7 +47,7 @@ def encode_file(
   Raises:
     InputError: As for `predict_file`; or the output exists and is something else.
   """
-  settings = {"embeddings": dtype, "mesh": dict(encoder.mesh.shape), "platform": jax.default_backend()}
+  settings: dict[str, Any] = {"embeddings": dtype, "mesh": dict(encoder.mesh.shape), "platform": jax.default_backend()}
   if dims is not None:
     settings["dims"] = dims
   files = ResultFiles(PurePosixPath(output).name, "embeddings.", ".parquet", None)
