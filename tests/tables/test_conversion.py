@@ -372,6 +372,16 @@ def test_near_duplicates_are_on_one_side_and_the_seed_decides(tmp_path):
   assert _texts(tmp_path / "c", "test") != _texts(tmp_path / "a", "test")
 
 
+def test_long_texts_that_differ_in_a_rare_word_are_on_one_side(tmp_path):
+  rng = np.random.default_rng(0)
+  words = [f"{chr(97 + i % 26)}{i}" for i in range(5000)]
+  texts = [" ".join(rng.choice(words, 12, replace=False)) for _ in range(300)]
+  copies = [f"{text.rpartition(' ')[0]} only{row}" for row, text in enumerate(texts)]
+  write_raw_folder([{"text": text, "label": "x"} for text in texts + copies], tmp_path / "raw")
+  start = lambda split: {text.rpartition(" ")[0] for text in _texts(tmp_path / "raw", split)}
+  assert len(start("test")) > 10 and len(start("test") & start("train")) <= 2
+
+
 def test_texts_without_letters_are_divided_as_well(tmp_path):
   """Icons of fonts and emoji, which are no words."""
   texts = [chr(0x1F600 + row) for row in range(60)] + ["!!!", "?!", "+", "->"]
