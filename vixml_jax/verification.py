@@ -85,7 +85,7 @@ def verify_workdir(config: ConfigDict, workdir: Path, tolerance: float) -> Verif
   setup = set_up_run(config, workdir, extract=False)
   model = newest_model(setup, workdir)
   found = evaluate_model(setup.config, setup.data, setup.load_encoder(), model)
-  computed = final_metrics(found, small_vector_metrics(found, setup.config.eval))
+  computed = final_metrics(found, small_vector_metrics(found, setup.config))
   before, now = (dict(_flat(each)) for each in (evaluation.get("environment", {}), describe_environment()))
   changed = {name: (before.get(name, "-"), now.get(name, "-")) for name in before | now}
   return Verification(

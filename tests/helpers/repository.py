@@ -1,6 +1,7 @@
 """What documents may name: config keys, flags, entry points, targets of the Makefile, names of the package."""
 
 import ast
+from collections.abc import Set
 import functools
 from pathlib import Path
 import re
@@ -89,17 +90,26 @@ def flags_of(path: Path) -> frozenset[str]:
     lists = re.findall(r'value_flags="([^"]*)"', source) + re.findall(r'parse_flags "[^"]*" "([^"]*)"', source)
     words = " ".join(lists)
     return frozenset({*words.split(), *re.findall(r"--([a-z_]+)=\*", source), "help", "dry_run"})
-  tree = ast.parse(source)
-  flags = {"help", "helpfull"} | _defined_flags(tree)
-  for node in ast.walk(tree):  # Flags of modules that are imported, and of their functions that are called.
+  return frozenset({"help", "helpfull"} | _flags_in(path, None))
+
+
+def _flags_in(path: Path, called: Set[str] | None) -> set[str]:
+  """Returns the flags of a Python file, of modules that it imports, and of their functions that it calls.
+
+  Args:
+    path: The file.
+    called: The functions of the file that count; None for all.
+  """
+  tree = ast.parse(path.read_text("utf-8"))
+  parts = [part for part in tree.body if called is None or not isinstance(part, ast.FunctionDef) or part.name in called]
+  source = "\n".join(ast.unparse(part) for part in parts)
+  flags = set[str]().union(*(_defined_flags(part) for part in parts))
+  for node in ast.walk(tree):
     if isinstance(node, ast.ImportFrom) and node.module == "vixml_jax":
       for name in (alias.name for alias in node.names):
         if (PACKAGE / f"{name}.py").is_file():
-          called = set(re.findall(rf"\b{name}\.(\w+)\(", source))
-          for part in ast.parse((PACKAGE / f"{name}.py").read_text("utf-8")).body:
-            if not isinstance(part, ast.FunctionDef) or part.name in called:
-              flags |= _defined_flags(part)
-  return frozenset(flags)
+          flags |= _flags_in(PACKAGE / f"{name}.py", set(re.findall(rf"\b{name}\.(\w+)\(", source)))
+  return flags
 
 
 def _defined_flags(tree: ast.AST) -> set[str]:
