@@ -34,29 +34,38 @@ def main() -> None:
   """Adds, deletes and categorizes the labels that the flags name."""
   import jax
 
+  from vixml_jax.run.bucket_workdir import open_workdir
+
+  if jax.process_count() > 1:
+    raise InputError("--distributed: add_labels runs in one process, which uses all of its devices")
+  place = cli.place(cli.required(_MODEL.workdir), "workdir")
+  if _LABELS.value is None and _DELETE.value is None and _CATEGORIES.value is None:
+    raise InputError("--labels: must be given, or --delete, or --categories")
+  with open_workdir(place, exists=True) as workdir:
+    done = _change(workdir.folder)
+  print(f"{place.rstrip('/')}/{INDEX}: {done}")
+
+
+def _change(workdir: Path) -> str:
+  """Changes the labels of a workdir, and returns what was done."""
   from vixml_jax.inference.label_files import NewLabel, label_format, read_categories, read_labels, read_uids
   from vixml_jax.inference.new_labels import change_labels
   from vixml_jax.run import configuration
 
-  if jax.process_count() > 1:
-    raise InputError("--distributed: add_labels runs in one process, which uses all of its devices")
-  workdir = cli.local_path(cli.required(_MODEL.workdir), "workdir")
-  if _LABELS.value is None and _DELETE.value is None and _CATEGORIES.value is None:
-    raise InputError("--labels: must be given, or --delete, or --categories")
   delete = read_uids(Path(_DELETE.value)) if _DELETE.value is not None else {}
   categories = read_categories(Path(_CATEGORIES.value)) if _CATEGORIES.value is not None else {}
   labels: list[NewLabel] = []
   predictor = None
   if _LABELS.value is not None:
     labels = read_labels(Path(_LABELS.value), label_format(configuration.read(workdir / CONFIG)))
-    predictor = _MODEL.load()
+    predictor = _MODEL.load(folder=workdir)
   index = change_labels(predictor.index if predictor else _open_index(workdir), predictor, labels, delete, categories)
   done = [f"{len(delete)} deleted"] if delete else []
   if labels:
     done.append(f"{len(labels)} added, {sum(bool(label.positives) for label in labels)} of them with positives")
   if categories:
     done.append(f"categories of {len(categories)} set")
-  print(f"{workdir / INDEX}: {', '.join(done)}; it has {index.num_live:,} labels")
+  return f"{', '.join(done)}; it has {index.num_live:,} labels"
 
 
 def _open_index(workdir: Path) -> "LabelIndex":

@@ -242,10 +242,23 @@ def local_path(place: str, flag: str) -> Path:
     InputError: It is a URL, or cannot be a path; the message names the flag.
   """
   if "://" in place:
-    raise InputError(f"--{flag}={place}: must be a local path; predict, encode, serve and export read buckets")
+    raise InputError(f"--{flag}={place}: must be a local path; docs/inference.md#buckets says what may be in a bucket")
   if problem := path_problem(place):
     raise InputError(f"--{flag}={shown(place)}: {problem}")
   return Path(place)
+
+
+def place(text: str, flag: str) -> str:
+  """Returns a path or the URL of a bucket.
+
+  Raises:
+    InputError: It can be neither; the message names the flag.
+  """
+  if "://" not in text:
+    return str(local_path(text, flag))
+  if problem := path_problem(text):
+    raise InputError(f"--{flag}={shown(text)}: {problem}")
+  return text
 
 
 def mesh(flag: flags.FlagHolder[str | None]) -> "Mesh | None":

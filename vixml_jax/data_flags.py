@@ -66,14 +66,15 @@ class DataFlags:
       return
     self._convert(config)
     if workdir is not None:
-      _check_same_table(Path(config.dataset.raw_dir), workdir)
+      _check_same_table(config.dataset.raw_dir, workdir)
 
   def _convert(self, config: ConfigDict) -> None:
-    from vixml_jax.tables import Columns, write_raw_folder_in
+    from vixml_jax.tables import Columns
+    from vixml_jax.tables.conversion import convert_shared
 
     settings: dict[str, Any] = {} if self.test_fraction.value is None else {"test_fraction": self.test_fraction.value}
     separator = self.label_separator.value
-    converted = write_raw_folder_in(
+    converted, raw_dir, data_dir = convert_shared(
       config.dataset.data_dir,
       self.data.value,
       labels=self.labels_table.value,
@@ -83,7 +84,7 @@ class DataFlags:
       **settings,
     )
     config.dataset.name = "custom"
-    config.dataset.raw_dir, config.dataset.data_dir = str(converted.folder), str(converted.folder.parent)
+    config.dataset.raw_dir, config.dataset.data_dir = raw_dir, data_dir
     if converted.columns.content and "content" not in config.dataset.text_fields:
       _log.info(
         "column %r is stored and not read: to read it, set --config.dataset.text_fields=title,content and "
@@ -133,14 +134,14 @@ def define_data_flags() -> DataFlags:
   )
 
 
-def _check_same_table(raw_dir: Path, workdir: Path) -> None:
+def _check_same_table(raw_dir: str, workdir: Path) -> None:
   """Checks that a run was started with the table of a raw folder, before its config.json is written again."""
   from vixml_jax.run import configuration
 
   if not (workdir / CONFIG).is_file():
     return
   started = configuration.read(workdir / CONFIG).dataset.raw_dir
-  hashes = [path.parent.name.rpartition("-")[2] for path in (raw_dir, Path(started))]
+  hashes = [Path(path).parent.name.rpartition("-")[2] for path in (raw_dir, started)]
   if hashes[0] != hashes[1]:
     raise InputError(
       f"{workdir}: was started with {started or 'other data'}, and --data with these flags is {raw_dir}; use another "

@@ -24,7 +24,7 @@ from vixml_jax import cli, compile_cache_flag
 from vixml_jax.errors import InputError
 from vixml_jax.run.workdir import CONFIG, FINAL_METRICS
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run, written by vixml_jax.main.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run, written by vixml_jax.main, or its URL in a bucket.")
 _SEARCH = flags.DEFINE_enum("search", None, ["exact", "scann"], "Search method; default: that of the config.")
 _AUGMENTED = flags.DEFINE_bool("retrieval_augmented", None, "Whether to evaluate with retrieval augmentation as well.")
 _LAMBDA = flags.DEFINE_float(
@@ -61,7 +61,9 @@ _SPLIT = flags.DEFINE_enum(
 _MESH = flags.DEFINE_string(
   "mesh", None, "Sizes data,fsdp,tensor of the mesh, such as 4,1,2; default: those of the config."
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the prepared data; default: that of the config.")
+_DATA_DIR = flags.DEFINE_string(
+  "data_dir", None, "Folder of the prepared data, or its URL in a bucket; default: that of the config."
+)
 _COMPARE = flags.DEFINE_list(
   "compare", None, "Evaluated workdirs to compare with --workdir, without evaluating anything."
 )
@@ -76,15 +78,24 @@ _COMPILE_CACHE = compile_cache_flag.define()
 
 def main() -> None:
   """Evaluates the workdir of the flags, verifies its metrics, or compares it with others."""
-  from vixml_jax.experiment import evaluate_workdir
   from vixml_jax.report.compare import compare_workdirs
-  from vixml_jax.run import configuration
+  from vixml_jax.run.bucket_workdir import open_workdir
 
-  workdir = cli.local_path(cli.required(_WORKDIR), "workdir")
+  place = cli.place(cli.required(_WORKDIR), "workdir")
   if _COMPARE.value is not None:
     _check_alone("compare", "evaluates nothing; evaluate each workdir with it first", _SPLIT, _MESH, _DATA_DIR, _VERIFY)
-    print(compare_workdirs(workdir, [Path(name) for name in _COMPARE.value]), flush=True)
+    workdirs = [cli.local_path(name, "compare") for name in _COMPARE.value]
+    print(compare_workdirs(cli.local_path(place, "workdir"), workdirs), flush=True)
     return
+  with open_workdir(place, exists=True) as workdir:
+    _evaluate(workdir.folder)
+
+
+def _evaluate(workdir: Path) -> None:
+  """Evaluates a workdir, or verifies its metrics."""
+  from vixml_jax.experiment import evaluate_workdir
+  from vixml_jax.run import configuration
+
   config = configuration.read(workdir / CONFIG)
   if _VERIFY.value:
     _check_alone("verify", "evaluates as the workdir was evaluated; evaluate it with this flag first", _SPLIT)

@@ -32,6 +32,7 @@ from vixml_jax.evaluation.shown_queries import shown_queries
 from vixml_jax.files import write_json
 from vixml_jax.input.batches import steps_per_epoch
 from vixml_jax.ragged import Ragged
+from vixml_jax.remote import local_data_dir
 from vixml_jax.report.label_map import label_map, mapped_labels
 from vixml_jax.report.run_report import describe_confusions, results_table, write_evaluation, write_report_files
 from vixml_jax.row_files import RowFiles, remove_shares, write_shares
@@ -60,7 +61,10 @@ _log = logging.getLogger(__name__)
 @recorded
 @not_enough_memory
 def train_and_evaluate(
-  config: ConfigDict, workdir: Path, show: Callable[[str], object] = lambda table: None
+  config: ConfigDict,
+  workdir: Path,
+  show: Callable[[str], object] = lambda table: None,
+  saved: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
   """Trains a run, or continues it, evaluates it and writes all outputs.
 
@@ -88,6 +92,7 @@ def train_and_evaluate(
     config: the whole config, checked by `configuration.check`.
     workdir: folder of the outputs; a run in it is continued.
     show: receives the table of results in the first process, such as `print`.
+    saved: called in the first process after every checkpoint, when it is whole on the disk.
 
   Returns:
     The contents of final_metrics.json.
@@ -98,7 +103,7 @@ def train_and_evaluate(
     check_adapter(model_from_config(config), adapter)
   setup = set_up_run(config, workdir, extract=True)
   check_limits(setup.config, setup.model, setup.mesh, len(setup.data.train_rows), setup.data.num_labels)
-  with Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep) as checkpointer:
+  with Checkpointer(workdir / CHECKPOINTS, config.checkpoint.keep, saved) as checkpointer:
     step = checkpointer.step_to_resume()
     if step is not None:
       _check_same_run(setup, workdir, checkpointer.meta(step))
@@ -317,7 +322,9 @@ def _write_for_inference(setup: RunSetup, workdir: Path, evaluation: ModelEvalua
       blend=blend,
       without_classifier=None if evaluation.mix is None else evaluation.mix.without_classifier,
     )
-    origin = image_origin(builder, config.dataset.data_dir, config.features.name) if config.images else None
+    origin = (
+      image_origin(builder, local_data_dir(config.dataset.data_dir), config.features.name) if config.images else None
+    )
     with stage("write the label index"):
       write_inference_files(
         workdir,

@@ -52,34 +52,43 @@ _PUBLISHED = flags.DEFINE_string(
 
 def main() -> None:
   """Makes or imports the features in the flags."""
-  from vixml_jax.datasets import prepare
-  from vixml_jax.images.extraction import prepare_features
+  from vixml_jax.datasets.bucket_sets import prepare_shared, shared_sets
+  from vixml_jax.images.extraction import feature_name, prepare_features
   from vixml_jax.images.published_features import import_published
+  from vixml_jax.remote import MOUNT, is_remote
   from vixml_jax.run import configuration
 
   config = cli.required(_CONFIG)
   configuration.check(config)
   if _PUBLISHED.value and _CHECKPOINT.value:
     raise InputError("--published and --checkpoint: set only one of them, the features or the tower that makes them")
+  share = cli.process_share()
+  if share.count > 1 and is_remote(config.dataset.data_dir):
+    raise InputError(
+      f"--config.dataset.data_dir={config.dataset.data_dir}: a bucket serves one process, and there are {share.count}; "
+      f"{MOUNT}"
+    )
   _DATA.set_raw_dir(config)
   checkpoint = "" if _PUBLISHED.value else cli.required(_CHECKPOINT)
   data = config.dataset
-  builder = prepare(data.name, data.raw_dir, data.data_dir, data.allow_empty_filter)
-  if _PUBLISHED.value:
-    import_published(builder, data.data_dir, _PUBLISHED.value, _NAME.value or "published")
-  else:
-    prepare_features(
-      builder,
-      data.data_dir,
-      checkpoint,
-      name=_NAME.value,
-      variant=_VARIANT.value,
-      preprocessing=_PREPROCESSING.value,
-      images=_IMAGES.value,
-      batch_size=_BATCH_SIZE.value,
-      dtype=_DTYPE.value or "",
-      share=cli.process_share(),
-    )
+  builder = prepare_shared(data.name, data.raw_dir, data.data_dir, data.allow_empty_filter)
+  name = _NAME.value or ("published" if _PUBLISHED.value else feature_name(checkpoint, _VARIANT.value))
+  with shared_sets(data.data_dir, f"{builder.name}_features/{name}") as data_dir:
+    if _PUBLISHED.value:
+      import_published(builder, data_dir, _PUBLISHED.value, name)
+    else:
+      prepare_features(
+        builder,
+        data_dir,
+        checkpoint,
+        name=name,
+        variant=_VARIANT.value,
+        preprocessing=_PREPROCESSING.value,
+        images=_IMAGES.value,
+        batch_size=_BATCH_SIZE.value,
+        dtype=_DTYPE.value or "",
+        share=share,
+      )
 
 
 if __name__ == "__main__":

@@ -220,14 +220,15 @@ def disk_fault(error: Exception) -> str | None:
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+def locked(path: str | os.PathLike[str], busy: str | None = None) -> Iterator[None]:
   """Runs the block in one process of this machine at a time. The lock ends when its process ends.
 
   Args:
     path: Path of the lock file, which is created with its folder if it does not exist.
+    busy: Error message if another process holds the lock; None to wait for it.
 
   Raises:
-    InputError: The folder cannot be created, or the file cannot be written.
+    InputError: The folder cannot be created, the file cannot be written, or another process holds the lock.
   """
   path = Path(path)
   try:
@@ -236,7 +237,10 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
   except OSError as error:
     raise InputError(f"{path.parent}: cannot be written to ({error.strerror}); choose another folder") from error
   with file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+      raise InputError(f"{busy}") from error
     yield
 
 

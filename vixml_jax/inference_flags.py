@@ -62,12 +62,15 @@ class ModelFlags:
     """Keeps compiled programs as the flag says, from now on; returns what stores new ones where other servers read."""
     return compile_cache_flag.use(self.compile_cache)
 
-  def load(self, search: SearchFlags | None = None, default_ranking: str | None = None) -> "Predictor":
+  def load(
+    self, search: SearchFlags | None = None, default_ranking: str | None = None, folder: Path | None = None
+  ) -> "Predictor":
     """Loads the workdir as the flags say.
 
     Args:
       search: Flags of the search; None for plain search of the kind that the index was written for.
       default_ranking: The ranking if no flag names one; None for plain.
+      folder: Local folder of the workdir; None for that of `folder`.
 
     Raises:
       InputError: `--workdir` is missing, another flag is wrong, or the workdir cannot be loaded.
@@ -79,7 +82,7 @@ class ModelFlags:
     if searching and searching["ranking"] is None and not searching["retrieval_augmented"]:
       searching["ranking"] = default_ranking
     return load_predictor(
-      self.folder(),
+      folder or self.folder(),
       mesh=cli.mesh(self.mesh),
       image_checkpoint=self.image_checkpoint.value,
       image_batch_size=self.image_batch_size.value,
@@ -104,7 +107,7 @@ def define_model_flags(image_batch_size: int) -> ModelFlags:
     image_batch_size: Default of `--image_batch_size`.
   """
   return ModelFlags(
-    workdir=flags.DEFINE_string("workdir", None, "Folder that vixml_jax.main wrote."),
+    workdir=flags.DEFINE_string("workdir", None, "Folder that vixml_jax.main wrote, or its URL in a bucket."),
     image_checkpoint=flags.DEFINE_string(
       "image_checkpoint",
       None,

@@ -18,7 +18,7 @@ from vixml_jax.errors import InputError
 _CONFIG = config_flag.define()
 _DATA = data_flags.define_data_flags()
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder for the outputs; default: runs/NAME, where NAME is config.name."
+  "workdir", None, "Folder for the outputs, or its URL in a bucket; default: runs/NAME, where NAME is config.name."
 )
 _PROFILE = flags.DEFINE_string(
   "profile",
@@ -33,6 +33,7 @@ def main() -> None:
   """Trains and evaluates the config of the flags."""
   from vixml_jax.experiment import train_and_evaluate
   from vixml_jax.run import configuration
+  from vixml_jax.run.bucket_workdir import open_workdir
 
   config = cli.required(_CONFIG)
   if _PROFILE.value is not None:
@@ -40,12 +41,10 @@ def main() -> None:
       raise InputError("--profile and --config.profile.steps: both name the steps to trace; give one of them")
     config.profile.steps = _PROFILE.value
   configuration.check(config)
-  workdir = cli.local_path(_WORKDIR.value or f"runs/{config.name}", "workdir")
-  for key in ("raw_dir", "data_dir"):
-    cli.local_path(config.dataset[key], f"config.dataset.{key}")
-  _DATA.set_raw_dir(config, workdir)
   compile_cache_flag.use(_COMPILE_CACHE)
-  train_and_evaluate(config, workdir, cli.show)
+  with open_workdir(cli.place(_WORKDIR.value or f"runs/{config.name}", "workdir")) as workdir:
+    _DATA.set_raw_dir(config, workdir.folder)
+    train_and_evaluate(config, workdir.folder, cli.show, workdir.saved)
 
 
 if __name__ == "__main__":

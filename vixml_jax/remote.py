@@ -3,12 +3,15 @@
 An object of a bucket appears whole or not at all, and every process sees it from then on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import hashlib
 import os
 from pathlib import Path, PurePosixPath
 import tempfile
+import time
+from typing import NamedTuple
+import uuid
 
 import fsspec
 
@@ -17,6 +20,21 @@ from vixml_jax.files import fingerprint_of
 from vixml_jax.manifest import cached_folder
 
 _PACKAGES = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+_RETRY_SECONDS = (1.0, 5.0)  # Between attempts to write; the packages of the buckets repeat single requests themselves.
+MOUNT = "mount the bucket (gcsfuse, mountpoint-s3) and give the folder"
+"""What to do where several processes would need a bucket that only one can use."""
+
+
+class StoredFile(NamedTuple):
+  """A file of a bucket.
+
+  Attributes:
+    size: Its bytes.
+    version: Text that changes when the file is replaced.
+  """
+
+  size: int
+  version: str
 
 
 def is_remote(place: str | os.PathLike[str]) -> bool:
@@ -72,6 +90,29 @@ def local_table(place: str) -> Path:
   return folder / own
 
 
+def local_data_dir(data_dir: str | os.PathLike[str]) -> Path:
+  """Returns the local folder of prepared data; of a URL, the folder of the cache that holds the copies."""
+  if not is_remote(data_dir):
+    return Path(data_dir)
+  protocol, _, path = str(data_dir).partition("://")
+  return cache_root().joinpath("data", protocol, *(part for part in path.split("/") if part not in ("", ".", "..")))
+
+
+def persistently(write: Callable[[], object]) -> None:
+  """Calls a function that writes to a bucket; where it fails, twice more.
+
+  Raises:
+    InputError: All attempts failed; the error of the last one.
+  """
+  for seconds in _RETRY_SECONDS:
+    try:
+      write()
+      return
+    except InputError:
+      time.sleep(seconds)
+  write()
+
+
 class Bucket:
   """A folder in a bucket.
 
@@ -93,6 +134,10 @@ class Bucket:
 
   def sizes(self, folder: str = "") -> dict[str, int]:
     """Returns the bytes of each file in a folder and the folders in it, by path within the folder."""
+    return {name: file.size for name, file in self.files(folder).items()}
+
+  def files(self, folder: str = "") -> dict[str, StoredFile]:
+    """Returns size and version of each file in a folder and the folders in it, by path within the folder."""
     root = self._path(folder).rstrip("/")
     with self._reaching(folder):
       self._files.invalidate_cache()
@@ -100,7 +145,12 @@ class Bucket:
         found = self._files.find(root, detail=True)
       except FileNotFoundError:
         return {}
-    return {str(PurePosixPath(name).relative_to(PurePosixPath(root))): info["size"] for name, info in found.items()}
+    return {
+      str(PurePosixPath(name).relative_to(PurePosixPath(root))): StoredFile(
+        info["size"], fingerprint_of({key: str(value) for key, value in info.items()})
+      )
+      for name, info in found.items()
+    }
 
   def size(self, name: str) -> int | None:
     """Returns the bytes of a file; None if it does not exist."""
@@ -144,6 +194,21 @@ class Bucket:
     """Copies a local file to the bucket."""
     with self._reaching(name):
       self._files.put_file(str(path), self._path(name))
+
+  def write(self, name: str, contents: bytes) -> None:
+    """Writes a file."""
+    with self._reaching(name):
+      self._files.pipe_file(self._path(name), contents)
+
+  def check_writable(self) -> None:
+    """Writes a file and removes it, before work is done whose result must be written.
+
+    Raises:
+      InputError: The bucket cannot be written.
+    """
+    name = f".probe-{uuid.uuid4().hex}"
+    self.write(name, b"")
+    self.remove(name)
 
   def copy(self, name: str, target: str) -> None:
     """Copies a file within the bucket."""

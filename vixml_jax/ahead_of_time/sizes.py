@@ -5,6 +5,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from vixml_jax.datasets import open_dataset
+from vixml_jax.datasets.bucket_sets import shared_sets
 from vixml_jax.datasets.builders import EXPECTED_COUNTS
 from vixml_jax.errors import InputError
 
@@ -97,7 +98,8 @@ def _assumed_tokens(data: ConfigDict) -> float:
 
 def _prepared(data: ConfigDict) -> dict[str, int]:
   try:
-    return dict(open_dataset(data.name, data.data_dir).info.metadata["counts"])
+    with shared_sets(data.data_dir, data.name) as data_dir:
+      return dict(open_dataset(data.name, data_dir).info.metadata["counts"])
   except InputError as error:
     raise InputError(f"{data.name}: its size is not known ({error}); give --num_queries and --num_labels") from error
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vixml_jax import datasets
 from vixml_jax.datasets import raw, raw_rows
+from vixml_jax.datasets.bucket_sets import local_raw_folder, prepare_shared
 from vixml_jax.datasets.builders import BUILDERS
 from vixml_jax.datasets.prepared import EMBEDDED
 from vixml_jax.datasets.records import Record, Records
 from vixml_jax.errors import InputError
+from vixml_jax.remote import is_remote
 from vixml_jax.search.text_table import TextTable
 
 if TYPE_CHECKING:
@@ -44,13 +45,14 @@ class Dataset:
 
   Attributes:
     name: Name of the data set: "custom", or that of a published one.
-    raw_dir: Folder of the raw files.
-    data_dir: Folder for what is made from them: the converted set, tokens, vectors of images.
+    raw_dir: Folder of the raw files, or its URL in a bucket.
+    data_dir: Folder for what is made from them: the converted set, tokens, vectors of images. Of a URL, the cache keeps
+      tokens and vectors.
   """
 
   name: str
-  raw_dir: Path
-  data_dir: Path
+  raw_dir: Path | str
+  data_dir: Path | str
 
   @classmethod
   def from_table(
@@ -77,7 +79,8 @@ class Dataset:
       separator: What separates the labels in a text, such as "|".
       test_fraction: Share of the rows that become test queries.
       seed: Seed of their choice.
-      data_dir: Folder in which the data set gets a folder of its own, named by a hash of the table and the settings.
+      data_dir: Folder in which the data set gets a folder of its own, named by a hash of the table and the settings; or
+        the URL of one in a bucket.
 
     Raises:
       InputError: The table cannot be used; the message names the row or the column.
@@ -87,9 +90,9 @@ class Dataset:
       >>> Dataset.from_table(table).num_labels
       3
     """
-    from vixml_jax.tables import write_raw_folder_in  # Late, since the readers of tables take time to import.
+    from vixml_jax.tables.conversion import convert_shared  # Late, since the readers of tables take time to import.
 
-    converted = write_raw_folder_in(
+    _, converted, folder = convert_shared(
       data_dir,
       data,
       labels=labels,
@@ -99,7 +102,7 @@ class Dataset:
       test_fraction=test_fraction,
       seed=seed,
     )
-    return cls("custom", converted.folder, converted.folder.parent)
+    return cls("custom", _place(converted), _place(folder))
 
   @classmethod
   def from_folder(
@@ -108,9 +111,9 @@ class Dataset:
     """Opens a raw folder with `trn.json.gz`, `tst.json.gz` and `lbl.json.gz`, or the archives of a published set.
 
     Args:
-      raw_dir: The folder, or an archive.
-      data_dir: Folder for what is made from the raw files. None for a folder of its own in `data/`, or for `data/`
-        itself if the set is a published one.
+      raw_dir: The folder, or an archive, or the URL of one in a bucket.
+      data_dir: Folder for what is made from the raw files, or its URL. None for a folder of its own in `data/`, or for
+        `data/` itself if the set is a published one.
       name: "custom", or the name of a published data set, whose numbers of rows are then checked.
 
     Raises:
@@ -120,29 +123,30 @@ class Dataset:
       >>> Dataset.from_folder(raw_folder).num_labels
       24
     """
-    raw_dir = Path(raw_dir)
+    raw_dir = _place(raw_dir)
     if name not in BUILDERS:
       raise InputError(f"name={name!r}: there is no such data set; choose from {', '.join(BUILDERS)}")
-    raw.find_files(raw_dir)
+    raw.find_files(_local(raw_dir, ""))
     if data_dir is None:
       data_dir = _DATA
       if name == "custom":
-        data_dir /= f"{raw_dir.name}-{hashlib.sha256(os.fsencode(raw_dir.absolute())).hexdigest()[:8]}"
-    return cls(name, raw_dir, Path(data_dir))
+        whole = raw_dir if isinstance(raw_dir, str) else raw_dir.absolute()
+        data_dir /= f"{Path(raw_dir).name}-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]}"
+    return cls(name, raw_dir, _place(data_dir))
 
   @classmethod
   def embedded(cls, data_dir: str | os.PathLike[str] = _DATA) -> "Dataset":
     """Opens MM-Icons-9K, the data set in this package: from names and images of icons to their tags.
 
     Args:
-      data_dir: Folder for what is made from it.
+      data_dir: Folder for what is made from it, or its URL in a bucket.
 
     Examples:
       >>> Dataset.embedded()
       Dataset('mm_icons_9k', queries=17083, test_queries=5646, labels=9527, images=True)
     """
     ((name, folder),) = EMBEDDED.items()
-    return cls(name, folder, Path(data_dir))
+    return cls(name, folder, _place(data_dir))
 
   @property
   def num_queries(self) -> int:
@@ -162,7 +166,7 @@ class Dataset:
   @property
   def has_images(self) -> bool:
     """Whether the raw files have images."""
-    return any(files.images is not None for files in raw.find_files(self.raw_dir).values())
+    return any(files.images is not None for files in raw.find_files(_local(self.raw_dir, self.data_dir)).values())
 
   def __repr__(self) -> str:
     return (
@@ -188,7 +192,7 @@ class Dataset:
     """
     if split not in ("test", "train"):
       raise InputError(f"split={split!r}: must be test or train")
-    builder = datasets.prepare(self.name, self.raw_dir, self.data_dir)
+    builder = prepare_shared(self.name, self.raw_dir, self.data_dir)
     batches = Records(builder, "labels").batches()
     uids = TextTable.from_blocks([record.text(("uid",)) for record in batch] for batch in batches)
     for batch in Records(builder, split).batches():
@@ -196,7 +200,21 @@ class Dataset:
 
   @functools.cached_property
   def _counts(self) -> dict[str, int]:
-    return {split: raw_rows.count_rows(files) for split, files in raw.find_files(self.raw_dir).items()}
+    return {
+      split: raw_rows.count_rows(files) for split, files in raw.find_files(_local(self.raw_dir, self.data_dir)).items()
+    }
+
+
+def _place(place: str | os.PathLike[str]) -> Path | str:
+  """Returns a path, or the URL of a bucket as it is."""
+  return str(place) if is_remote(place) else Path(place)
+
+
+def _local(raw_dir: Path | str, data_dir: Path | str) -> Path:
+  """Returns the local folder of raw files."""
+  found = local_raw_folder(raw_dir, data_dir)
+  assert found is not None
+  return Path(found)
 
 
 def _labeled_query(record: Record, uids: TextTable) -> LabeledQuery:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import functools
 import os
 from pathlib import Path
+import tempfile
 from typing import Any
 
 import jax
@@ -20,8 +21,11 @@ from vixml_jax.inference.loading import load_predictor, with_ranking
 from vixml_jax.inference.new_labels import change_labels
 from vixml_jax.inference.predictions import Prediction
 from vixml_jax.inference.predictor import GivenQuery, Predictor
+from vixml_jax.inference.remote_workdir import local_workdir
+from vixml_jax.remote import is_remote
+from vixml_jax.run.bucket_workdir import open_workdir, send_new_folder
 from vixml_jax.run.saved_model import save_for_inference
-from vixml_jax.run.workdir import FINAL_METRICS, REPORT
+from vixml_jax.run.workdir import FINAL_METRICS, INDEX, REPORT
 
 
 class Model:
@@ -32,6 +36,7 @@ class Model:
 
   Args:
     predictor: Encoder and label index of a workdir.
+    url: URL of the workdir if it is in a bucket; the predictor then reads a local copy.
 
   Examples:
     >>> model = vixml_jax.load(workdir)
@@ -41,16 +46,16 @@ class Model:
     [2, 2]
   """
 
-  def __init__(self, predictor: Predictor):
-    self._predictor = predictor
+  def __init__(self, predictor: Predictor, url: str | None = None):
+    self._predictor, self._url = predictor, url
     self._other_rankings: dict[str, Predictor] = {}
 
   def __repr__(self) -> str:
-    return f"Model({str(self.workdir)!r}, labels={self.num_labels}, ranking={self.ranking!r})"
+    return f"Model({self._url or str(self.workdir)!r}, labels={self.num_labels}, ranking={self.ranking!r})"
 
   @property
   def workdir(self) -> Path:
-    """Folder of the run, or the one that `save` made."""
+    """Folder of the run, or the one that `save` made; of a run in a bucket, the local copy that the model reads."""
     return self._predictor.encoder.workdir
 
   @property
@@ -215,28 +220,32 @@ class Model:
       raise InputError("uids: must be a list of uids; put a single one into brackets")
     self._change([], {uid: f"uid {number}" for number, uid in enumerate(uids)})
 
-  def save(self, folder: str | os.PathLike[str]) -> Path:
+  def save(self, folder: str | os.PathLike[str]) -> Path | str:
     """Copies what inference needs to a folder that `load` reads: no training state, embeddings or training data.
 
     The tower that encodes images is not copied, nor is a frozen language model; both are found where they are.
 
     Args:
-      folder: Folder to make.
+      folder: Folder to make, or its URL in a bucket.
 
     Returns:
       The folder.
 
     Raises:
-      InputError: The folder exists, the disk is full, or this is not process 0.
+      InputError: The folder exists, the bucket cannot be written, the disk is full, or this is not process 0.
 
     Examples:
       >>> vixml_jax.load(model.save(tmp / "saved"))
       Model('...saved', labels=24, ranking='plain')
     """
     _check_first_process("save")
-    target = Path(folder)
-    save_for_inference(self.workdir, self._predictor.encoder.checkpoint["step"], target)
-    return target
+    if is_remote(folder):
+      with tempfile.TemporaryDirectory(prefix="vixml-") as temporary:
+        send_new_folder(Path(self.save(Path(temporary) / "saved")), str(folder))
+      return str(folder)
+    step, index = self._predictor.encoder.checkpoint["step"], self._predictor.index.folder
+    save_for_inference(self.workdir, step, Path(folder), index=index)
+    return Path(folder)
 
   def _readable(self, queries: Iterable[LabeledQuery]) -> Iterator[Labeled]:
     """Yields queries of a data set without images if the model takes none."""
@@ -254,7 +263,12 @@ class Model:
 
   def _change(self, new: Sequence[Any], delete: Mapping[str, str]) -> None:
     """Writes the next snapshot of the index and opens it."""
-    index = change_labels(self._predictor.index, self._predictor, new, delete, {})
+    if self._url is None:
+      index = change_labels(self._predictor.index, self._predictor, new, delete, {})
+    else:
+      with open_workdir(self._url, exists=True) as opened:
+        predictor = self._predictor.with_index(self._predictor.index.in_folder(opened.folder / INDEX))
+        index = change_labels(predictor.index, predictor, new, delete, {})
     self._predictor, self._other_rankings = self._predictor.with_index(index), {}
 
 
@@ -286,7 +300,7 @@ def load(
   """Loads a trained model from the folder of a run, or from one that `Model.save` made. No training data are needed.
 
   Args:
-    workdir: The folder.
+    workdir: The folder, or its URL in a bucket, of which what inference needs is copied to the cache.
     search: "exact" (on the devices) or "scann" (approximate, on the CPU); None for the kind that the index was written
       for.
     retrieval_augmented: Short for `ranking="retrieval_augmented"`.
@@ -318,9 +332,10 @@ def load(
     >>> vixml_jax.load(workdir, ranking="blend").ranking
     'blend'
   """
+  url = str(workdir) if is_remote(workdir) else None
   return Model(
     load_predictor(
-      workdir,
+      local_workdir(os.fspath(workdir)),
       search,
       retrieval_augmented,
       mesh,
@@ -334,5 +349,6 @@ def load(
       encoder=encoder,
       index_dtype=index_dtype,
       dims=dims,
-    )
+    ),
+    url,
   )

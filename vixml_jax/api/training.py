@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import os
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,6 +13,7 @@ from vixml_jax.experiment import train_and_evaluate
 from vixml_jax.files import path_problem
 from vixml_jax.progress_lines import progress_lines
 from vixml_jax.run import configuration, named_configs
+from vixml_jax.run.bucket_workdir import open_workdir
 from vixml_jax.stages import Callback, reporting
 
 
@@ -42,7 +42,7 @@ def train(
     config: Name of a config, such as "custom" or "quickstart:full,images=3"; path of a config file; or a config from
       `vixml_jax.run.named_configs.load`, which is not changed. The keys `dataset.name`, `dataset.raw_dir` and
       `dataset.data_dir` are those of `dataset`.
-    workdir: Folder of the run.
+    workdir: Folder of the run, or its URL in a bucket (`gs://`, `s3://`), which needs a single process.
     callbacks: Receive progress and metrics; one that raises `StopTraining` ends training early.
     **overrides: Values of the config by their keys, with two underscores for a dot: `train__epochs=3`.
 
@@ -65,7 +65,8 @@ def train(
   if problem := path_problem(os.fspath(workdir)):
     raise InputError(f"workdir={shown(workdir)}: {problem}")
   with reporting(*callbacks), progress_lines():
-    train_and_evaluate(config, Path(workdir))
+    with open_workdir(os.fspath(workdir)) as opened:
+      train_and_evaluate(config, opened.folder, saved=opened.saved)
     return load(workdir)
 
 

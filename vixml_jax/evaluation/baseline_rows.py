@@ -1,7 +1,6 @@
 """Computes the baselines that a config asks for, and keeps their metrics beside the prepared data for other runs."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from vixml_jax.encoding.item_encoder import ItemEncoder
 from vixml_jax.evaluation.baselines import BaselineTask, plt, tfidf, untrained
 from vixml_jax.evaluation.blend_fitting import CorpusWords
 from vixml_jax.files import fingerprint_of, read_json_object, write_json
+from vixml_jax.remote import local_data_dir
 from vixml_jax.typing import Tree
 
 _FOLDER = "baselines"
@@ -28,8 +28,9 @@ def baseline_rows(
 ) -> dict[str, dict[str, float]]:
   """Returns the metrics of baselines in percent, by the name of the row.
 
-  Metrics are stored in `baselines/` of `dataset.data_dir`, and computed if they are not there. All processes must call
-  this together. A baseline that failed has no row and is not stored, so that the next evaluation tries it again.
+  Metrics are stored in `baselines/` of the local `dataset.data_dir`, and computed if they are not there. All processes
+  must call this together. A baseline that failed has no row and is not stored, so that the next evaluation tries it
+  again.
 
   Args:
     names: some of "tfidf", "untrained", "plt".
@@ -43,7 +44,7 @@ def baseline_rows(
   rows: dict[str, dict[str, float]] = {}
   for name in names:
     settings = _settings(config, task, name, weights_sha256)
-    path = Path(config.dataset.data_dir) / _FOLDER / f"{name}-{fingerprint_of(settings)[:16]}.json"
+    path = local_data_dir(config.dataset.data_dir) / _FOLDER / f"{name}-{fingerprint_of(settings)[:16]}.json"
     is_stored = path.exists()
     sharding.wait_for_all_processes(f"the stored baseline {name} was looked for")
     if is_stored:

@@ -72,7 +72,7 @@ def prepare_features(
   """
   if batch_size < 1:
     raise InputError(f"batch_size {batch_size}: must be at least 1")
-  name = name or variant or Path(checkpoint).name.removesuffix(".npz")
+  name = name or feature_name(checkpoint, variant)
   target = feature_set.features_folder(builder, data_dir, name)
   splits = sources.open_sources(images, builder)
   path = vision.find_checkpoint(checkpoint)
@@ -109,6 +109,11 @@ def prepare_features(
     if not found:
       _log.info("the parts of this process are finished; the process that finishes last writes %s", target)
     return found
+
+
+def feature_name(checkpoint: str, variant: str | None) -> str:
+  """Returns the name of features for which none is given: the variant, or the name of the tower's file or folder."""
+  return variant or Path(checkpoint).name.removesuffix(".npz")
 
 
 def _unfinished(splits: dict[str, ImageSource], parts: FeatureParts) -> bool:

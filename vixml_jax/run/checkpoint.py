@@ -63,15 +63,16 @@ class Checkpointer:
   Args:
     directory: folder of all checkpoints.
     keep: number of checkpoints to keep.
+    saved: called in the first process when a step has its hashes and older ones are removed; the next save waits.
   """
 
-  def __init__(self, directory: Path, keep: int):
+  def __init__(self, directory: Path, keep: int, saved: Callable[[], object] = lambda: None):
     if jax.process_index() == 0:
       with writing(directory):
         make_folder(directory.absolute())
     options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
     self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-    self._keep = keep
+    self._keep, self._saved = keep, saved
     self._background = ThreadPoolExecutor(1, "checkpoint hashes")
     self._completing: Future[None] | None = None
 
@@ -187,6 +188,7 @@ class Checkpointer:
     steps = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
     for old in steps[: -self._keep]:
       remove_folder(self._folder / str(old))
+    self._saved()
 
   def wait(self) -> None:
     """Returns when everything is on disk.

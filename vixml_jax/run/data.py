@@ -1,14 +1,13 @@
 """The data set of a run: tokens, image features, and which training queries are trained on or held out."""
 
 import dataclasses
-from pathlib import Path
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 import tensorflow_datasets as tfds
 
-from vixml_jax import datasets
+from vixml_jax.datasets.bucket_sets import prepare_shared, shared_sets
 from vixml_jax.datasets.propensity import inverse_propensity
 from vixml_jax.errors import InputError
 from vixml_jax.images.extraction import prepare_features
@@ -19,6 +18,7 @@ from vixml_jax.input.hold_out import hold_out
 from vixml_jax.input.items import Items
 from vixml_jax.input.tokenizer import Tokenizer
 from vixml_jax.ragged import Ragged
+from vixml_jax.remote import local_data_dir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def prepare_data(config: ConfigDict) -> tfds.core.DatasetBuilder:
     InputError: the raw files are missing or wrong.
   """
   wanted = config.dataset
-  return datasets.prepare(wanted.name, wanted.raw_dir, wanted.data_dir, wanted.allow_empty_filter)
+  return prepare_shared(wanted.name, wanted.raw_dir, wanted.data_dir, wanted.allow_empty_filter)
 
 
 def load_data(
@@ -108,7 +108,7 @@ def load_data(
   """
   wanted = config.dataset
   features, image_rows, fingerprint = _load_features(config, builder, mesh, extract)
-  corpus = load_corpus(builder, tokenizer, tuple(wanted.text_fields), Path(wanted.data_dir) / "tokens")
+  corpus = load_corpus(builder, tokenizer, tuple(wanted.text_fields), local_data_dir(wanted.data_dir) / "tokens")
   held_out = hold_out(corpus.train_tokens, wanted.validation_fraction, config.seed)
   labeled = corpus.train_labels.lengths > 0
   train_rows = np.flatnonzero(labeled & ~held_out)
@@ -139,24 +139,25 @@ def _load_features(
   """Returns image features in their place, the rows of each item, and what they add to the data's fingerprint."""
   if not config.images:
     return None, {}, ""
-  data_dir, wanted = config.dataset.data_dir, config.features
-  if extract and wanted.checkpoint:
-    extracted = prepare_features(
-      builder,
-      data_dir,
-      wanted.checkpoint,
-      name=wanted.name,
-      variant=wanted.variant or None,
-      preprocessing=wanted.preprocessing,
-    )
-    assert extracted is not None  # The processes of a run are joined.
-    found = extracted
-  else:
-    found = open_features(builder, data_dir, wanted.name)
+  wanted = config.features
+  with shared_sets(config.dataset.data_dir, f"{builder.name}_features/{wanted.name}") as data_dir:
+    if extract and wanted.checkpoint:
+      extracted = prepare_features(
+        builder,
+        data_dir,
+        wanted.checkpoint,
+        name=wanted.name,
+        variant=wanted.variant or None,
+        preprocessing=wanted.preprocessing,
+      )
+      assert extracted is not None  # The processes of a run are joined.
+      found = extracted
+    else:
+      found = open_features(builder, data_dir, wanted.name)
   if found.dim != wanted.dim:
     raise InputError(
       f"config.features.dim={wanted.dim}: the features {wanted.name} of {config.dataset.name} have {found.dim}; set it "
       "to that"
     )
-  loaded = load_image_features(found, config.images, Path(data_dir) / "feature_banks")
+  loaded = load_image_features(found, config.images, data_dir / "feature_banks")
   return loaded.features.placed(mesh, config.fusion.bank), loaded.rows, f"+{loaded.fingerprint}"

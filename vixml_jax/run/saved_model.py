@@ -22,13 +22,14 @@ from vixml_jax.search import snapshots
 _TRAINING_ITEMS = ("training", "mining")
 
 
-def save_for_inference(workdir: Path, step: int, target: Path) -> None:
+def save_for_inference(workdir: Path, step: int, target: Path, *, index: Path | None = None) -> None:
   """Copies config, checkpoint, tokenizer, label index and results; the copy has no training state.
 
   Args:
     workdir: Folder of a run, or of an earlier copy.
     step: Step of the checkpoint, whose files have been checked.
     target: Folder to make.
+    index: Folder of the label index; None for that of the workdir.
 
   Raises:
     InputError: The target exists, or the disk is full.
@@ -43,7 +44,7 @@ def save_for_inference(workdir: Path, step: int, target: Path) -> None:
         shutil.copyfile(workdir / name, work / name)
     shutil.copytree(workdir / TOKENIZER, work / TOKENIZER)
     _copy_checkpoint(workdir / CHECKPOINTS / str(step), work / CHECKPOINTS / str(step))
-    current = snapshots.read_current(workdir / INDEX)
+    current = snapshots.read_current(index or workdir / INDEX)
     shutil.copytree(current.path, work / INDEX / current.path.name)
     (work / INDEX / snapshots.CURRENT).write_text(current.pointer, encoding="utf-8")
 

@@ -328,6 +328,16 @@ class LabelIndex:
       return self.form.make_index(vectors, self._mesh, rows)
     return make_index(self.search_kind, vectors, self._mesh, rows, goal=self._files.recall_goal)
 
+  def in_folder(self, folder: Path) -> "LabelIndex":
+    """Returns the index of another folder, of the same checkpoint and opened in the same way.
+
+    Raises:
+      InputError: It is of another checkpoint, or damaged.
+    """
+    return LabelIndex.open(
+      folder, checkpoint=self.info["checkpoint"], search=self.search_kind, mesh=self._mesh, form=self.form
+    )
+
   def _reopened(self) -> "LabelIndex":
     checkpoint = self.info["checkpoint"]
     return LabelIndex.open(

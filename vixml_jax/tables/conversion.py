@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vixml_jax.datasets.bucket_sets import shared_sets
 from vixml_jax.errors import InputError
 from vixml_jax.files import fingerprint_of, locked, new_folder, read_json_object, write_json
 from vixml_jax.manifest import check_folder, write_manifest
+from vixml_jax.remote import is_remote
 from vixml_jax.tables.columns import FLAGS, Columns, find_columns
 from vixml_jax.tables.label_names import LabelNames, Labels, LabelTable
 from vixml_jax.tables.raw_writer import IMAGE_FILES, file_state, own_labels, write_labels, write_queries
@@ -110,6 +112,29 @@ def write_raw_folder_in(parent: str | os.PathLike[str], data: Any, **settings: A
   """
   table = LabeledTable(data, **settings)
   return table.write(Path(parent) / f"{table.name}-{table.fingerprint[:12]}" / "raw")
+
+
+def convert_shared(data_dir: str | os.PathLike[str], data: Any, **settings: Any) -> tuple[Conversion, str, str]:
+  """Writes a table as `write_raw_folder_in`, where the folder of all tables may be in a bucket.
+
+  Args:
+    data_dir: Folder that holds those of all tables, or its URL.
+    data: As for `write_raw_folder`.
+    **settings: The others.
+
+  Returns:
+    What was written, and the values of `dataset.raw_dir` and `dataset.data_dir`: paths, or URLs of the bucket.
+
+  Raises:
+    InputError: As for `write_raw_folder` and `shared_sets`.
+  """
+  table = LabeledTable(data, **settings)
+  name = f"{table.name}-{table.fingerprint[:12]}"
+  place = f"{data_dir}".rstrip("/") + f"/{name}" if is_remote(data_dir) else Path(data_dir) / name
+  with shared_sets(place, "raw") as folder:
+    converted = table.write(folder / "raw")
+  raw_dir = f"{place}/raw" if is_remote(data_dir) else str(converted.folder)
+  return converted, raw_dir, str(place)
 
 
 class LabeledTable:

@@ -16,6 +16,7 @@ from vixml_jax.datasets.records import Records
 from vixml_jax.errors import InputError
 from vixml_jax.files import write_json, writing
 from vixml_jax.input.batches import Batch
+from vixml_jax.remote import local_data_dir
 from vixml_jax.run.workdir import NOT_FINITE
 
 _log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class BatchRows:
 
   def _uids(self, split: str, rows: np.ndarray) -> list[str]:
     dataset = self.config.dataset
-    records = Records(open_dataset(dataset.name, dataset.data_dir), split)
+    records = Records(open_dataset(dataset.name, local_data_dir(dataset.data_dir)), split)
     return [record.text(["uid"]) for record in records.take(rows.tolist())]
 
 
