@@ -10,7 +10,6 @@ has a workdir in the output folder. The same command continues a study that was 
 split, and add --split=test once: it evaluates the trained runs again. Writes study-SPLIT.json and study-SPLIT.html.
 """
 
-from pathlib import Path
 import re
 
 from absl import flags
@@ -34,7 +33,7 @@ def main() -> None:
   from vixml_jax.studies.run_study import plan_study, run_study
 
   study, config, shard = cli.required(_STUDY), cli.required(_CONFIG), _shard(_SHARD.value)
-  folder = Path(_OUTPUT.value or f"runs/studies/{study}-{config.name}")
+  folder = cli.local_path(_OUTPUT.value or f"runs/studies/{study}-{config.name}", "output")
   runs = plan_study(study, config, _SEEDS.value, _SPLIT.value, folder)
   compile_cache_flag.use(_COMPILE_CACHE)
   run_study(runs, shard, cli.show)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers.miniature_runs import ROOT, run_commands
+from tests.helpers.s3_server import s3_server
 from vixml_jax.errors import InputError
 from vixml_jax.exporting.export import export
 from vixml_jax.inference.batch_encoding import encode_file
@@ -162,47 +163,19 @@ def test_commands_refuse_a_bucket_where_they_write_a_folder(tmp_path):
   assert not Path(ROOT, "gs:").exists()
 
 
-# moto's server answers as S3 does. It prints lines of its own and then its port, and ends with its input.
-_S3 = """
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(port=0)
-server.start()
-print("port", server._server.port, flush=True)
-input()
-"""
-
-
 @pytest.mark.slow
 def test_commands_read_and_write_s3(texts_only, local, tmp_path):
-  for package in ("s3fs", "moto"):
-    pytest.importorskip(package, reason=f"needs {package}: pip install -c constraints.txt -e '.[slow]'")
-  with subprocess.Popen(
-    [sys.executable, "-c", _S3], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-  ) as server:
-    try:
-      port = next(line.split()[1] for line in server.stdout if line.startswith("port "))
-      url = f"http://127.0.0.1:{port}"
-      environment = os.environ | {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "none",
-        "AWS_SECRET_ACCESS_KEY": "none",
-        "AWS_DEFAULT_REGION": "us-east-1",
-      }
-      files = fsspec.filesystem("s3", endpoint_url=url, key="none", secret="none")
-      files.mkdir("bucket")
-      files.put(str(texts_only.workdir), "bucket/run", recursive=True)
-      files.pipe("bucket/q.jsonl", LINES.encode())
-      flags = ["--workdir=s3://bucket/run", "--queries=s3://bucket/q.jsonl", "--output=s3://bucket/top.parquet"]
-      command = [sys.executable, "-m", "vixml_jax.predict", *flags, "--k=3", "--batch_size=5", "--num_processes=2"]
-      for index in range(2):
-        done = subprocess.run(
-          [*command, f"--process={index}"], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-      assert files.cat("bucket/top.parquet") == local.read_bytes()
-    finally:
-      server.stdin.close()
-      server.wait()
+  with s3_server() as (files, environment):
+    files.put(str(texts_only.workdir), "bucket/run", recursive=True)
+    files.pipe("bucket/q.jsonl", LINES.encode())
+    flags = ["--workdir=s3://bucket/run", "--queries=s3://bucket/q.jsonl", "--output=s3://bucket/top.parquet"]
+    command = [sys.executable, "-m", "vixml_jax.predict", *flags, "--k=3", "--batch_size=5", "--num_processes=2"]
+    for index in range(2):
+      done = subprocess.run(
+        [*command, f"--process={index}"], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+      )
+      assert done.returncode == 0, done.stderr
+    assert files.cat("bucket/top.parquet") == local.read_bytes()
 
 
 def test_a_table_or_a_folder_of_tables_in_a_bucket_is_read_like_a_local_one(memory, tmp_path):

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import functools
 import os
 from pathlib import Path
-import tempfile
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from vixml_jax.inference.predictions import Prediction
 from vixml_jax.inference.predictor import GivenQuery, Predictor
 from vixml_jax.inference.remote_workdir import local_workdir
 from vixml_jax.remote import is_remote
-from vixml_jax.run.bucket_workdir import open_workdir, send_new_folder
+from vixml_jax.run.bucket_workdir import open_workdir
 from vixml_jax.run.saved_model import save_for_inference
 from vixml_jax.run.workdir import FINAL_METRICS, INDEX, REPORT
 
@@ -239,13 +238,8 @@ class Model:
       Model('...saved', labels=24, ranking='plain')
     """
     _check_first_process("save")
-    if is_remote(folder):
-      with tempfile.TemporaryDirectory(prefix="vixml-") as temporary:
-        send_new_folder(Path(self.save(Path(temporary) / "saved")), str(folder))
-      return str(folder)
     step, index = self._predictor.encoder.checkpoint["step"], self._predictor.index.folder
-    save_for_inference(self.workdir, step, Path(folder), index=index)
-    return Path(folder)
+    return save_for_inference(self.workdir, step, folder, index=index)
 
   def _readable(self, queries: Iterable[LabeledQuery]) -> Iterator[Labeled]:
     """Yields queries of a data set without images if the model takes none."""

@@ -26,8 +26,8 @@ WAIT_SECONDS = 90.0
 _log = logging.getLogger(__name__)
 
 
-class TakenOver(InputError):
-  """Another process uses the workdir now."""
+class MustStop(InputError):
+  """This process must write nothing more to the workdir: another one uses it now, or its local copy was deleted."""
 
 
 class BucketUse:
@@ -86,12 +86,12 @@ class BucketUse:
     """Checks that this process still is the one that uses the workdir.
 
     Raises:
-      TakenOver: Another process does, since this one could not renew the object for long.
+      MustStop: Another process does, since this one could not renew the object for long.
       InputError: The bucket cannot be reached.
     """
     found = self._read()
     if found.get("token") not in (None, self._token):
-      raise TakenOver(
+      raise MustStop(
         f"{self._bucket.url}: process {found.get('process')} of {found.get('host')} uses it since "
         f"{found.get('since')}, so this process writes nothing more to it; let one of them run"
       )
@@ -119,7 +119,7 @@ class BucketUse:
       try:
         self.check()
         self._write()
-      except TakenOver:
+      except MustStop:
         return  # The next upload says so.
       except InputError as error:
         _log.debug("%s", error)

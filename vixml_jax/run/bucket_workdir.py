@@ -7,12 +7,12 @@ bucket has. If the bucket cannot be reached for a while, training goes on, and e
 in the cache, and the next start on this machine continues from it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import json
 import logging
+import os
 from pathlib import Path
 import re
 import shutil
@@ -23,25 +23,26 @@ import uuid
 
 import jax
 
-from vixml_jax import stopping
 from vixml_jax.errors import InputError
 from vixml_jax.files import fingerprint_of, locked, new_file, remove_folder, write_json
 from vixml_jax.manifest import MANIFEST
 from vixml_jax.remote import MOUNT, Bucket, StoredFile, cache_root, is_remote, persistently
 from vixml_jax.run import bucket_use
-from vixml_jax.run.bucket_use import BucketUse, TakenOver
-from vixml_jax.run.workdir import CHECKPOINTS, CONFIG, EMBEDDINGS, INDEX, INFERENCE_INFO
-from vixml_jax.search import snapshots
+from vixml_jax.run.bucket_order import copy_in_order, rank_of
+from vixml_jax.run.bucket_use import BucketUse, MustStop
+from vixml_jax.run.checkpoint_damage import put_back_replaced
+from vixml_jax.run.workdir import CHECKPOINTS, CONFIG, EMBEDDINGS, INDEX
 from vixml_jax.stages import stage
 
-_THREADS = 8
 _WHOLE = (f"{CHECKPOINTS}/", f"{INDEX}/", f"{EMBEDDINGS}/")
 """Folders whose files never change while they are sent. Lines may be appended to the others, such as the log."""
-# Files in progress, leftovers of killed processes, locks, and checkpoints that are not whole.
-_NOT_SENT = re.compile(
-  rf"(^|/)[^/]*(\.incomplete|\.partial|\.lock|\.orbax-checkpoint-tmp[^/]*)(/|$)|^{CHECKPOINTS}/[^/]*\.(damaged|replaced)/"
+# Files in progress, leftovers of killed processes, locks, and checkpoints that are not whole. They are not copied.
+_PASSING = re.compile(
+  rf"(^|/)[^/]*(\.incomplete|\.partial|\.lock|\.orbax-checkpoint-tmp[^/]*)(/|$)|^{CHECKPOINTS}/[^/]*\.damaged/"
 )
-_STEP = re.compile(rf"^{CHECKPOINTS}/\d+/")
+# Steps that are being replaced. Those of the copy are not sent, since the bucket gets its own (`_keep_former`).
+_REPLACED = re.compile(rf"^{CHECKPOINTS}/[^/]*\.replaced/")
+_STEP_HASHES = re.compile(rf"^({CHECKPOINTS}/\d+/){re.escape(MANIFEST)}$")
 
 _log = logging.getLogger(__name__)
 
@@ -87,26 +88,13 @@ def open_workdir(place: str, *, exists: bool = False) -> Iterator[OpenWorkdir]:
       yield OpenWorkdir(workdir.folder, workdir.send_checkpoint)
     except BaseException as error:
       workdir.send_rest()
-      if isinstance(error, InputError) and str(workdir.folder) in str(error):
+      if isinstance(error, InputError) and not isinstance(error, MustStop) and str(workdir.folder) in str(error):
         raise InputError(str(error).replace(str(workdir.folder), bucket.url)) from error
       raise
     else:
       workdir.send_all()
     finally:
       workdir.end()
-
-
-def send_new_folder(folder: Path, url: str) -> None:
-  """Copies a workdir to a folder of a bucket, which must have no files.
-
-  Raises:
-    InputError: It has files, or the bucket cannot be written.
-  """
-  bucket = Bucket(url)
-  if bucket.files():
-    raise InputError(f"{bucket.url}: exists; give the URL of a new folder")
-  names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-  _in_order(names, lambda name: persistently(lambda: bucket.put(folder / name, name)))
 
 
 class _Entry(NamedTuple):
@@ -153,6 +141,7 @@ class BucketWorkdir:
       InputError: The bucket cannot be read or written, or another process uses the workdir.
     """
     self._use.wait()
+    put_back_replaced(self.folder / CHECKPOINTS)  # Its files would be mixed with those of the bucket.
     if self._changed() and not self._use.is_last():
       aside = self.folder.with_name(f"{self.folder.name}.unsent")
       remove_folder(aside)
@@ -166,24 +155,26 @@ class BucketWorkdir:
       )
     self._write_record()
     self._use.begin()
-    self._receive()
+    try:
+      self._receive()
+      self._put_back()
+    except BaseException:
+      self.end()
+      raise
 
   def send_checkpoint(self) -> None:
     """Sends what has changed. If the bucket cannot be reached, a warning is logged, and it is sent later.
 
     Raises:
-      TakenOver: Another process uses the workdir.
+      MustStop: Another process uses the workdir, or the copy was deleted.
     """
-    stopping.is_saving("upload", True)
     try:
       self._send()
-    except TakenOver:
+    except MustStop:
       raise
     except InputError as error:
       self._unsent = True
       _log.warning("%s; the run goes on in %s, which is sent after the next checkpoint", error, self.folder)
-    finally:
-      stopping.is_saving("upload", False)
 
   def send_all(self) -> None:
     """Sends what has changed, at the end of a command that has done its work.
@@ -193,6 +184,8 @@ class BucketWorkdir:
     """
     try:
       self._send()
+    except MustStop:
+      raise
     except InputError as error:
       raise InputError(
         f"{error}; everything is in {self.folder}: start the same command again on this machine to send it, or copy "
@@ -203,10 +196,9 @@ class BucketWorkdir:
     """Sends what has changed, at the end of a command that failed; a bucket that cannot be reached is logged."""
     try:
       self._send(attempts=lambda write: write())
-    except TakenOver:
-      return
     except InputError as error:
-      _log.warning("%s; what was written last is in %s only", error, self.folder)
+      if not isinstance(error, MustStop):
+        _log.warning("%s; what was written last is in %s only", error, self.folder)
 
   def end(self) -> None:
     """Says in the bucket that this process uses the workdir no more."""
@@ -216,7 +208,7 @@ class BucketWorkdir:
     """Copies the files that differ from the bucket, and removes those that were removed there."""
     stored, local = self._stored(), self._local()
     own = {name for name, state in local.items() if self._is_changed(name, state)}
-    own_steps = tuple({step[0] for name in own if name.endswith(f"/{MANIFEST}") and (step := _STEP.match(name))})
+    own_steps = tuple(step[1] for name in own if (step := _STEP_HASHES.match(name)))
     wanted = [
       name
       for name, file in stored.items()
@@ -226,6 +218,8 @@ class BucketWorkdir:
     for name in local.keys() - stored.keys() - own:
       (self.folder / name).unlink()
       self._entries.pop(name)
+      with contextlib.suppress(OSError):  # It has other files.
+        os.removedirs((self.folder / name).parent)
     if not wanted:
       return
     total = sum(stored[name].size for name in wanted)
@@ -239,9 +233,18 @@ class BucketWorkdir:
 
     with stage(f"copy {total / 2**20:,.0f} MiB of {self._bucket.url} to {self.folder}"):
       try:
-        _in_order(wanted, receive)
+        copy_in_order(wanted, receive)
       finally:
         self._write_record()
+
+  def _put_back(self) -> None:
+    """Gives steps of the bucket their names back that were about to be replaced; they are sent under these names."""
+    checkpoints = self.folder / CHECKPOINTS
+    former = [path for path in checkpoints.glob("*.replaced") if not (path.with_suffix("") / MANIFEST).exists()]
+    put_back_replaced(checkpoints)
+    steps = tuple(f"{CHECKPOINTS}/{path.stem}/" for path in former)
+    # Files of both were received at one time, and may have one size.
+    self._entries |= {name: _Entry(-1, -1, "") for name in self._entries if name.startswith(steps)}
 
   def _send(self, attempts: Callable[[Callable[[], object]], object] = persistently) -> None:
     """Sends what has changed.
@@ -250,28 +253,35 @@ class BucketWorkdir:
       attempts: Calls a function, perhaps several times, until it raises no InputError.
 
     Raises:
-      TakenOver: Another process uses the workdir.
+      MustStop: Another process uses the workdir, or the copy was deleted.
       InputError: The bucket cannot be reached.
     """
     with self._sending:
       changed, local = self._changed(), self._local()
+      if CONFIG in self._entries and CONFIG not in local:
+        raise MustStop(
+          f"{self.folder}: was deleted while it was in use; {self._bucket.url} is as it was sent last: start the same "
+          "command again to continue from there"
+        )
+      steps = (self.folder / CHECKPOINTS).glob("*.replaced")
+      unfinished = tuple(f"{CHECKPOINTS}/{path.stem}/" for path in steps)  # The bucket keeps what they replace.
+      changed = [name for name in changed if not name.startswith(unfinished)]
+      local |= {name: entry[:2] for name, entry in self._entries.items() if name.startswith(unfinished)}
       gone = self._entries.keys() - local.keys()
       if not changed and not gone:
         return
       attempts(self._use.check)
-      for name in [name for name in changed if _STEP.match(name) and name.endswith(f"/{MANIFEST}")]:
-        if name in self._entries:  # The same step was saved again.
-          attempts(functools.partial(self._keep_former, name.removesuffix(MANIFEST)))
+      for name in [name for name in changed if name in self._entries and _STEP_HASHES.match(name)]:
+        attempts(functools.partial(self._keep_former, name.removesuffix(MANIFEST)))  # The step was saved again.
       gone = self._entries.keys() - local.keys()
       with stage(f"send {len(changed)} files to {self._bucket.url}", logged=False):
-        _in_order(changed, lambda name: self._put(name, attempts))
+        copy_in_order(changed, lambda name: self._put(name, attempts))
         stored: dict[str, StoredFile] = {}
         attempts(lambda: stored.update(self._stored()))
-        for name in changed:
-          if name in stored and name in self._entries:
-            self._entries[name] = self._entries[name]._replace(version=stored[name].version)
+        for name in stored.keys() & self._entries.keys() & set(changed):
+          self._entries[name] = self._entries[name]._replace(version=stored[name].version)
         self._write_record()
-        _in_order(gone, lambda name: attempts(lambda: self._bucket.remove(name)), lambda name: 2 - _rank(name))
+        copy_in_order(gone, lambda name: attempts(lambda: self._bucket.remove(name)), lambda name: 2 - rank_of(name))
       for name in gone:
         del self._entries[name]
       self._write_record()
@@ -296,21 +306,22 @@ class BucketWorkdir:
     """Renames a step in the bucket that is about to be replaced, as `Checkpointer.save` does in its folder."""
     names = [name for name in self._entries if name.startswith(step)]
     former = {name: f"{step.rstrip('/')}.replaced/{name.removeprefix(step)}" for name in names}
-    _in_order(names, lambda name: self._bucket.copy(name, former[name]))
+    copy_in_order(names, lambda name: self._bucket.copy(name, former[name]))
     self._bucket.remove(step + MANIFEST)
     self._entries |= {former[name]: self._entries[name] for name in names}  # They are removed with what is gone.
     del self._entries[step + MANIFEST]
     self._write_record()
 
   def _stored(self) -> dict[str, StoredFile]:
-    return {name: file for name, file in self._bucket.files().items() if name != bucket_use.NAME}
+    files = self._bucket.files()
+    return {name: file for name, file in files.items() if name != bucket_use.NAME and not _PASSING.search(name)}
 
   def _local(self) -> dict[str, tuple[int, int]]:
     """Returns size and time of change of the files of the copy that belong into the bucket."""
     found = {}
     for path in self.folder.rglob("*"):
       name = path.relative_to(self.folder).as_posix()
-      if not _NOT_SENT.search(name) and path.is_file():
+      if not _PASSING.search(name) and not _REPLACED.search(name) and path.is_file():
         with contextlib.suppress(FileNotFoundError):
           found[name] = _state(path)
     return found
@@ -337,23 +348,3 @@ class BucketWorkdir:
 def _state(path: Path) -> tuple[int, int]:
   found = path.stat()
   return found.st_size, found.st_mtime_ns
-
-
-def _rank(name: str) -> int:
-  """Returns when a file is copied: files with hashes after those that they describe."""
-  if name.endswith(f"/{MANIFEST}"):
-    return 1
-  return 2 if name in (f"{INDEX}/{snapshots.CURRENT}", INFERENCE_INFO) else 0
-
-
-def _in_order(names: Iterable[str], do: Callable[[str], object], rank: Callable[[str], int] = _rank) -> None:
-  """Does something with files in threads, rank after rank. After an error, nothing more is begun."""
-  names = sorted(names)
-  for number in range(3):
-    with ThreadPoolExecutor(_THREADS, "bucket") as threads:
-      calls = [threads.submit(do, name) for name in names if rank(name) == number]
-      wait(calls, return_when=FIRST_EXCEPTION)
-      threads.shutdown(cancel_futures=True)
-    for call in calls:
-      if not call.cancelled():
-        call.result()

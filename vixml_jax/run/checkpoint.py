@@ -179,16 +179,15 @@ class Checkpointer:
           write_manifest(folder)
           sync_folder(self._folder)  # The name of the step, before the former one loses files.
       stopping.has_saved(f"step {step} is saved")
+      if jax.process_index() == 0:
+        for former in (aside(folder), replaced(folder)):
+          remove_folder(former)
+        steps = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+        for old in steps[: -self._keep]:
+          remove_folder(self._folder / str(old))
+        self._saved()
     finally:
       stopping.is_saving("checkpoint", False)
-    if jax.process_index() > 0:
-      return
-    for former in (aside(folder), replaced(folder)):
-      remove_folder(former)
-    steps = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
-    for old in steps[: -self._keep]:
-      remove_folder(self._folder / str(old))
-    self._saved()
 
   def wait(self) -> None:
     """Returns when everything is on disk.
