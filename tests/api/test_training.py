@@ -101,7 +101,7 @@ def test_a_wrong_config_or_override_is_an_error_before_anything_is_written(
 
 def test_a_config_for_another_data_set_is_used_with_the_given_one(trained, tmp_path, monkeypatch):
   seen = []
-  monkeypatch.setattr("vixml_jax.api.training.train_and_evaluate", lambda config, workdir: seen.append(config))
+  monkeypatch.setattr("vixml_jax.api.training.train_and_evaluate", lambda config, workdir, **_: seen.append(config))
   monkeypatch.setattr("vixml_jax.api.training.load", lambda workdir: None)
   vixml_jax.train(trained.dataset, "quickstart:images=3", workdir=tmp_path, seed=5)
   assert seen[0].dataset.name == "custom" and seen[0].images == 3 and seen[0].seed == 5
