@@ -89,6 +89,7 @@ CHANGED = [
   (r"--seeds=1,2,3", "--seeds=1"),
   # The grid of mining has 17 runs; this one has a run for each seed.
   (r"((?:vixml study|vixml_jax\.study) )--study=mining (.*)$", r"\1--study=seeds \2 --seeds=2"),
+  (r"for study in fusion adapters prompts images;", "for study in prompts;"),
 ]
 
 PAGES = [path.relative_to(ROOT).as_posix() for path in tracked_pages()]
