@@ -69,8 +69,7 @@ class DataFlags:
       _check_same_table(config.dataset.raw_dir, workdir)
 
   def _convert(self, config: ConfigDict) -> None:
-    from vixml_jax.tables import Columns
-    from vixml_jax.tables.conversion import convert_shared
+    from vixml_jax.tables import Columns, convert_shared
 
     settings: dict[str, Any] = {} if self.test_fraction.value is None else {"test_fraction": self.test_fraction.value}
     separator = self.label_separator.value

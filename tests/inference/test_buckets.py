@@ -24,7 +24,7 @@ from vixml_jax.inference.query_files import open_queries
 from vixml_jax.inference.remote_workdir import local_workdir
 from vixml_jax.process_share import ProcessShare
 from vixml_jax.remote import Bucket, local_copy
-from vixml_jax.tables.conversion import write_raw_folder_in
+from vixml_jax.tables import convert_shared
 
 LINES = "".join(json.dumps({"title": f"{word} {i}"}) + "\n" for i, word in enumerate(["arrow", "cloud", "sun"] * 4))
 
@@ -187,13 +187,13 @@ def test_a_table_or_a_folder_of_tables_in_a_bucket_is_read_like_a_local_one(memo
     (tmp_path / "t" / name).write_bytes(memory.cat(f"/bucket/t/{name}"))
   for place in ("t", "t/train.csv"):
     near, far = (
-      write_raw_folder_in(tmp_path / name, root + place)
+      convert_shared(tmp_path / name, root + place)[0]
       for name, root in (("a", f"{tmp_path}/"), ("b", "memory://bucket/"))
     )
     assert (near.num_train, near.num_test, near.num_labels) == (far.num_train, far.num_test, far.num_labels)
     assert near.folder.parent.name == far.folder.parent.name
   with pytest.raises(InputError, match="memory://bucket/none.csv: no such file"):
-    write_raw_folder_in(tmp_path, "memory://bucket/none.csv")
+    convert_shared(tmp_path, "memory://bucket/none.csv")
 
 
 def test_a_workdir_in_a_bucket_is_exported_with_its_results(memory, texts_only, tmp_path):

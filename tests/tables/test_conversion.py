@@ -16,7 +16,7 @@ from vixml_jax.datasets.raw import SPLITS
 from vixml_jax.datasets.raw_images import read_images
 from vixml_jax.datasets.records import Records
 from vixml_jax.errors import InputError
-from vixml_jax.tables import Columns, write_raw_folder, write_raw_folder_in
+from vixml_jax.tables import Columns, convert_shared, write_raw_folder
 
 ROWS = [
   {"id": "a", "name": "wool socks", "tags": ["socks", "wool"], "split": "train"},
@@ -408,14 +408,14 @@ def test_the_same_table_is_written_once(tmp_path):
   (tmp_path / "t.csv").write_text("text,labels\na b,x\nc d,z\n")
   with pytest.raises(InputError, match="from another table"):
     write_raw_folder(tmp_path / "t.csv", tmp_path / "raw")
-  other = write_raw_folder_in(tmp_path / "all", tmp_path / "t.csv")
+  other, *_ = convert_shared(tmp_path / "all", tmp_path / "t.csv")
   assert other.folder.parent.name.startswith("t-")
-  assert write_raw_folder_in(tmp_path / "all", tmp_path / "t.csv") == other
+  assert convert_shared(tmp_path / "all", tmp_path / "t.csv")[0] == other
 
 
 @pytest.mark.parametrize("table", [ROWS, pa.Table.from_pylist(ROWS)])
 def test_the_same_table_in_memory_is_written_once(table, tmp_path):
-  found = [write_raw_folder_in(tmp_path, data).folder for data in (table, table, table[1:])]
+  found = [convert_shared(tmp_path, data)[0].folder for data in (table, table, table[1:])]
   assert found[0] == found[1] != found[2]
 
 

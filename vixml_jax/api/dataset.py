@@ -90,7 +90,7 @@ class Dataset:
       >>> Dataset.from_table(table).num_labels
       3
     """
-    from vixml_jax.tables.conversion import convert_shared  # Late, since the readers of tables take time to import.
+    from vixml_jax.tables import convert_shared  # Late, since the readers of tables take time to import.
 
     _, converted, folder = convert_shared(
       data_dir,

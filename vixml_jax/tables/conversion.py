@@ -99,26 +99,11 @@ def write_raw_folder(
   return LabeledTable(data, labels, test, columns, separator, test_fraction, seed).write(Path(to))
 
 
-def write_raw_folder_in(parent: str | os.PathLike[str], data: Any, **settings: Any) -> Conversion:
+def convert_shared(data_dir: str | os.PathLike[str], data: Any, **settings: Any) -> tuple[Conversion, str, str]:
   """Writes a table as the raw folder `NAME-HASH/raw` in a folder; tables that differ get different folders.
 
   Args:
-    parent: Folder that holds those of all tables.
-    data: As for `write_raw_folder`.
-    **settings: The others.
-
-  Raises:
-    InputError: As for `write_raw_folder`.
-  """
-  table = LabeledTable(data, **settings)
-  return table.write(Path(parent) / f"{table.name}-{table.fingerprint[:12]}" / "raw")
-
-
-def convert_shared(data_dir: str | os.PathLike[str], data: Any, **settings: Any) -> tuple[Conversion, str, str]:
-  """Writes a table as `write_raw_folder_in`, where the folder of all tables may be in a bucket.
-
-  Args:
-    data_dir: Folder that holds those of all tables, or its URL.
+    data_dir: Folder that holds those of all tables, or its URL in a bucket.
     data: As for `write_raw_folder`.
     **settings: The others.
 
